@@ -1,0 +1,127 @@
+"""From the configuration to a data set: built-in names, users' factories, and mistakes in both."""
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from udddm.config import DataConfig
+from udddm.data import DataError, ImageDataset, load_dataset
+
+MODULE = """
+import numpy as np
+
+class Namespace:
+    @staticmethod
+    def build(n=3):
+        return np.zeros((n, 1, 4, 4), np.uint8)
+
+build = Namespace.build
+count = 5
+
+def stream():
+    return iter([])
+
+def fail():
+    raise RuntimeError("the disk is on fire")
+
+def mapping():
+    return {"train": [1]}
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    (tmp_path / "their_data.py").write_text(MODULE)
+    (tmp_path / "their_broken.py").write_text("import no_such_dependency")
+    (tmp_path / "their_circle.py").write_text("from their_data import no_such_name")
+    monkeypatch.syspath_prepend(tmp_path)
+    for name in ("their_data", "their_broken", "their_circle"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return "their_data"
+
+
+def load(name: str, **settings: Any) -> Any:
+    return load_dataset(DataConfig(name=name, **settings))
+
+
+def test_a_users_function_is_called_with_the_arguments(module: str) -> None:
+    assert len(ImageDataset(load("their_data:build"))) == 3
+    assert len(ImageDataset(load("their_data:build", arguments={"n": 7}))) == 7
+    assert len(ImageDataset(load("their_data:Namespace.build"))) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("no_such_module:f", {}, "there is no module no_such_module: .*PYTHONPATH"),
+        ("their_data.deeper:f", {}, "importing their_data.deeper failed|there is no module their_data.deeper"),
+        ("their_broken:f", {}, "importing their_broken failed: No module named 'no_such_dependency'"),
+        ("their_circle:f", {}, "importing their_circle failed: cannot import name 'no_such_name'"),
+        ("their_data:bild", {}, "has no bild; did you mean build"),
+        ("their_data:count", {}, "is a int, not a function"),
+        ("their_data:build", {"m": 1}, "cannot be called with data.arguments: got an unexpected keyword argument 'm'"),
+        ("their_data:stream", {}, "what their_data:stream returned is a list_iterator without __len__"),
+        ("their_data:mapping", {}, "what their_data:mapping returned is a dict"),
+        (":f", {}, "write package.module:function"),
+        ("their_data:", {}, "write package.module:function"),
+        (".relative:f", {}, "write package.module:function"),
+    ],
+)
+def test_a_wrong_factory_is_told(module: str, name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(name, arguments=arguments)
+
+
+def test_an_error_inside_a_factory_is_the_users_own(module: str) -> None:
+    with pytest.raises(RuntimeError, match="the disk is on fire"):
+        load("their_data:fail")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fashion_mnist", "did you mean fashion-mnist?"),
+        ("cifar-10", "did you mean cifar10?"),
+        ("imagenet", "unknown data set 'imagenet'.*digits, fashion-mnist, cifar10, folder, array, and package.module"),
+    ],
+)
+def test_an_unknown_name_gets_a_suggestion(name: str, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "message"),
+    [
+        ("digits", {"path": "x"}, "data.path has no meaning for the data set digits: remove data.path"),
+        ("digits", {"size": 8}, "data.size has no meaning"),
+        ("cifar10", {"size": 8}, "data.size has no meaning"),
+        ("array", {"path": "x.npy", "arguments": {"a": 1}}, "data.arguments has no meaning"),
+        ("a.b:c", {"path": "x"}, "data.path has no meaning for the data set a.b:c: put it under data.arguments"),
+        ("folder", {}, "needs data.path"),
+        ("array", {}, "needs data.path"),
+    ],
+)
+def test_a_setting_that_would_be_ignored_is_refused(name: str, settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        load(name, **settings)
+
+
+def test_a_torch_data_set_is_map_style() -> None:
+    pixels = torch.randint(0, 256, (5, 3, 8, 8), dtype=torch.uint8)
+    dataset = ImageDataset(torch.utils.data.TensorDataset(pixels, torch.arange(5)))
+    images, labels = dataset.batch(np.array([4, 1]))
+    assert torch.equal(images, pixels[[4, 1]].float() / 127.5 - 1)
+    assert labels is not None and labels.tolist() == [4, 1]
+
+
+def test_importing_the_package_is_light() -> None:
+    heavy = "{'sklearn', 'zarr', 'PIL', 'torchvision', 'fsspec'}"
+    code = f"import sys, udddm.data; print(sorted({heavy} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"

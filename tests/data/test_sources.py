@@ -1,0 +1,247 @@
+"""Digits, Fashion-MNIST and CIFAR-10: the right arrays, and damaged files told apart from them."""
+
+import gzip
+import hashlib
+import io
+import struct
+import tarfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from udddm.config import DataConfig
+from udddm.data import DataError, ImageDataset, load_dataset
+from udddm.data.sources import (
+    CIFAR10_BATCHES,
+    CIFAR10_FOLDER,
+    FASHION_DEBIAN,
+    FASHION_IMAGES,
+    FASHION_LABELS,
+    IdxFile,
+    Remote,
+    cifar10,
+    fashion_mnist,
+)
+
+RNG = np.random.default_rng(0)
+
+
+def test_digits_are_scaled_from_their_sixteen_steps() -> None:
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    dataset = ImageDataset(load_dataset(DataConfig(name="digits")))
+    images, labels = dataset.batch(np.arange(1797))
+    assert (len(dataset), dataset.shape, dataset.classes) == (1797, (1, 8, 8), 10)
+    assert torch.equal(images, torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 8 - 1)
+    assert np.array_equal(labels, bunch.target)
+
+
+@pytest.mark.skipif(
+    not (FASHION_DEBIAN / FASHION_IMAGES.name).is_file(), reason="needs the Debian package dataset-fashion-mnist"
+)
+def test_debians_fashion_mnist_is_the_official_one() -> None:
+    dataset = ImageDataset(load_dataset(DataConfig(name="fashion-mnist")))
+    assert (len(dataset), dataset.shape, dataset.classes) == (60_000, (1, 28, 28), 10)
+    images, labels = dataset.batch(np.arange(60_000))
+    assert (images.min(), images.max()) == (-1, 1)
+    assert labels is not None and np.bincount(labels).tolist() == [6000] * 10
+    # The mean that the data set's users normalise by is 0.2860 of 255.
+    assert float(images.mean()) == pytest.approx(2 * 0.2860 - 1, abs=2e-4)
+
+
+def idx(array: np.ndarray) -> bytes:
+    return b"\0\0\x08" + bytes([array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape) + array.tobytes()
+
+
+IMAGES = RNG.integers(0, 256, (12, 5, 4), dtype=np.uint8)
+LABELS = (np.arange(12) % 10).astype(np.uint8)
+
+
+def small(array: np.ndarray, name: str, url: str = "http://127.0.0.1:1/") -> tuple[IdxFile, bytes]:
+    packed = gzip.compress(idx(array))
+    remote = Remote(url + name, hashlib.md5(packed).hexdigest())
+    return IdxFile(name, array.shape, zlib.crc32(idx(array)), remote), packed
+
+
+IMAGE_FILE, PACKED_IMAGES = small(IMAGES, "images.gz")
+LABEL_FILE, PACKED_LABELS = small(LABELS, "labels.gz")
+
+
+def small_fashion(path: Path | None, system: Path = Path("/nowhere")) -> ImageDataset:
+    return ImageDataset(fashion_mnist(path, images=IMAGE_FILE, labels=LABEL_FILE, system=system))
+
+
+def test_fashion_mnist_is_read_from_the_path_the_system_or_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache" / "udddm" / "fashion-mnist"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with pytest.raises(DataError, match=r"downloading http://127\.0\.0\.1:1/images\.gz failed"):
+        small_fashion(None)
+    for place in (tmp_path / "named", tmp_path / "system", cache):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "images.gz").write_bytes(PACKED_IMAGES)
+        (place / "labels.gz").write_bytes(PACKED_LABELS)
+    for dataset in (small_fashion(tmp_path / "named"), small_fashion(None, tmp_path / "system"), small_fashion(None)):
+        images, labels = dataset.batch(np.arange(12))
+        assert torch.equal(images, torch.from_numpy(IMAGES[:, None]).float() / 127.5 - 1)
+        assert np.array_equal(labels, LABELS)
+
+
+DAMAGED: dict[str, tuple[bytes, str]] = {
+    "no gzip": (b"hello", "cannot be read as a gzip file"),
+    "truncated gzip": (PACKED_IMAGES[:-20], "cannot be read as a gzip file"),
+    "flipped bit": (
+        PACKED_IMAGES[:-6] + bytes([PACKED_IMAGES[-6] ^ 1]) + PACKED_IMAGES[-5:],
+        "cannot be read as a gzip",
+    ),
+    "empty": (gzip.compress(b""), "no IDX file of uint8: it begins with nothing"),
+    "floats": (gzip.compress(b"\0\0\x0d\x03" + idx(IMAGES)[4:]), "no IDX file of uint8: it begins with 00 00 0d 03"),
+    "short header": (gzip.compress(idx(IMAGES)[:9]), "ends within its IDX header"),
+    "short data": (gzip.compress(idx(IMAGES)[:-1]), r"holds 239 bytes, but its header announces \[12, 5, 4\]: 240"),
+    "long data": (gzip.compress(idx(IMAGES) + b"\0"), "holds 241 bytes"),
+    "other shape": (gzip.compress(idx(IMAGES[:, :4])), r"holds an array of shape \[12, 4, 4\], not \[12, 5, 4\]"),
+    "other data set": (gzip.compress(idx(255 - IMAGES)), "not the right contents: is it another data set's"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_idx_file_is_named(tmp_path: Path, damage: str) -> None:
+    content, message = DAMAGED[damage]
+    (tmp_path / "images.gz").write_bytes(content)
+    (tmp_path / "labels.gz").write_bytes(PACKED_LABELS)
+    with pytest.raises(DataError, match=rf"images\.gz .*{message}"):
+        small_fashion(tmp_path)
+
+
+def test_a_missing_idx_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "images.gz").write_bytes(PACKED_IMAGES)
+    with pytest.raises(DataError, match=r"labels\.gz does not exist"):
+        small_fashion(tmp_path)
+
+
+def test_the_official_files_are_the_training_split() -> None:
+    for file in (FASHION_IMAGES, FASHION_LABELS):
+        assert file.name.startswith("train-") and file.shape[0] == 60_000 and file.remote.url.endswith(file.name)
+
+
+PIXELS = RNG.integers(0, 256, (10, 3, 32, 32), dtype=np.uint8)  # five batches of two records
+CIFAR_LABELS = np.arange(10, dtype=np.uint8)[::-1].copy()
+
+
+def batches() -> dict[str, bytes]:
+    records = np.concatenate([CIFAR_LABELS[:, None], PIXELS.reshape(10, -1)], axis=1)
+    return {name: records[2 * i : 2 * i + 2].tobytes() for i, name in enumerate(CIFAR10_BATCHES)}
+
+
+def pack(path: Path, members: dict[str, Any]) -> Remote:
+    """An archive of members given as contents, or as (type, link target)."""
+    with tarfile.open(path, "w:gz") as archive:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                info.size = len(content)
+                archive.addfile(info, io.BytesIO(content))
+            else:
+                info.type, info.linkname = content
+                archive.addfile(info)
+    return Remote("http://127.0.0.1:1/cifar.tar.gz", hashlib.md5(path.read_bytes()).hexdigest())
+
+
+def members(prefix: str = f"{CIFAR10_FOLDER}/") -> dict[str, Any]:
+    others = {"readme.html": b"read me", "test_batch.bin": b"not read"}
+    return {prefix + name: content for name, content in {**others, **dict(reversed(batches().items()))}.items()}
+
+
+def check_small_cifar(dataset: ImageDataset) -> None:
+    images, labels = dataset.batch(np.arange(10))
+    assert torch.equal(images, torch.from_numpy(PIXELS).float() / 127.5 - 1)
+    assert np.array_equal(labels, CIFAR_LABELS)
+    assert (dataset.shape, dataset.classes) == ((3, 32, 32), 10)
+
+
+@pytest.mark.parametrize("prefix", ["", "./"])
+def test_cifar10_from_its_archive(tmp_path: Path, prefix: str) -> None:
+    remote = pack(tmp_path / "cifar.tar.gz", members(f"{prefix}{CIFAR10_FOLDER}/"))
+    check_small_cifar(ImageDataset(cifar10(tmp_path / "cifar.tar.gz", remote=remote, records=2)))
+    assert [file.name for file in tmp_path.iterdir()] == ["cifar.tar.gz"]  # nothing was unpacked
+
+
+def test_cifar10_from_its_directory(tmp_path: Path) -> None:
+    for name, content in batches().items():
+        (tmp_path / name).write_bytes(content)
+    check_small_cifar(ImageDataset(cifar10(tmp_path, records=2)))
+    (tmp_path / "data_batch_3.bin").write_bytes(b"short")
+    with pytest.raises(DataError, match=r"data_batch_3\.bin has 5 bytes, but a CIFAR-10 batch has 6146"):
+        cifar10(tmp_path, records=2)
+    (tmp_path / "data_batch_3.bin").unlink()
+    with pytest.raises(DataError, match=r"data_batch_3\.bin does not exist: .* is no complete cifar-10-batches-bin"):
+        cifar10(tmp_path, records=2)
+
+
+def test_cifar10_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    (tmp_path / "udddm").mkdir()
+    remote = pack(tmp_path / "udddm" / "cifar-10-binary.tar.gz", members())
+    check_small_cifar(ImageDataset(cifar10(remote=remote, records=2)))
+
+
+def test_a_wrong_archive_is_told_with_both_checksums_and_a_cure(tmp_path: Path) -> None:
+    remote = pack(tmp_path / "cifar.tar.gz", members())
+    with pytest.raises(
+        DataError, match=f"has the MD5 {remote.md5}, but .* has c32a1d4ab5d03f1284b67883e8d87530: .*unpack"
+    ):
+        load_dataset(DataConfig(name="cifar10", path=str(tmp_path / "cifar.tar.gz")))
+
+
+ARCHIVES: dict[str, tuple[dict[str, Any], str]] = {
+    "python version": (
+        {"cifar-10-batches-py/data_batch_1": b"x"},
+        "does not hold .*data_batch_1.bin: .* binary version",
+    ),
+    "missing batch": ({k: v for k, v in members().items() if "batch_4" not in k}, r"does not hold .*data_batch_4\.bin"),
+    "elsewhere": (members("../../evil/"), "does not hold"),
+    "link": (
+        {**members(), f"{CIFAR10_FOLDER}/data_batch_2.bin": (tarfile.SYMTYPE, "/etc/passwd")},
+        r"data_batch_2\.bin",
+    ),
+    "short": ({**members(), f"{CIFAR10_FOLDER}/data_batch_2.bin": b"x"}, r"data_batch_2\.bin in .* has 1 bytes"),
+    "label": (
+        {**members(), f"{CIFAR10_FOLDER}/data_batch_5.bin": bytes(3073) + b"\x0a" + bytes(3072)},
+        r"data_batch_5\.bin in .* has the label 10 in record 1",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ARCHIVES)
+def test_an_archive_of_wrong_structure_is_told(tmp_path: Path, case: str) -> None:
+    contents, message = ARCHIVES[case]
+    remote = pack(tmp_path / "cifar.tar.gz", contents)
+    with pytest.raises(DataError, match=message):
+        cifar10(tmp_path / "cifar.tar.gz", remote=remote, records=2)
+
+
+@pytest.mark.parametrize("keep", [0, 100, 15_000, -1])
+def test_a_truncated_archive_is_told_even_if_its_checksum_is_expected(tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "cifar.tar.gz"
+    pack(path, members())
+    path.write_bytes(path.read_bytes()[:keep])
+    remote = Remote("http://127.0.0.1:1/", hashlib.md5(path.read_bytes()).hexdigest())
+    try:
+        dataset = cifar10(path, remote=remote, records=2)
+    except DataError as error:
+        assert str(path) in str(error)
+    else:  # what was cut off came after the last batch
+        assert keep == -1
+        check_small_cifar(ImageDataset(dataset))
+
+
+def test_a_missing_archive_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere does not exist: give cifar-10-binary\.tar\.gz or the directory"):
+        cifar10(tmp_path / "nowhere")

@@ -1,0 +1,166 @@
+"""The public functions: `train`, `sample`, `load_model`."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import udddm
+from udddm import config as configuration
+from udddm import sampler
+from udddm.backends.ranks import Ranks, choose_device, join
+from udddm.checkpoint import CheckpointError, Checkpoints, check_same_network, damage, load_json, load_tensors
+from udddm.config import ConfigError, RunConfig
+from udddm.data import ImageDataset, MapDataset, load_dataset
+from udddm.network import UNet
+from udddm.process import Process
+from udddm.process import build as build_process
+from udddm.progress import say
+from udddm.run import claim, locked
+from udddm.trainer import Trainer, network_for
+
+
+def train(
+    config: RunConfig,
+    dataset: MapDataset | None = None,
+    *,
+    run_dir: str | Path,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Train, or resume, the run in `run_dir` and return what its `result.json` says.
+
+    `dataset` is any map-style object: `len(dataset)` and `dataset[i]` giving an image [C, H, W] in [-1, 1] (or uint8),
+    or an (image, label) pair. Without it, `config.data` is loaded. Raises ConfigError, DataError, StoreError,
+    CheckpointError, Diverged, or Interrupted; nothing is lost by any of them, and the same call resumes.
+    """
+    run = Path(run_dir)
+    ranks = join(device, config.order.lanes)
+    try:
+        images = ImageDataset(dataset if dataset is not None else load_dataset(config.data))
+        if config.network.classes and not images.labelled:
+            raise ConfigError("network.classes is set, but the data set has no labels")
+        if not ranks.first:
+            ranks.barrier()
+            return _train(config, images, run, ranks)
+        with locked(run):
+            claim(run, config, images)
+            ranks.barrier()
+            return _train(config, images, run, ranks)
+    finally:
+        ranks.close()
+
+
+def _train(config: RunConfig, images: ImageDataset, run: Path, ranks: Ranks) -> dict[str, Any]:
+    finished = run / "result.json"
+    if finished.exists():
+        if ranks.first:
+            say(f"{run} is finished; its result is in {finished}")
+        result: dict[str, Any] = load_json(finished)
+        return result
+    if ranks.first:
+        for line in describe(config, images, run, ranks):
+            say(line)
+    return Trainer(config, images, run, ranks).train()
+
+
+def describe(config: RunConfig, images: ImageDataset, run: Path, ranks: Ranks) -> list[str]:
+    """The first lines of a run: what runs where, and why."""
+    device = ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    reasons = {
+        "gpu": "a tensor on the training device" if device.type == "cuda" else "no GPU here: a tensor in host memory",
+        "pinned": "host memory, copied in the background",
+        "zarr": f"{config.store.url or run / 'state'}, read and written in the background",
+    }
+    precision = "as configured" if config.train.precision != "fp32" else "the default"
+    return [
+        f"udddm {udddm.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"device: {name}, rank 1 of {ranks.world}; precision: {config.train.precision} ({precision})",
+        f"data: {len(images)} images {'x'.join(map(str, images.shape))}; objective: {config.objective.name}; seed: {config.seed}",
+        f"x0-state store: {config.store.kind}, {config.store.dtype} ({reasons[config.store.kind]})",
+        f"run directory: {run}; the same command resumes it",
+    ]
+
+
+@dataclass
+class Model:
+    """A trained model: `denoiser` weights in evaluation mode, with what sampling needs to know."""
+
+    network: UNet
+    process: Process
+    config: RunConfig
+    shape: tuple[int, int, int]
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a run directory, or the path of a checkpoint itself, means: the newest whole one."""
+    where = Path(path)
+    if not where.exists():
+        raise CheckpointError(f"{where} does not exist")
+    if (where / "model.safetensors").exists() or (where / "manifest.json").exists():
+        if (where / "manifest.json").exists() and (problem := damage(where)):
+            raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
+        return where
+    newest = Checkpoints(where).newest_valid(say)
+    if newest is None:
+        raise CheckpointError(f"{where} holds no checkpoint")
+    return newest
+
+
+def load_model(checkpoint: str | Path, *, ema: float | str | None = None, device: str = "auto") -> Model:
+    """The model of a run or checkpoint. `ema`: a decay that the run kept, "none" for the raw weights, None: the first.
+
+    Raises CheckpointError for a checkpoint that is damaged, of another network, or without that EMA.
+    """
+    path = find_checkpoint(checkpoint)
+    saved = load_json(path / "config.json")
+    config = configuration.resolve(saved["config"], str(path / "config.json"))
+    channels, height, width = saved["shape"]
+    decays = [f"{decay:g}" for decay in config.train.ema]
+    chosen = "none" if ema == "none" or not decays else f"{float(ema):g}" if ema is not None else decays[0]
+    if chosen not in [*decays, "none"]:
+        raise CheckpointError(f"{path} has no EMA of decay {chosen}; it has {', '.join([*decays, 'none'])}")
+    file = path / ("model.safetensors" if chosen == "none" else f"ema-{chosen}.safetensors")
+    weights = load_tensors(file)
+    network = network_for(config, (channels, height, width))
+    wanted = network.state_dict()
+    check_same_network(file, weights, wanted if chosen == "none" else dict(network.named_parameters()))
+    network.load_state_dict({**wanted, **weights})
+    network.to(choose_device(device)).eval()
+    return Model(network, build_process(config.process), config, (channels, height, width))
+
+
+def sample(
+    model: Model | str | Path,
+    seeds: Sequence[int],
+    *,
+    steps: int = 1,
+    sampler_name: sampler.SamplerName = "renoise",
+    labels: Sequence[int] | None = None,
+    batch: int = 250,
+) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Images [len(seeds), C, H, W], float32 in [-1, 1], by `steps` network evaluations each.
+
+    Each depends on its seed (and label) alone. `model` is a `Model` or the path of a run or checkpoint.
+    """
+    loaded = model if isinstance(model, Model) else load_model(model)
+    device = next(loaded.network.parameters()).device
+    drawn = sampler.batches(
+        loaded.network,
+        loaded.process,
+        loaded.shape,
+        list(seeds),
+        batch=batch,
+        steps=steps,
+        sampler=sampler_name,
+        labels=None if labels is None else list(labels),
+        device=device,
+    )
+    images: np.ndarray[Any, np.dtype[np.float32]] = torch.cat(list(drawn)).clamp(-1, 1).numpy()
+    return images

@@ -1,0 +1,1 @@
+"""Where a run's processes are (`ranks`) and what takes an optimizer step (`engine`)."""

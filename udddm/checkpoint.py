@@ -1,0 +1,220 @@
+"""Checkpoints: `<run>/checkpoints/step-00012000/`, complete or absent, verified before they are used.
+
+    model.safetensors  ema-<decay>.safetensors  optimizer.safetensors   weights, averages, Adam's moments
+    config.json        the resolved configuration and the image shape: with the weights, all that sampling needs
+    position.json      the step
+    state/             the x0-state snapshot (udddm/store/snapshot.py); never inside a model file
+    manifest.json      size and CRC32C of every file above; written last
+
+A checkpoint is written under a temporary name and renamed when its manifest is durable. Nothing in it is pickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from udddm.backends.ranks import Ranks
+
+_NAME = re.compile(r"step-(\d{8,})")
+_BLOCK = 16 << 20
+Tensors = dict[str, torch.Tensor]
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, or is not whole, or is of something else. The message names the file."""
+
+
+def sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write durably and atomically."""
+    temporary = path.with_name(path.name + ".partial")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    sync_file(temporary)
+    temporary.replace(path)
+
+
+def _crc(path: Path) -> int:
+    checksum = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            checksum = int(google_crc32c.extend(checksum, block))
+    return checksum
+
+
+def step_of(path: Path) -> int:
+    match = _NAME.fullmatch(path.name)
+    assert match, path
+    return int(match[1])
+
+
+class Checkpoints:
+    """The checkpoints of a run directory."""
+
+    def __init__(self, run: Path):
+        self.directory = run / "checkpoints"
+
+    def all(self) -> list[Path]:
+        """Named checkpoints, oldest first, valid or not."""
+        if not self.directory.is_dir():
+            return []
+        return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
+
+    def newest_valid(self, say: Callable[[str], None]) -> Path | None:
+        """The newest checkpoint that verifies; says which newer ones do not, and why. None when there is none at all.
+
+        Raises CheckpointError when there are checkpoints but none is whole.
+        """
+        found = self.all()
+        problems = []
+        for path in reversed(found):
+            problem = damage(path)
+            if problem is None:
+                return path
+            problems.append(problem)
+            say(f"checkpoint {path.name} is not whole and is passed over: {problem}")
+        if found:
+            raise CheckpointError(
+                f"no checkpoint in {self.directory} is whole: {'; '.join(problems)}. "
+                "Restore one from a copy, or start a new run directory"
+            )
+        return None
+
+    def write(self, step: int, ranks: Ranks, fill: Callable[[Path], None]) -> Path:
+        """Make the checkpoint of `step`: every rank's `fill(directory)` adds its files, then it becomes visible.
+
+        Raises CheckpointError on a full or read-only disk; what was there before is untouched.
+        """
+        final = self.directory / f"step-{step:08d}"
+        partial = self.directory / f".{final.name}.partial"
+        try:
+            if ranks.first:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            ranks.barrier()
+            fill(partial)
+            ranks.barrier()
+            if ranks.first:
+                files = sorted(p for p in partial.rglob("*") if p.is_file())
+                entries = {
+                    str(p.relative_to(partial)): {"bytes": p.stat().st_size, "crc32c": _crc(p)} for p in files
+                }
+                for path in files:
+                    sync_file(path)
+                write_json(partial / "manifest.json", entries)
+                if final.exists():  # left there by a run that did not resume from it: it was not whole
+                    shutil.rmtree(final)
+                partial.rename(final)
+                _sync_directory(self.directory)
+            ranks.barrier()
+        except OSError as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise CheckpointError(
+                f"cannot write the checkpoint {final}: {error}. Earlier checkpoints are intact; "
+                "make room or restore access, then run the same command again to resume"
+            ) from error
+        return final
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep`, once the newest verifies; and leftovers of interrupted writes."""
+        found = self.all()
+        if found and damage(found[-1]) is None:
+            for old in found[:-keep]:
+                _remove(old)
+        for leftover in self.directory.glob(".*.partial"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+    def discard_after(self, step: int) -> None:
+        """Remove checkpoints newer than the one that is resumed: they are not whole, and training passes them again."""
+        for path in self.all():
+            if step_of(path) > step:
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    """Make a checkpoint invisible at once, then remove it."""
+    hidden = path.with_name(f".{path.name}.partial")
+    shutil.rmtree(hidden, ignore_errors=True)
+    path.rename(hidden)
+    shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def damage(path: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None when every file is as its manifest says."""
+    try:
+        entries = json.loads((path / "manifest.json").read_text())
+        for name, entry in entries.items():
+            file = path / name
+            if not file.is_file():
+                return f"{file} is missing"
+            if file.stat().st_size != entry["bytes"]:
+                return f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if _crc(file) != entry["crc32c"]:
+                return f"{file} does not match its checksum"
+    except FileNotFoundError:
+        return f"{path / 'manifest.json'} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{path} cannot be read: {error!r}"
+    return None
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def save_tensors(path: Path, tensors: Tensors) -> None:
+    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
+
+
+def load_tensors(path: Path) -> Tensors:
+    """The tensors of a safetensors file. Raises CheckpointError."""
+    with _explained(path):
+        loaded: Tensors = load_file(path)
+        return loaded
+
+
+def load_json(path: Path) -> Any:
+    """Raises CheckpointError."""
+    with _explained(path):
+        return json.loads(path.read_text())
+
+
+def check_same_network(path: Path, found: Tensors, wanted: Tensors) -> None:
+    """Raises CheckpointError when the weights in `path` are of another network than `wanted`."""
+    for name in sorted(set(found) ^ set(wanted)):
+        side = "has" if name in found else "lacks"
+        raise CheckpointError(f"{path} is of another network: it {side} {name}")
+    for name, value in found.items():
+        if value.shape != wanted[name].shape:
+            raise CheckpointError(
+                f"{path} is of another network: {name} is {list(value.shape)}, this network's is {list(wanted[name].shape)}"
+            )

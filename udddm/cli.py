@@ -1,0 +1,228 @@
+"""The commands udddm-train, udddm-sample and udddm-store. Everything heavy is imported once the arguments are parsed."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+FAILED = 1
+USAGE = 2
+
+
+def _version() -> str:
+    from udddm import __version__
+
+    return __version__
+
+
+def _reported(body: Callable[[], int]) -> int:
+    """Turn the errors that are for the user into one message and an exit code; let the others show their trace."""
+    from udddm.config import ConfigError
+
+    try:
+        return body()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except Exception as error:
+        from udddm.checkpoint import CheckpointError
+        from udddm.data import DataError
+        from udddm.store import StoreError
+        from udddm.trainer import Diverged, Interrupted
+
+        if isinstance(error, Interrupted):
+            print(str(error), file=sys.stderr)
+            return error.exit_code
+        if isinstance(error, CheckpointError | DataError | StoreError | Diverged):
+            print(f"error: {error}", file=sys.stderr)
+            return FAILED
+        raise
+    except KeyboardInterrupt:
+        print("stopped at once; the last checkpoint is intact and the same command resumes", file=sys.stderr)
+        return 130
+
+
+def _train_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="udddm-train",
+        description="Train a one-step image generator. The same command again resumes the run.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML preset, such as configs/digits.yaml")
+    parser.add_argument("--run-dir", metavar="DIR", help="where everything goes (default: runs/<preset>)")
+    parser.add_argument("--store", choices=["gpu", "pinned", "zarr"], help="where the x0-state lives (store.kind)")
+    parser.add_argument("--store-url", metavar="URL", help="where the zarr store is (store.url; default: <run>/state)")
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a value, such as train.epochs=3"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and what it needs, and stop")
+    parser.add_argument("--version", action="version", version=_version())
+    return parser
+
+
+def train(argv: list[str] | None = None) -> int:
+    arguments = _train_parser().parse_args(argv)
+
+    def body() -> int:
+        from udddm import config as configuration
+
+        overrides = list(arguments.set)
+        if arguments.store:
+            overrides.append(f"store.kind={arguments.store}")
+        if arguments.store_url:
+            overrides.append(f"store.url={arguments.store_url}")
+        config = configuration.load(arguments.config, overrides)
+        name = Path(arguments.config).stem if arguments.config else "default"
+        run = Path(arguments.run_dir or Path("runs") / name)
+        if arguments.dry_run:
+            from udddm.plan import plan
+
+            for line in plan(config, arguments.device):
+                print(line)
+            return 0
+        from udddm.api import train as run_training
+
+        run_training(config, run_dir=run, device=arguments.device)
+        return 0
+
+    return _reported(body)
+
+
+def _seeds(text: str) -> list[int]:
+    """`0-999`, `7`, `1,5,9` and mixtures."""
+    seeds: list[int] = []
+    for part in text.split(","):
+        first, separator, last = part.partition("-")
+        try:
+            low = int(first)
+            high = int(last) if separator else low
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: write seeds as 0-999 or 1,5,9") from None
+        if high < low:
+            raise argparse.ArgumentTypeError(f"{part!r}: the last seed is below the first")
+        seeds += range(low, high + 1)
+    return seeds
+
+
+def _sample_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="udddm-sample", description="Generate images. Each depends on its seed (and label) alone."
+    )
+    parser.add_argument("--checkpoint", metavar="RUN", required=True, help="a run directory or one of its checkpoints")
+    parser.add_argument("--steps", type=int, default=1, metavar="N", help="network evaluations an image (default 1)")
+    parser.add_argument("--sampler", choices=["renoise", "algorithm-2"], default="renoise")
+    parser.add_argument("--seeds", type=_seeds, default=list(range(64)), metavar="0-999", help="default 0-63")
+    parser.add_argument("--labels", type=_seeds, metavar="0-9", help="class labels, repeated over the seeds")
+    parser.add_argument("--ema", metavar="DECAY", help="which average of the weights; 'none' for the raw weights")
+    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="samples.npy and samples.png go here")
+    parser.add_argument("--batch", type=int, default=250, metavar="N", help="images made at once (default 250)")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--version", action="version", version=_version())
+    return parser
+
+
+def sample(argv: list[str] | None = None) -> int:
+    parser = _sample_parser()
+    arguments = parser.parse_args(argv)
+    if arguments.steps < 1 or arguments.batch < 1:
+        parser.error("--steps and --batch must be at least 1")
+
+    def body() -> int:
+        import itertools
+
+        import numpy as np
+        import torch
+
+        from udddm.api import load_model
+        from udddm.api import sample as draw
+        from udddm.config import ConfigError
+        from udddm.pictures import grid
+
+        model = load_model(arguments.checkpoint, ema=arguments.ema, device=arguments.device)
+        labels = None
+        if arguments.labels is not None:
+            if max(arguments.labels) >= model.config.network.classes:
+                raise ConfigError(f"--labels: the model has {model.config.network.classes} classes, numbered from 0")
+            labels = list(itertools.islice(itertools.cycle(arguments.labels), len(arguments.seeds)))
+        images = draw(
+            model,
+            arguments.seeds,
+            steps=arguments.steps,
+            sampler_name=arguments.sampler,
+            labels=labels,
+            batch=arguments.batch,
+        )
+        out: Path = arguments.out
+        out.mkdir(parents=True, exist_ok=True)
+        with (out / "samples.npy").open("wb") as file:
+            np.save(file, images)
+        grid(torch.from_numpy(images[:400]), out / "samples.png")
+        print(f"{len(images)} images in {out / 'samples.npy'}, the first {min(400, len(images))} in {out / 'samples.png'}")
+        return 0
+
+    return _reported(body)
+
+
+def _store_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="udddm-store", description="Look into an x0-state store. Nothing is written to it; safe beside a live run."
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (
+        ("info", "what the store holds"),
+        ("verify", "check every chunk's checksum; exits 1 and lists what is damaged"),
+        ("view", "one sample's estimates through the kept generations beside its image, as a PNG"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("path", metavar="RUN|URL", help="a run directory, or the store's own path or URL")
+        if name == "view":
+            command.add_argument("--sample", type=int, required=True, metavar="I")
+            command.add_argument("--out", type=Path, default=Path("view.png"), metavar="FILE")
+    return parser
+
+
+def store(argv: list[str] | None = None) -> int:
+    arguments = _store_parser().parse_args(argv)
+
+    def body() -> int:
+        from udddm.store import inspect
+
+        place = inspect.find(arguments.path)
+        if arguments.command == "info":
+            print("\n".join(inspect.info(place)))
+        elif arguments.command == "verify":
+            chunks, damaged = inspect.verify(place)
+            print("\n".join(damaged) if damaged else f"{chunks} chunks and {len(place.checkpoints)} checkpoints are whole")
+            return FAILED if damaged else 0
+        else:
+            _view(place, arguments.sample, arguments.out)
+        return 0
+
+    return _reported(body)
+
+
+def _view(place: object, sample: int, out: Path) -> None:
+    import numpy as np
+    import torch
+
+    from udddm.data import ImageDataset, load_dataset
+    from udddm.pictures import grid
+    from udddm.store import inspect
+
+    assert isinstance(place, inspect.Place)
+    found = inspect.estimates(place, sample)
+    names, images = [name for name, _ in found], [image for _, image in found]
+    if place.config is not None:
+        image, _ = ImageDataset(load_dataset(place.config.data)).batch(np.array([sample]))
+        names.insert(0, "the image")
+        images.insert(0, image[0])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    grid(torch.stack(images), out, columns=len(images), side=128)
+    print(f"sample {sample} in {out}, left to right: {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    sys.exit(train())

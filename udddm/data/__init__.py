@@ -1,0 +1,11 @@
+"""Data sets: map-style objects of images, and the one wrapper through which the trainer reads them.
+
+dataset = ImageDataset(load_dataset(config.data))   # or ImageDataset(your_own_object)
+images, labels = dataset.batch(ids)                 # float32 [n, C, H, W] in [-1, 1], int64 [n] or None
+"""
+
+from udddm.data.dataset import ImageDataset, check_unchanged
+from udddm.data.images import ArrayImages, BatchSource, DataError, MapDataset
+from udddm.data.loading import load_dataset
+
+__all__ = ["ArrayImages", "BatchSource", "DataError", "ImageDataset", "MapDataset", "check_unchanged", "load_dataset"]

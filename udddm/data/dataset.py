@@ -1,0 +1,188 @@
+"""The trainer's view of a data set: checked batches, and a fingerprint that tells when the data changed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import threading
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import numpy as np
+import torch
+
+from udddm.data.images import (
+    ArrayImages,
+    BatchSource,
+    DataError,
+    Ids,
+    Labels,
+    MapDataset,
+    as_channels_first,
+    check_labels,
+    format_shape,
+    require_map_style,
+    scaled,
+    split_sample,
+)
+
+log = logging.getLogger(__name__)
+
+PROBES = 16  # samples a fingerprint reads
+
+
+class ImageDataset:
+    """Any map-style object, read in batches of float32 images [n, C, H, W] in [-1, 1] with labels or without.
+
+    `source` is a BatchSource, an array or tensor of all images, or any object whose `source[i]` is an image or
+    (image, label). An image is a torch tensor or numpy array [C, H, W] or [H, W], uint8 [H, W, C] with 1, 3 or 4
+    channels, or a PIL image; uint8 becomes value / 127.5 - 1, floats must lie in [-1, 1]. All must agree in shape, and
+    all or none must have a label. A source with labels may tell how many classes there are by an attribute
+    `classes`: the number, or a list of their names as in torchvision.
+
+    Safe to use from several threads: any source but a BatchSource is called by one thread at a time.
+
+    Raises DataError for an object that is not map-style or is empty, or a first sample that is no image.
+    """
+
+    shape: tuple[int, int, int]
+    """(C, H, W) of every image."""
+    labelled: bool
+    classes: int | None
+    """Number of classes where the source tells it; None without labels."""
+
+    def __init__(self, source: MapDataset | torch.Tensor | np.ndarray[Any, Any]) -> None:
+        require_map_style(source, "the data set")
+        if isinstance(source, torch.Tensor):
+            source = source.detach().cpu()
+            source = (source.float() if source.dtype == torch.bfloat16 else source).numpy()
+        self._source: MapDataset = ArrayImages(source) if isinstance(source, np.ndarray) else source
+        self._lock = threading.Lock()
+        self._length = len(self._source)
+        if self._length == 0:
+            raise DataError("the data set is empty")
+        first = np.zeros(1, dtype=np.int64)
+        if isinstance(self._source, BatchSource):
+            images, labels = self._source.batch(first)
+            image, label = images[0], None if labels is None else labels[0]
+        else:
+            image, label = self._sample(0)
+        channels, height, width = image.shape
+        self.shape = (channels, height, width)
+        self.labelled = label is not None
+        self.classes = _count_classes(self._source) if self.labelled else None
+        self.batch(first)  # a wrong range or label is better told now than in the first step
+
+    def __len__(self) -> int:
+        return self._length
+
+    def batch(self, ids: Ids) -> tuple[torch.Tensor, Labels | None]:
+        """Images of the samples `ids` (int64 [n], each in 0..N-1) as float32 [n, C, H, W] in [-1, 1] on the CPU, and
+        their labels as int64 [n], or None if the data set has none.
+
+        Raises IndexError for an id out of range, and DataError naming the sample for a shape that differs from
+        the first one's, NaN, a value out of range, an integer type other than uint8, or a missing or wrong label.
+        """
+        ids = np.asarray(ids, dtype=np.int64)
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self._length):  # numpy would wrap a negative id round
+            raise IndexError(f"ids {ids.min()}..{ids.max()} of a data set of {self._length} samples")
+        if isinstance(self._source, BatchSource):
+            rows, labels = self._source.batch(ids)
+            if rows.shape != (len(ids), *self.shape):
+                raise DataError(
+                    f"a batch of {len(ids)} images of {self._describe()} came with shape {list(rows.shape)}"
+                )
+            images = scaled(rows, ids)
+        else:
+            images = np.empty((len(ids), *self.shape), dtype=np.float32)
+            labels = np.empty(len(ids), dtype=np.int64) if self.labelled else None
+            for row, index in enumerate(ids.tolist()):
+                image, label = self._sample(index)
+                if image.shape != self.shape:
+                    raise DataError(
+                        f"sample {index} is {format_shape(image.shape)}, but sample 0 is {self._describe()}: "
+                        "all images must agree in shape"
+                    )
+                images[row] = scaled(image[None], ids[row : row + 1])[0]
+                if labels is not None:
+                    labels[row] = self._label(label, index)
+                elif label is not None:
+                    raise DataError(f"sample {index} has a label, but sample 0 has none: label all or none")
+        return torch.from_numpy(images), labels
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What a run records to notice that its data changed: `{"length": N, "shape": [C, H, W], "digest": sha256}`.
+
+        The digest covers the images and labels of 16 evenly spaced samples, the first and the last among them, so
+        it costs little and misses a change elsewhere. It is None where reading a sample twice gives different images.
+        """
+        probes = np.unique(np.linspace(0, self._length - 1, PROBES).round().astype(np.int64))
+        images, labels = self.batch(probes)
+        digest: str | None = _digest(images, labels)
+        if not isinstance(self._source, BatchSource) and _digest(*self.batch(probes)) != digest:
+            digest = None
+            log.warning(
+                "the data set gives other images when read again (a random transform?): "
+                "each sample's stored state belongs to one image, so prefer fixed images"
+            )
+        elif images.min() >= 0 and images.max() > 0:
+            log.warning("no probed image has a value below 0: if yours are scaled to [0, 1], scale them to [-1, 1]")
+        return {"length": self._length, "shape": list(self.shape), "digest": digest}
+
+    def _describe(self) -> str:
+        return format_shape(self.shape)
+
+    def _sample(self, index: int) -> tuple[np.ndarray[Any, Any], Any]:
+        try:
+            with self._lock:
+                sample = self._source[index]
+        except DataError:
+            raise
+        except Exception as error:
+            error.add_note(f"while reading sample {index} of the data set")
+            raise
+        image, label = split_sample(sample, f"sample {index}")
+        return as_channels_first(image, f"sample {index}"), label
+
+    def _label(self, label: Any, index: int) -> int:
+        if label is None:
+            raise DataError(f"sample {index} has no label, but sample 0 has one: label all or none")
+        if isinstance(label, torch.Tensor):
+            label = label.detach().cpu().numpy()
+        array = np.asarray(label)
+        if array.shape not in ((), (1,)):
+            raise DataError(f"the label of sample {index} has shape {list(array.shape)}: give one integer")
+        return int(check_labels(array.reshape(1), 1, self.classes, f"sample {index}")[0])
+
+
+def check_unchanged(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise DataError saying what changed if two fingerprints differ, that of the run and that of the data now."""
+    changes = []
+    if recorded.get("length") != current.get("length"):
+        changes.append(f"it had {recorded.get('length')} samples and now has {current.get('length')}")
+    if recorded.get("shape") != current.get("shape"):
+        before, now = (format_shape(each.get("shape") or ()) for each in (recorded, current))
+        changes.append(f"its images were {before} and now are {now}")
+    if not changes and recorded.get("digest") != current.get("digest"):
+        changes.append(
+            "the contents of its samples differ (other images, labels, order, preprocessing or image decoder)"
+        )
+    if changes:
+        raise DataError(
+            f"the data set is not the one this run was started with: {'; '.join(changes)}; "
+            "bring the old data back, or start a new run"
+        )
+
+
+def _digest(images: torch.Tensor, labels: Labels | None) -> str:
+    digest = hashlib.sha256(images.numpy().astype("<f4").tobytes())
+    if labels is not None:
+        digest.update(labels.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def _count_classes(source: object) -> int | None:
+    classes = getattr(source, "classes", None)
+    if isinstance(classes, Sized) and not isinstance(classes, str):
+        classes = len(classes)
+    return int(classes) if isinstance(classes, int | np.integer) and classes > 0 else None

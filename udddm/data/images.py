@@ -1,0 +1,236 @@
+"""What counts as an image, and sources that read many of them at once.
+
+An image is [C, H, W], uint8 in 0..255 or floats in [-1, 1]. Users' objects may also give [H, W] (one channel), uint8
+[H, W, C] and PIL images; `as_channels_first` brings them all to that form.
+"""
+
+from __future__ import annotations
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+Array = npt.NDArray[Any]
+Ids = npt.NDArray[np.int64]
+Labels = npt.NDArray[np.int64]
+
+GRAY_MODES = ("1", "L", "LA")  # PIL's modes without colour and with at most 8 bits
+COLOURS = (1, 3, 4)  # gray, RGB, RGBA: the channel counts by which [H, W, C] is told from [C, H, W]
+# How far outside [-1, 1] a float may lie: bfloat16's next value after 1 is 1.0078. Such values are clamped.
+TOLERANCE = 0.01
+
+
+class DataError(ValueError):
+    """Data the user has to correct; the message names the file or sample, what is wrong and the cure."""
+
+
+class MapDataset(Protocol):
+    """Any object of N samples: `dataset[i]` for 0 <= i < N is an image, or a pair (image, integer label)."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Any: ...
+
+
+class BatchSource(ABC):
+    """A map-style source that reads many samples in one call.
+
+    Subclass it where that is quicker than one at a time. `batch` must be safe to call from several threads.
+    A plain class with a method named `batch` does not count: in other libraries that name means other things.
+    """
+
+    classes: int | None = None
+    """How many classes the labels 0..classes-1 stand for; None where there are no labels."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batch(self, ids: Ids) -> tuple[Array, Labels | None]:
+        """Samples `ids` (int64 [n]): images [n, C, H, W], uint8 or floats in [-1, 1]; labels int64 [n] or None."""
+
+    def __getitem__(self, index: int, /) -> Any:
+        """One image [C, H, W], or (image, label)."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        images, labels = self.batch(np.array([index], dtype=np.int64))
+        return images[0] if labels is None else (images[0], int(labels[0]))
+
+
+class ArrayImages(BatchSource):
+    """Images in one array: [N, C, H, W], [N, H, W], or uint8 [N, H, W, C]; memory-mapped arrays stay on disk.
+
+    `images` is uint8, or floats in [-1, 1]; `labels` integers [N] from 0 on; `classes` defaults to the greatest label
+    plus one; `name` is what error messages call the array. Raises DataError for any other shape or type.
+    """
+
+    def __init__(self, images: Any, labels: Any = None, *, classes: int | None = None, name: str = "the array") -> None:
+        self._images = images
+        self._name = name
+        shape = tuple(int(side) for side in images.shape)
+        if len(shape) not in (3, 4):
+            raise DataError(
+                f"{name} has shape {list(shape)}: give images as [N, C, H, W], [N, H, W] or uint8 [N, H, W, C]"
+            )
+        check_type(images.dtype, name)
+        if 0 in shape:
+            raise DataError(f"{name} is empty: its shape is {list(shape)}")
+        self._channels_last = len(shape) == 4 and _is_channels_last(shape[1:], images.dtype, f"an image of {name}")
+        self._labels = None if labels is None else check_labels(labels, shape[0], classes, name)
+        if self._labels is not None:
+            self.classes = classes or int(self._labels.max()) + 1
+
+    def __len__(self) -> int:
+        return int(self._images.shape[0])
+
+    def batch(self, ids: Ids) -> tuple[Array, Labels | None]:
+        rows = self._rows(ids)
+        if rows.ndim == 3:
+            rows = rows[:, None]
+        elif self._channels_last:
+            rows = rows.transpose(0, 3, 1, 2)
+        return rows, None if self._labels is None else self._labels[ids]
+
+    def _rows(self, ids: Ids) -> Array:
+        return np.asarray(self._images[ids])
+
+
+def require_map_style(source: object, name: str) -> None:
+    """Raise DataError unless `source` has a length and can be indexed by integers."""
+    missing = [method for method in ("__len__", "__getitem__") if not hasattr(type(source), method)]
+    if missing:
+        raise DataError(
+            f"{name} is a {type(source).__name__} without {' and '.join(missing)}: "
+            "give a map-style data set, whose samples are dataset[0] to dataset[len(dataset) - 1]"
+        )
+    if isinstance(source, Mapping | str | bytes):
+        raise DataError(f"{name} is a {type(source).__name__}, not a sequence of images or (image, label) pairs")
+
+
+def split_sample(sample: object, name: str) -> tuple[Any, Any]:
+    """(image, label) of what a user's `__getitem__` gave; the label is None where there is none."""
+    if isinstance(sample, Mapping):
+        keys = ", ".join(map(repr, sample))
+        raise DataError(f"{name} is a mapping with the keys {keys}: __getitem__ must give an image or (image, label)")
+    if not isinstance(sample, Sequence) or isinstance(sample, str | bytes):
+        return sample, None
+    if len(sample) not in (1, 2):  # (image,) is what torch's TensorDataset gives
+        raise DataError(f"{name} is a {type(sample).__name__} of {len(sample)}: give an image or a pair (image, label)")
+    return sample[0], sample[1] if len(sample) == 2 else None
+
+
+def as_channels_first(image: object, name: str) -> Array:
+    """A user's image as an array [C, H, W], its type kept. Raises DataError, which calls the image `name`."""
+    if isinstance(image, torch.Tensor):
+        image = image.detach().cpu()
+        image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
+    elif not isinstance(image, np.ndarray):
+        return _from_pil(image, name)
+    check_type(image.dtype, name)
+    if 0 in image.shape or image.ndim not in (2, 3):
+        raise DataError(f"{name} has shape {list(image.shape)}: give an image as [C, H, W], [H, W] or uint8 [H, W, C]")
+    if image.ndim == 2:
+        return image[None]
+    return image.transpose(2, 0, 1) if _is_channels_last(image.shape, image.dtype, name) else image
+
+
+def scaled(rows: Array, ids: Ids) -> npt.NDArray[np.float32]:
+    """Rows [n, C, H, W] as new float32 in [-1, 1]: uint8 -> value / 127.5 - 1; floats are checked and kept.
+
+    Raises DataError naming the sample (one of `ids`, int64 [n]) that holds NaN, infinity or a value out of range.
+    """
+    check_type(rows.dtype, "the batch")
+    out = np.empty(rows.shape, dtype=np.float32)  # C order, whatever the strides of `rows`
+    with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which is reported below
+        np.copyto(out, rows, casting="same_kind")
+    if rows.dtype == np.uint8:
+        out /= 127.5
+        out -= 1
+        return out
+    if out.size == 0:
+        return out
+    low, high = float(out.min()), float(out.max())  # NaN if any value is
+    if not (low >= -1 - TOLERANCE and high <= 1 + TOLERANCE):
+        flat = out.reshape(len(out), -1)
+        worst = int(np.argmin(((flat >= -1 - TOLERANCE) & (flat <= 1 + TOLERANCE)).all(axis=1)))
+        first, last = float(flat[worst].min()), float(flat[worst].max())
+        if not np.isfinite([first, last]).all():
+            raise DataError(f"sample {ids[worst]} holds NaN or infinite values: remove or repair it")
+        raise DataError(
+            f"sample {ids[worst]} lies in [{first:g}, {last:g}]: scale float images to [-1, 1], or give uint8 in 0..255"
+        )
+    if low < -1 or high > 1:
+        np.clip(out, -1, 1, out=out)
+    return out
+
+
+def check_type(dtype: np.dtype[Any], name: str) -> None:
+    """Raise DataError unless `dtype` is uint8 or a float of up to 8 bytes."""
+    if dtype != np.uint8 and not (dtype.kind == "f" and dtype.itemsize <= 8):
+        raise DataError(f"{name} holds {dtype}: give uint8 in 0..255 or floats in [-1, 1]")
+
+
+def check_depth(mode: str, name: str) -> None:
+    """Raise DataError for PIL's modes of more than 8 bits a channel, which PIL would clip to 255."""
+    if mode == "F" or mode.startswith("I"):
+        raise DataError(f"{name} has more than 8 bits a channel (PIL mode {mode}): convert it to 8 bits")
+
+
+def check_labels(labels: Any, length: int, classes: int | None, name: str) -> Labels:
+    """Labels as int64 [length], each in 0..classes-1. Raises DataError, which calls what they belong to `name`."""
+    array = np.asarray(labels)
+    if array.shape != (length,):
+        raise DataError(
+            f"the labels of {name} have shape {list(array.shape)}, but there are {length} images: give [{length}]"
+        )
+    if array.dtype.kind not in "iu":
+        raise DataError(f"the labels of {name} are {array.dtype}: give integers from 0 on")
+    if array.max() > np.iinfo(np.int64).max or array.min() < 0 or (classes is not None and array.max() >= classes):
+        upper = "on" if classes is None else f"to {classes - 1}"
+        raise DataError(f"the labels of {name} lie in {array.min()}..{array.max()}: give integers from 0 {upper}")
+    return array.astype(np.int64)
+
+
+def format_shape(shape: Sequence[int]) -> str:
+    """[C, H, W] as people write it: 3x32x32."""
+    return "x".join(str(side) for side in shape)
+
+
+def _is_channels_last(shape: Sequence[int], dtype: np.dtype[Any], name: str) -> bool:
+    """Whether an image of three dimensions is [H, W, C]; what could be either is taken for [C, H, W].
+
+    [16, 4, 4] is a latent of 16 channels rather than an image four pixels wide.
+    """
+    looks_so = shape[2] in COLOURS and shape[0] not in COLOURS and shape[1] != shape[2]
+    if looks_so and dtype != np.uint8:
+        raise DataError(f"{name} has shape {list(shape)}: give float images as [C, H, W]")
+    return looks_so
+
+
+def pil_pixels(image: Any) -> npt.NDArray[np.uint8]:
+    """A PIL image of mode L, RGB or RGBA as [C, H, W]."""
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def _from_pil(image: object, name: str) -> Array:
+    pil = sys.modules.get("PIL.Image")  # a PIL image can only exist once PIL has been imported
+    if pil is None or not isinstance(image, pil.Image):
+        raise DataError(f"{name} is a {type(image).__name__}: give a torch tensor, a numpy array or a PIL image")
+    if image.mode != "RGBA":
+        image = to_gray_or_rgb(image, gray=image.mode in GRAY_MODES, name=name)
+    return pil_pixels(image)
+
+
+def to_gray_or_rgb(image: Any, *, gray: bool, name: str) -> Any:
+    """A PIL image in mode L or RGB; an alpha channel is dropped. Raises DataError for more than 8 bits a channel."""
+    check_depth(image.mode, name)
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # PIL warns when it goes from here to RGB in one step
+    mode = "L" if gray else "RGB"
+    return image if image.mode == mode else image.convert(mode)

@@ -1,0 +1,98 @@
+"""From the `data` section of a configuration to a data set."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import operator
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from udddm.config import DataConfig
+from udddm.data import arrays, folder, sources
+from udddm.data.images import DataError, MapDataset, require_map_style
+
+BUILT_IN: dict[str, Callable[[DataConfig], MapDataset]] = {
+    "digits": lambda config: sources.digits(),
+    "fashion-mnist": lambda config: sources.fashion_mnist(_optional_path(config)),
+    "cifar10": lambda config: sources.cifar10(_optional_path(config)),
+    "folder": lambda config: folder.FolderImages(Path(_path(config)).expanduser(), size=config.size),
+    "array": lambda config: arrays.open_array(_path(config)),
+}
+
+
+def load_dataset(config: DataConfig) -> MapDataset:
+    """The data set that `config` names: a map-style object of images or (image, label) pairs.
+
+    Wrap it in ImageDataset to read batches. Raises DataError for an unknown name, a setting that the data set does not
+    take, and for data that are missing or damaged.
+    """
+    if ":" in config.name:
+        _refuse(config, path=config.path, size=config.size)
+        return _from_factory(config.name, config.arguments)
+    if config.name not in BUILT_IN:
+        match = difflib.get_close_matches(config.name, BUILT_IN, 1, 0.5)
+        hint = f"did you mean {match[0]}? There are" if match else "there are"
+        raise DataError(f"unknown data set {config.name!r}; {hint} {', '.join(BUILT_IN)}, and package.module:function")
+    _refuse(
+        config,
+        path=config.path if config.name == "digits" else None,
+        size=config.size if config.name != "folder" else None,
+        arguments=config.arguments or None,
+    )
+    return BUILT_IN[config.name](config)
+
+
+def _refuse(config: DataConfig, **settings: object) -> None:
+    """A setting that would be ignored is a mistake worth telling."""
+    for key, value in settings.items():
+        if value is not None:
+            cure = "put it under data.arguments" if ":" in config.name else f"remove data.{key}"
+            raise DataError(f"data.{key} has no meaning for the data set {config.name}: {cure}")
+
+
+def _path(config: DataConfig) -> str:
+    if not config.path:
+        raise DataError(f"the data set {config.name!r} needs data.path: where its images are")
+    return config.path
+
+
+def _optional_path(config: DataConfig) -> Path | None:
+    return Path(config.path).expanduser() if config.path else None
+
+
+def _from_factory(name: str, arguments: dict[str, Any]) -> MapDataset:
+    module_name, _, attribute = name.partition(":")
+    if not module_name or not attribute or module_name.startswith("."):
+        raise DataError(f"data set {name!r}: write package.module:function")
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise DataError(
+                f"data set {name!r}: there is no module {error.name}: install it, or name its folder in PYTHONPATH"
+            ) from error
+        raise DataError(f"data set {name!r}: importing {module_name} failed: {error}") from error
+    except ImportError as error:
+        raise DataError(f"data set {name!r}: importing {module_name} failed: {error}") from error
+    try:
+        factory = operator.attrgetter(attribute)(module)
+    except AttributeError as error:
+        names = [each for each in vars(module) if not each.startswith("_")]
+        match = difflib.get_close_matches(attribute, names, 1)
+        hint = f"; did you mean {match[0]}?" if match else ""
+        raise DataError(f"data set {name!r}: the module {module_name} has no {attribute}{hint}") from error
+    if not callable(factory):
+        raise DataError(f"data set {name!r} is a {type(factory).__name__}, not a function that returns a data set")
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise DataError(f"data set {name!r} cannot be called with data.arguments: {error}") from error
+    except ValueError:
+        pass  # a function written in C need not tell its signature
+    dataset = factory(**arguments)
+    require_map_style(dataset, f"what {name} returned")
+    result: MapDataset = dataset
+    return result

@@ -1,0 +1,198 @@
+"""The data sets that are known by name: digits, Fashion-MNIST and CIFAR-10, each its training split."""
+
+from __future__ import annotations
+
+import gzip
+import struct
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from udddm.data.download import cache_directory, fetch, md5_of
+from udddm.data.images import ArrayImages, DataError
+
+Bytes = npt.NDArray[np.uint8]
+
+
+def digits() -> ArrayImages:
+    """The 8x8 digits of scikit-learn: float32 [1797, 1, 8, 8], their values 0..16 as value / 8 - 1; labels 0..9."""
+    from sklearn.datasets import load_digits
+
+    bunch = load_digits()
+    images = bunch.images[:, None].astype(np.float32) / 8 - 1
+    return ArrayImages(images, bunch.target, classes=10, name="digits")
+
+
+@dataclass(frozen=True)
+class Remote:
+    """A file to download and its MD5."""
+
+    url: str
+    md5: str
+
+
+@dataclass(frozen=True)
+class IdxFile:
+    """One gzipped IDX file: the array it must hold, the CRC-32 of its contents and where the official one is."""
+
+    name: str
+    shape: tuple[int, ...]
+    crc32: int
+    remote: Remote
+
+
+_FASHION_MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
+FASHION_IMAGES = IdxFile(
+    "train-images-idx3-ubyte.gz",
+    (60_000, 28, 28),
+    0xB4F29F28,
+    Remote(_FASHION_MIRROR + "train-images-idx3-ubyte.gz", "8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+)
+FASHION_LABELS = IdxFile(
+    "train-labels-idx1-ubyte.gz",
+    (60_000,),
+    0x741A4657,
+    Remote(_FASHION_MIRROR + "train-labels-idx1-ubyte.gz", "25c81989df183df01b3e8a0aad5dffbe"),
+)
+
+
+def fashion_mnist(
+    path: Path | None = None,
+    *,
+    images: IdxFile = FASHION_IMAGES,
+    labels: IdxFile = FASHION_LABELS,
+    system: Path = FASHION_DEBIAN,
+) -> ArrayImages:
+    """Fashion-MNIST (Xiao et al. 2017): uint8 [60000, 1, 28, 28], labels 0..9.
+
+    Read from the directory `path`; without one from the Debian package dataset-fashion-mnist where it is installed,
+    else from the cache, which is filled by a download of 26 MB. Raises DataError for a missing or damaged file, one of
+    another data set (MNIST's have the same names and shapes), or a failed download.
+    """
+    if path is None and all((system / file.name).is_file() for file in (images, labels)):
+        path = system
+    if path is None:
+        path = cache_directory() / "fashion-mnist"
+        for file in (images, labels):
+            fetch(file.remote.url, path / file.name, file.remote.md5)
+    pixels, targets = (_read_idx(path / file.name, file) for file in (images, labels))
+    return ArrayImages(pixels[:, None], targets, classes=10, name=f"Fashion-MNIST in {path}")
+
+
+# Debian repacks the gzip files without the name and time in their headers, so the official MD5 of the compressed file
+# does not hold there; that of the contents does.
+def _read_idx(path: Path, expected: IdxFile) -> Bytes:
+    content = _gunzip(path)
+    array = _parse_idx(content, path)
+    if array.shape != expected.shape:
+        raise DataError(f"{path} holds an array of shape {list(array.shape)}, not {list(expected.shape)}")
+    if zlib.crc32(content) != expected.crc32:
+        raise DataError(f"{path} has the right shape but not the right contents: is it another data set's (MNIST)?")
+    return array
+
+
+def _gunzip(path: Path) -> bytes:
+    try:
+        with gzip.open(path) as file:
+            return file.read()
+    except FileNotFoundError as error:
+        raise DataError(f"{path} does not exist: data.path must be the directory with the gzipped IDX files") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as a gzip file: {error}") from error
+
+
+def _parse_idx(content: bytes, path: Path) -> Bytes:
+    """IDX: two zero bytes, a type code (8 is uint8), the number of dimensions, each as big-endian uint32, the data."""
+    if len(content) < 4 or content[:3] != b"\0\0\x08" or content[3] == 0:
+        raise DataError(f"{path} is no IDX file of uint8: it begins with {content[:4].hex(' ') or 'nothing'}")
+    start = 4 + 4 * content[3]
+    if len(content) < start:
+        raise DataError(f"{path} ends within its IDX header")
+    shape = struct.unpack(f">{content[3]}I", content[4:start])
+    data = np.frombuffer(content, dtype=np.uint8, offset=start)
+    expected = 1
+    for side in shape:
+        expected *= side
+    if len(data) != expected:
+        raise DataError(f"{path} holds {len(data)} bytes, but its header announces {list(shape)}: {expected} bytes")
+    return data.reshape(shape)
+
+
+CIFAR10 = Remote("https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "c32a1d4ab5d03f1284b67883e8d87530")
+CIFAR10_FOLDER = "cifar-10-batches-bin"
+CIFAR10_BATCHES = tuple(f"data_batch_{number}.bin" for number in range(1, 6))
+_RECORD = 1 + 3 * 32 * 32  # a label, then red, green and blue planes
+
+
+def cifar10(path: Path | None = None, *, remote: Remote = CIFAR10, records: int = 10_000) -> ArrayImages:
+    """CIFAR-10 (Krizhevsky 2009), the binary version: uint8 [50000, 3, 32, 32], labels 0..9.
+
+    `path` is the archive cifar-10-binary.tar.gz, whose MD5 must be that of `remote`, or its unpacked directory
+    cifar-10-batches-bin; without one the archive is downloaded to the cache (170 MB). Each of the five batches holds
+    `records` images. Raises DataError for a missing or damaged file or a failed download.
+    """
+    if path is None:
+        path = fetch(remote.url, cache_directory() / "cifar-10-binary.tar.gz", remote.md5)
+    elif path.is_file():
+        digest = md5_of(path)
+        if digest != remote.md5:
+            raise DataError(
+                f"{path} has the MD5 {digest}, but cifar-10-binary.tar.gz has {remote.md5}: "
+                f"download {remote.url} again, or unpack the archive you trust and give its directory {CIFAR10_FOLDER}"
+            )
+    elif not path.is_dir():
+        raise DataError(f"{path} does not exist: give cifar-10-binary.tar.gz or the directory {CIFAR10_FOLDER}")
+    batches = _cifar10_directory(path, records) if path.is_dir() else _cifar10_archive(path, records)
+    rows = np.concatenate([_parse_cifar10(content, name, records) for name, content in batches])
+    return ArrayImages(rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0], classes=10, name=f"CIFAR-10 in {path}")
+
+
+def _cifar10_directory(path: Path, records: int) -> Iterator[tuple[str, bytes]]:
+    for name in CIFAR10_BATCHES:
+        file = path / name
+        if not file.is_file():
+            raise DataError(f"{file} does not exist: {path} is no complete {CIFAR10_FOLDER}")
+        _check_batch_size(file.stat().st_size, str(file), records)
+        yield str(file), file.read_bytes()
+
+
+def _cifar10_archive(path: Path, records: int) -> Iterator[tuple[str, bytes]]:
+    """The batches in order, read in memory: no name in the archive ever becomes a path on the disk."""
+    found = {}
+    wanted = {f"{CIFAR10_FOLDER}/{name}": name for name in CIFAR10_BATCHES}
+    try:
+        with tarfile.open(path, "r:gz") as archive:
+            for member in archive:
+                name = wanted.get(member.name.removeprefix("./"))
+                if name is None or not member.isreg():
+                    continue
+                _check_batch_size(member.size, f"{member.name} in {path}", records)
+                file = archive.extractfile(member)
+                assert file is not None  # a regular file always has contents
+                found[name] = file.read()
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read as a gzipped tar archive: {error}") from error
+    for name in CIFAR10_BATCHES:
+        if name not in found:
+            raise DataError(f"{path} does not hold {CIFAR10_FOLDER}/{name}: it is not the binary version of CIFAR-10")
+        yield f"{name} in {path}", found.pop(name)
+
+
+def _check_batch_size(size: int, name: str, records: int) -> None:
+    if size != records * _RECORD:
+        raise DataError(f"{name} has {size} bytes, but a CIFAR-10 batch has {records * _RECORD}")
+
+
+def _parse_cifar10(content: bytes, name: str, records: int) -> Bytes:
+    _check_batch_size(len(content), name, records)  # again: a truncated archive may give less than it announces
+    rows = np.frombuffer(content, dtype=np.uint8).reshape(-1, _RECORD)
+    worst = int(rows[:, 0].argmax())
+    if rows[worst, 0] > 9:
+        raise DataError(f"{name} has the label {rows[worst, 0]} in record {worst}: CIFAR-10's are 0..9")
+    return rows

@@ -1,0 +1,246 @@
+"""Which sample is visited when, and by whom: a pure function of (seed, N, B, L, C, W, epoch, step).
+
+A fixed keyed permutation puts the N samples into N slots. Lane `l` owns a contiguous share of the slots, cut into
+chunks of C. In an epoch each lane shuffles its chunks, groups them into windows of W chunks, shuffles the slots inside
+each window, and gives B / L slots to every step. Ranks own whole lanes, so what a step trains on does not depend on
+how many ranks there are, and a rank touches only chunks of its own lanes.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from udddm import noise
+from udddm.config import ConfigError, OrderConfig
+from udddm.noise import Stream
+
+Indices = npt.NDArray[np.int64]
+
+CHUNK_BYTES = 4 << 20
+WINDOW_CHUNKS = 8
+_ROUNDS = 6
+
+
+@dataclass(frozen=True)
+class LaneStep:
+    """What lane `lane` gives to a step: `rows` [n] of `window`, in window-row order (see `Order.window`).
+
+    `n` is B / L except at the end of a lane. A step at the seam of two windows has two of these.
+    """
+
+    lane: int
+    window: int
+    rows: Indices
+    first: int
+    """Where these rows begin within the lane's B / L places of the step."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one rank's part of a step, padded to a static shape."""
+
+    ids: Indices
+    """[b] sample numbers; padding holds sample 0."""
+    slots: Indices
+    """[b] global slots; padding holds 0."""
+    weights: npt.NDArray[np.float32]
+    """[b] 1 for samples, 0 for padding, which is neither trained on nor written."""
+    total: int
+    """Samples of the whole step over all ranks: what its loss is averaged over."""
+    parts: tuple[LaneStep, ...]
+
+
+class Order:
+    """The order of a run. `chunk` (C) and `window` (W) are in slots a chunk and chunks a window."""
+
+    def __init__(self, seed: int, samples: int, batch: int, lanes: int, chunk: int, window: int):
+        if samples < lanes:
+            raise ConfigError(f"the data set has {samples} samples, fewer than order.lanes={lanes}; lower order.lanes")
+        if batch % lanes:
+            raise ConfigError(f"order.lanes={lanes} must divide train.batch_size={batch}")
+        self.seed, self.samples, self.batch, self.lanes = seed, samples, batch, lanes
+        self.share = batch // lanes
+        self.longest_lane = -(-samples // lanes)
+        self.chunk = min(chunk, self.longest_lane)
+        self.window_chunks = window
+        self.steps = -(-self.longest_lane // self.share)
+        self._half_bits = max(1, ((samples - 1).bit_length() + 1) // 2)
+        self._round_keys = [noise.key(seed, Stream.PERMUTATION, r) for r in range(_ROUNDS)]
+        self._lane_windows = functools.lru_cache(maxsize=4 * lanes)(self._compute_window)
+        self._batches = functools.lru_cache(maxsize=32)(self._compute_batch)
+        self._lane_chunks = functools.lru_cache(maxsize=4 * lanes)(self._compute_chunks)
+
+    @classmethod
+    def build(cls, config: OrderConfig, seed: int, samples: int, batch: int, shape: tuple[int, ...]) -> Order:
+        """Fill in the defaults: chunks of 4 MiB in float16 (whatever the store's dtype), windows of 8 chunks."""
+        chunk = config.chunk or max(1, CHUNK_BYTES // (2 * int(np.prod(shape))))
+        return cls(seed, samples, batch, config.lanes, chunk, config.window or WINDOW_CHUNKS)
+
+    def fingerprint(self) -> dict[str, int]:
+        return {
+            "seed": self.seed,
+            "samples": self.samples,
+            "batch": self.batch,
+            "lanes": self.lanes,
+            "chunk": self.chunk,
+            "window": self.window_chunks,
+        }
+
+    # Slots and samples: a keyed permutation that needs no table, so that N may be a billion.
+
+    def sample_of(self, slots: Indices) -> Indices:
+        """The sample in each global slot: a Feistel network on [0, 4^h), walked until it falls below N."""
+        return self._walk(slots, self._round_keys)
+
+    def slot_of(self, samples: Indices) -> Indices:
+        """The inverse of `sample_of`."""
+        return self._walk(samples, self._round_keys, inverse=True)
+
+    def _walk(self, values: Indices, round_keys: list[int], inverse: bool = False) -> Indices:
+        result = np.array(values, dtype=np.int64)
+        outside = np.arange(len(result))
+        while len(outside):
+            result[outside] = self._feistel(result[outside], round_keys, inverse)
+            outside = outside[result[outside] >= self.samples]
+        return result
+
+    def _feistel(self, values: Indices, round_keys: list[int], inverse: bool) -> Indices:
+        bits, mask = np.uint64(self._half_bits), np.uint64((1 << self._half_bits) - 1)
+        left, right = values.astype(np.uint64) >> bits, values.astype(np.uint64) & mask
+        with np.errstate(over="ignore"):
+            for key in reversed(round_keys) if inverse else round_keys:
+                if inverse:
+                    left, right = right ^ (noise.mix(left + np.uint64(key)) & mask), left
+                else:
+                    left, right = right, left ^ (noise.mix(right + np.uint64(key)) & mask)
+        return ((left << bits) | right).astype(np.int64)
+
+    # Lanes, chunks and windows.
+
+    def lane_start(self, lane: int) -> int:
+        """The first global slot of a lane; the first N mod L lanes have one slot more."""
+        return lane * (self.samples // self.lanes) + min(lane, self.samples % self.lanes)
+
+    def lane_slots(self, lane: int) -> int:
+        return self.lane_start(lane + 1) - self.lane_start(lane)
+
+    def chunks(self, lane: int) -> int:
+        return -(-self.lane_slots(lane) // self.chunk)
+
+    def chunk_slots(self, lane: int, chunk: int) -> int:
+        return min(self.chunk, self.lane_slots(lane) - chunk * self.chunk)
+
+    def chunk_samples(self, lane: int, chunk: int) -> Indices:
+        """The samples of a chunk, in slot order."""
+        start = self.lane_start(lane) + chunk * self.chunk
+        return self.sample_of(np.arange(start, start + self.chunk_slots(lane, chunk)))
+
+    def locate(self, sample: int) -> tuple[int, int, int]:
+        """(lane, chunk, row in the chunk) of a sample. Raises ConfigError when there is no such sample."""
+        if not 0 <= sample < self.samples:
+            raise ConfigError(f"there is no sample {sample}: the data set has {self.samples}, numbered from 0")
+        slot = int(self.slot_of(np.array([sample]))[0])
+        lane = next(i for i in range(self.lanes) if slot < self.lane_start(i + 1))
+        return lane, *divmod(slot - self.lane_start(lane), self.chunk)
+
+    def windows(self, lane: int) -> int:
+        return -(-self.chunks(lane) // self.window_chunks)
+
+    def window_chunks_of(self, lane: int, epoch: int, window: int) -> list[int]:
+        """The chunks of a window, in the order in which their rows lie in the window's buffer."""
+        order = self._lane_chunks(lane, epoch)
+        return [int(c) for c in order[window * self.window_chunks : (window + 1) * self.window_chunks]]
+
+    def _compute_chunks(self, lane: int, epoch: int) -> Indices:
+        return noise.shuffled(self.chunks(lane), noise.key(self.seed, Stream.CHUNKS, epoch, lane))
+
+    def window_rows(self, lane: int, epoch: int, window: int) -> Indices:
+        """The rows of the window's buffer in the order in which they are visited."""
+        return self._lane_windows(lane, epoch, window)
+
+    def _compute_window(self, lane: int, epoch: int, window: int) -> Indices:
+        low, high = self.window_span(lane, epoch, window)
+        return noise.shuffled(high - low, noise.key(self.seed, Stream.WINDOW, epoch, lane, window))
+
+    def window_span(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
+        """The half-open range of the lane's visits, counted from the epoch's start, that fall into a window.
+
+        Only the last chunk of a lane may be short, so every window is full but the one that holds it and the last.
+        """
+        full = self.window_chunks * self.chunk
+        short = self.chunks(lane) - 1
+        shortfall = self.chunk - self.chunk_slots(lane, short)
+        shorter = int(np.flatnonzero(self._lane_chunks(lane, epoch) == short)[0]) // self.window_chunks
+        start = window * full - (shortfall if shorter < window else 0)
+        stop = min((window + 1) * full, self.chunks(lane) * self.chunk) - (shortfall if shorter <= window else 0)
+        return start, stop
+
+    def lane_step(self, lane: int, epoch: int, step: int) -> list[LaneStep]:
+        """The rows of `lane` that `step` visits: one part, or two or more at the seam of windows."""
+        start = step * self.share
+        stop = min(start + self.share, self.lane_slots(lane))
+        parts = []
+        window = max(0, start // (self.window_chunks * self.chunk))
+        while start < stop:
+            low, high = self.window_span(lane, epoch, window)
+            if start < high:
+                rows = self.window_rows(lane, epoch, window)[start - low : stop - low]
+                parts.append(LaneStep(lane, window, rows, start - step * self.share))
+                start += len(rows)
+            window += 1
+        return parts
+
+    def last_step_of_window(self, lane: int, epoch: int, window: int) -> int:
+        """The step after which every row of the window has been visited."""
+        return (self.window_span(lane, epoch, window)[1] - 1) // self.share
+
+    def window_of(self, lane: int, epoch: int, chunk: int) -> int:
+        return int(np.flatnonzero(self._lane_chunks(lane, epoch) == chunk)[0]) // self.window_chunks
+
+    def row_offset(self, lane: int, epoch: int, chunk: int) -> int:
+        """The first row of a chunk within the buffer of its window."""
+        chunks = self.window_chunks_of(lane, epoch, self.window_of(lane, epoch, chunk))
+        return sum(self.chunk_slots(lane, c) for c in chunks[: chunks.index(chunk)])
+
+    def part_slots(self, part: LaneStep, epoch: int) -> Indices:
+        """The global slots of a part's rows."""
+        chunks = np.array(self.window_chunks_of(part.lane, epoch, part.window))
+        ends = np.cumsum([self.chunk_slots(part.lane, int(c)) for c in chunks])
+        place = np.searchsorted(ends, part.rows, side="right")
+        starts = np.concatenate([[0], ends[:-1]])
+        return self.lane_start(part.lane) + chunks[place] * self.chunk + part.rows - starts[place]
+
+    def lanes_of(self, rank: int, world: int) -> range:
+        """The lanes that a rank owns. Raises ConfigError when `world` does not divide the lanes."""
+        if self.lanes % world:
+            fitting = [w for w in range(1, self.lanes + 1) if self.lanes % w == 0]
+            nearest = sorted(sorted(fitting, key=lambda w: abs(w - world))[:2])
+            raise ConfigError(
+                f"{world} ranks do not divide order.lanes={self.lanes}; the nearest numbers that do: "
+                + " and ".join(map(str, nearest))
+            )
+        own = self.lanes // world
+        return range(rank * own, (rank + 1) * own)
+
+    def batch_of(self, lanes: range, epoch: int, step: int) -> Batch:
+        """The samples that the owner of `lanes` gives to a step: [len(lanes) * B / L], lane after lane."""
+        return self._batches(lanes, epoch, step)
+
+    def _compute_batch(self, lanes: range, epoch: int, step: int) -> Batch:
+        slots = np.zeros(len(lanes) * self.share, np.int64)
+        weights = np.zeros(len(slots), np.float32)
+        parts: list[LaneStep] = []
+        for i, lane in enumerate(lanes):
+            for part in self.lane_step(lane, epoch, step):
+                place = slice(i * self.share + part.first, i * self.share + part.first + len(part.rows))
+                slots[place] = self.part_slots(part, epoch)
+                weights[place] = 1
+                parts.append(part)
+        first = step * self.share
+        total = sum(min(max(self.lane_slots(lane) - first, 0), self.share) for lane in range(self.lanes))
+        ids = np.where(weights > 0, self.sample_of(slots), 0)
+        return Batch(ids, slots, weights, total, tuple(parts))

@@ -1,0 +1,35 @@
+"""Images as PNG grids."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+
+
+def grid(images: torch.Tensor, path: Path, *, columns: int | None = None, side: int = 64) -> None:
+    """Write images [N, C, H, W] in [-1, 1] (clamped) as one PNG.
+
+    C = 1 is gray, 3 is RGB, of any other number the first channel is shown. Small images are enlarged, pixel by
+    pixel, to about `side` pixels.
+    """
+    from PIL import Image
+
+    count, channels, height, width = images.shape
+    columns = columns or math.ceil(math.sqrt(count))
+    lines = -(-count // columns)
+    scale = max(1, round(side / max(height, width)))
+    shown = images if channels == 3 else images[:, :1].expand(-1, 3, -1, -1)
+    pixels = shown.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
+    gap = 2
+    high, wide = height * scale + gap, width * scale + gap
+    canvas = np.full((lines * high + gap, columns * wide + gap, 3), 255, np.uint8)
+    for i, tile in enumerate(pixels):
+        y, x = divmod(i, columns)
+        canvas[gap + y * high :, gap + x * wide :][: high - gap, : wide - gap] = tile
+    temporary = path.with_name(path.name + ".partial")
+    Image.fromarray(canvas).save(temporary, "PNG")
+    temporary.replace(path)

@@ -1,0 +1,146 @@
+"""The forward processes, VP and VE: noise levels, noising, and the coefficients of f = a(t) x_t + b(t) F.
+
+Time `t` is a real number in [1, T]; at integers it is the paper's step (arXiv 2405.21059, sections 2 and 3.1).
+All of this is float64 arithmetic on the host; the device only ever sees the six float32 numbers a sample that
+`Coefficients` holds, so that no schedule is looked up, and nothing is synchronised, inside a step.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from udddm.config import ProcessConfig
+
+Array = npt.NDArray[np.float64]
+
+SIGMA_HIGHEST = 80.0
+"""The noise level (Karras et al. 2022) above which an image is gone; VP levels between 1 and T end there."""
+
+
+class Coefficients(NamedTuple):
+    """What one sample's time step means, each [B] float32.
+
+    x_t = signal * x_0 + noise * eps, and f = skip * x_t + out * F(scale * x_t, embedding).
+    """
+
+    signal: torch.Tensor
+    noise: torch.Tensor
+    skip: torch.Tensor
+    out: torch.Tensor
+    scale: torch.Tensor
+    embedding: torch.Tensor
+
+
+class Process:
+    """A forward process. `sigma(t)` is the noise-to-signal ratio: VE's sigma_t, VP's sqrt((1-abar_t)/abar_t)."""
+
+    max_frequency: float
+    """The highest frequency that an embedding of `Coefficients.embedding` should resolve, radians a unit."""
+
+    def __init__(self, config: ProcessConfig):
+        self.config = config
+        self.last = float(config.timesteps)
+
+    def sigma(self, t: Array) -> Array:
+        raise NotImplementedError
+
+    def signal(self, t: Array) -> Array:
+        """The factor of x_0 in x_t."""
+        raise NotImplementedError
+
+    def time(self, sigma: Array) -> Array:
+        """The inverse of `sigma`, clipped to [1, T]."""
+        raise NotImplementedError
+
+    def levels(self, count: int) -> Array:
+        """Times t_0 = 1 < t_1 < ... < t_count = T, [count + 1], spaced as Karras et al. 2022, Eq. 5.
+
+        Levels nest: level k of `count` is level 2k of `2 * count`.
+        """
+        rho = self.config.rho
+        lowest = float(self.sigma(np.array(1.0)))
+        highest = min(SIGMA_HIGHEST, float(self.sigma(np.array(self.last))))
+        spaced = np.linspace(lowest ** (1 / rho), highest ** (1 / rho), count + 1) ** rho
+        times = self.time(spaced)
+        times[0], times[-1] = 1.0, self.last
+        return times
+
+    def coefficients(self, t: Array) -> npt.NDArray[np.float32]:
+        """The rows of `Coefficients` for times `t` [B]: [6, B] float32."""
+        t = np.asarray(t, np.float64)
+        sigma, signal = self.sigma(t), self.signal(t)
+        skip, out, scale, embedding = self._precondition(t, sigma, signal)
+        return np.stack([signal, sigma * signal, skip, out, scale, embedding]).astype(np.float32)
+
+    def _precondition(self, t: Array, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
+        raise NotImplementedError
+
+    def _edm(self, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
+        """Karras et al. 2022, Table 1, applied to x_t / signal = x_0 + sigma eps."""
+        data = self.config.sigma_data
+        total = np.hypot(sigma, data)
+        return (data / total) ** 2 / signal, sigma / total * data, 1 / (signal * total), np.log(sigma) / 4
+
+
+class VarianceExploding(Process):
+    max_frequency = 16.0
+
+    def sigma(self, t: Array) -> Array:
+        c = self.config
+        low, high = c.sigma_min ** (1 / c.rho), c.sigma_max ** (1 / c.rho)
+        return (low + (np.asarray(t) - 1) / (self.last - 1) * (high - low)) ** c.rho
+
+    def signal(self, t: Array) -> Array:
+        return np.ones_like(t)
+
+    def time(self, sigma: Array) -> Array:
+        c = self.config
+        low, high = c.sigma_min ** (1 / c.rho), c.sigma_max ** (1 / c.rho)
+        return np.clip(1 + (np.asarray(sigma) ** (1 / c.rho) - low) / (high - low) * (self.last - 1), 1, self.last)
+
+    def _precondition(self, t: Array, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
+        c = self.config
+        if c.preconditioning == "edm":
+            return self._edm(sigma, signal)
+        if c.preconditioning == "paper":
+            kappa = c.sigma_min / sigma
+        elif c.preconditioning == "linear":
+            kappa = c.sigma_data / (sigma + c.sigma_data)
+        else:
+            kappa = c.sigma_data**2 / (sigma**2 + c.sigma_data**2)
+        return kappa, 1 - kappa, 1 / np.hypot(sigma, c.sigma_data), np.log(sigma) / 4
+
+
+class VariancePreserving(Process):
+    def __init__(self, config: ProcessConfig):
+        super().__init__(config)
+        betas = np.linspace(config.beta_min, config.beta_max, config.timesteps)
+        self._steps = np.arange(1, config.timesteps + 1, dtype=np.float64)
+        self._log_alpha_bar = np.cumsum(np.log1p(-betas))
+        self.max_frequency = 16.0 if config.preconditioning == "edm" else 1.0
+
+    def _log_abar(self, t: Array) -> Array:
+        return np.interp(t, self._steps, self._log_alpha_bar)
+
+    def sigma(self, t: Array) -> Array:
+        return np.sqrt(np.expm1(-self._log_abar(t)))
+
+    def signal(self, t: Array) -> Array:
+        return np.exp(self._log_abar(t) / 2)
+
+    def time(self, sigma: Array) -> Array:
+        return np.interp(np.log1p(np.asarray(sigma) ** 2), -self._log_alpha_bar, self._steps)
+
+    def _precondition(self, t: Array, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
+        if self.config.preconditioning == "edm":
+            return self._edm(sigma, signal)
+        one = np.ones_like(t)
+        return one, -one, one, 1000 * t / self.last
+
+
+def build(config: ProcessConfig) -> Process:
+    return VarianceExploding(config) if config.kind == "ve" else VariancePreserving(config)

@@ -1,0 +1,74 @@
+"""A run directory: whose it is, that nobody else is writing to it, and whether it is finished."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from udddm.checkpoint import load_json, write_json
+from udddm.config import ConfigError, RunConfig
+from udddm.data import ImageDataset, check_unchanged
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Make the directory and hold it. Raises ConfigError when it cannot be written or another process holds it."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise ConfigError(f"cannot write to the run directory {run}: {error}; choose another with --run-dir") from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConfigError(f"another process is training in {run}; wait for it or choose another --run-dir") from None
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
+    """The leaves in which two configurations differ, as `key: old -> new`."""
+    found = []
+    for key in sorted(set(old) | set(new)):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{prefix}{key}.")
+        elif a != b:
+            found.append(f"{prefix}{key}: {a} -> {b}")
+    return found
+
+
+def claim(run: Path, config: RunConfig, dataset: ImageDataset) -> None:
+    """Record what the run is, or check that it is still the same.
+
+    Raises ConfigError when the directory belongs to another configuration, DataError when the data set changed.
+    """
+    path = run / "run.json"
+    resolved = config.model_dump(mode="json")
+    if path.exists():
+        recorded = load_json(path)
+        if recorded["fingerprint"] != config.fingerprint():
+            decisive = [
+                line
+                for line in differences(recorded["config"], resolved)
+                if line.split(":")[0] not in RunConfig.changeable() and line.split(".")[0] not in RunConfig.changeable()
+            ]
+            raise ConfigError(
+                f"{run} belongs to a run of another configuration ({'; '.join(decisive)}); "
+                "use that configuration to resume it, or another --run-dir"
+            )
+        check_unchanged(recorded["dataset"], dataset.fingerprint())
+        return
+    if (run / "checkpoints").exists():
+        raise ConfigError(f"{run} holds checkpoints but no run.json; restore that file or choose another --run-dir")
+    (run / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    write_json(path, {"fingerprint": config.fingerprint(), "config": resolved, "dataset": dataset.fingerprint()})

@@ -1,0 +1,98 @@
+"""Algorithm 2 of the paper, and renoising. Every image is a function of its seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from udddm import noise
+from udddm.noise import Stream
+from udddm.objective.loss import add_noise, denoise
+from udddm.process import Coefficients, Process
+
+SamplerName = Literal["algorithm-2", "renoise"]
+
+
+def _at(process: Process, t: float, count: int, device: torch.device) -> Coefficients:
+    return Coefficients(*torch.from_numpy(process.coefficients(np.full(count, t))).to(device))
+
+
+@torch.no_grad()
+def sample(
+    network: nn.Module,
+    process: Process,
+    shape: tuple[int, int, int],
+    seeds: torch.Tensor,
+    *,
+    steps: int = 1,
+    sampler: SamplerName = "renoise",
+    labels: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Images [B, C, H, W], float32, for `seeds` [B] int64, by `steps` network evaluations each.
+
+    `algorithm-2` keeps x_T and feeds the estimate back as the condition (the paper). `renoise` noises the estimate to
+    falling levels and denoises again (multistep consistency sampling, Song et al. 2023, Algorithm 1); its first
+    evaluation is the same. Neither clamps: callers do when they need [-1, 1].
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+    host = seeds.cpu().numpy()
+
+    def draw(stream: Stream, *parts: int) -> torch.Tensor:
+        return noise.normal(noise.as_tensor(noise.keys(0, stream, host, *parts)).to(seeds.device), shape)
+
+    at = _at(process, process.last, len(seeds), seeds.device)
+    xt = at.noise[:, None, None, None] * draw(Stream.SAMPLE_NOISE)
+    estimate = denoise(network, xt, at, draw(Stream.SAMPLE_CONDITION), labels)
+    if sampler == "algorithm-2":
+        for _ in range(steps - 1):
+            estimate = denoise(network, xt, at, estimate, labels)
+        return estimate
+    for step, t in enumerate(renoise_times(process, steps), start=1):
+        at = _at(process, t, len(seeds), seeds.device)
+        xt = add_noise(estimate, draw(Stream.SAMPLE_RENOISE, step), at)
+        estimate = denoise(network, xt, at, draw(Stream.SAMPLE_CONDITION, step), labels)
+    return estimate
+
+
+def renoise_times(process: Process, steps: int) -> list[float]:
+    """The `steps - 1` falling times after T: the Karras spacing from sigma 0.8 (iCT's second step) downwards."""
+    if steps == 1:
+        return []
+    rho = process.config.rho
+    lowest = float(process.sigma(np.array(1.0))) ** (1 / rho)
+    sigmas = np.linspace(0.8 ** (1 / rho), lowest, steps)[:-1] ** rho
+    return [float(t) for t in process.time(sigmas)]
+
+
+def batches(
+    network: nn.Module,
+    process: Process,
+    shape: tuple[int, int, int],
+    seeds: list[int],
+    *,
+    batch: int = 250,
+    steps: int = 1,
+    sampler: SamplerName = "renoise",
+    labels: list[int] | None = None,
+    device: torch.device | None = None,
+) -> Iterator[torch.Tensor]:
+    """`sample` over many seeds, `batch` at a time, yielding [<= batch, C, H, W] on the host.
+
+    The last batch is padded and cut, so that the network always sees the same shape and an image's rounding does not
+    depend on how many others were asked for.
+    """
+    device = device or torch.device("cpu")
+    for start in range(0, len(seeds), batch):
+        wanted = seeds[start : start + batch]
+        padding = batch - len(wanted)
+        ids = torch.tensor(wanted + wanted[:1] * padding, dtype=torch.int64, device=device)
+        chosen = None
+        if labels is not None:
+            some = labels[start : start + batch]
+            chosen = torch.tensor(some + some[:1] * padding, dtype=torch.int64, device=device)
+        yield sample(network, process, shape, ids, steps=steps, sampler=sampler, labels=chosen)[: len(wanted)].cpu()

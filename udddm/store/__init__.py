@@ -1,0 +1,45 @@
+"""The x0-state store: a tensor on the device, host memory, or Zarr arrays, behind one contract (docs/store.md)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from udddm.config import StoreConfig
+from udddm.order import Order
+from udddm.store.base import StoreCounters, X0Store
+from udddm.store.device import DeviceStore
+from udddm.store.encoding import Encoding
+from udddm.store.errors import DamagedChunkError, StoreError
+from udddm.store.pinned import MemoryTable, PinnedStore
+from udddm.store.snapshot import Snapshot
+from udddm.store.zarr import ZarrStore
+
+__all__ = ["DamagedChunkError", "Encoding", "Snapshot", "StoreCounters", "StoreError", "X0Store", "build"]
+
+
+def build(
+    config: StoreConfig, order: Order, lanes: range, shape: tuple[int, ...], device: torch.device, default_url: Path
+) -> X0Store:
+    """The configured store for one rank, not yet started. `default_url` is where zarr lives without `store.url`."""
+    encoding = Encoding(config.dtype)
+    if config.kind == "gpu":
+        return DeviceStore(order, lanes, shape, encoding, device)
+    if config.kind == "pinned":
+        table = MemoryTable(order, lanes, shape, encoding)
+        return PinnedStore(
+            order, lanes, shape, encoding, device, table, threads=config.threads, prefetch=config.prefetch
+        )
+    url, default = (config.url, False) if config.url else (default_url, True)
+    return ZarrStore(
+        order,
+        lanes,
+        shape,
+        encoding,
+        device,
+        url,
+        default=default,
+        threads=config.threads,
+        prefetch=config.prefetch,
+    )

@@ -1,0 +1,106 @@
+"""The contract of an x0-state store, for one rank (docs/store.md).
+
+The x0-state of generation g is every sample's x_0^(g): epoch g reads it and produces generation g + 1. A store is
+opened at a position, then, step after step, asked for the states of the step's samples and given their successors:
+
+    store.start(epoch, step, source)
+    while training:
+        state = store.read()              # [b, C, H, W] float32 on the device, for order.batch_of(lanes, epoch, step)
+        store.write(new_state)            # returns at once
+    store.snapshot(directory)             # between two steps: all that `start` needs to come back here
+    store.close()
+
+`read` and `write` alternate; the store counts steps and turns epochs by itself, because the order is known.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from udddm.order import Order
+from udddm.store.encoding import Encoding, Rows
+
+
+@dataclass
+class StoreCounters:
+    """What a store has done since it was opened: seconds, bytes and events."""
+
+    read_wait: float = 0.0
+    write_wait: float = 0.0
+    bytes_read: int = 0
+    bytes_written: int = 0
+    retries: int = 0
+
+
+class StateSource(Protocol):
+    """The x0-state at some position of a run, chunk by chunk: what a store can be started from."""
+
+    encoding: Encoding
+
+    def rows(self, lane: int, chunk: int) -> Rows:
+        """The chunk's current rows: generation epoch + 1 where visited in this epoch, else generation epoch."""
+
+
+class X0Store(ABC):
+    def __init__(
+        self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, device: torch.device
+    ):
+        self.order, self.lanes, self.shape, self.encoding, self.device = order, lanes, shape, encoding, device
+        self.counters = StoreCounters()
+        self.epoch = self.step = 0
+
+    @abstractmethod
+    def start(self, epoch: int, step: int, source: StateSource | None) -> None:
+        """Open at a position. `source` is None at (0, 0): generation 0 is computed."""
+
+    @abstractmethod
+    def read(self) -> torch.Tensor:
+        """The states [b, C, H, W], float32 on the device, of this rank's samples of the next step.
+
+        Rows of padding hold arbitrary finite numbers. Raises StoreError, also for a failure in the background.
+        """
+
+    def write(self, values: torch.Tensor) -> None:
+        """Take the successors [b, C, H, W] of what `read` gave; padding is ignored. Moves to the next step."""
+        self._write(values)
+        self.step += 1
+        if self.step == self.order.steps:
+            self.epoch, self.step = self.epoch + 1, 0
+            self._turn()
+
+    @abstractmethod
+    def _write(self, values: torch.Tensor) -> None: ...
+
+    def _turn(self) -> None:
+        """Called when an epoch is over."""
+        return
+
+    @abstractmethod
+    def rows(self, lane: int, chunk: int) -> Rows:
+        """A chunk's current rows, as `StateSource.rows`. For an own lane, between two steps."""
+
+    @abstractmethod
+    def snapshot(self, directory: Path) -> None:
+        """Write into `directory` what `start` needs to come back to this position. Durable when it returns."""
+
+    def retain(self, generations: set[int]) -> None:
+        """The generations that kept checkpoints refer to; others may go once training has passed them."""
+        return
+
+    @abstractmethod
+    def close(self) -> None:
+        """Stop background work. What was not part of a snapshot may be lost."""
+
+    def sha256(self) -> str:
+        """The fingerprint of the own lanes' state: its stored bytes in slot order."""
+        digest = hashlib.sha256()
+        for lane in self.lanes:
+            for chunk in range(self.order.chunks(lane)):
+                digest.update(self.rows(lane, chunk).tobytes())
+        return digest.hexdigest()

@@ -1,0 +1,73 @@
+"""How the x0-state is stored: fp32, fp16, bf16 or uint8, and generation 0."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from udddm import noise
+from udddm.noise import Stream
+
+StateDtype = Literal["fp32", "fp16", "bf16", "uint8"]
+Rows = npt.NDArray[Any]
+"""Encoded states [n, C, H, W] in an encoding's `array` dtype."""
+
+_HALF_MAX = 65504.0
+
+
+class Encoding:
+    """Float32 states to stored numbers and back.
+
+    `uint8` maps [-1, 1] to 0..255 by rounding to the nearest of 256 even steps and clamps what lies outside: its
+    error within [-1, 1] is at most 1/255. Zarr knows no bfloat16, so bf16 is stored as the uint16 of its bits.
+    """
+
+    def __init__(self, name: StateDtype):
+        self.name = name
+        self.tensor: torch.dtype = {
+            "fp32": torch.float32,
+            "fp16": torch.float16,
+            "bf16": torch.bfloat16,
+            "uint8": torch.uint8,
+        }[name]
+        self.array = np.dtype({"fp32": "<f4", "fp16": "<f2", "bf16": "<u2", "uint8": "u1"}[name])
+
+    def encode(self, values: torch.Tensor) -> torch.Tensor:
+        """Float32 [n, C, H, W] to the stored torch dtype, on the same device."""
+        if self.name == "uint8":
+            return values.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
+        if self.name == "fp16":
+            return values.clamp(-_HALF_MAX, _HALF_MAX).to(torch.float16)
+        return values.to(self.tensor)
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """The float32 values of stored numbers, on the same device."""
+        if self.name == "uint8":
+            return stored.float().div(127.5).sub(1)
+        return stored.float()
+
+    def to_array(self, stored: torch.Tensor) -> Rows:
+        """A view of a host tensor as the array that is written."""
+        return (stored.view(torch.uint16) if self.name == "bf16" else stored).numpy()
+
+    def to_tensor(self, rows: Rows) -> torch.Tensor:
+        """A view of an array as the host tensor that `decode` takes."""
+        tensor = torch.from_numpy(rows)
+        return tensor.view(torch.bfloat16) if self.name == "bf16" else tensor
+
+    def recode(self, rows: Rows, source: Encoding) -> Rows:
+        """Rows stored in another encoding, in this one."""
+        if source.name == self.name:
+            return rows
+        return self.to_array(self.encode(source.decode(source.to_tensor(rows))))
+
+
+def generation_zero(
+    seed: int, samples: npt.NDArray[np.int64], shape: tuple[int, ...], encoding: Encoding, device: torch.device | None = None
+) -> torch.Tensor:
+    """x_0^(0) ~ N(0, I) of `samples`, encoded: computed wherever it is needed, never stored."""
+    keys = noise.as_tensor(noise.keys(seed, Stream.INITIAL_STATE, samples))
+    return encoding.encode(noise.normal(keys if device is None else keys.to(device), shape))

@@ -1,0 +1,19 @@
+"""What can go wrong with an x0-state store."""
+
+
+class StoreError(RuntimeError):
+    """The store cannot go on: a full disk, a failed request, a store of another run. Nothing was lost."""
+
+
+class DamagedChunkError(StoreError):
+    """A chunk is missing, truncated, changed, or not the one that was written there.
+
+    `generation`, `lane` and `chunk` say which; the message also says what to do.
+    """
+
+    def __init__(self, generation: int, lane: int, chunk: int, where: str, why: str):
+        self.generation, self.lane, self.chunk = generation, lane, chunk
+        super().__init__(
+            f"x0-state generation {generation}, lane {lane}, chunk {chunk} is damaged: {why} ({where}). "
+            "Restore that file from a copy and run the same command again, or start a new run directory"
+        )

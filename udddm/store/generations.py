@@ -1,0 +1,214 @@
+"""The layout of the x0-state on disk: one Zarr v3 array a generation, written a whole chunk at a time.
+
+    zarr.json                         group; attributes say whose state this is
+    gen-000012/zarr.json              array [lanes, slots a lane, C, H, W], chunks [1, C, ...], bytes + crc32c
+    gen-000012/c/<lane>/<chunk>/0/0/0 a chunk: its rows, little endian, then the CRC32C of these bytes
+    gen-000012/complete/lane-0003.json the lane's completion record: the CRC32C of each of its chunks
+
+A chunk is encoded here, not by zarr-python: it is one write of the rows and four bytes, which keeps pace with plain
+files where the codec pipeline reaches a third of that, and lets an error name its chunk. What is written is plain
+Zarr: `zarr.open(...)` reads it. (Zarr itself would take a missing chunk for zeros.)
+
+A lane's completion record is written after its last chunk is durable. A generation is complete, and immutable from
+then on, when every lane's record is there: ranks finish their own lanes and need no barrier. The records also bind
+each chunk to its place, so that a chunk swapped with another's, or left over from an older generation, is found.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from udddm.order import Order
+from udddm.store.encoding import Encoding, Rows, StateDtype
+from udddm.store.errors import DamagedChunkError, StoreError
+from udddm.store.objects import Objects
+
+FORMAT = 1
+Checksums = dict[int, int]
+"""The CRC32C of each chunk of a lane."""
+
+_RESIDUE = 0x48674BC7
+"""The CRC32C of any bytes followed by their own CRC32C."""
+
+_ZARR_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "uint16", "uint8": "uint8"}
+
+
+def generation_name(generation: int) -> str:
+    return f"gen-{generation:06d}"
+
+
+class Generations:
+    """Reads and writes the generations under one URL. Holds no state but the completion records it has read."""
+
+    def __init__(self, objects: Objects, order: Order, shape: tuple[int, ...], encoding: Encoding):
+        self.objects, self.order, self.shape, self.encoding = objects, order, shape, encoding
+        self._records: dict[tuple[int, int], Checksums] = {}
+
+    @property
+    def chunk_bytes(self) -> int:
+        return int(self.order.chunk * np.prod(self.shape)) * self.encoding.array.itemsize
+
+    def identity(self) -> dict[str, Any]:
+        return {
+            "udddm": FORMAT,
+            "order": self.order.fingerprint(),
+            "shape": list(self.shape),
+            "dtype": self.encoding.name,
+        }
+
+    def create(self) -> None:
+        """Make the group, or check that the one that is there holds this run's kind of state."""
+        try:
+            found = json.loads(self.objects.get("zarr.json"))["attributes"]
+        except FileNotFoundError:
+            self._put_json("zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": self.identity()})
+            return
+        except (ValueError, KeyError) as error:
+            raise StoreError(f"{self.objects.describe('zarr.json')} is no x0-state store: {error}") from error
+        if found != self.identity():
+            differing = [k for k in self.identity() if found.get(k) != self.identity()[k]]
+            raise StoreError(
+                f"{self.objects.describe('')} holds the x0-state of another run (it differs in {', '.join(differing)}); "
+                "choose another store.url or run directory"
+            )
+
+    def begin(self, generation: int) -> None:
+        """Write the array's metadata. Every rank does; all write the same."""
+        order = self.order
+        dims = [order.lanes, order.longest_lane, *self.shape]
+        codec = {"name": "bytes", "configuration": {"endian": "little"}}
+        self._put_json(
+            f"{generation_name(generation)}/zarr.json",
+            {
+                "zarr_format": 3,
+                "node_type": "array",
+                "shape": dims,
+                "data_type": _ZARR_TYPES[self.encoding.name],
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, order.chunk, *self.shape]}},
+                "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
+                "fill_value": 0,
+                "codecs": [{"name": "bytes"} if self.encoding.array.itemsize == 1 else codec, {"name": "crc32c"}],
+                "dimension_names": ["lane", "slot", *("channel", "row", "column")[: len(self.shape)]],
+                "attributes": {"generation": generation, "state_dtype": self.encoding.name},
+            },
+        )
+
+    def chunk_key(self, generation: int, lane: int, chunk: int) -> str:
+        return f"{generation_name(generation)}/c/{lane}/{chunk}" + "/0" * len(self.shape)
+
+    def write(self, generation: int, lane: int, chunk: int, rows: Rows) -> int:
+        """Write a chunk's rows durably and return their checksum. A short last chunk is filled up with zeros."""
+        missing = self.order.chunk - len(rows)
+        if missing:
+            rows = np.concatenate([rows, np.zeros((missing, *self.shape), rows.dtype)])
+        data = rows.tobytes()
+        checksum = int(google_crc32c.value(data))
+        self.objects.put(self.chunk_key(generation, lane, chunk), data, checksum.to_bytes(4, "little"))
+        return checksum
+
+    def read(self, generation: int, lane: int, chunk: int, expected: int) -> Rows:
+        """A chunk's rows, verified against the recorded checksum. Raises DamagedChunkError."""
+        key = self.chunk_key(generation, lane, chunk)
+
+        def damaged(why: str) -> DamagedChunkError:
+            return DamagedChunkError(generation, lane, chunk, self.objects.describe(key), why)
+
+        try:
+            data = self.objects.get(key)
+        except FileNotFoundError:
+            raise damaged("it is missing") from None
+        if len(data) != self.chunk_bytes + 4:
+            raise damaged(f"it has {len(data)} bytes instead of {self.chunk_bytes + 4}")
+        if google_crc32c.value(data) != _RESIDUE:
+            raise damaged("its bytes do not match their checksum")
+        if (stored := int.from_bytes(data[-4:], "little")) != expected:
+            raise damaged(f"it is intact but not the chunk that was written here ({stored:08x}, not {expected:08x})")
+        count = self.chunk_bytes // self.encoding.array.itemsize
+        rows = np.frombuffer(data, self.encoding.array, count).reshape(self.order.chunk, *self.shape)
+        return rows[: self.order.chunk_slots(lane, chunk)]
+
+    # Completion records.
+
+    def _record_key(self, generation: int, lane: int) -> str:
+        return f"{generation_name(generation)}/complete/lane-{lane:04d}.json"
+
+    def complete(self, generation: int, lane: int, checksums: Checksums) -> None:
+        """Record a lane as complete, after all its chunks are durable."""
+        assert len(checksums) == self.order.chunks(lane)
+        values = [checksums[c] for c in range(len(checksums))]
+        record = {"generation": generation, "lane": lane, "checksums": values}
+        self._put_json(self._record_key(generation, lane), record)
+        self._records[generation, lane] = dict(checksums)
+
+    def record(self, generation: int, lane: int) -> Checksums:
+        """The checksums of a complete lane. Raises StoreError when it is not complete or its record is damaged."""
+        if (generation, lane) not in self._records:
+            key = self._record_key(generation, lane)
+            where = self.objects.describe(key)
+            try:
+                record = json.loads(self.objects.get(key))
+                values = [int(v) for v in record["checksums"]]
+                intact = record["generation"] == generation and record["lane"] == lane
+                own = record["self"] == self._self_checksum(record)
+            except FileNotFoundError:
+                raise StoreError(f"x0-state generation {generation}, lane {lane} is not complete: no {where}") from None
+            except (ValueError, KeyError, TypeError) as error:
+                raise StoreError(f"the completion record {where} is damaged: {error!r}") from error
+            if not (intact and own and len(values) == self.order.chunks(lane)):
+                raise StoreError(f"the completion record {where} is damaged or belongs elsewhere")
+            self._records[generation, lane] = dict(enumerate(values))
+        return self._records[generation, lane]
+
+    def complete_lanes(self, generation: int) -> list[int]:
+        names = self.objects.list(f"{generation_name(generation)}/complete")
+        return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"lane-(\d+)\.json", name)))
+
+    def is_complete(self, generation: int) -> bool:
+        return self.complete_lanes(generation) == list(range(self.order.lanes))
+
+    def reopen(self, generation: int, lane: int) -> None:
+        """Make a lane incomplete again: a resumed run is about to write it once more."""
+        self._records.pop((generation, lane), None)
+        self.objects.delete(self._record_key(generation, lane))
+
+    def existing(self) -> list[int]:
+        """The generations of which anything is there, complete or not."""
+        return sorted(int(m[1]) for name in self.objects.list("") if (m := re.fullmatch(r"gen-(\d{6,})", name)))
+
+    def delete(self, generation: int, lanes: range) -> None:
+        """Remove a generation's lanes, completion records first: what a crash leaves is visibly incomplete."""
+        for lane in lanes:
+            self.reopen(generation, lane)
+        if len(lanes) == self.order.lanes:
+            self.objects.delete(generation_name(generation))
+        for lane in lanes:
+            self.objects.delete(f"{generation_name(generation)}/c/{lane}")
+
+    def _self_checksum(self, value: dict[str, Any]) -> int:
+        body = {k: v for k, v in value.items() if k != "self"}
+        return int(google_crc32c.value(json.dumps(body, sort_keys=True).encode()))
+
+    def _put_json(self, key: str, value: dict[str, Any]) -> None:
+        if "checksums" in value:
+            value = {**value, "self": self._self_checksum(value)}
+        self.objects.put(key, json.dumps(value, indent=1).encode())
+
+
+def open_existing(objects: Objects) -> Generations:
+    """The generations of a store as its own group describes them, for inspection. Raises StoreError."""
+    where = objects.describe("zarr.json")
+    try:
+        found = json.loads(objects.get("zarr.json"))["attributes"]
+        settings = found["order"]
+        dtype: StateDtype = found["dtype"]
+        order = Order(**settings)
+        return Generations(objects, order, tuple(int(d) for d in found["shape"]), Encoding(dtype))
+    except FileNotFoundError:
+        raise StoreError(f"no x0-state store here: {where} does not exist") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{where} does not describe an x0-state store: {error!r}") from error

@@ -1,0 +1,136 @@
+"""Looking into a store without writing to it, also beside a live run: what `udddm-store` shows."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from udddm.checkpoint import Checkpoints, damage, load_json
+from udddm.config import RunConfig, resolve
+from udddm.store.encoding import Rows
+from udddm.store.errors import StoreError
+from udddm.store.generations import Generations, generation_name, open_existing
+from udddm.store.objects import open_objects
+from udddm.store.snapshot import Snapshot
+
+
+@dataclass
+class Place:
+    """What a path or URL given to `udddm-store` turns out to be."""
+
+    name: str
+    generations: Generations | None
+    """The zarr store, where there is one."""
+    run: Path | None = None
+    config: RunConfig | None = None
+    checkpoints: list[Path] = field(default_factory=list)
+
+
+def find(path: str) -> Place:
+    """A run directory (its store and checkpoints) or a store's own path or URL. Raises StoreError for neither."""
+    run = Path(path)
+    if (run / "run.json").exists():
+        config = resolve(load_json(run / "run.json")["config"], str(run / "run.json"))
+        url = config.store.url or run / "state"
+        objects = open_objects(url)
+        stored = open_existing(objects) if objects.exists("zarr.json") else None
+        return Place(path, stored, run, config, Checkpoints(run).all())
+    if "://" not in path and not run.exists():
+        raise StoreError(f"{path} does not exist")
+    return Place(path, open_existing(open_objects(path)))
+
+
+def info(place: Place) -> list[str]:
+    """Lines about a store: what it holds, which generations, and how much room they take."""
+    lines = []
+    if place.generations is not None:
+        stored = place.generations
+        order = stored.order
+        lines += [
+            f"store: {stored.objects.describe('')}",
+            f"samples: {order.samples} of {'x'.join(map(str, stored.shape))}, {stored.encoding.name}",
+            f"layout: {order.lanes} lanes, {order.chunks(0)} chunks a lane of {order.chunk} samples "
+            f"({stored.chunk_bytes / 2**20:.2f} MiB), windows of {order.window_chunks} chunks",
+        ]
+        for generation in stored.existing():
+            complete = len(stored.complete_lanes(generation))
+            word = "complete" if complete == order.lanes else f"{complete} of {order.lanes} lanes complete"
+            chunks = sum(order.chunks(lane) for lane in range(order.lanes))
+            lines.append(f"{generation_name(generation)}: {word}, {chunks * stored.chunk_bytes / 2**20:.1f} MiB when whole")
+        if not stored.existing():
+            lines.append("no generation is stored yet")
+    elif place.config is not None:
+        lines.append(f"the run keeps its x0-state in memory (store.kind={place.config.store.kind})")
+    for path in place.checkpoints:
+        header = _header(path)
+        form = "all rows" if header["form"] == "full" else f"refers to {generation_name(header['epoch'])}"
+        lines.append(f"{path.name}: epoch {header['epoch']}, step {header['step']} of it; {form}")
+    return lines
+
+
+def _header(checkpoint: Path) -> dict[str, object]:
+    path = checkpoint / "state" / "snapshot.json"
+    try:
+        found: dict[str, object] = json.loads(path.read_text())
+        return found
+    except (OSError, ValueError) as error:
+        raise StoreError(f"cannot read {path}: {error}") from error
+
+
+def verify(place: Place) -> tuple[int, list[str]]:
+    """Read every chunk of every complete lane and every checkpoint. Returns chunks read and what is damaged."""
+    chunks, damaged = 0, []
+    if place.generations is not None:
+        stored = place.generations
+        for generation in stored.existing():
+            for lane in stored.complete_lanes(generation):
+                try:
+                    record = stored.record(generation, lane)
+                except StoreError as error:
+                    damaged.append(str(error))
+                    continue
+                for chunk, expected in record.items():
+                    chunks += 1
+                    try:
+                        stored.read(generation, lane, chunk, expected)
+                    except StoreError as error:
+                        if generation in stored.existing():  # a live run may just have removed it
+                            damaged.append(str(error))
+    for path in place.checkpoints:
+        if path.exists() and (problem := damage(path)):
+            damaged.append(f"checkpoint {path.name}: {problem}")
+    return chunks, damaged
+
+
+def estimates(place: Place, sample: int) -> list[tuple[str, torch.Tensor]]:
+    """A sample's stored estimates [C, H, W], oldest first, each with the generation or checkpoint it is from.
+
+    Raises StoreError when there is none, or no such sample.
+    """
+    found: list[tuple[str, torch.Tensor]] = []
+    if place.generations is not None:
+        stored = place.generations
+        lane, chunk, row = stored.order.locate(sample)
+        for generation in stored.existing():
+            if lane in stored.complete_lanes(generation):
+                rows = stored.read(generation, lane, chunk, stored.record(generation, lane)[chunk])
+                found.append((generation_name(generation), _decoded(stored, rows, row)))
+    for path in place.checkpoints:
+        header = _header(path)
+        assert place.run is not None
+        snapshot = Snapshot(path / "state", place.run / "state")
+        if header["form"] == "full" or not found:
+            lane, chunk, row = snapshot.order.locate(sample)
+            rows = snapshot.rows(lane, chunk)
+            value = snapshot.encoding.decode(snapshot.encoding.to_tensor(rows.copy()))[row]
+            found.append((path.name, value))
+    if not found:
+        raise StoreError(f"{place.name} holds no complete generation of sample {sample} yet")
+    return found
+
+
+def _decoded(stored: Generations, rows: Rows, row: int) -> torch.Tensor:
+    return stored.encoding.decode(stored.encoding.to_tensor(rows.copy()))[row]

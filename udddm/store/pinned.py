@@ -1,0 +1,51 @@
+"""The `pinned` store: the x0-state in host memory, behind the same pipeline as the zarr store.
+
+The state itself is ordinary memory; the batches on their way to and from a GPU are page-locked and copied on a side
+stream. Page-locking all of a state would take it from the operating system for the whole run and gain nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from udddm.order import Order
+from udddm.store.base import StateSource
+from udddm.store.encoding import Encoding, Rows, generation_zero
+from udddm.store.pipeline import ChunkTable, HostStore
+from udddm.store.snapshot import write_full
+
+
+class MemoryTable(ChunkTable):
+    """An array a lane. A chunk of the next generation takes the place of the one it came from, already read by then."""
+
+    def __init__(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding):
+        self.order, self.shape, self.encoding = order, shape, encoding
+        self._lanes = {lane: np.empty((order.lane_slots(lane), *shape), encoding.array) for lane in lanes}
+
+    def open(self, epoch: int, step: int, source: StateSource | None) -> None:
+        for lane in self._lanes:
+            for chunk in range(self.order.chunks(lane)):
+                if source is None:
+                    samples = self.order.chunk_samples(lane, chunk)
+                    zero = generation_zero(self.order.seed, samples, self.shape, self.encoding)
+                    rows = self.encoding.to_array(zero)
+                else:
+                    rows = self.encoding.recode(source.rows(lane, chunk), source.encoding)
+                self._rows(lane, chunk)[:] = rows
+
+    def _rows(self, lane: int, chunk: int) -> Rows:
+        start = chunk * self.order.chunk
+        return self._lanes[lane][start : start + self.order.chunk_slots(lane, chunk)]
+
+    def load(self, generation: int, lane: int, chunk: int) -> Rows:
+        return self._rows(lane, chunk)
+
+    def save(self, generation: int, lane: int, chunk: int, rows: Rows) -> None:
+        self._rows(lane, chunk)[:] = rows
+
+
+class PinnedStore(HostStore):
+    def snapshot(self, directory: Path) -> None:
+        write_full(self, directory)

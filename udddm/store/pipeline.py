@@ -1,0 +1,402 @@
+"""Prefetch and write-behind: the x0-state of the coming steps is read, and that of past steps written, in threads.
+
+A lane's windows go through three phases: being read, in use, being written; at most three are in memory. A window's
+rows live in one buffer all the while: a row is copied out when its step is prefetched and overwritten when the step's
+result arrives. Reads and writes of an epoch never meet in the table: it is read at generation g and written at g + 1.
+
+    reader threads    table.load  -> window buffer
+    gatherer          window buffer -> batches, `prefetch` steps ahead -> read()
+    scatterer         write() -> window buffer; a finished window goes to the writers
+    writer threads    window buffer -> table.save; after a lane's last chunk, table.finish
+
+The next epoch's windows are prefetched while this one is still being written. A chunk that is not written yet is
+handed over in memory at the moment it is, so that no reader thread ever waits for a writer.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from udddm.order import Batch, Order
+from udddm.store.base import StateSource, X0Store
+from udddm.store.encoding import Encoding, Rows
+from udddm.store.errors import StoreError
+from udddm.store.snapshot import visited_rows
+
+T = TypeVar("T")
+
+_POLL = 0.1  # seconds between looks at a background failure while waiting
+
+
+class ChunkTable(ABC):
+    """Where chunks rest between their visits. Called from several threads, never twice at once for one chunk."""
+
+    @abstractmethod
+    def open(self, epoch: int, step: int, source: StateSource | None) -> None:
+        """Hold the state of a position: generation `epoch` whole, and of the next what is visited by `step`."""
+
+    @abstractmethod
+    def load(self, generation: int, lane: int, chunk: int) -> Rows:
+        """The rows of a chunk, [n, C, H, W] encoded."""
+
+    @abstractmethod
+    def save(self, generation: int, lane: int, chunk: int, rows: Rows) -> None:
+        """Keep rows as a chunk of a generation, durably. `rows` is only valid during the call."""
+
+    def finish(self, generation: int, lane: int) -> None:
+        """All chunks of a lane are saved."""
+        return
+
+    def discard_before(self, generation: int) -> None:
+        """Generations before this one will not be read any more by this run."""
+        return
+
+    @property
+    def retries(self) -> int:
+        return 0
+
+
+@dataclass
+class _Window:
+    epoch: int
+    lane: int
+    chunks: list[tuple[int, int, int]]
+    """(chunk, first row, past the last row) of the buffer."""
+    buffer: Rows
+    unread: int
+    """Chunks still to be read."""
+    unvisited: int
+    """Rows whose successors are not here yet."""
+    unsaved: int
+    """Chunks still to be written."""
+
+
+class HostStore(X0Store):
+    """The pipeline over a `ChunkTable`: the `pinned` and `zarr` stores."""
+
+    def __init__(
+        self,
+        order: Order,
+        lanes: range,
+        shape: tuple[int, ...],
+        encoding: Encoding,
+        device: torch.device,
+        table: ChunkTable,
+        *,
+        threads: int = 2,
+        prefetch: int = 4,
+    ):
+        super().__init__(order, lanes, shape, encoding, device)
+        self.table = table
+        self._limit = 2 + -(-order.share // (order.window_chunks * order.chunk))
+        self._changed = threading.Condition()
+        self._windows: dict[tuple[int, int, int], _Window] = {}
+        self._first = 0  # the generation that was whole at the start
+        self._saved: set[tuple[int, int, int]] = set()  # (generation, lane, chunk) written since
+        self._unsaved: dict[tuple[int, int], int] = {}  # chunks that (generation, lane) still lacks
+        self._awaiting: dict[tuple[int, int, int], tuple[_Window, int]] = {}
+        self._failure: BaseException | None = None
+        self._stopping = False
+        self._in_progress = 0  # scatters and saves that were asked for and are not done
+        self._ready: queue.Queue[tuple[int, int, torch.Tensor, torch.cuda.Event | None]] = queue.Queue(prefetch)
+        self._results: queue.Queue[tuple[int, int, torch.Tensor, torch.cuda.Event | None] | None] = queue.Queue(prefetch)
+        self._readers = ThreadPoolExecutor(threads, "x0-state-read")
+        self._writers = ThreadPoolExecutor(threads, "x0-state-write")
+        self._threads: list[threading.Thread] = []
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    # The step's side.
+
+    def start(self, epoch: int, step: int, source: StateSource | None) -> None:
+        self.epoch, self.step, self._first = epoch, step, epoch
+        self.table.open(epoch, step, source)
+        for lane in self.lanes:
+            self._resume_lane(lane, source)
+        self._threads = [
+            threading.Thread(target=self._guarded, args=(body,), name=name, daemon=True)
+            for name, body in (("x0-state-gather", self._gather), ("x0-state-scatter", self._scatter))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def read(self) -> torch.Tensor:
+        began = time.perf_counter() if self._ready.empty() else None
+        epoch, step, stored, copied = self._waiting(lambda: self._ready.get(timeout=_POLL))
+        if began is not None:
+            self.counters.read_wait += time.perf_counter() - began
+        assert (epoch, step) == (self.epoch, self.step), "read and write must alternate"
+        if copied is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_event(copied)
+            stored.record_stream(current)
+        return self.encoding.decode(stored)
+
+    def _write(self, values: torch.Tensor) -> None:
+        encoded = self.encoding.encode(values.detach())
+        copied = None
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream(self.device))
+            with torch.cuda.stream(self._stream):
+                host = torch.empty(encoded.shape, dtype=encoded.dtype, pin_memory=True)
+                host.copy_(encoded, non_blocking=True)
+                copied = self._stream.record_event()
+            encoded.record_stream(self._stream)
+            encoded = host
+        with self._changed:
+            self._in_progress += 1
+        began = time.perf_counter() if self._results.full() else None
+        item = (self.epoch, self.step, encoded, copied)
+        self._waiting(lambda: self._results.put(item, timeout=_POLL))
+        if began is not None:
+            self.counters.write_wait += time.perf_counter() - began
+
+    def _turn(self) -> None:
+        with self._changed:
+            self._saved = {key for key in self._saved if key[0] >= self.epoch}
+            self._unsaved = {key: count for key, count in self._unsaved.items() if key[0] >= self.epoch}
+        self._submit(self._writers, partial(self.table.discard_before, self.epoch))
+
+    def settle(self) -> None:
+        """Wait until every visited row is in its buffer and every finished window is durable."""
+        with self._changed:
+            while self._in_progress:
+                self._check()
+                self._changed.wait(_POLL)
+        self._check()
+        self.counters.retries = self.table.retries
+
+    def rows(self, lane: int, chunk: int) -> Rows:
+        self.settle()
+        index = self.order.window_of(lane, self.epoch, chunk)
+        if (self.epoch + 1, lane, chunk) in self._saved:
+            return self.table.load(self.epoch + 1, lane, chunk)
+        if len(visited_rows(self.order, lane, self.epoch, index, self.step)):
+            window = self._windows[self.epoch, lane, index]
+            first = self.order.row_offset(lane, self.epoch, chunk)
+            return window.buffer[first : first + self.order.chunk_slots(lane, chunk)].copy()
+        return self.table.load(self.epoch, lane, chunk)
+
+    def in_flight(self) -> dict[tuple[int, int], Rows]:
+        """The visited rows, in the order of their visits, of each (lane, window) that is not finished."""
+        self.settle()
+        found = {}
+        with self._changed:
+            windows = list(self._windows.items())
+        for (epoch, lane, index), window in windows:
+            if epoch == self.epoch:
+                visited = visited_rows(self.order, lane, epoch, index, self.step)
+                if len(visited):
+                    found[lane, index] = window.buffer[visited]
+        return found
+
+    def close(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._readers.shutdown(cancel_futures=True)
+        self._writers.shutdown(cancel_futures=True)
+
+    def _check(self) -> None:
+        if self._failure is not None:
+            if isinstance(self._failure, StoreError):
+                raise self._failure
+            raise StoreError(f"the x0-state pipeline failed: {self._failure!r}") from self._failure
+
+    def _waiting(self, attempt: Callable[[], T]) -> T:
+        """Repeat a queue operation that times out until it succeeds or the background has failed."""
+        while True:
+            self._check()
+            try:
+                return attempt()
+            except (queue.Empty, queue.Full):
+                continue
+
+    # In the background.
+
+    def _guarded(self, body: Callable[[], None]) -> None:
+        try:
+            body()
+        except BaseException as error:
+            with self._changed:
+                self._failure = self._failure or error
+                self._changed.notify_all()
+
+    def _submit(self, pool: ThreadPoolExecutor, task: Callable[[], None]) -> None:
+        """Run a task in a pool; a failure is kept for the next step, and the work counts as in progress."""
+
+        def counted() -> None:
+            try:
+                self._guarded(task)
+            finally:
+                with self._changed:
+                    self._in_progress -= 1
+                    self._changed.notify_all()
+
+        with self._changed:
+            if self._stopping:
+                return
+            self._in_progress += 1
+        pool.submit(counted)
+
+    def _gather(self) -> None:
+        epoch, step = self.epoch, self.step
+        while not self._stopping:
+            batch = self.order.batch_of(self.lanes, epoch, step)
+            stored = torch.zeros(
+                len(batch.ids), *self.shape, dtype=self.encoding.tensor, pin_memory=self._stream is not None
+            )
+            rows = self.encoding.to_array(stored)
+            for place, window, taken in self._parts(batch, epoch, wait=True):
+                np.take(window.buffer, taken, axis=0, out=rows[place], mode="clip")
+            copied = None
+            if self._stream is not None:
+                with torch.cuda.stream(self._stream):
+                    stored = stored.to(self.device, non_blocking=True)
+                    copied = self._stream.record_event()
+            while not self._stopping:
+                try:
+                    self._ready.put((epoch, step, stored, copied), timeout=_POLL)
+                    break
+                except queue.Full:
+                    continue
+            self._read_ahead(epoch, step)
+            epoch, step = (epoch, step + 1) if step + 1 < self.order.steps else (epoch + 1, 0)
+
+    def _scatter(self) -> None:
+        while not self._stopping:
+            try:
+                item = self._results.get(timeout=_POLL)
+            except queue.Empty:
+                continue
+            if item is None:
+                return
+            epoch, step, stored, copied = item
+            if copied is not None:
+                copied.synchronize()
+            rows = self.encoding.to_array(stored)
+            for place, window, taken in self._parts(self.order.batch_of(self.lanes, epoch, step), epoch, wait=False):
+                window.buffer[taken] = rows[place]
+                window.unvisited -= len(taken)
+                if not window.unvisited:
+                    for part in window.chunks:
+                        self._submit(self._writers, partial(self._save, window, *part))
+            with self._changed:
+                self._in_progress -= 1
+                self._changed.notify_all()
+
+    def _parts(self, batch: Batch, epoch: int, wait: bool) -> Iterator[tuple[slice, _Window, np.ndarray]]:
+        """(places in the batch, window, rows of its buffer) of each part of a step."""
+        for part in batch.parts:
+            first = (part.lane - self.lanes.start) * self.order.share + part.first
+            key = (epoch, part.lane, part.window)
+            if wait:
+                self._ensure(key)
+            yield slice(first, first + len(part.rows)), self._windows[key], part.rows
+
+    def _ensure(self, key: tuple[int, int, int]) -> None:
+        """Wait until a window is there and read."""
+        with self._changed:
+            while key not in self._windows and not self._begin(key):
+                self._pause()
+            while self._windows[key].unread:
+                self._pause()
+
+    def _pause(self) -> None:
+        if self._stopping or self._failure is not None:
+            raise StoreError("the x0-state pipeline was stopped")
+        self._changed.wait(_POLL)
+
+    def _read_ahead(self, epoch: int, step: int) -> None:
+        """Begin to read the window after the one in use, where a place is free."""
+        with self._changed:
+            for lane in self.lanes:
+                parts = self.order.lane_step(lane, epoch, step)
+                index = parts[-1].window + 1 if parts else self.order.windows(lane)
+                key = (epoch, lane, index) if index < self.order.windows(lane) else (epoch + 1, lane, 0)
+                if key not in self._windows:
+                    self._begin(key)
+
+    def _begin(self, key: tuple[int, int, int]) -> bool:
+        """Begin to read a window, if its lane has fewer than three. Called with the lock held."""
+        epoch, lane, index = key
+        if sum(1 for other in self._windows if other[1] == lane) >= self._limit:
+            return False
+        window = self._windows[key] = self._new_window(epoch, lane, index)
+        for chunk, first, past in window.chunks:
+            if epoch == self._first or (epoch, lane, chunk) in self._saved:
+                self._readers.submit(self._guarded, partial(self._load, window, chunk, first, past))
+            else:
+                self._awaiting[epoch, lane, chunk] = (window, first)
+        return True
+
+    def _new_window(self, epoch: int, lane: int, index: int) -> _Window:
+        chunks, first = [], 0
+        for chunk in self.order.window_chunks_of(lane, epoch, index):
+            past = first + self.order.chunk_slots(lane, chunk)
+            chunks.append((chunk, first, past))
+            first = past
+        buffer = np.empty((first, *self.shape), self.encoding.array)
+        return _Window(epoch, lane, chunks, buffer, len(chunks), first, len(chunks))
+
+    def _load(self, window: _Window, chunk: int, first: int, past: int) -> None:
+        window.buffer[first:past] = self.table.load(window.epoch, window.lane, chunk)
+        with self._changed:
+            self.counters.bytes_read += window.buffer[first:past].nbytes
+            window.unread -= 1
+            self._changed.notify_all()
+
+    def _save(self, window: _Window, chunk: int, first: int, past: int) -> None:
+        rows = window.buffer[first:past]
+        generation, lane = window.epoch + 1, window.lane
+        self.table.save(generation, lane, chunk, rows)
+        with self._changed:
+            self.counters.bytes_written += rows.nbytes
+            self._saved.add((generation, lane, chunk))
+            if waiting := self._awaiting.pop((generation, lane, chunk), None):
+                reader, place = waiting
+                reader.buffer[place : place + len(rows)] = rows
+                reader.unread -= 1
+            window.unsaved -= 1
+            if not window.unsaved:
+                index = self.order.window_of(lane, window.epoch, chunk)
+                del self._windows[window.epoch, lane, index]
+            left = self._unsaved.get((generation, lane), self.order.chunks(lane)) - 1
+            self._unsaved[generation, lane] = left
+            self._changed.notify_all()
+        if not left:
+            self.table.finish(generation, lane)
+
+    def _resume_lane(self, lane: int, source: StateSource | None) -> None:
+        """Rebuild the windows that were in flight, and know the chunks that were written, at the start position."""
+        epoch, order = self.epoch, self.order
+        unsaved = order.chunks(lane)
+        for index in range(order.windows(lane)):
+            low, high = order.window_span(lane, epoch, index)
+            visited = min(self.step * order.share, high) - low
+            if visited >= high - low:
+                chunks = order.window_chunks_of(lane, epoch, index)
+                self._saved.update((epoch + 1, lane, chunk) for chunk in chunks)
+                unsaved -= len(chunks)
+            elif visited > 0:
+                assert source is not None
+                window = self._windows[epoch, lane, index] = self._new_window(epoch, lane, index)
+                for chunk, first, past in window.chunks:
+                    window.buffer[first:past] = self.encoding.recode(source.rows(lane, chunk), source.encoding)
+                window.unread = 0
+                window.unvisited -= visited
+        self._unsaved[epoch + 1, lane] = unsaved
+        if not unsaved:
+            self.table.finish(epoch + 1, lane)

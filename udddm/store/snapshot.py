@@ -1,0 +1,134 @@
+"""A checkpoint's part of the x0-state, lane by lane, so that another number of ranks can pick it up.
+
+Two forms. `full`: all rows, as a store of one generation inside the checkpoint; what a store in memory writes.
+`reference`: the generations of a zarr store that the checkpoint belongs to, the checksums of the chunks of the next
+generation that were written by then, and the rows of the windows in flight.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from udddm.order import Order
+from udddm.store.encoding import Encoding, Rows, generation_zero
+from udddm.store.errors import StoreError
+from udddm.store.generations import Checksums, Generations
+from udddm.store.objects import LocalObjects, open_objects
+
+if TYPE_CHECKING:
+    from udddm.store.base import X0Store
+
+
+def _header(store: X0Store, form: str, url: str | None) -> dict[str, Any]:
+    return {
+        "form": form,
+        "url": url,
+        "epoch": store.epoch,
+        "step": store.step,
+        "dtype": store.encoding.name,
+        "shape": list(store.shape),
+        "order": store.order.fingerprint(),
+    }
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def write_full(store: X0Store, directory: Path) -> None:
+    """All rows of the store's own lanes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    target = Generations(LocalObjects(directory / "rows"), store.order, store.shape, store.encoding)
+    target.create()
+    target.begin(store.epoch)
+    for lane in store.lanes:
+        chunks = range(store.order.chunks(lane))
+        target.complete(store.epoch, lane, {c: target.write(store.epoch, lane, c, store.rows(lane, c)) for c in chunks})
+    _write_file(directory / "snapshot.json", json.dumps(_header(store, "full", None), indent=1).encode())
+
+
+def write_reference(
+    store: X0Store,
+    directory: Path,
+    url: str | None,
+    written: Mapping[int, Checksums],
+    in_flight: Mapping[tuple[int, int], Rows],
+) -> None:
+    """`url` None means `<run>/state`. `written` and the visited rows `in_flight` are by lane and (lane, window)."""
+    directory.mkdir(parents=True, exist_ok=True)
+    for (lane, window), rows in in_flight.items():
+        path = directory / f"lane-{lane:04d}-window-{window:06d}.npy"
+        with path.open("wb") as file:
+            np.save(file, rows)
+            file.flush()
+            os.fsync(file.fileno())
+    for lane in store.lanes:
+        windows = sorted(w for own, w in in_flight if own == lane)
+        record = {"written": {str(c): v for c, v in sorted(written.get(lane, {}).items())}, "in_flight": windows}
+        _write_file(directory / f"lane-{lane:04d}.json", json.dumps(record, indent=1).encode())
+    _write_file(directory / "snapshot.json", json.dumps(_header(store, "reference", url), indent=1).encode())
+
+
+class Snapshot:
+    """A checkpoint's x0-state: a `StateSource` at (epoch, step). The files were verified with the checkpoint."""
+
+    def __init__(self, directory: Path, default_url: Path):
+        """`default_url` is where a reference without a URL of its own points: `<run>/state`."""
+        try:
+            header = json.loads((directory / "snapshot.json").read_text())
+        except (OSError, ValueError) as error:
+            raise StoreError(f"cannot read the x0-state snapshot in {directory}: {error}") from error
+        self.directory, self.order, self.shape = directory, Order(**header["order"]), tuple(header["shape"])
+        self.form: str = header["form"]
+        self.url: str | None = header["url"]
+        self.epoch, self.step = int(header["epoch"]), int(header["step"])
+        self.encoding = Encoding(header["dtype"])
+        root = LocalObjects(directory / "rows") if self.form == "full" else open_objects(self.url or default_url)
+        self.location = root.describe("")
+        """Where the generations are that a `reference` refers to."""
+        self._generations = Generations(root, self.order, self.shape, self.encoding)
+
+    def written(self, lane: int) -> Checksums:
+        """The chunks of generation epoch + 1 that were written by then."""
+        record = json.loads((self.directory / f"lane-{lane:04d}.json").read_text())
+        return {int(c): int(v) for c, v in record["written"].items()}
+
+    def in_flight(self, lane: int, window: int) -> Rows:
+        """The visited rows of a window, in the order of their visits."""
+        return np.load(self.directory / f"lane-{lane:04d}-window-{window:06d}.npy", allow_pickle=False)
+
+    def rows(self, lane: int, chunk: int) -> Rows:
+        stored = self._generations
+        if self.form == "full":
+            return stored.read(self.epoch, lane, chunk, stored.record(self.epoch, lane)[chunk])
+        written = self.written(lane)
+        if chunk in written:
+            return stored.read(self.epoch + 1, lane, chunk, written[chunk])
+        if self.epoch == 0:
+            samples = self.order.chunk_samples(lane, chunk)
+            zero = generation_zero(self.order.seed, samples, self.shape, self.encoding)
+            rows = self.encoding.to_array(zero)
+        else:
+            rows = stored.read(self.epoch, lane, chunk, stored.record(self.epoch, lane)[chunk]).copy()
+        window = self.order.window_of(lane, self.epoch, chunk)
+        visited = visited_rows(self.order, lane, self.epoch, window, self.step)
+        if len(visited):
+            first = self.order.row_offset(lane, self.epoch, chunk)
+            inside = (visited >= first) & (visited < first + len(rows))
+            rows[visited[inside] - first] = self.in_flight(lane, window)[inside]
+        return rows
+
+
+def visited_rows(order: Order, lane: int, epoch: int, window: int, step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The rows of a window's buffer that steps before `step` have visited, in the order of the visits."""
+    low, high = order.window_span(lane, epoch, window)
+    return order.window_rows(lane, epoch, window)[: max(0, min(step * order.share, high) - low)]

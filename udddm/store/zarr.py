@@ -1,0 +1,139 @@
+"""The `zarr` store: one immutable Zarr array a generation, on disk, read and written a chunk at a time."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import torch
+
+from udddm.order import Order
+from udddm.store.base import StateSource
+from udddm.store.encoding import Encoding, Rows, generation_zero
+from udddm.store.generations import Checksums, Generations
+from udddm.store.objects import open_objects
+from udddm.store.pipeline import ChunkTable, HostStore
+from udddm.store.snapshot import Snapshot, write_reference
+
+
+class GenerationTable(ChunkTable):
+    """Chunks in `Generations`, and the checksums of the generations that are being written."""
+
+    def __init__(self, generations: Generations, lanes: range):
+        self.generations, self.lanes = generations, lanes
+        self.retained: set[int] = set()
+        self._lock = threading.Lock()
+        self._written: dict[tuple[int, int], Checksums] = {}
+        self._begun: set[int] = set()
+
+    def open(self, epoch: int, step: int, source: StateSource | None) -> None:
+        """Take up the position in place when `source` refers to this very store, else write its state here."""
+        stored = self.generations
+        stored.create()
+        in_place = (
+            isinstance(source, Snapshot)
+            and source.form == "reference"
+            and source.location == stored.objects.describe("")
+            and source.encoding.name == stored.encoding.name
+        )
+        for old in stored.existing():
+            if old > epoch + 1 or (not in_place and (old >= epoch or old not in self.retained)):
+                stored.delete(old, self.lanes)
+        for lane in self.lanes:
+            stored.reopen(epoch + 1, lane)
+        if in_place:
+            assert isinstance(source, Snapshot)
+            if epoch:
+                for lane in self.lanes:
+                    stored.record(epoch, lane)  # raises unless complete
+            self._written = {(epoch + 1, lane): source.written(lane) for lane in self.lanes}
+        elif source is not None:
+            self._import(epoch, step, source)
+
+    def _import(self, epoch: int, step: int, source: StateSource) -> None:
+        """Write a state that comes from elsewhere as generation `epoch`, and the finished windows as the next."""
+        order, encoding = self.generations.order, self.generations.encoding
+        for lane in self.lanes:
+            finished = set()
+            for index in range(order.windows(lane)):
+                if order.window_span(lane, epoch, index)[1] <= step * order.share:
+                    finished.update(order.window_chunks_of(lane, epoch, index))
+            for chunk in range(order.chunks(lane)):
+                rows = encoding.recode(source.rows(lane, chunk), source.encoding)
+                if epoch:
+                    self.save(epoch, lane, chunk, rows)
+                if chunk in finished:
+                    self.save(epoch + 1, lane, chunk, rows)
+            if epoch:
+                self.finish(epoch, lane)
+
+    def load(self, generation: int, lane: int, chunk: int) -> Rows:
+        if generation == 0:
+            stored = self.generations
+            samples = stored.order.chunk_samples(lane, chunk)
+            zero = generation_zero(stored.order.seed, samples, stored.shape, stored.encoding)
+            return stored.encoding.to_array(zero)
+        with self._lock:
+            expected = self._written.get((generation, lane), {}).get(chunk)
+        if expected is None:
+            expected = self.generations.record(generation, lane)[chunk]
+        return self.generations.read(generation, lane, chunk, expected)
+
+    def save(self, generation: int, lane: int, chunk: int, rows: Rows) -> None:
+        with self._lock:
+            if generation not in self._begun:
+                self.generations.begin(generation)
+                self._begun.add(generation)
+        checksum = self.generations.write(generation, lane, chunk, rows)
+        with self._lock:
+            self._written.setdefault((generation, lane), {})[chunk] = checksum
+
+    def written(self, generation: int) -> dict[int, Checksums]:
+        with self._lock:
+            return {lane: dict(self._written.get((generation, lane), {})) for lane in self.lanes}
+
+    def finish(self, generation: int, lane: int) -> None:
+        with self._lock:
+            checksums = dict(self._written[generation, lane])
+        self.generations.complete(generation, lane, checksums)
+
+    def discard_before(self, generation: int) -> None:
+        with self._lock:
+            for key in [k for k in self._written if k[0] < generation]:
+                del self._written[key]
+            keep = set(self.retained)
+        for old in self.generations.existing():
+            if old < generation and old not in keep:
+                self.generations.delete(old, self.lanes)
+
+    @property
+    def retries(self) -> int:
+        return self.generations.objects.retries
+
+
+class ZarrStore(HostStore):
+    """`url` is where the generations live; `default` says that this is `<run>/state`, which moves with the run."""
+
+    def __init__(
+        self,
+        order: Order,
+        lanes: range,
+        shape: tuple[int, ...],
+        encoding: Encoding,
+        device: torch.device,
+        url: str | Path,
+        *,
+        default: bool,
+        threads: int = 2,
+        prefetch: int = 4,
+    ):
+        self._url = None if default else str(url)
+        self._table = GenerationTable(Generations(open_objects(url), order, shape, encoding), lanes)
+        super().__init__(order, lanes, shape, encoding, device, self._table, threads=threads, prefetch=prefetch)
+
+    def snapshot(self, directory: Path) -> None:
+        in_flight = self.in_flight()
+        write_reference(self, directory, self._url, self._table.written(self.epoch + 1), in_flight)
+
+    def retain(self, generations: set[int]) -> None:
+        self._table.retained = set(generations)

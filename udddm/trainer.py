@@ -1,0 +1,324 @@
+"""The training loop. One step, from its inputs to the state that is written back, is `Trainer.train_step`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import resource
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from udddm import noise, objective, pictures, process, sampler, store
+from udddm.backends.engine import TorchEngine
+from udddm.backends.ranks import Ranks
+from udddm.checkpoint import (
+    Checkpoints,
+    check_same_network,
+    load_json,
+    load_tensors,
+    save_tensors,
+    step_of,
+    write_json,
+)
+from udddm.config import RunConfig
+from udddm.data import ImageDataset
+from udddm.data.prefetch import Prefetch
+from udddm.ema import EMA
+from udddm.network import UNet
+from udddm.network import build as build_network
+from udddm.noise import Stream
+from udddm.order import Order
+from udddm.progress import Progress, say
+from udddm.store import Snapshot, StoreError
+
+
+class Interrupted(RuntimeError):
+    """Training was asked to stop by a signal, and did after a checkpoint. `exit_code` is the shell's for it."""
+
+    def __init__(self, signum: int, step: int):
+        self.exit_code = 128 + signum
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; the same command resumes")
+
+
+class Diverged(RuntimeError):
+    """The loss is not a number any more."""
+
+
+def network_for(config: RunConfig, shape: tuple[int, int, int]) -> UNet:
+    """The run's network for images [C, H, W], with the run's initial weights."""
+    frequency = process.build(config.process).max_frequency
+    seed = noise.key(config.seed, Stream.INITIAL_WEIGHTS)
+    return build_network(config.network, shape, max_frequency=frequency, seed=seed)
+
+
+def digest(tensors: dict[str, torch.Tensor]) -> str:
+    """SHA-256 of the tensors' bytes in the order of their names."""
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        found.update(name.encode() + value.view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+class Trainer:
+    """A run on one rank: built from a configuration and a data set, resumed from the newest whole checkpoint."""
+
+    def __init__(self, config: RunConfig, dataset: ImageDataset, run: Path, ranks: Ranks):
+        self.config, self.dataset, self.run, self.ranks = config, dataset, run, ranks
+        train, shape = config.train, dataset.shape
+        self.order = Order.build(config.order, config.seed, len(dataset), train.batch_size, shape)
+        self.lanes = self.order.lanes_of(ranks.rank, ranks.world)
+        self.total_steps = train.steps or max(1, round((train.epochs or 0) * self.order.steps))
+        self.process = process.build(config.process)
+        self.objective = objective.build(config, self.process, self.total_steps / self.order.steps)
+        self.engine = TorchEngine(network_for(config, shape), train, ranks, self.total_steps)
+        self.emas = [EMA(self.engine.network, decay, train.ema_warmup) for decay in train.ema]
+        self.store = store.build(config.store, self.order, self.lanes, shape, ranks.device, run / "state")
+        self.checkpoints = Checkpoints(run)
+        self.step = 0
+        self._signal: int | None = None
+
+    # One step.
+
+    def train_step(self, inputs: Prefetch) -> torch.Tensor:
+        """Train on the next samples and move their x0-states on. Returns this rank's share of the loss, unsynchronised."""
+        batch = inputs.next()
+        state = self.store.read()
+        if self.config.network.dropout:  # the only generator in use; everything else is a function of its position
+            torch.manual_seed(noise.key(self.config.seed, Stream.DROPOUT, self.step, self.ranks.rank) >> 1)
+        with self.engine.autocast():
+            losses, new_state = self.objective(self.engine.module, batch.images, state, batch.visits, batch.labels)
+        loss = (losses * batch.weights).sum()
+        self.engine.backward_and_step(loss, self.step)
+        self.step += 1
+        for ema in self.emas:
+            ema.update(self.step)
+        self.store.write(new_state)
+        return loss.detach()
+
+    # The run.
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end and return what `result.json` says.
+
+        Raises Interrupted after SIGTERM or SIGINT, Diverged, StoreError, CheckpointError, DataError; the newest
+        checkpoint is intact in every case.
+        """
+        self._resume()
+        with ExitStack() as stack:
+            stack.enter_context(self._signals())
+            stack.callback(self.store.close)
+            inputs = self._inputs()
+            stack.callback(inputs.close)
+            progress = Progress(self.run, self.step, self.total_steps) if self.ranks.first else None
+            if progress is not None:
+                stack.callback(progress.close)
+            self._loop(inputs, progress)
+            state = self.ranks.gather(self.store.sha256())
+        result = self._result(state)
+        if self.ranks.first:
+            self._finish(result)
+        self.ranks.barrier()
+        return result
+
+    def _inputs(self) -> Prefetch:
+        return Prefetch(
+            self.order,
+            self.lanes,
+            self.dataset,
+            self.objective,
+            self.ranks.device,
+            step=self.step,
+            depth=self.config.store.prefetch,
+            labelled=self.config.network.classes > 0,
+        )
+
+    def _loop(self, inputs: Prefetch, progress: Progress | None) -> None:
+        config = self.config
+        every = config.log_every_steps
+        self._started, self._first_step = time.perf_counter(), self.step
+        window = (self._started, self.step, 0.0)
+        losses = torch.zeros((), device=self.ranks.device)
+        while self.step < self.total_steps:
+            losses += self.train_step(inputs)
+            if progress is not None:
+                progress.advance()
+            last = self.step == self.total_steps
+            if self.step % every == 0 or last:
+                window = self._report(progress, losses, window)
+                losses.zero_()
+            stop = self._signal
+            if self.step % config.checkpoint.every_steps == 0 or last or stop is not None:
+                if not bool(torch.isfinite(losses)):
+                    raise Diverged(self._diverged())
+                self.save()
+            if self.ranks.first and config.sample.every_steps and self.step % config.sample.every_steps == 0:
+                self._sample_grid()
+            if stop is not None and not last:
+                raise Interrupted(stop, self.step)
+
+    def _report(
+        self, progress: Progress | None, losses: torch.Tensor, window: tuple[float, int, float]
+    ) -> tuple[float, int, float]:
+        since, first, waited = window
+        loss = float(losses) / (self.step - first)  # waits for the device: once every log_every_steps
+        if not math.isfinite(loss):
+            raise Diverged(self._diverged())
+        now = time.perf_counter()
+        counters = self.store.counters
+        wait = counters.read_wait + counters.write_wait
+        rate = (self.step - first) / (now - since)
+        if progress is not None:
+            progress.metrics(
+                self.step,
+                {
+                    "epoch": self.step / self.order.steps,
+                    "loss": loss,
+                    "learning_rate": self.engine.learning_rate(self.step - 1),
+                    "images_per_second": rate * self.order.samples / self.order.steps,
+                    "store_wait_fraction": (wait - waited) / (now - since),
+                    "store_bytes_read": counters.bytes_read,
+                    "store_bytes_written": counters.bytes_written,
+                    "store_retries": counters.retries,
+                    "eta_seconds": (self.total_steps - self.step) / rate,
+                },
+            )
+        return now, self.step, wait
+
+    def _diverged(self) -> str:
+        return (
+            f"the loss is not finite at step {self.step}: lower train.learning_rate, set train.clip, or use another "
+            "train.precision. The last checkpoint is from before"
+        )
+
+    @contextmanager
+    def _signals(self) -> Iterator[None]:
+        """SIGTERM and SIGINT ask for a checkpoint and a stop after the step in progress."""
+
+        def asked(signum: int, frame: FrameType | None) -> None:
+            if self._signal is not None:  # asked twice: stop at once
+                raise KeyboardInterrupt
+            self._signal = signum
+
+        previous: dict[int, Any] = {}
+        try:
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                previous[signum] = signal.signal(signum, asked)
+        except ValueError:  # not the main thread: the launcher has the signals
+            pass
+        try:
+            yield
+        finally:
+            for signum, handler in previous.items():
+                signal.signal(signum, handler)
+
+    # Checkpoints.
+
+    def save(self) -> Path:
+        """Write a checkpoint of this position and remove those that `checkpoint.keep` lets go."""
+        path = self.checkpoints.write(self.step, self.ranks, self._fill)
+        if self.ranks.first:
+            self.checkpoints.prune(self.config.checkpoint.keep)
+        self._retain()
+        return path
+
+    def _retain(self) -> None:
+        epochs = {step_of(p) // self.order.steps for p in self.checkpoints.all()}
+        self.store.retain(epochs | {e + 1 for e in epochs})
+
+    def _fill(self, directory: Path) -> None:
+        self.store.snapshot(directory / "state")
+        if not self.ranks.first:
+            return
+        save_tensors(directory / "model.safetensors", self.engine.weights())
+        for ema in self.emas:
+            save_tensors(directory / f"ema-{ema.decay:g}.safetensors", ema.weights)
+        save_tensors(directory / "optimizer.safetensors", self.engine.optimizer_tensors())
+        config = {"config": self.config.model_dump(mode="json"), "shape": list(self.dataset.shape)}
+        write_json(directory / "config.json", config)
+        write_json(directory / "position.json", {"step": self.step})
+
+    def _resume(self) -> None:
+        """Take up the newest whole checkpoint, or begin."""
+        path = self.checkpoints.newest_valid(say if self.ranks.first else _silent)
+        self._retain()
+        if path is None:
+            self.store.start(0, 0, None)
+            return
+        self.step = int(load_json(path / "position.json")["step"])
+        weights = load_tensors(path / "model.safetensors")
+        check_same_network(path / "model.safetensors", weights, self.engine.network.state_dict())
+        self.engine.load_weights(weights)
+        self.engine.load_optimizer_tensors(load_tensors(path / "optimizer.safetensors"))
+        for ema in self.emas:
+            for name, value in load_tensors(path / f"ema-{ema.decay:g}.safetensors").items():
+                ema.weights[name].copy_(value)
+        snapshot = Snapshot(path / "state", self.run / "state")
+        if snapshot.order.fingerprint() != self.order.fingerprint() or snapshot.shape != self.dataset.shape:
+            raise StoreError(f"the x0-state in {path} was made with another order or image shape")
+        self.store.start(*divmod(self.step, self.order.steps), snapshot)
+        if self.ranks.first:
+            self.checkpoints.discard_after(self.step)
+            say(f"resuming from {path.name}")
+
+    # Samples and the result.
+
+    def _samples(self, count: int) -> torch.Tensor:
+        """`count` images of the first EMA, [count, C, H, W] clamped to [-1, 1], on the host."""
+        network = network_for(self.config, self.dataset.shape).to(self.ranks.device).eval()
+        network.load_state_dict({**network.state_dict(), **self.emas[0].weights})
+        labels = None
+        if self.config.network.classes:
+            labels = [i % self.config.network.classes for i in range(count)]
+        drawn = sampler.batches(
+            network,
+            self.process,
+            self.dataset.shape,
+            list(range(count)),
+            steps=self.config.sample.steps,
+            labels=labels,
+            device=self.ranks.device,
+        )
+        return torch.cat(list(drawn)).clamp(-1, 1)
+
+    def _sample_grid(self) -> None:
+        directory = self.run / "samples"
+        directory.mkdir(exist_ok=True)
+        pictures.grid(self._samples(64), directory / f"step-{self.step:08d}.png")
+
+    def _result(self, state: list[str]) -> dict[str, Any]:
+        elapsed = time.perf_counter() - self._started
+        counters = self.store.counters
+        visited = (self.step - self._first_step) / self.order.steps * self.order.samples
+        return {
+            "steps": self.step,
+            "epochs": self.step / self.order.steps,
+            "images_per_second": visited / elapsed,
+            "store_wait_fraction": (counters.read_wait + counters.write_wait) / elapsed,
+            "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "weights_sha256": digest(self.engine.weights()),
+            "ema_sha256": digest({f"{e.decay:g}/{n}": w for e in self.emas for n, w in e.weights.items()}),
+            "state_sha256": hashlib.sha256("".join(state).encode()).hexdigest(),
+        }
+
+    def _finish(self, result: dict[str, Any]) -> None:
+        if self.config.sample.final:
+            images = self._samples(self.config.sample.final)
+            temporary = self.run / "samples.npy.partial"
+            with temporary.open("wb") as file:
+                np.save(file, images.numpy())
+            temporary.replace(self.run / "samples.npy")
+            pictures.grid(images[:100], self.run / "samples.png")
+        write_json(self.run / "result.json", result)
+
+
+def _silent(text: str) -> None:
+    return
