@@ -82,7 +82,8 @@ def describe(config: RunConfig, images: ImageDataset, run: Path, ranks: Ranks) -
     return [
         f"udddm {udddm.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"device: {name}, rank 1 of {ranks.world}; precision: {config.train.precision} ({precision})",
-        f"data: {len(images)} images {'x'.join(map(str, images.shape))}; objective: {config.objective.name}; seed: {config.seed}",
+        f"data: {len(images)} images {'x'.join(map(str, images.shape))}; objective: {config.objective.name}; "
+        f"seed: {config.seed}",
         f"x0-state store: {config.store.kind}, {config.store.dtype} ({reasons[config.store.kind]})",
         f"run directory: {run}; the same command resumes it",
     ]

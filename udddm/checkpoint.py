@@ -111,9 +111,7 @@ class Checkpoints:
             ranks.barrier()
             if ranks.first:
                 files = sorted(p for p in partial.rglob("*") if p.is_file())
-                entries = {
-                    str(p.relative_to(partial)): {"bytes": p.stat().st_size, "crc32c": _crc(p)} for p in files
-                }
+                entries = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "crc32c": _crc(p)} for p in files}
                 for path in files:
                     sync_file(path)
                 write_json(partial / "manifest.json", entries)
@@ -122,7 +120,7 @@ class Checkpoints:
                 partial.rename(final)
                 _sync_directory(self.directory)
             ranks.barrier()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
             shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"cannot write the checkpoint {final}: {error}. Earlier checkpoints are intact; "
@@ -215,6 +213,5 @@ def check_same_network(path: Path, found: Tensors, wanted: Tensors) -> None:
         raise CheckpointError(f"{path} is of another network: it {side} {name}")
     for name, value in found.items():
         if value.shape != wanted[name].shape:
-            raise CheckpointError(
-                f"{path} is of another network: {name} is {list(value.shape)}, this network's is {list(wanted[name].shape)}"
-            )
+            shapes = f"{list(value.shape)}, this network's is {list(wanted[name].shape)}"
+            raise CheckpointError(f"{path} is of another network: {name} is {shapes}")

@@ -1,4 +1,4 @@
-"""The commands udddm-train, udddm-sample and udddm-store. Everything heavy is imported once the arguments are parsed."""
+"""The commands udddm-train, udddm-sample, udddm-store. Heavy imports wait until the arguments are parsed."""
 
 from __future__ import annotations
 
@@ -159,28 +159,65 @@ def sample(argv: list[str] | None = None) -> int:
         with (out / "samples.npy").open("wb") as file:
             np.save(file, images)
         grid(torch.from_numpy(images[:400]), out / "samples.png")
-        print(f"{len(images)} images in {out / 'samples.npy'}, the first {min(400, len(images))} in {out / 'samples.png'}")
+        print(
+            f"{len(images)} images in {out / 'samples.npy'}, the first {min(400, len(images))} in {out / 'samples.png'}"
+        )
         return 0
 
     return _reported(body)
 
 
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        sides = tuple(int(side) for side in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write the shape as 3x32x32") from None
+    if len(sides) != 3 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write the shape as CHANNELSxHEIGHTxWIDTH, such as 3x32x32")
+    return sides
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
 def _store_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="udddm-store", description="Look into an x0-state store. Nothing is written to it; safe beside a live run."
+        prog="udddm-store", description="Look into x0-state stores, copy, clean, plan and measure them."
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True)
+    dtypes = ["fp32", "fp16", "bf16", "uint8"]
     for name, text in (
-        ("info", "what the store holds"),
-        ("verify", "check every chunk's checksum; exits 1 and lists what is damaged"),
+        ("info", "what the store holds; writes nothing, safe beside a live run"),
+        ("verify", "check every chunk's checksum; exits 1 and lists what is damaged; safe beside a live run"),
         ("view", "one sample's estimates through the kept generations beside its image, as a PNG"),
+        ("convert", "copy the newest state to another path or URL, in this or another dtype"),
+        ("gc", "remove the generations that no checkpoint of a stopped run refers to"),
+        ("plan", "what a data set's state needs: bytes, memory, bandwidth, requests, and which store fits"),
+        ("bench", "what this machine and a URL give, against what the plan needs"),
     ):
         command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("path", metavar="RUN|URL", help="a run directory, or the store's own path or URL")
+        if name != "plan":
+            command.add_argument("path", metavar="RUN|URL", help="a run directory, or the store's own path or URL")
         if name == "view":
             command.add_argument("--sample", type=int, required=True, metavar="I")
             command.add_argument("--out", type=Path, default=Path("view.png"), metavar="FILE")
+        if name == "convert":
+            command.add_argument("destination", metavar="URL")
+            command.add_argument("--dtype", choices=dtypes)
+        if name in ("plan", "bench"):
+            command.add_argument("--samples", type=_positive, required=name == "plan", default=50_000, metavar="N")
+            command.add_argument("--shape", type=_shape, default=(3, 32, 32), metavar="3x32x32")
+            command.add_argument("--dtype", choices=dtypes, default="fp16")
+            command.add_argument("--images-per-second", type=_positive, default=5000, metavar="R")
+            command.add_argument("--workers", type=_positive, default=1)
+            command.add_argument("--batch", type=_positive, default=1024, help="samples of a step, over all workers")
+        if name == "bench":
+            command.add_argument("--threads", type=_positive, default=8)
     return parser
 
 
@@ -188,20 +225,48 @@ def store(argv: list[str] | None = None) -> int:
     arguments = _store_parser().parse_args(argv)
 
     def body() -> int:
-        from udddm.store import inspect
+        if arguments.command in ("plan", "bench"):
+            return _plan_store(arguments)
+        from udddm.store import convert, inspect
 
         place = inspect.find(arguments.path)
         if arguments.command == "info":
             print("\n".join(inspect.info(place)))
         elif arguments.command == "verify":
             chunks, damaged = inspect.verify(place)
-            print("\n".join(damaged) if damaged else f"{chunks} chunks and {len(place.checkpoints)} checkpoints are whole")
+            print(
+                "\n".join(damaged) if damaged else f"{chunks} chunks and {len(place.checkpoints)} checkpoints are whole"
+            )
             return FAILED if damaged else 0
+        elif arguments.command == "convert":
+            print(convert.convert(place, arguments.destination, arguments.dtype))
+        elif arguments.command == "gc":
+            removed = convert.collect(place)
+            print(f"removed {', '.join(map(str, removed)) or 'nothing'}" + (" (generations)" if removed else ""))
         else:
             _view(place, arguments.sample, arguments.out)
         return 0
 
     return _reported(body)
+
+
+def _plan_store(arguments: argparse.Namespace) -> int:
+    from udddm.store import planning
+    from udddm.store.objects import open_objects
+
+    needed = planning.needs(
+        arguments.samples,
+        arguments.shape,
+        arguments.dtype,
+        arguments.images_per_second,
+        arguments.workers,
+        arguments.batch,
+    )
+    print("\n".join(planning.plan(needed)))
+    if arguments.command == "bench":
+        speed = planning.measure(open_objects(arguments.path), needed.chunk_bytes, threads=arguments.threads)
+        print("\n".join(planning.verdict(needed, speed)))
+    return 0
 
 
 def _view(place: object, sample: int, out: Path) -> None:

@@ -5,8 +5,10 @@ This module imports neither torch nor numpy: it is what `udddm-train --help` and
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -51,7 +53,7 @@ class ProcessConfig(Section):
     sigma_data: Annotated[float, Field(gt=0)] = 0.5
     preconditioning: Literal["paper", "linear", "quadratic", "edm"] = Field(
         "edm",
-        description="a(t), b(t): the paper's (VP: x_t - F; VE: kappa = s_min/sigma), the two other kappas (VE), or EDM's",
+        description="a(t), b(t): the paper's (VP: x_t - F; VE: kappa = s_min/sigma), its other kappas (VE), or EDM's",
     )
 
     @model_validator(mode="after")
@@ -101,14 +103,16 @@ class ChainConfig(Section):
     guiding: Literal["lowest", "visits"] = Field(
         "lowest", description="weight of x0 in the target: only at the lowest level, or Eq. 3's 1/(n+1) with n = level"
     )
-    weighting: Literal["none", "gap"] = Field("none", description="loss weight of a level: 1, or 1/(sigma_k - sigma_(k-1))")
+    weighting: Literal["none", "gap"] = Field(
+        "none", description="loss weight of a level: 1, or 1/(sigma_k - sigma_(k-1))"
+    )
 
     @field_validator("stages")
     @classmethod
     def _nested(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
         if stages[0].start != 0:
             raise ValueError("the first stage must start at 0")
-        for before, after in zip(stages, stages[1:], strict=False):
+        for before, after in itertools.pairwise(stages):
             if after.start <= before.start:
                 raise ValueError("stages must be in order of their start")
             if after.levels % before.levels:
@@ -118,7 +122,10 @@ class ChainConfig(Section):
 
 class ObjectiveConfig(Section):
     name: Literal["chain", "algorithm-1"] = "chain"
-    huber_c: Annotated[float, Field(gt=0)] = Field(0.00015, description="c of Eq. 4")
+    huber_c: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="c of Eq. 4; unset: 0.19 sqrt(C H W) for chain, the paper's 0.00014 or 0.00015 for Algorithm 1",
+    )
     chain: ChainConfig = ChainConfig()
 
 
@@ -134,7 +141,9 @@ class StoreConfig(Section):
     kind: Literal["gpu", "pinned", "zarr"] = "gpu"
     url: str | None = Field(None, description="where the zarr store lives; unset: <run>/state")
     dtype: Literal["fp32", "fp16", "bf16", "uint8"] = "fp16"
-    threads: Positive = Field(2, description="background threads that read and write chunks")
+    threads: Positive | None = Field(
+        None, description="background threads that read chunks, and as many that write; unset: 2, for URLs 8"
+    )
     prefetch: Positive = Field(4, description="steps whose state and images are made ready ahead")
 
 
@@ -167,7 +176,9 @@ class CheckpointConfig(Section):
 
 class SampleConfig(Section):
     every_steps: Annotated[int, Field(ge=0)] = Field(1000, description="a grid of samples while training; 0 is never")
-    final: Annotated[int, Field(ge=0)] = Field(0, description="samples written as samples.npy and samples.png at the end")
+    final: Annotated[int, Field(ge=0)] = Field(
+        0, description="samples written as samples.npy and samples.png at the end"
+    )
     steps: Positive = Field(1, description="network evaluations a sample")
 
 
@@ -192,7 +203,9 @@ class RunConfig(Section):
                 "each lane gives the same number of samples to a step"
             )
         if self.objective.name == "algorithm-1" and self.network.condition == "none":
-            raise ValueError("Algorithm 1 conditions the network on the x0-state: set network.condition=cross-attention")
+            raise ValueError(
+                "Algorithm 1 conditions the network on the x0-state: set network.condition=cross-attention"
+            )
         return self
 
     @staticmethod
@@ -270,10 +283,8 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
     if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a string
-        try:
+        with contextlib.suppress(ValueError):
             value = float(value)
-        except ValueError:
-            pass
     *parents, leaf = key.split(".")
     node = tree
     for depth, name in enumerate(parents):
@@ -282,7 +293,9 @@ def _apply(tree: dict[str, Any], override: str) -> None:
             raise ConfigError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
         node = child
     node[leaf] = value
-    if key == "train.steps" and value is not None:  # the two lengths exclude each other; an override replaces the preset's
+    if (
+        key == "train.steps" and value is not None
+    ):  # the two lengths exclude each other; an override replaces the preset's
         node.pop("epochs", None)
     elif key == "train.epochs" and value is not None:
         node.pop("steps", None)

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import torch
 
 _GOLDEN = 0x9E3779B97F4A7C15
+_PART = 0xD1B54A32D192ED03  # another odd constant, so that no part can cancel the seed
 _MIX1, _MIX2 = 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 Keys = npt.NDArray[np.uint64]
@@ -50,9 +51,9 @@ def mix(z: Keys) -> Keys:
 def keys(seed: int, stream: Stream, *parts: Integers) -> Keys:
     """A 64-bit key for every element of the broadcast `parts` (integers or int64 arrays)."""
     with np.errstate(over="ignore"):
-        z = np.asarray(mix(np.uint64(seed % 2**64) + np.uint64(_GOLDEN * int(stream) % 2**64)))
+        z: Keys = np.asarray(mix(np.asarray(seed % 2**64, np.uint64) + np.uint64(_GOLDEN * int(stream) % 2**64)))
         for part in parts:
-            z = mix((z ^ mix(np.asarray(part).astype(np.uint64) + np.uint64(_GOLDEN))) + np.uint64(_GOLDEN))
+            z = mix((z ^ mix(np.asarray(part).astype(np.uint64) + np.uint64(_PART))) + np.uint64(_GOLDEN))
     return z
 
 
@@ -69,7 +70,7 @@ def below(limit: npt.NDArray[np.int64] | int, key: Keys) -> npt.NDArray[np.int64
 def shuffled(count: int, key: int) -> npt.NDArray[np.int64]:
     """A permutation of range(count)."""
     with np.errstate(over="ignore"):
-        z = mix(np.uint64(key) + np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN))
+        z = mix(np.asarray(key, np.uint64) + np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN))
     return np.argsort(z, kind="stable")
 
 

@@ -1,9 +1,9 @@
 """Which sample is visited when, and by whom: a pure function of (seed, N, B, L, C, W, epoch, step).
 
 A fixed keyed permutation puts the N samples into N slots. Lane `l` owns a contiguous share of the slots, cut into
-chunks of C. In an epoch each lane shuffles its chunks, groups them into windows of W chunks, shuffles the slots inside
-each window, and gives B / L slots to every step. Ranks own whole lanes, so what a step trains on does not depend on
-how many ranks there are, and a rank touches only chunks of its own lanes.
+chunks of C. In an epoch each lane shuffles its chunks, groups them into windows of at most W chunks, shuffles the slots
+inside each window, and gives B / L slots to every step. Ranks own whole lanes, so what a step trains on does not depend
+on how many ranks there are, and a rank touches only chunks of its own lanes.
 """
 
 from __future__ import annotations
@@ -150,10 +150,19 @@ class Order:
     def windows(self, lane: int) -> int:
         return -(-self.chunks(lane) // self.window_chunks)
 
+    def smallest_window(self, lane: int) -> int:
+        """The least number of rows that a window of the lane can have."""
+        shortfall = self.chunk - self.chunk_slots(lane, self.chunks(lane) - 1)
+        return self.chunks(lane) // self.windows(lane) * self.chunk - shortfall
+
     def window_chunks_of(self, lane: int, epoch: int, window: int) -> list[int]:
         """The chunks of a window, in the order in which their rows lie in the window's buffer."""
         order = self._lane_chunks(lane, epoch)
-        return [int(c) for c in order[window * self.window_chunks : (window + 1) * self.window_chunks]]
+        return [int(c) for c in order[self._window_start(lane, window) : self._window_start(lane, window + 1)]]
+
+    def _window_start(self, lane: int, window: int) -> int:
+        """Windows share a lane's chunks evenly: reading the next one then always has a whole window's time."""
+        return window * self.chunks(lane) // self.windows(lane)
 
     def _compute_chunks(self, lane: int, epoch: int) -> Indices:
         return noise.shuffled(self.chunks(lane), noise.key(self.seed, Stream.CHUNKS, epoch, lane))
@@ -169,14 +178,14 @@ class Order:
     def window_span(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
         """The half-open range of the lane's visits, counted from the epoch's start, that fall into a window.
 
-        Only the last chunk of a lane may be short, so every window is full but the one that holds it and the last.
+        Only the last chunk of a lane may be short; the window that holds it is the shorter for it.
         """
-        full = self.window_chunks * self.chunk
         short = self.chunks(lane) - 1
         shortfall = self.chunk - self.chunk_slots(lane, short)
-        shorter = int(np.flatnonzero(self._lane_chunks(lane, epoch) == short)[0]) // self.window_chunks
-        start = window * full - (shortfall if shorter < window else 0)
-        stop = min((window + 1) * full, self.chunks(lane) * self.chunk) - (shortfall if shorter <= window else 0)
+        place = int(np.flatnonzero(self._lane_chunks(lane, epoch) == short)[0])
+        first, past = self._window_start(lane, window), self._window_start(lane, window + 1)
+        start = first * self.chunk - (shortfall if place < first else 0)
+        stop = past * self.chunk - (shortfall if place < past else 0)
         return start, stop
 
     def lane_step(self, lane: int, epoch: int, step: int) -> list[LaneStep]:
@@ -184,7 +193,7 @@ class Order:
         start = step * self.share
         stop = min(start + self.share, self.lane_slots(lane))
         parts = []
-        window = max(0, start // (self.window_chunks * self.chunk))
+        window = max(0, start // self.chunk * self.windows(lane) // self.chunks(lane) - 1)
         while start < stop:
             low, high = self.window_span(lane, epoch, window)
             if start < high:
@@ -199,7 +208,8 @@ class Order:
         return (self.window_span(lane, epoch, window)[1] - 1) // self.share
 
     def window_of(self, lane: int, epoch: int, chunk: int) -> int:
-        return int(np.flatnonzero(self._lane_chunks(lane, epoch) == chunk)[0]) // self.window_chunks
+        place = int(np.flatnonzero(self._lane_chunks(lane, epoch) == chunk)[0])
+        return ((place + 1) * self.windows(lane) - 1) // self.chunks(lane)
 
     def row_offset(self, lane: int, epoch: int, chunk: int) -> int:
         """The first row of a chunk within the buffer of its window."""
@@ -212,7 +222,8 @@ class Order:
         ends = np.cumsum([self.chunk_slots(part.lane, int(c)) for c in chunks])
         place = np.searchsorted(ends, part.rows, side="right")
         starts = np.concatenate([[0], ends[:-1]])
-        return self.lane_start(part.lane) + chunks[place] * self.chunk + part.rows - starts[place]
+        slots: Indices = self.lane_start(part.lane) + chunks[place] * self.chunk + part.rows - starts[place]
+        return slots
 
     def lanes_of(self, rank: int, world: int) -> range:
         """The lanes that a rank owns. Raises ConfigError when `world` does not divide the lanes."""

@@ -92,7 +92,8 @@ class VarianceExploding(Process):
     def sigma(self, t: Array) -> Array:
         c = self.config
         low, high = c.sigma_min ** (1 / c.rho), c.sigma_max ** (1 / c.rho)
-        return (low + (np.asarray(t) - 1) / (self.last - 1) * (high - low)) ** c.rho
+        spaced: Array = low + (np.asarray(t) - 1) / (self.last - 1) * (high - low)
+        return spaced**c.rho
 
     def signal(self, t: Array) -> Array:
         return np.ones_like(t)
@@ -100,7 +101,8 @@ class VarianceExploding(Process):
     def time(self, sigma: Array) -> Array:
         c = self.config
         low, high = c.sigma_min ** (1 / c.rho), c.sigma_max ** (1 / c.rho)
-        return np.clip(1 + (np.asarray(sigma) ** (1 / c.rho) - low) / (high - low) * (self.last - 1), 1, self.last)
+        found: Array = 1 + (np.asarray(sigma) ** (1 / c.rho) - low) / (high - low) * (self.last - 1)
+        return found.clip(1, self.last)
 
     def _precondition(self, t: Array, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
         c = self.config
@@ -124,7 +126,8 @@ class VariancePreserving(Process):
         self.max_frequency = 16.0 if config.preconditioning == "edm" else 1.0
 
     def _log_abar(self, t: Array) -> Array:
-        return np.interp(t, self._steps, self._log_alpha_bar)
+        found: Array = np.interp(t, self._steps, self._log_alpha_bar)
+        return found
 
     def sigma(self, t: Array) -> Array:
         return np.sqrt(np.expm1(-self._log_abar(t)))

@@ -31,7 +31,7 @@ def _tensorboard(directory: Path, purge_step: int) -> _Writer:
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         from torch.utils.tensorboard import SummaryWriter
 
-        writer: _Writer = SummaryWriter(str(directory), purge_step=purge_step)  # type: ignore[no-untyped-call]
+        writer: _Writer = SummaryWriter(str(directory), purge_step=purge_step)
     return writer
 
 

@@ -78,10 +78,10 @@ class Trainer:
         self.lanes = self.order.lanes_of(ranks.rank, ranks.world)
         self.total_steps = train.steps or max(1, round((train.epochs or 0) * self.order.steps))
         self.process = process.build(config.process)
-        self.objective = objective.build(config, self.process, self.total_steps / self.order.steps)
+        self.objective = objective.build(config, self.process, self.total_steps / self.order.steps, shape)
         self.engine = TorchEngine(network_for(config, shape), train, ranks, self.total_steps)
         self.emas = [EMA(self.engine.network, decay, train.ema_warmup) for decay in train.ema]
-        self.store = store.build(config.store, self.order, self.lanes, shape, ranks.device, run / "state")
+        self.store = store.build(config.store, self.order, self.lanes, shape, ranks.device, run)
         self.checkpoints = Checkpoints(run)
         self.step = 0
         self._signal: int | None = None
@@ -89,7 +89,7 @@ class Trainer:
     # One step.
 
     def train_step(self, inputs: Prefetch) -> torch.Tensor:
-        """Train on the next samples and move their x0-states on. Returns this rank's share of the loss, unsynchronised."""
+        """Train on the next samples and move their x0-states on. Returns this rank's share of the loss, on device."""
         batch = inputs.next()
         state = self.store.read()
         if self.config.network.dropout:  # the only generator in use; everything else is a function of its position
@@ -112,11 +112,10 @@ class Trainer:
         Raises Interrupted after SIGTERM or SIGINT, Diverged, StoreError, CheckpointError, DataError; the newest
         checkpoint is intact in every case.
         """
-        self._resume()
         with ExitStack() as stack:
             stack.enter_context(self._signals())
             stack.callback(self.store.close)
-            inputs = self._inputs()
+            inputs = self.begin()
             stack.callback(inputs.close)
             progress = Progress(self.run, self.step, self.total_steps) if self.ranks.first else None
             if progress is not None:
@@ -129,7 +128,9 @@ class Trainer:
         self.ranks.barrier()
         return result
 
-    def _inputs(self) -> Prefetch:
+    def begin(self) -> Prefetch:
+        """Resume, or start, and begin to make ready what the coming steps need."""
+        self._resume()
         return Prefetch(
             self.order,
             self.lanes,
@@ -157,7 +158,7 @@ class Trainer:
                 losses.zero_()
             stop = self._signal
             if self.step % config.checkpoint.every_steps == 0 or last or stop is not None:
-                if not bool(torch.isfinite(losses)):
+                if not math.isfinite(self.ranks.sum(losses)):
                     raise Diverged(self._diverged())
                 self.save()
             if self.ranks.first and config.sample.every_steps and self.step % config.sample.every_steps == 0:
@@ -169,7 +170,7 @@ class Trainer:
         self, progress: Progress | None, losses: torch.Tensor, window: tuple[float, int, float]
     ) -> tuple[float, int, float]:
         since, first, waited = window
-        loss = float(losses) / (self.step - first)  # waits for the device: once every log_every_steps
+        loss = self.ranks.sum(losses) / (self.step - first)  # waits for the device: once every log_every_steps
         if not math.isfinite(loss):
             raise Diverged(self._diverged())
         now = time.perf_counter()
@@ -217,8 +218,8 @@ class Trainer:
         try:
             yield
         finally:
-            for signum, handler in previous.items():
-                signal.signal(signum, handler)
+            for number, handler in previous.items():
+                signal.signal(number, handler)
 
     # Checkpoints.
 

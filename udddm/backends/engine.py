@@ -25,23 +25,20 @@ class TorchEngine:
         self.config, self.ranks, self.total_steps = config, ranks, total_steps
         network.to(ranks.device)
         if config.channels_last:
-            network.to(memory_format=torch.channels_last)
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.network = network
         self.module: nn.Module = network
         if ranks.world > 1:
             self.module = DistributedDataParallel(
                 network,
                 device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-                broadcast_buffers=False,
                 gradient_as_bucket_view=True,
             )
         if config.compile:
             self.module = torch.compile(self.module)  # type: ignore[assignment]
         self.names = [name for name, _ in network.named_parameters()]
-        self.optimizer = torch.optim.Adam(
-            network.parameters(), lr=config.learning_rate, betas=config.betas, fused=True
-        )
-        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")  # type: ignore[attr-defined]
+        self.optimizer = torch.optim.Adam(network.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
         if self.config.precision == "fp32":
@@ -90,11 +87,15 @@ class TorchEngine:
         return found
 
     def load_optimizer_tensors(self, tensors: dict[str, torch.Tensor]) -> None:
+        """Take up what `optimizer_tensors` gave. Moments get their parameter's memory format: the fused Adam walks both
+        as flat memory."""
         state: dict[int, dict[str, torch.Tensor]] = {}
-        for index, name in enumerate(self.names):
-            own = {k.partition("/")[0]: v for k, v in tensors.items() if k.partition("/")[2] == name}
-            if own:
-                state[index] = own
+        parameters = dict(self.network.named_parameters())
+        for key, value in tensors.items():
+            kind, _, name = key.partition("/")
+            if name:
+                own = torch.empty_like(parameters[name]) if kind != "step" else torch.empty_like(value)
+                state.setdefault(self.names.index(name), {})[kind] = own.copy_(value)
         self.optimizer.load_state_dict({"state": state, "param_groups": self.optimizer.state_dict()["param_groups"]})
         if self.scaler.is_enabled() and "scaler" in tensors:
             fresh = self.scaler.state_dict()

@@ -28,6 +28,13 @@ class Ranks:
         if self.world > 1:
             dist.barrier()
 
+    def sum(self, value: torch.Tensor) -> float:
+        """The sum of the ranks' scalars, on every rank. Waits for the device."""
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return float(value)
+
     def gather(self, value: str) -> list[str]:
         """Every rank's string, in rank order, on every rank."""
         if self.world == 1:

@@ -1,5 +1,7 @@
 """What a visit of a sample trains: Eq. 3 and 4 (`loss`), the chain objective, and Algorithm 1 as printed."""
 
+import math
+
 from udddm.config import RunConfig
 from udddm.objective.algorithm1 import AlgorithmOne
 from udddm.objective.chain import Chain
@@ -9,10 +11,16 @@ from udddm.process import Process
 __all__ = ["AlgorithmOne", "Chain", "Objective", "Visits", "adaptive_loss", "build", "denoise", "pseudo_huber"]
 
 
-def build(config: RunConfig, process: Process, epochs: float) -> Objective:
-    """The configured objective for a run of `epochs` epochs."""
+CHAIN_HUBER_C = 0.19
+"""c of Eq. 4 over sqrt(C H W) for chains: the best of what was tried on the digits (docs/results.md)."""
+
+
+def build(config: RunConfig, process: Process, epochs: float, shape: tuple[int, int, int]) -> Objective:
+    """The configured objective for a run of `epochs` epochs on images [C, H, W]."""
     chosen = config.objective
     if chosen.name == "algorithm-1":
-        return AlgorithmOne(process, chosen.huber_c, config.seed)
+        paper = 0.00014 if config.process.kind == "vp" else 0.00015
+        return AlgorithmOne(process, chosen.huber_c or paper, config.seed)
     conditioned = config.network.condition != "none"
-    return Chain(process, chosen.chain, chosen.huber_c, config.seed, epochs, conditioned)
+    c = chosen.huber_c or CHAIN_HUBER_C * math.sqrt(math.prod(shape))
+    return Chain(process, chosen.chain, c, config.seed, epochs, conditioned)

@@ -26,8 +26,11 @@ from udddm.objective.loss import Visits, adaptive_loss, add_noise, denoise
 from udddm.process import SIGMA_HIGHEST, Coefficients, Process
 
 
+Ids = npt.NDArray[np.int64]
+
+
 class Chain:
-    """`epochs` is the length of the run (stages are fractions of it); `conditioned` is whether the network takes an image.
+    """`epochs` is the length of the run (stages are fractions of it); `conditioned`, whether the network takes an image.
 
     The conditioning image is fresh noise, as in the first step of Algorithm 2: were it the state, the network would
     copy its target.
@@ -36,11 +39,17 @@ class Chain:
     def __init__(
         self, process: Process, config: ChainConfig, huber_c: float, seed: int, epochs: float, conditioned: bool
     ):
-        self.process, self.config, self.huber_c, self.seed, self.conditioned = process, config, huber_c, seed, conditioned
+        self.process, self.config, self.huber_c, self.seed, self.conditioned = (
+            process,
+            config,
+            huber_c,
+            seed,
+            conditioned,
+        )
         self._starts = [math.ceil(stage.start * epochs) for stage in config.stages]
         self._times = [process.levels(stage.levels) for stage in config.stages]
 
-    def position(self, ids: npt.NDArray[np.int64], epoch: int) -> tuple[int, npt.NDArray[np.int64], ...]:
+    def position(self, ids: npt.NDArray[np.int64], epoch: int) -> tuple[int, Ids, Ids, Ids]:
         """(stage, chain number, visit within the chain, level) of samples `ids` in `epoch`."""
         stage = max(j for j, start in enumerate(self._starts) if start <= epoch)
         levels = self.config.stages[stage].levels
@@ -48,7 +57,7 @@ class Chain:
         offset = noise.below(length, noise.keys(self.seed, Stream.CHAIN_OFFSET, ids, stage))
         since = epoch - self._starts[stage]
         chain, visit = np.divmod(since + offset, length)
-        visit = np.where(chain == 0, since, visit)
+        visit = np.where(chain == 0, since, visit).astype(np.int64)
         if self.config.length == "trajectory":
             first = np.zeros_like(ids)
         else:

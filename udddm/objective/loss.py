@@ -92,4 +92,3 @@ class Objective(Protocol):
         labels: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The loss of each sample [B], and the next x0-state [B, C, H, W] (detached)."""
-

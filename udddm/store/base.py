@@ -48,9 +48,7 @@ class StateSource(Protocol):
 
 
 class X0Store(ABC):
-    def __init__(
-        self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, device: torch.device
-    ):
+    def __init__(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, device: torch.device):
         self.order, self.lanes, self.shape, self.encoding, self.device = order, lanes, shape, encoding, device
         self.counters = StoreCounters()
         self.epoch = self.step = 0

@@ -16,9 +16,7 @@ from udddm.store.snapshot import write_full
 class DeviceStore(X0Store):
     """Reads gather rows and writes scatter them in place, on the device and without I/O."""
 
-    def __init__(
-        self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, device: torch.device
-    ):
+    def __init__(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, device: torch.device):
         super().__init__(order, lanes, shape, encoding, device)
         self._first = order.lane_start(lanes.start)
         slots = order.lane_start(lanes.stop) - self._first

@@ -54,8 +54,8 @@ class Encoding:
         return (stored.view(torch.uint16) if self.name == "bf16" else stored).numpy()
 
     def to_tensor(self, rows: Rows) -> torch.Tensor:
-        """A view of an array as the host tensor that `decode` takes."""
-        tensor = torch.from_numpy(rows)
+        """An array as the host tensor that `decode` takes: a view, or a copy of one that must not be written to."""
+        tensor = torch.from_numpy(rows if rows.flags.writeable else rows.copy())
         return tensor.view(torch.bfloat16) if self.name == "bf16" else tensor
 
     def recode(self, rows: Rows, source: Encoding) -> Rows:
@@ -66,7 +66,11 @@ class Encoding:
 
 
 def generation_zero(
-    seed: int, samples: npt.NDArray[np.int64], shape: tuple[int, ...], encoding: Encoding, device: torch.device | None = None
+    seed: int,
+    samples: npt.NDArray[np.int64],
+    shape: tuple[int, ...],
+    encoding: Encoding,
+    device: torch.device | None = None,
 ) -> torch.Tensor:
     """x_0^(0) ~ N(0, I) of `samples`, encoded: computed wherever it is needed, never stored."""
     keys = noise.as_tensor(noise.keys(seed, Stream.INITIAL_STATE, samples))

@@ -64,17 +64,17 @@ class Generations:
     def create(self) -> None:
         """Make the group, or check that the one that is there holds this run's kind of state."""
         try:
-            found = json.loads(self.objects.get("zarr.json"))["attributes"]
+            found = dict(json.loads(self.objects.get("zarr.json"))["attributes"])
         except FileNotFoundError:
             self._put_json("zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": self.identity()})
             return
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.objects.describe('zarr.json')} is no x0-state store: {error}") from error
         if found != self.identity():
             differing = [k for k in self.identity() if found.get(k) != self.identity()[k]]
             raise StoreError(
-                f"{self.objects.describe('')} holds the x0-state of another run (it differs in {', '.join(differing)}); "
-                "choose another store.url or run directory"
+                f"{self.objects.describe('')} holds the x0-state of another run "
+                f"(it differs in {', '.join(differing)}); choose another store.url or run directory"
             )
 
     def begin(self, generation: int) -> None:
@@ -164,6 +164,11 @@ class Generations:
             self._records[generation, lane] = dict(enumerate(values))
         return self._records[generation, lane]
 
+    def record_checksum(self, generation: int, lane: int) -> int:
+        """What tells this lane of the generation from any other content that could stand in its place."""
+        record = self.record(generation, lane)
+        return int(google_crc32c.value(json.dumps([record[c] for c in range(len(record))]).encode()))
+
     def complete_lanes(self, generation: int) -> list[int]:
         names = self.objects.list(f"{generation_name(generation)}/complete")
         return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"lane-(\d+)\.json", name)))
@@ -188,6 +193,12 @@ class Generations:
             self.objects.delete(generation_name(generation))
         for lane in lanes:
             self.objects.delete(f"{generation_name(generation)}/c/{lane}")
+
+    def delete_if_empty(self, generation: int) -> None:
+        """Remove what is left of a generation once every rank has deleted its lanes."""
+        name = generation_name(generation)
+        if not any(self.objects.list(f"{name}/c")) and not any(self.objects.list(f"{name}/complete")):
+            self.objects.delete(name)
 
     def _self_checksum(self, value: dict[str, Any]) -> int:
         body = {k: v for k, v in value.items() if k != "self"}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,7 +14,7 @@ from udddm.checkpoint import Checkpoints, damage, load_json
 from udddm.config import RunConfig, resolve
 from udddm.store.encoding import Rows
 from udddm.store.errors import StoreError
-from udddm.store.generations import Generations, generation_name, open_existing
+from udddm.store.generations import Checksums, Generations, generation_name, open_existing
 from udddm.store.objects import open_objects
 from udddm.store.snapshot import Snapshot
 
@@ -59,7 +61,8 @@ def info(place: Place) -> list[str]:
             complete = len(stored.complete_lanes(generation))
             word = "complete" if complete == order.lanes else f"{complete} of {order.lanes} lanes complete"
             chunks = sum(order.chunks(lane) for lane in range(order.lanes))
-            lines.append(f"{generation_name(generation)}: {word}, {chunks * stored.chunk_bytes / 2**20:.1f} MiB when whole")
+            size = chunks * stored.chunk_bytes / 2**20
+            lines.append(f"{generation_name(generation)}: {word}, {size:.1f} MiB when whole")
         if not stored.existing():
             lines.append("no generation is stored yet")
     elif place.config is not None:
@@ -71,38 +74,74 @@ def info(place: Place) -> list[str]:
     return lines
 
 
-def _header(checkpoint: Path) -> dict[str, object]:
+def _header(checkpoint: Path) -> dict[str, Any]:
     path = checkpoint / "state" / "snapshot.json"
     try:
-        found: dict[str, object] = json.loads(path.read_text())
+        found: dict[str, Any] = json.loads(path.read_text())
         return found
     except (OSError, ValueError) as error:
         raise StoreError(f"cannot read {path}: {error}") from error
 
 
 def verify(place: Place) -> tuple[int, list[str]]:
-    """Read every chunk of every complete lane and every checkpoint. Returns chunks read and what is damaged."""
-    chunks, damaged = 0, []
+    """Read every chunk of every complete lane, and every checkpoint with the chunks that it refers to.
+
+    Returns the number of chunks read and what is damaged.
+    """
+    damaged: list[str] = []
+    read: set[tuple[str, int, int, int]] = set()
+
+    def check(stored: Generations, generation: int, lane: int, checksums: Checksums) -> list[str]:
+        problems = []
+        for chunk, expected in checksums.items():
+            place = (stored.objects.describe(""), generation, lane, chunk)
+            if place not in read:
+                read.add(place)
+                try:
+                    stored.read(generation, lane, chunk, expected)
+                except StoreError as error:
+                    problems.append(str(error))
+        return problems
+
     if place.generations is not None:
         stored = place.generations
         for generation in stored.existing():
             for lane in stored.complete_lanes(generation):
                 try:
-                    record = stored.record(generation, lane)
+                    problems = check(stored, generation, lane, stored.record(generation, lane))
                 except StoreError as error:
-                    damaged.append(str(error))
-                    continue
-                for chunk, expected in record.items():
-                    chunks += 1
-                    try:
-                        stored.read(generation, lane, chunk, expected)
-                    except StoreError as error:
-                        if generation in stored.existing():  # a live run may just have removed it
-                            damaged.append(str(error))
+                    problems = [str(error)]
+                if problems and lane in stored.complete_lanes(generation):  # else a live run has just removed it
+                    damaged += problems
     for path in place.checkpoints:
-        if path.exists() and (problem := damage(path)):
-            damaged.append(f"checkpoint {path.name}: {problem}")
-    return chunks, damaged
+        problem = damage(path)
+        if problem is None:
+            try:
+                problems = _check_references(path, place, check)
+            except (StoreError, OSError) as error:
+                problems = [str(error)]
+        else:
+            problems = [problem]
+        if path.exists():  # else a live run has just removed it
+            damaged += [f"checkpoint {path.name}: {problem}" for problem in problems]
+    return len(read), damaged
+
+
+def _check_references(
+    path: Path, place: Place, check: Callable[[Generations, int, int, Checksums], list[str]]
+) -> list[str]:
+    """What is damaged of the generations that a checkpoint refers to, and was not said yet."""
+    assert place.run is not None
+    snapshot = Snapshot(path / "state", place.run / "state")
+    problems: list[str] = []
+    for lane in range(snapshot.order.lanes) if snapshot.form == "reference" else ():
+        try:
+            if snapshot.epoch:
+                problems += check(snapshot.generations, snapshot.epoch, lane, snapshot.base(lane))
+            problems += check(snapshot.generations, snapshot.epoch + 1, lane, snapshot.written(lane))
+        except StoreError as error:
+            problems.append(str(error))
+    return problems
 
 
 def estimates(place: Place, sample: int) -> list[tuple[str, torch.Tensor]]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
 import random
+import re
 import shutil
+import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -16,16 +21,40 @@ from udddm.store.errors import StoreError
 
 T = TypeVar("T")
 
-ATTEMPTS = 4
-FIRST_PAUSE = 0.05  # seconds; doubled at each attempt, with jitter
 _TEMPORARY = ".partial"
+_RESUME = "The last checkpoint is intact; {cure}, then run the same command again to resume"
+
+
+@dataclass(frozen=True)
+class Retry:
+    """How often a failed request is made again. Pauses double from the first to the longest, each times 0.5 to 1.5."""
+
+    attempts: int = 4
+    first_pause: float = 0.05  # seconds
+    longest_pause: float = 1.0  # seconds
+    longest_total: float = 300.0  # seconds from the first attempt, after which no other is begun
+
+
+class Refused(Exception):
+    """A failure that no repetition cures. The text says what it is; `cure` what to do, as in "make room"."""
+
+    def __init__(self, what: str, cure: str):
+        self.cure = cure
+        super().__init__(what)
 
 
 class Objects(ABC):
-    """Keys are relative paths with `/`. A put is atomic: a reader sees the whole object or none."""
+    """Keys are relative paths with `/`. A put is atomic: a reader sees the whole object or none.
+
+    Implementations raise FileNotFoundError for a missing object, Refused for what only the user can mend, and OSError
+    for what another attempt may cure. Callers see FileNotFoundError and StoreError.
+    """
+
+    retry = Retry()
 
     def __init__(self) -> None:
         self.retries = 0
+        self._closed = threading.Event()
 
     @abstractmethod
     def _get(self, key: str) -> bytes: ...
@@ -34,16 +63,20 @@ class Objects(ABC):
     def _put(self, key: str, parts: tuple[bytes | memoryview, ...]) -> None: ...
 
     @abstractmethod
-    def list(self, prefix: str) -> Iterator[str]:
-        """The names directly under `prefix`, objects and prefixes alike; none when there is no such prefix."""
+    def _put_if_absent(self, key: str, data: bytes) -> bool: ...
 
     @abstractmethod
-    def delete(self, prefix: str) -> None:
-        """Remove the object or everything under the prefix; nothing happens when there is none."""
+    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool: ...
+
+    @abstractmethod
+    def _list(self, prefix: str) -> Sequence[str]: ...
+
+    @abstractmethod
+    def _delete(self, prefix: str) -> None: ...
 
     @abstractmethod
     def describe(self, key: str) -> str:
-        """What an error message calls the object."""
+        """What an error message calls the object; of the key "", where all of them are."""
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError at once, StoreError after bounded retries of anything else."""
@@ -53,26 +86,68 @@ class Objects(ABC):
         """Write an object, durably, from consecutive parts. Raises StoreError after bounded retries."""
         self._retrying(f"write {self.describe(key)}", lambda: self._put(key, parts))
 
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Write an object unless there is one; of several clients one gets True. Raises StoreError.
+
+        `data` has to be unlike any other client's: whose object is there after a lost reply is seen from its bytes.
+        """
+        return self._retrying(
+            f"write {self.describe(key)}", lambda: self._put_if_absent(key, data) or self._holds(key, data)
+        )
+
+    def replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
+        """Replace an object that holds exactly `expected`; of several clients one gets True. Raises StoreError.
+
+        No two contents of an object may be the same, as for `put_if_absent`.
+        """
+        return self._retrying(
+            f"write {self.describe(key)}", lambda: self._replace_if(key, data, expected) or self._holds(key, data)
+        )
+
+    def list(self, prefix: str) -> Iterator[str]:
+        """The names directly under `prefix`, objects and prefixes alike; none when there is no such prefix.
+
+        Shows what every client has written until now. Raises StoreError after bounded retries.
+        """
+        return iter(self._retrying(f"list {self.describe(prefix)}", lambda: self._list(prefix)))
+
+    def delete(self, prefix: str) -> None:
+        """Remove the object or everything under the prefix; nothing happens when there is none. Raises StoreError."""
+        self._retrying(f"delete {self.describe(prefix)}", lambda: self._delete(prefix))
+
     def exists(self, key: str) -> bool:
         parent, _, name = key.rpartition("/")
         return name in self.list(parent)
 
+    def close(self) -> None:
+        """Make no more attempts: requests that are waiting for their next one raise StoreError now."""
+        self._closed.set()
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        """Whether an earlier attempt got through although its reply did not."""
+        try:
+            return self._get(key) == data
+        except FileNotFoundError:
+            return False
+
     def _retrying(self, what: str, action: Callable[[], T]) -> T:
-        pause = FIRST_PAUSE
+        retry, began = self.retry, time.monotonic()
+        pause = retry.first_pause
         for attempt in itertools.count(1):
             try:
                 return action()
             except FileNotFoundError:
                 raise
+            except Refused as error:
+                raise StoreError(f"cannot {what}: {error}. {_RESUME.format(cure=error.cure)}") from None
             except OSError as error:
-                if attempt == ATTEMPTS or isinstance(error, PermissionError):
-                    raise StoreError(
-                        f"cannot {what}: {error} (tried {attempt} times). The last checkpoint is intact; "
-                        "make room or restore access, then run the same command again to resume"
-                    ) from error
+                over = attempt >= retry.attempts or time.monotonic() - began > retry.longest_total
+                if over or self._closed.is_set() or isinstance(error, PermissionError):
+                    cure = _RESUME.format(cure="make room or restore access")
+                    raise StoreError(f"cannot {what}: {error} (tried {attempt} times). {cure}") from error
                 self.retries += 1
-                time.sleep(pause * random.uniform(0.5, 1.5))
-                pause *= 2
+                self._closed.wait(pause * random.uniform(0.5, 1.5))
+                pause = min(2 * pause, retry.longest_pause)
         raise AssertionError("unreachable")
 
 
@@ -83,12 +158,40 @@ class LocalObjects(Objects):
 
     def __init__(self, root: Path):
         super().__init__()
-        self.root = root
+        self.root = root.resolve()  # so that two spellings of a path are seen to be one place
 
     def _get(self, key: str) -> bytes:
         return (self.root / key).read_bytes()
 
     def _put(self, key: str, parts: tuple[bytes | memoryview, ...]) -> None:
+        with self._written(key, parts) as temporary:
+            temporary.replace(self.root / key)
+
+    def _put_if_absent(self, key: str, data: bytes) -> bool:
+        with self._written(key, (data,)) as temporary:
+            try:
+                os.link(temporary, self.root / key)  # unlike a rename, fails when there is one
+            except FileExistsError:
+                return False
+            return True
+
+    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
+        path = self.root / key
+        if not path.exists():
+            return False
+        with path.with_name(f"{path.name}.lock{_TEMPORARY}").open("wb") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            try:
+                if path.read_bytes() != expected:
+                    return False
+            except FileNotFoundError:
+                return False
+            self._put(key, (data,))
+            return True
+
+    @contextmanager
+    def _written(self, key: str, parts: tuple[bytes | memoryview, ...]) -> Iterator[Path]:
+        """The parts in a synced file under another name, which is removed in the end unless it is renamed."""
         path = self.root / key
         temporary = path.with_name(f"{path.name}.{os.getpid()}-{next(self._serial)}{_TEMPORARY}")
         try:
@@ -97,25 +200,24 @@ class LocalObjects(Objects):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         try:
-            with open(descriptor, "wb", buffering=0) as file:
+            with os.fdopen(descriptor, "wb", buffering=0) as file:
                 for part in parts:
                     view = memoryview(part).cast("B")
                     while view:
                         view = view[file.write(view) :]
                 os.fsync(descriptor)
-            temporary.replace(path)
-        except BaseException:
+            yield temporary
+        finally:
             temporary.unlink(missing_ok=True)
-            raise
 
-    def list(self, prefix: str) -> Iterator[str]:
+    def _list(self, prefix: str) -> Sequence[str]:
         try:
             with os.scandir(self.root / prefix) as entries:
-                yield from [e.name for e in entries if not e.name.endswith(_TEMPORARY)]
+                return [e.name for e in entries if not e.name.endswith(_TEMPORARY)]
         except (FileNotFoundError, NotADirectoryError):
-            return
+            return []
 
-    def delete(self, prefix: str) -> None:
+    def _delete(self, prefix: str) -> None:
         path = self.root / prefix
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
@@ -127,11 +229,19 @@ class LocalObjects(Objects):
 
 
 def open_objects(url: str | Path) -> Objects:
-    """The objects at a local path or `file://` URL. Raises StoreError for a URL of another kind."""
+    """The objects at a local path or a URL: file://, s3:// (through obstore), or any other that fsspec opens.
+
+    An S3 store's endpoint, region and credentials come from the usual AWS variables of the environment. Nothing is
+    requested yet. Raises StoreError for a malformed URL, one with a password or query in it, and a missing package.
+    """
     text = str(url)
     scheme, separator, rest = text.partition("://")
-    if not separator:
+    if isinstance(url, Path) or not separator:
+        if not isinstance(url, Path) and re.match(r"(file|memory|s3|gs|gcs|az|abfs|https?):", text):
+            raise StoreError(f"store.url {text}: write two slashes after the scheme, as in s3://bucket/prefix")
         return LocalObjects(Path(text))
     if scheme == "file":
         return LocalObjects(Path(rest))
-    raise StoreError(f"store.url {text}: only local paths and file:// URLs are supported, not {scheme}://")
+    from udddm.store.remote import open_remote  # which a run on local files need not import
+
+    return open_remote(scheme.lower(), rest)

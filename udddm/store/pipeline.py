@@ -21,6 +21,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TypeVar
@@ -99,7 +100,8 @@ class HostStore(X0Store):
     ):
         super().__init__(order, lanes, shape, encoding, device)
         self.table = table
-        self._limit = 2 + -(-order.share // (order.window_chunks * order.chunk))
+        smallest = min(order.smallest_window(lane) for lane in lanes)
+        self._limit = 2 + -(-order.share // smallest)
         self._changed = threading.Condition()
         self._windows: dict[tuple[int, int, int], _Window] = {}
         self._first = 0  # the generation that was whole at the start
@@ -110,11 +112,13 @@ class HostStore(X0Store):
         self._stopping = False
         self._in_progress = 0  # scatters and saves that were asked for and are not done
         self._ready: queue.Queue[tuple[int, int, torch.Tensor, torch.cuda.Event | None]] = queue.Queue(prefetch)
-        self._results: queue.Queue[tuple[int, int, torch.Tensor, torch.cuda.Event | None] | None] = queue.Queue(prefetch)
+        self._results: queue.Queue[tuple[int, int, torch.Tensor, torch.cuda.Event | None] | None] = queue.Queue(
+            prefetch
+        )
         self._readers = ThreadPoolExecutor(threads, "x0-state-read")
         self._writers = ThreadPoolExecutor(threads, "x0-state-write")
         self._threads: list[threading.Thread] = []
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     # The step's side.
 
@@ -144,6 +148,8 @@ class HostStore(X0Store):
 
     def _write(self, values: torch.Tensor) -> None:
         encoded = self.encoding.encode(values.detach())
+        if encoded.data_ptr() == values.data_ptr():  # float32: the caller may change its tensor before it is written
+            encoded = encoded.clone()
         copied = None
         if self._stream is not None:
             self._stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -160,6 +166,7 @@ class HostStore(X0Store):
         self._waiting(lambda: self._results.put(item, timeout=_POLL))
         if began is not None:
             self.counters.write_wait += time.perf_counter() - began
+        self.counters.retries = self.table.retries
 
     def _turn(self) -> None:
         with self._changed:
@@ -204,6 +211,10 @@ class HostStore(X0Store):
         with self._changed:
             self._stopping = True
             self._changed.notify_all()
+        with suppress(queue.Full):
+            self._results.put_nowait(None)
+        with suppress(queue.Empty):  # a place for the gatherer, so that it need not time out
+            self._ready.get_nowait()
         for thread in self._threads:
             thread.join()
         self._readers.shutdown(cancel_futures=True)
@@ -214,6 +225,8 @@ class HostStore(X0Store):
             if isinstance(self._failure, StoreError):
                 raise self._failure
             raise StoreError(f"the x0-state pipeline failed: {self._failure!r}") from self._failure
+        if self._stopping:
+            raise StoreError("the x0-state store is closed")
 
     def _waiting(self, attempt: Callable[[], T]) -> T:
         """Repeat a queue operation that times out until it succeeds or the background has failed."""
@@ -258,9 +271,7 @@ class HostStore(X0Store):
             stored = torch.zeros(
                 len(batch.ids), *self.shape, dtype=self.encoding.tensor, pin_memory=self._stream is not None
             )
-            rows = self.encoding.to_array(stored)
-            for place, window, taken in self._parts(batch, epoch, wait=True):
-                np.take(window.buffer, taken, axis=0, out=rows[place], mode="clip")
+            self._copy_out(batch, epoch, self.encoding.to_array(stored))
             copied = None
             if self._stream is not None:
                 with torch.cuda.stream(self._stream):
@@ -286,16 +297,28 @@ class HostStore(X0Store):
             epoch, step, stored, copied = item
             if copied is not None:
                 copied.synchronize()
-            rows = self.encoding.to_array(stored)
-            for place, window, taken in self._parts(self.order.batch_of(self.lanes, epoch, step), epoch, wait=False):
-                window.buffer[taken] = rows[place]
-                window.unvisited -= len(taken)
-                if not window.unvisited:
-                    for part in window.chunks:
-                        self._submit(self._writers, partial(self._save, window, *part))
+            self._copy_in(self.order.batch_of(self.lanes, epoch, step), epoch, self.encoding.to_array(stored))
             with self._changed:
                 self._in_progress -= 1
                 self._changed.notify_all()
+
+    # Functions of their own, because a thread's local variable would keep its last window in memory.
+
+    def _copy_out(self, batch: Batch, epoch: int, rows: Rows) -> None:
+        with self._changed:  # begin with every lane's window before waiting for the first
+            for part in batch.parts:
+                if (epoch, part.lane, part.window) not in self._windows:
+                    self._begin((epoch, part.lane, part.window))
+        for place, window, taken in self._parts(batch, epoch, wait=True):
+            np.take(window.buffer, taken, axis=0, out=rows[place], mode="clip")
+
+    def _copy_in(self, batch: Batch, epoch: int, rows: Rows) -> None:
+        for place, window, taken in self._parts(batch, epoch, wait=False):
+            window.buffer[taken] = rows[place]
+            window.unvisited -= len(taken)
+            if not window.unvisited:
+                for part in window.chunks:
+                    self._submit(self._writers, partial(self._save, window, *part))
 
     def _parts(self, batch: Batch, epoch: int, wait: bool) -> Iterator[tuple[slice, _Window, np.ndarray]]:
         """(places in the batch, window, rows of its buffer) of each part of a step."""
@@ -303,20 +326,24 @@ class HostStore(X0Store):
             first = (part.lane - self.lanes.start) * self.order.share + part.first
             key = (epoch, part.lane, part.window)
             if wait:
-                self._ensure(key)
+                self._ensure(key, batch, epoch)
             yield slice(first, first + len(part.rows)), self._windows[key], part.rows
 
-    def _ensure(self, key: tuple[int, int, int]) -> None:
-        """Wait until a window is there and read."""
+    def _ensure(self, key: tuple[int, int, int], batch: Batch, epoch: int) -> None:
+        """Wait until a window is there and read; meanwhile begin the step's others, so that no lane waits its turn."""
         with self._changed:
-            while key not in self._windows and not self._begin(key):
-                self._pause()
-            while self._windows[key].unread:
-                self._pause()
+            while key not in self._windows or self._windows[key].unread:
+                begun = [
+                    self._begin(other)
+                    for part in batch.parts
+                    if (other := (epoch, part.lane, part.window)) not in self._windows
+                ]
+                if not any(begun):
+                    self._pause()
 
     def _pause(self) -> None:
         if self._stopping or self._failure is not None:
-            raise StoreError("the x0-state pipeline was stopped")
+            raise StoreError("the x0-state store is closed")
         self._changed.wait(_POLL)
 
     def _read_ahead(self, epoch: int, step: int) -> None:

@@ -60,10 +60,15 @@ def write_reference(
     store: X0Store,
     directory: Path,
     url: str | None,
+    base: Mapping[int, int],
     written: Mapping[int, Checksums],
     in_flight: Mapping[tuple[int, int], Rows],
 ) -> None:
-    """`url` None means `<run>/state`. `written` and the visited rows `in_flight` are by lane and (lane, window)."""
+    """`url` None means `<run>/state`.
+
+    `base` (`Generations.record_checksum` of the generation that is read) and `written` are by lane, the visited rows
+    `in_flight` by (lane, window).
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for (lane, window), rows in in_flight.items():
         path = directory / f"lane-{lane:04d}-window-{window:06d}.npy"
@@ -73,7 +78,11 @@ def write_reference(
             os.fsync(file.fileno())
     for lane in store.lanes:
         windows = sorted(w for own, w in in_flight if own == lane)
-        record = {"written": {str(c): v for c, v in sorted(written.get(lane, {}).items())}, "in_flight": windows}
+        record = {
+            "base": base.get(lane),
+            "written": {str(c): v for c, v in sorted(written.get(lane, {}).items())},
+            "in_flight": windows,
+        }
         _write_file(directory / f"lane-{lane:04d}.json", json.dumps(record, indent=1).encode())
     _write_file(directory / "snapshot.json", json.dumps(_header(store, "reference", url), indent=1).encode())
 
@@ -95,19 +104,35 @@ class Snapshot:
         root = LocalObjects(directory / "rows") if self.form == "full" else open_objects(self.url or default_url)
         self.location = root.describe("")
         """Where the generations are that a `reference` refers to."""
-        self._generations = Generations(root, self.order, self.shape, self.encoding)
+        self.generations = Generations(root, self.order, self.shape, self.encoding)
+
+    def _lane(self, lane: int) -> dict[str, Any]:
+        record: dict[str, Any] = json.loads((self.directory / f"lane-{lane:04d}.json").read_text())
+        return record
 
     def written(self, lane: int) -> Checksums:
         """The chunks of generation epoch + 1 that were written by then."""
-        record = json.loads((self.directory / f"lane-{lane:04d}.json").read_text())
-        return {int(c): int(v) for c, v in record["written"].items()}
+        return {int(c): int(v) for c, v in self._lane(lane)["written"].items()}
+
+    def base(self, lane: int) -> Checksums:
+        """The chunks of generation epoch > 0, which this refers to. Raises StoreError when others are in their place.
+
+        That happens when a run that keeps older checkpoints moves its state back to a store that it had left.
+        """
+        if self.generations.record_checksum(self.epoch, lane) != self._lane(lane)["base"]:
+            raise StoreError(
+                f"x0-state generation {self.epoch}, lane {lane} in {self.location} is not the one that the checkpoint "
+                f"{self.directory.parent} refers to; resume from a newer checkpoint or start a new run directory"
+            )
+        return self.generations.record(self.epoch, lane)
 
     def in_flight(self, lane: int, window: int) -> Rows:
         """The visited rows of a window, in the order of their visits."""
-        return np.load(self.directory / f"lane-{lane:04d}-window-{window:06d}.npy", allow_pickle=False)
+        rows: Rows = np.load(self.directory / f"lane-{lane:04d}-window-{window:06d}.npy", allow_pickle=False)
+        return rows
 
     def rows(self, lane: int, chunk: int) -> Rows:
-        stored = self._generations
+        stored = self.generations
         if self.form == "full":
             return stored.read(self.epoch, lane, chunk, stored.record(self.epoch, lane)[chunk])
         written = self.written(lane)
@@ -118,7 +143,7 @@ class Snapshot:
             zero = generation_zero(self.order.seed, samples, self.shape, self.encoding)
             rows = self.encoding.to_array(zero)
         else:
-            rows = stored.read(self.epoch, lane, chunk, stored.record(self.epoch, lane)[chunk]).copy()
+            rows = stored.read(self.epoch, lane, chunk, self.base(lane)[chunk]).copy()
         window = self.order.window_of(lane, self.epoch, chunk)
         visited = visited_rows(self.order, lane, self.epoch, window, self.step)
         if len(visited):

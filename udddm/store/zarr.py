@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -11,6 +12,7 @@ from udddm.order import Order
 from udddm.store.base import StateSource
 from udddm.store.encoding import Encoding, Rows, generation_zero
 from udddm.store.generations import Checksums, Generations
+from udddm.store.lease import Lease
 from udddm.store.objects import open_objects
 from udddm.store.pipeline import ChunkTable, HostStore
 from udddm.store.snapshot import Snapshot, write_reference
@@ -23,6 +25,7 @@ class GenerationTable(ChunkTable):
         self.generations, self.lanes = generations, lanes
         self.retained: set[int] = set()
         self._lock = threading.Lock()
+        self._finishing: list[int] = []
         self._written: dict[tuple[int, int], Checksums] = {}
         self._begun: set[int] = set()
 
@@ -45,7 +48,7 @@ class GenerationTable(ChunkTable):
             assert isinstance(source, Snapshot)
             if epoch:
                 for lane in self.lanes:
-                    stored.record(epoch, lane)  # raises unless complete
+                    source.base(lane)  # raises unless it is complete and the same
             self._written = {(epoch + 1, lane): source.written(lane) for lane in self.lanes}
         elif source is not None:
             self._import(epoch, step, source)
@@ -92,27 +95,48 @@ class GenerationTable(ChunkTable):
         with self._lock:
             return {lane: dict(self._written.get((generation, lane), {})) for lane in self.lanes}
 
+    def base(self, generation: int) -> dict[int, int]:
+        """What tells the lanes of a complete generation from any other content; none of generation 0."""
+        return {lane: self.generations.record_checksum(generation, lane) for lane in self.lanes if generation}
+
     def finish(self, generation: int, lane: int) -> None:
         with self._lock:
-            checksums = dict(self._written[generation, lane])
-        self.generations.complete(generation, lane, checksums)
+            checksums = dict(self._written.get((generation, lane), {}))
+            if not checksums:  # the next epoch is over already, and nobody needs the record any more
+                return
+            self._finishing.append(generation)
+        try:
+            self.generations.complete(generation, lane, checksums)
+        finally:
+            with self._lock:
+                self._finishing.remove(generation)
 
     def discard_before(self, generation: int) -> None:
         with self._lock:
             for key in [k for k in self._written if k[0] < generation]:
                 del self._written[key]
-            keep = set(self.retained)
+            # No record may appear in a generation that is being removed; the next turn removes it.
+            keep = self.retained | set(self._finishing)
         for old in self.generations.existing():
             if old < generation and old not in keep:
                 self.generations.delete(old, self.lanes)
+                self.generations.delete_if_empty(old)
 
     @property
     def retries(self) -> int:
         return self.generations.objects.retries
 
 
+LEASE_PATIENCE = 90.0
+"""Seconds that a start waits for another owner's lease: longer than the lease that a killed run of ours left."""
+
+
 class ZarrStore(HostStore):
-    """`url` is where the generations live; `default` says that this is `<run>/state`, which moves with the run."""
+    """`url` is where the generations live; `default` says that this is `<run>/state`, which moves with the run.
+
+    `owner` is who may write there. A default store is guarded by the run directory's lock; for any other the first
+    rank holds a lease, and another run pointed at it is refused.
+    """
 
     def __init__(
         self,
@@ -124,16 +148,40 @@ class ZarrStore(HostStore):
         url: str | Path,
         *,
         default: bool,
+        owner: str = "",
         threads: int = 2,
         prefetch: int = 4,
     ):
-        self._url = None if default else str(url)
-        self._table = GenerationTable(Generations(open_objects(url), order, shape, encoding), lanes)
+        objects = open_objects(url)
+        self._lease = None if default or lanes.start else Lease(open_objects(url), owner)
+        self._url = None if default else objects.describe("")
+        self._table = GenerationTable(Generations(objects, order, shape, encoding), lanes)
         super().__init__(order, lanes, shape, encoding, device, self._table, threads=threads, prefetch=prefetch)
+
+    def start(self, epoch: int, step: int, source: StateSource | None) -> None:
+        if self._lease is not None:  # before the table is opened: that removes generations
+            self._lease.acquire(patience=LEASE_PATIENCE)
+        super().start(epoch, step, source)
+
+    def _check(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
+        super()._check()
+
+    def close(self) -> None:
+        self._table.generations.objects.close()  # ends the pauses of requests that are being retried
+        try:
+            super().close()
+        finally:
+            if self._lease is not None:
+                self._lease.release()
 
     def snapshot(self, directory: Path) -> None:
         in_flight = self.in_flight()
-        write_reference(self, directory, self._url, self._table.written(self.epoch + 1), in_flight)
+        written, base = self._table.written(self.epoch + 1), self._table.base(self.epoch)
+        write_reference(self, directory, self._url, base, written, in_flight)
 
     def retain(self, generations: set[int]) -> None:
         self._table.retained = set(generations)
+        if self._threads:
+            self._submit(self._writers, partial(self._table.discard_before, self.epoch))

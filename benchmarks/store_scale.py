@@ -1,0 +1,963 @@
+"""At how many ranks does the x0-state store keep a training run waiting on S3? A simulation of 8 to 1,024 ranks.
+
+    python benchmarks/store_scale.py --json results.json --plot results.png
+
+What runs is the `zarr` store itself, one for every rank: order, pipeline, generations, checksums, retries. Two things
+are not real. (1) Time: the store's threads run one at a time, each until it waits, and the clock then jumps to the next
+event (`World`). (2) The object store (`Service`): a request takes a token of its prefix or is refused (503 SlowDown;
+the store's own retries answer), then a lognormal time to the first byte, then its bytes pass a connection, the rank's
+link and the link of all. A row of state is one number here and has its full size there. All ranks take their steps
+together: a step begins when the slowest rank has its state. Every rank is simulated, none is extrapolated.
+
+A run begins with a whole generation, at the start of an epoch. It lasts two epochs where those are short, and the seams
+between them are in it; else four windows of a lane, and no seam. Its first step is not measured. The samples' numbers,
+the lease and checkpoints are left out.
+
+The validation runs the same code in real time, in real threads and with real sleeps, for 1 to 4 ranks in one process.
+
+Weak scaling: images/s and batch grow with the ranks, one lane a rank. The speeds are those of published runs on 8 GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import heapq
+import itertools
+import json
+import math
+import platform
+import queue
+import random
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from datetime import date
+from functools import lru_cache, partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+from unittest import mock
+
+import google_crc32c
+import numpy as np
+import torch
+
+from udddm.config import OrderConfig
+from udddm.order import Batch, LaneStep, Order
+from udddm.store import objects as objects_module
+from udddm.store import pipeline as pipeline_module
+from udddm.store import zarr as zarr_module
+from udddm.store.base import StateSource
+from udddm.store.encoding import Encoding
+from udddm.store.errors import StoreError
+from udddm.store.generations import Generations
+from udddm.store.objects import Objects
+from udddm.store.pipeline import HostStore
+from udddm.store.remote import REMOTE_RETRY
+from udddm.store.zarr import GenerationTable
+
+Kind = Literal["get", "put"]
+STALL = 0.01  # of the time
+CLEAR = 0.05  # of the time: a stall that a change of 1 % in it does not hide
+SCALES = (8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+# Virtual time: threads of which one runs at a time, and their locks and queues.
+
+
+class Task:
+    def __init__(self) -> None:
+        self.baton = threading.Lock()
+        self.baton.acquire()
+        self.parked = self.woken = self.done = False
+        self.ticket = 0
+        self.joiners: list[Task] = []
+
+
+class World:
+    """Runs threads one at a time. When all of them wait, the clock jumps to the first that waits for a time."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self._ready: deque[Task] = deque()
+        self._timers: list[tuple[float, int, Task, int]] = []
+        self._serial = itertools.count()
+        self.current = self._main = Task()
+        self._deadlock = False
+
+    def clock(self) -> float:
+        return self.now
+
+    def spawn(self, body: Callable[[], None]) -> Task:
+        task = Task()
+
+        def run() -> None:
+            task.baton.acquire()
+            try:
+                body()
+            finally:
+                task.done = True
+                for joiner in task.joiners:
+                    self.wake(joiner)
+                self._pass_on(task)
+
+        threading.Thread(target=run, daemon=True).start()
+        self._ready.append(task)
+        return task
+
+    def join(self, task: Task) -> None:
+        while not task.done:
+            task.joiners.append(self.current)
+            self.block()
+
+    def sleep(self, seconds: float) -> None:
+        self.block(max(0.0, seconds))
+
+    def block(self, timeout: float | None = None) -> bool:
+        """Park the running thread until `wake`, or for `timeout` seconds. False when the time is over."""
+        me = self.current
+        me.parked, me.woken = True, False
+        me.ticket += 1
+        if timeout is not None:
+            heapq.heappush(self._timers, (self.now + timeout, next(self._serial), me, me.ticket))
+        if self._pass_on(me):
+            me.baton.acquire()
+        if self._deadlock and me is self._main:
+            raise RuntimeError("every simulated thread waits for another")
+        return me.woken
+
+    def wake(self, task: Task) -> None:
+        if task.parked:
+            task.parked, task.woken = False, True
+            self._ready.append(task)
+
+    def _pass_on(self, me: Task) -> bool:
+        """Let the next thread run. False when that is the calling one."""
+        self.current = self._choose()
+        if self.current is me:
+            return False
+        self.current.baton.release()
+        return True
+
+    def _choose(self) -> Task:
+        if self._ready:
+            return self._ready.popleft()
+        while self._timers:
+            when, _, task, ticket = heapq.heappop(self._timers)
+            if task.parked and task.ticket == ticket:
+                self.now, task.parked = when, False
+                return task
+        self._deadlock, self._main.parked = True, False
+        return self._main
+
+    def install(self, seed: int) -> ExitStack:
+        """Let the store's modules live in this world for as long as the stack is open."""
+        clock = SimpleNamespace(perf_counter=self.clock, monotonic=self.clock, sleep=self.sleep)
+        thread = SimpleNamespace(
+            Thread=partial(VirtualThread, self),
+            Condition=partial(VirtualCondition, self),
+            Lock=partial(VirtualLock, self),
+            Event=partial(VirtualEvent, self),
+        )
+        queues = SimpleNamespace(Queue=partial(VirtualQueue, self), Empty=queue.Empty, Full=queue.Full)
+        stack = ExitStack()
+        for module, name, value in (
+            (pipeline_module, "threading", thread),
+            (pipeline_module, "queue", queues),
+            (pipeline_module, "time", clock),
+            (pipeline_module, "ThreadPoolExecutor", partial(VirtualPool, self)),
+            (pipeline_module, "_POLL", 5.0),  # only looks for failures; fewer looks are faster
+            (zarr_module, "threading", thread),
+            (objects_module, "threading", thread),
+            (objects_module, "time", clock),
+            (objects_module, "random", random.Random(seed)),
+        ):
+            stack.enter_context(mock.patch.object(module, name, value))
+        return stack
+
+
+class VirtualThread:
+    def __init__(self, world: World, target: Callable[..., None], args: tuple[Any, ...] = (), **_: Any):
+        self._world, self._body = world, partial(target, *args)
+        self._task: Task | None = None
+
+    def start(self) -> None:
+        self._task = self._world.spawn(self._body)
+
+    def join(self) -> None:
+        assert self._task is not None
+        self._world.join(self._task)
+
+
+class VirtualLock:
+    """Reentrant, as the lock of a condition is."""
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._owner: Task | None = None
+        self._depth = 0
+        self._waiting: deque[Task] = deque()
+
+    def __enter__(self) -> None:
+        while self._owner not in (None, self._world.current):
+            self._waiting.append(self._world.current)
+            self._world.block()
+        self._owner = self._world.current
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+            if self._waiting:
+                self._world.wake(self._waiting.popleft())
+
+
+class VirtualCondition(VirtualLock):
+    def __init__(self, world: World) -> None:
+        super().__init__(world)
+        self._notified: list[Task] = []
+
+    def wait(self, timeout: float | None = None) -> bool:
+        depth, self._depth = self._depth, 1
+        self.__exit__()
+        self._notified.append(self._world.current)
+        woken = self._world.block(timeout)
+        self.__enter__()
+        self._depth = depth
+        return woken
+
+    def notify_all(self) -> None:
+        for task in self._notified:
+            self._world.wake(task)
+        self._notified.clear()
+
+
+class VirtualEvent:
+    def __init__(self, world: World) -> None:
+        self._changed, self._set = VirtualCondition(world), False
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        self._set = True
+        self._changed.notify_all()
+
+    def wait(self, timeout: float | None = None) -> bool:
+        with self._changed:
+            if not self._set:
+                self._changed.wait(timeout)
+        return self._set
+
+
+class VirtualQueue:
+    def __init__(self, world: World, maxsize: int = 0):
+        self._world, self._size = world, maxsize or 1 << 60
+        self._items: deque[Any] = deque()
+        self._changed: list[Task] = []
+
+    def empty(self) -> bool:
+        return not self._items
+
+    def full(self) -> bool:
+        return len(self._items) >= self._size
+
+    def _wait(self, until: float) -> bool:
+        self._changed.append(self._world.current)
+        return self._world.block(until - self._world.now)
+
+    def _notify(self) -> None:
+        for task in self._changed:
+            self._world.wake(task)
+        self._changed.clear()
+
+    def get(self, timeout: float = math.inf) -> Any:
+        until = self._world.now + timeout
+        while not self._items:
+            if not self._wait(until):
+                raise queue.Empty
+        item = self._items.popleft()
+        self._notify()
+        return item
+
+    def put(self, item: Any, timeout: float = math.inf) -> None:
+        until = self._world.now + timeout
+        while self.full():
+            if not self._wait(until):
+                raise queue.Full
+        self._items.append(item)
+        self._notify()
+
+    def get_nowait(self) -> Any:
+        if not self._items:
+            raise queue.Empty
+        return self.get()
+
+    def put_nowait(self, item: Any) -> None:
+        if self.full():
+            raise queue.Full
+        self.put(item)
+
+
+class VirtualPool:
+    """What the pipeline uses of a ThreadPoolExecutor."""
+
+    def __init__(self, world: World, max_workers: int, *_: object) -> None:
+        self._world, self._most = world, max_workers
+        self._tasks: deque[Callable[[], None]] = deque()
+        self._idle: list[Task] = []
+        self._workers: list[Task] = []
+        self._closed = False
+
+    def submit(self, body: Callable[..., None], *args: Any) -> None:
+        self._tasks.append(partial(body, *args))
+        if self._idle:
+            self._world.wake(self._idle.pop())
+        elif len(self._workers) < self._most:
+            self._workers.append(self._world.spawn(self._work))
+
+    def _work(self) -> None:
+        while self._tasks or not self._closed:
+            if self._tasks:
+                self._tasks.popleft()()
+            else:
+                self._idle.append(self._world.current)
+                self._world.block()
+
+    def shutdown(self, cancel_futures: bool = False) -> None:
+        self._closed = True
+        if cancel_futures:
+            self._tasks.clear()
+        for task in self._idle:
+            self._world.wake(task)
+        for task in self._workers:
+            self._world.join(task)
+
+
+# The object store's model, for either time.
+
+
+@dataclass(frozen=True)
+class Service:
+    """An object store. Seconds, bytes a second, requests a second.
+
+    Defaults are S3's published figures: 100-200 ms a request, 85-90 MB/s a connection, 3,500 puts and 5,500 gets a
+    second a prefix ("Best practices design patterns: optimizing Amazon S3 performance"). The tails, the links and how
+    much of an idle second a prefix carries over (`burst`) are assumptions. Keys are taken to spread evenly over the
+    prefixes by their lane, although `gen-000012/c/<lane>/...` does not let S3 keep a split by lane from one generation
+    to the next.
+    """
+
+    get_median: float = 0.1
+    get_p99: float = 0.5
+    put_median: float = 0.15
+    put_p99: float = 0.8
+    connection: float = 85e6
+    link: float = 1.5e9
+    """Each way, of one rank: an eighth of a node's 100 Gbit/s."""
+    total: float = 125e9
+    """Each way, of all ranks."""
+    gets: float = 5500
+    puts: float = 3500
+    prefixes: int = 1
+    burst: float = 1.0
+    """Seconds of its rate that an idle prefix saves up."""
+    refusal: float = 0.02
+    """How long a refused request takes."""
+
+
+class SlowDown(OSError):
+    pass
+
+
+class _Tokens:
+    def __init__(self, rate: float, burst: float) -> None:
+        self._rate, self._most = rate, max(1.0, rate * burst)
+        self._level, self._then = self._most, 0.0
+
+    def take(self, now: float, count: int) -> bool:
+        if math.isinf(self._rate):
+            return True
+        self._level = min(self._most, self._level + (now - self._then) * self._rate)
+        self._then = now
+        if self._level < min(count, self._most):
+            return False
+        self._level -= count
+        return True
+
+
+class Bucket:
+    """The state of a modelled object store that many ranks share: its objects, its limits and what was asked of it."""
+
+    def __init__(self, service: Service, clock: Callable[[], float], sleep: Callable[[float], None], seed: int):
+        self.service, self.clock, self.sleep = service, clock, sleep
+        self.tree: dict[str, Any] = {}
+        self.lock = threading.Lock()
+        self.asked: Counter[tuple[Kind, int, int]] = Counter()
+        """Requests of each kind to each prefix in each second, refused ones included."""
+        self.served: Counter[Kind] = Counter()
+        self.bytes: Counter[Kind] = Counter()
+        self.refused = 0
+        self._random = random.Random(seed)
+        self._tokens = {
+            (kind, prefix): _Tokens(rate, service.burst)
+            for kind, rate in (("get", service.gets), ("put", service.puts))
+            for prefix in range(service.prefixes)
+        }
+        self._free: dict[tuple[Kind, int], float] = {}  # when each link will be; -1 is the one of all ranks
+
+    def request(self, kind: Kind, rank: int, size: int, count: int = 1) -> None:
+        """Returns when the request, which S3 counts as `count`, is done. Raises SlowDown."""
+        prefix = rank % self.service.prefixes
+        with self.lock:
+            now, service = self.clock(), self.service
+            self.asked[kind, prefix, int(now)] += count
+            granted = self._tokens[kind, prefix].take(now, count)
+            if granted:
+                self.served[kind] += count
+                self.bytes[kind] += size
+                done = self._transferred(kind, rank, size, now + self._latency(kind))
+            else:
+                self.refused += 1
+                done = now + service.refusal
+        self.sleep(done - now)
+        if not granted:
+            raise SlowDown("503 SlowDown")
+
+    def _latency(self, kind: Kind) -> float:
+        service = self.service
+        median, p99 = (service.get_median, service.get_p99) if kind == "get" else (service.put_median, service.put_p99)
+        return self._random.lognormvariate(math.log(median), math.log(p99 / median) / 2.3263) if median else 0.0
+
+    def _transferred(self, kind: Kind, rank: int, size: int, begin: float) -> float:
+        """When the last byte has passed the connection, the rank's link and that of all, first come first served."""
+        done = begin + size / self.service.connection
+        for link, speed in ((rank, self.service.link), (-1, self.service.total)):
+            self._free[kind, link] = max(self._free.get((kind, link), 0.0), begin) + size / speed
+            done = max(done, self._free[kind, link])
+        return done
+
+    def peak(self, kind: Kind) -> int:
+        """The most requests of a kind that one prefix was asked for within a second of the clock."""
+        return max((count for (of, *_), count in self.asked.items() if of == kind), default=0)
+
+
+class ModelObjects(Objects):
+    """One rank's way to a bucket. A chunk is `chunk_bytes` to the model, whatever its length here."""
+
+    retry = REMOTE_RETRY
+
+    def __init__(self, bucket: Bucket, rank: int, chunk_bytes: int, blank: bytes):
+        super().__init__()
+        self.bucket, self.rank, self.chunk_bytes, self.blank = bucket, rank, chunk_bytes, blank
+        self.free = True
+        """Nothing takes any time: while a run is set up."""
+        self.chunks: Counter[Kind] = Counter()
+
+    def _request(self, kind: Kind, key: str, length: int) -> None:
+        if not self.free:
+            is_chunk = "/c/" in key
+            self.chunks[kind] += is_chunk
+            self.bucket.request(kind, self.rank, self.chunk_bytes + 4 if is_chunk else length)
+
+    def _node(self, prefix: str) -> Any:
+        node: Any = self.bucket.tree
+        for name in prefix.split("/") if prefix else ():
+            node = node.get(name, {})
+        return node
+
+    def _get(self, key: str) -> bytes:
+        found = self._node(key)
+        self._request("get", key, len(found))
+        if isinstance(found, bytes):
+            return found
+        if key.startswith("gen-000001/c/"):
+            return self.blank
+        raise FileNotFoundError(key)
+
+    def _put(self, key: str, parts: tuple[bytes | memoryview, ...]) -> None:
+        data = b"".join(parts)
+        self._request("put", key, len(data))
+        *path, name = key.split("/")
+        node = self.bucket.tree
+        for folder in path:
+            node = node.setdefault(folder, {})
+        node[name] = data
+
+    def _list(self, prefix: str) -> Sequence[str]:
+        self._request("get", prefix, 0)
+        return [*self._node(prefix)]
+
+    def _delete(self, prefix: str) -> None:
+        """As `ObstoreObjects`: list, delete 1,000 keys a request (each counts as a put), list again."""
+        parent, _, name = prefix.rpartition("/")
+        self._list(prefix)
+        count = _leaves(self._node(prefix))
+        for first in range(0, 0 if self.free else count, 1000):
+            self.bucket.request("put", self.rank, 0, min(1000, count - first))
+        self._node(parent).pop(name, None)
+        self._list(prefix)
+
+    def _put_if_absent(self, key: str, data: bytes) -> bool:
+        raise NotImplementedError  # no step needs it
+
+    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
+        raise NotImplementedError
+
+    def describe(self, key: str) -> str:
+        return f"model://{key}"
+
+
+def _leaves(node: Any) -> int:
+    return sum(map(_leaves, node.values())) if isinstance(node, dict) else 1
+
+
+class SteadyTable(GenerationTable):
+    """Begins with generation 1 complete, as if the run had written it. Its rows are zeros."""
+
+    def open(self, epoch: int, step: int, source: StateSource | None) -> None:
+        stored = self.generations
+        model = stored.objects
+        assert isinstance(model, ModelObjects)
+        stored.create()
+        checksum = int(google_crc32c.value(model.blank[:-4]))
+        for lane in self.lanes:
+            stored.complete(epoch, lane, dict.fromkeys(range(stored.order.chunks(lane)), checksum))
+        model.free = False
+
+
+class SteadyStore(HostStore):
+    def snapshot(self, directory: Path) -> None:
+        raise NotImplementedError
+
+
+class SampleFreeOrder(Order):
+    """The order without the samples' numbers and the batch's size, which the store does not look at."""
+
+    def __init__(self, **settings: int):
+        super().__init__(**settings)
+        self._batches = lru_cache(maxsize=16 * self.lanes)(self._compute_batch)
+
+    def _compute_batch(self, lanes: range, epoch: int, step: int) -> Batch:
+        parts: list[LaneStep] = [part for lane in lanes for part in self.lane_step(lane, epoch, step)]
+        none = np.zeros(len(lanes) * self.share, np.int64)
+        return Batch(none, none, np.zeros(len(none), np.float32), 0, tuple(parts))
+
+
+# Runs.
+
+
+@dataclass(frozen=True)
+class Workload:
+    name: str
+    samples: int
+    shape: tuple[int, ...]
+    images_per_second: float
+    """Of one rank."""
+    batch: int = 128
+    """Of one rank."""
+    chunk: int | None = None
+    window: int | None = None
+
+    def order(self, ranks: int) -> Order:
+        config = OrderConfig(lanes=ranks, chunk=self.chunk, window=self.window)
+        whole = Order.build(config, 0, self.samples, self.batch * ranks, self.shape)
+        return SampleFreeOrder(**whole.fingerprint())
+
+
+WORKLOADS = (
+    Workload("CIFAR-10", 50_000, (3, 32, 32), 4900 / 8),
+    Workload("ImageNet-64", 1_281_167, (3, 64, 64), 2200 / 8),
+    Workload("ImageNet-256 latents", 1_281_167, (4, 32, 32), 5000 / 8),
+    Workload("1e9 samples of 64x64", 10**9, (3, 64, 64), 2200 / 8),
+)
+LEAST_STEPS = 4  # an epoch with fewer is no training anybody does
+MOST_WINDOWS = 3000  # of a lane: a start takes the square of them
+LONG_EPOCH = 2000  # steps
+
+
+@dataclass
+class Outcome:
+    workload: str
+    ranks: int
+    prefixes: int
+    threads: int
+    step_seconds: float
+    """Without the store."""
+    epoch_seconds: float
+    window_seconds: float
+    """How long a window is in use."""
+    seams: int
+    """Epochs that end within the measured steps."""
+    steps: int = 0
+    """Measured."""
+    seconds: float = 0.0
+    wait: float = 0.0
+    """Of the time."""
+    gets_per_second: float = 0.0
+    puts_per_second: float = 0.0
+    peak_gets: int = 0
+    """Asked of one prefix within one second."""
+    peak_puts: int = 0
+    read_rate: float = 0.0
+    write_rate: float = 0.0
+    refused: int = 0
+    failure: str | None = None
+    chunks_read: int = 0
+    """Since the start and until all is written."""
+    chunks_written: int = 0
+
+    @property
+    def seam_seconds(self) -> float:
+        """What the run waits per epoch."""
+        return self.wait * self.seconds / self.seams if self.seams else math.nan
+
+    @property
+    def stalls(self) -> bool:
+        return self.failure is not None or self.wait > STALL
+
+
+def length(order: Order) -> int:
+    """Steps of a run: two epochs, so that two seams of epochs are in it, or four windows where epochs are long."""
+    window = -(-order.window_chunks * order.chunk // order.share)
+    return max(24, 2 * order.steps + 1) if order.steps <= LONG_EPOCH else 4 * window
+
+
+def run(
+    workload: Workload,
+    ranks: int,
+    service: Service,
+    *,
+    threads: int = 2,
+    prefetch: int = 4,
+    steps: int | None = None,
+    keep: bool = False,
+    seed: int = 0,
+    real: bool = False,
+) -> Outcome:
+    """One run of `steps` steps. `keep`: no generation is deleted. `real`: in real time, real rows."""
+    order = workload.order(ranks)
+    steps = steps or length(order)
+    shape = workload.shape if real else (1,)
+    encoding = Encoding("fp16")
+    chunk_bytes = order.chunk * math.prod(workload.shape) * encoding.array.itemsize
+    rows = bytes(order.chunk * math.prod(shape) * encoding.array.itemsize)
+    blank = rows + int(google_crc32c.value(rows)).to_bytes(4, "little")
+    result = Outcome(
+        workload.name,
+        ranks,
+        service.prefixes,
+        threads,
+        step_seconds=workload.batch / workload.images_per_second,
+        epoch_seconds=order.steps * workload.batch / workload.images_per_second,
+        window_seconds=min(order.window_chunks * order.chunk, order.longest_lane) / workload.images_per_second,
+        seams=(steps - 1) // order.steps,
+    )
+    world = World()
+    clock, sleep = (time.perf_counter, time.sleep) if real else (world.clock, world.sleep)
+    with ExitStack() as stack:
+        if not real:
+            stack.enter_context(world.install(seed))
+        bucket = Bucket(service, clock, sleep, seed)
+        ways = [ModelObjects(bucket, rank, chunk_bytes, blank) for rank in range(ranks)]
+        stores: list[HostStore] = []
+        for rank, way in enumerate(ways):
+            lanes = order.lanes_of(rank, ranks)
+            table = SteadyTable(Generations(way, order, shape, encoding), lanes)
+            if keep:
+                table.retained = set(range(steps + 2))
+            store: HostStore = SteadyStore(
+                order, lanes, shape, encoding, torch.device("cpu"), table, threads=threads, prefetch=prefetch
+            )
+            stack.callback(store.close)
+            stores.append(store)
+        values = torch.zeros(order.batch // ranks, *shape)
+        began = waited = 0.0
+        served, moved = Counter[Kind](), Counter[Kind]()
+        try:
+            for store in stores:
+                store.start(1, 0, None)
+            for step in range(steps):
+                for store in stores:
+                    store.read()
+                sleep(result.step_seconds)
+                for store in stores:
+                    store.write(values)
+                if step == 0:
+                    began, waited = clock(), _waited(stores)
+                    served, moved = bucket.served.copy(), bucket.bytes.copy()
+                    bucket.asked.clear()
+                result.steps = step
+        except StoreError as error:
+            result.failure = str(error).split(" (tried")[0]
+        result.seconds = clock() - began
+        if result.steps:
+            result.wait = (_waited(stores) - waited) / result.seconds
+            result.gets_per_second = (bucket.served["get"] - served["get"]) / result.seconds
+            result.puts_per_second = (bucket.served["put"] - served["put"]) / result.seconds
+            result.read_rate = (bucket.bytes["get"] - moved["get"]) / result.seconds
+            result.write_rate = (bucket.bytes["put"] - moved["put"]) / result.seconds
+        result.peak_gets, result.peak_puts, result.refused = bucket.peak("get"), bucket.peak("put"), bucket.refused
+        try:
+            for store in stores:
+                store.settle()
+        except StoreError as error:
+            result.failure = result.failure or str(error).split(" (tried")[0]
+        result.chunks_read = sum(way.chunks["get"] for way in ways)
+        result.chunks_written = sum(way.chunks["put"] for way in ways)
+    return result
+
+
+def _waited(stores: list[HostStore]) -> float:
+    """Seconds since the start. The stores are asked one after the other, so that their waits add up."""
+    return sum(store.counters.read_wait + store.counters.write_wait for store in stores)
+
+
+# Validation: the same code in real time.
+
+SMALL = Workload("small", 2048, (1, 16, 16), 400.0, batch=16, chunk=64, window=4)
+QUIET = Service(0.005, 0.02, 0.005, 0.02, connection=1e9, link=1e9, total=1e9, gets=math.inf, puts=math.inf)
+CASES = (
+    ("nothing scarce", QUIET, (4,)),
+    ("slow gets", replace(QUIET, get_median=0.35, get_p99=0.7), (1, 2, 4)),
+    ("slow puts", replace(QUIET, put_median=0.5, put_p99=1.0), (1, 4)),
+    ("narrow link", replace(QUIET, link=170e3), (4,)),
+    ("narrow link of all", replace(QUIET, total=600e3), (4,)),
+    ("few requests", replace(QUIET, gets=20, puts=20, burst=0.2), (4,)),
+)
+"""Store, and ranks. The small workload needs 205 kB/s each way and 6.25 gets and puts a second of each rank."""
+
+
+@dataclass
+class Check:
+    case: str
+    ranks: int
+    measured_wait: float
+    simulated_wait: float
+    measured_step: float
+    """Seconds."""
+    simulated_step: float
+
+    @property
+    def error(self) -> float:
+        """Of a step's time."""
+        return self.simulated_step / self.measured_step - 1
+
+
+def validate(seeds: int = 4) -> list[Check]:
+    checks = []
+    for case, service, scales in CASES:
+        for ranks in scales:
+            workload = replace(SMALL, samples=SMALL.samples * ranks)
+            measured = run(workload, ranks, service, steps=160, real=True)
+            simulated = [run(workload, ranks, service, steps=160, seed=seed) for seed in range(1, seeds + 1)]
+            assert measured.failure is None, measured.failure
+            checks.append(
+                Check(
+                    case,
+                    ranks,
+                    measured.wait,
+                    float(np.mean([each.wait for each in simulated])),
+                    measured.seconds / measured.steps,
+                    float(np.mean([each.seconds / each.steps for each in simulated])),
+                )
+            )
+    return checks
+
+
+# The sweep, and what would cure a stall.
+
+INFINITE = math.inf
+MOST_PREFIXES = 64
+CURES: tuple[tuple[str, dict[str, float], dict[str, Any]], ...] = (
+    ("no limit to requests", {"gets": INFINITE, "puts": INFINITE}, {}),
+    ("no limit to bandwidth", {"connection": INFINITE, "link": INFINITE, "total": INFINITE}, {}),
+    ("gets without latency", {"get_median": 0.0}, {}),
+    ("puts without latency", {"put_median": 0.0}, {}),
+    ("no generation deleted", {}, {"keep": True}),
+    ("store.threads=8", {}, {"threads": 8}),
+)
+
+
+def fits(workload: Workload, ranks: int) -> bool:
+    order = workload.order(ranks)
+    return order.steps >= LEAST_STEPS and order.windows(0) <= MOST_WINDOWS
+
+
+def cures(workload: Workload, ranks: int, service: Service, threads: int) -> dict[str, Outcome]:
+    found = {}
+    for name, change, options in CURES:
+        found[name] = run(workload, ranks, replace(service, **change), **{"threads": threads, **options})  # type: ignore[arg-type]
+    return found
+
+
+def prefixes_needed(workload: Workload, ranks: int, service: Service, threads: int) -> list[Outcome]:
+    """Runs with more and more prefixes, until nothing is refused."""
+    tried: list[Outcome] = []
+    while not tried or (tried[-1].refused and tried[-1].prefixes < MOST_PREFIXES):
+        prefixes = 4 * tried[-1].prefixes if tried else 4 * service.prefixes
+        tried.append(run(workload, ranks, replace(service, prefixes=prefixes), threads=threads))
+    return tried
+
+
+def row(each: Outcome) -> str:
+    seam = f"{each.seam_seconds:7.2f}" if each.seams else "      -"
+    rates = (each.gets_per_second, each.puts_per_second, each.peak_gets, each.peak_puts)
+    moved = (each.read_rate / 1e6, each.write_rate / 1e6, each.refused)
+    return (
+        f"{each.workload:21} {each.ranks:5} {each.epoch_seconds:8.1f} {each.window_seconds:7.2f} "
+        f"{each.wait:8.2%} {seam} "
+        + " ".join(f"{value:7.0f}" for value in (*rates, *moved))
+        + (f"  fails: {each.failure}" if each.failure else "")
+    )
+
+
+HEADING = (
+    f"{'':27} {'epoch':>8} {'window':>7} {'':8} {'an':>7} "
+    f"{'of all, a second':>15} {'most, a prefix':>15} {'MB/s':>15}\n"
+    f"{'':21} {'ranks':>5} {'s':>8} {'s':>7} {'wait':>8} {'epoch s':>7} "
+    + " ".join(f"{name:>7}" for name in ("gets", "puts", "gets", "puts", "read", "written", "refused"))
+)
+
+
+def draw(path: Path, service: Service, checks: list[Check], outcomes: list[Outcome]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
+    names = list(dict.fromkeys(each.workload for each in outcomes))
+    for name, colour in zip(names, ("C0", "C1", "C2", "C3"), strict=False):
+        own = [each for each in outcomes if each.workload == name]
+        ranks = [each.ranks for each in own]
+        left.plot(ranks, [max(each.wait, 1e-4) for each in own], "o-", color=colour, label=name)
+        middle.plot(ranks, [each.peak_puts for each in own], "o-", color=colour)
+        middle.plot(ranks, [each.peak_gets for each in own], "o:", color=colour, mfc="white")
+    left.axhline(STALL, color="grey", ls="--", lw=1)
+    left.text(SCALES[0], STALL * 1.1, "stall: 1 %", color="grey", fontsize=8)
+    left.set(xscale="log", yscale="log", ylim=(0.8e-4, 1.2), ylabel="share of the time spent waiting (0 drawn as 1e-4)")
+    left.legend(fontsize=8)
+    for limit, text in ((service.puts, "puts"), (service.gets, "gets")):
+        middle.axhline(limit, color="grey", ls="--", lw=1)
+        middle.text(SCALES[0], limit * 1.06, f"{limit:.0f} {text}/s a prefix", color="grey", fontsize=8)
+    middle.set(xscale="log", yscale="log", ylabel="most requests in one second, of one prefix")
+    middle.set_title("solid: puts and deletions; dotted: gets and listings", fontsize=9)
+    for axes in (left, middle):
+        axes.set_xlabel("ranks")
+        axes.set_xticks(SCALES, [str(each) for each in SCALES])
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    for case, marker in zip(dict.fromkeys(each.case for each in checks), "os^Dv*", strict=False):
+        own_checks = [each for each in checks if each.case == case]
+        right.plot(
+            [each.measured_step * 1e3 for each in own_checks],
+            [each.simulated_step * 1e3 for each in own_checks],
+            marker,
+            label=case,
+        )
+    if checks:
+        most = 1.1e3 * max(max(each.measured_step, each.simulated_step) for each in checks)
+        least = 0.9e3 * SMALL.batch / SMALL.images_per_second
+        ends = np.array([least, most])
+        right.plot(ends, ends, color="grey", lw=1)
+        right.fill_between(ends, 0.9 * ends, 1.1 * ends, color="grey", alpha=0.15, label="within 10 %")
+        right.set(xlim=ends, ylim=ends)
+        right.legend(fontsize=8)
+    right.set(xlabel="measured ms a step (real threads, real time)", ylabel="simulated ms a step")
+    right.set_title("validation: 1 to 4 ranks, 40 ms a step without waits", fontsize=9)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=SCALES)
+    parser.add_argument("--workloads", nargs="+", default=[each.name for each in WORKLOADS])
+    parser.add_argument("--threads", type=int, default=2, help="store.threads: as many reading and as many writing")
+    for name in ("get_median", "get_p99", "put_median", "put_p99", "connection", "link", "total", "gets", "puts"):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(Service(), name))
+    parser.add_argument("--prefixes", type=int, default=1)
+    parser.add_argument("--no-validation", action="store_true", help="the part that takes a minute of real time")
+    parser.add_argument("--no-cures", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--plot", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    service = Service(
+        **{name: value for name, value in vars(arguments).items() if name in Service.__dataclass_fields__}
+    )
+    began, processor = time.perf_counter(), f"{_processor()}, one thread"
+    print(f"{date.today().isoformat()}, {processor}\npython {' '.join(sys.argv)}\n\n{service}")
+    checks: list[Check] = []
+    if not arguments.no_validation:
+        checks = validate()
+        print(f"\n{'validation, real time':24} {'wait':>16} {'ms a step':>19}")
+        print(f"{'':18} {'ranks':>5} {'measured':>9} {'simulated':>9} {'measured':>9} {'simulated':>9} {'error':>7}")
+        for check in checks:
+            print(
+                f"{check.case:18} {check.ranks:5} {check.measured_wait:9.1%} {check.simulated_wait:9.1%} "
+                f"{check.measured_step * 1e3:9.1f} {check.simulated_step * 1e3:9.1f} {check.error:+7.1%}"
+            )
+    outcomes: list[Outcome] = []
+    first: dict[str, int | None] = {}
+    cured: dict[str, dict[str, Outcome]] = {}
+    needed: dict[str, list[Outcome]] = {}
+    print(f"\n{HEADING}")
+    chosen = [each for each in WORKLOADS if each.name in arguments.workloads]
+    for workload in chosen:
+        first[workload.name] = None
+        for ranks in [each for each in arguments.ranks if fits(workload, each)]:
+            outcome = run(workload, ranks, service, threads=arguments.threads)
+            outcomes.append(outcome)
+            print(row(outcome), flush=True)
+            if outcome.stalls and first[workload.name] is None:
+                first[workload.name] = ranks
+    for workload in chosen if not arguments.no_cures else ():
+        own = [each for each in outcomes if each.workload == workload.name]
+        stalled = first[workload.name]
+        print(f"\n{workload.name}: " + (f"stalls from {stalled} ranks on" if stalled else "no stall at any scale"))
+        clear = next((each for each in own if each.failure or each.wait > CLEAR), None)
+        if clear:
+            print(f"    {clear.ranks} ranks {'as they are':24} wait {clear.wait:7.2%}")
+            cured[workload.name] = cures(workload, clear.ranks, service, arguments.threads)
+            for name, outcome in cured[workload.name].items():
+                print(f"    {clear.ranks} ranks, {name:23} wait {outcome.wait:7.2%}", flush=True)
+        if own and own[-1].refused:
+            needed[workload.name] = prefixes_needed(workload, own[-1].ranks, service, arguments.threads)
+            for outcome in (own[-1], *needed[workload.name]):
+                told = f"{outcome.refused:5} requests refused, wait {outcome.wait:.2%}"
+                print(f"    {outcome.ranks} ranks, prefixes: {outcome.prefixes:2} {told}", flush=True)
+    print(f"\n{time.perf_counter() - began:.0f} s, of which {time.process_time():.0f} s of CPU")
+    if arguments.json:
+        result = {
+            "date": date.today().isoformat(),
+            "machine": processor,
+            "service": asdict(service),
+            "validation": [{**asdict(check), "error": check.error} for check in checks],
+            "runs": [asdict(outcome) for outcome in outcomes],
+            "stalls_from": first,
+            "changes": {name: {k: asdict(v) for k, v in each.items()} for name, each in cured.items()},
+            "more_prefixes_at_most_ranks": {name: [asdict(v) for v in tried] for name, tried in needed.items()},
+        }
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    if arguments.plot:
+        draw(arguments.plot, service, checks, outcomes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""A short run of benchmarks/gaussian.py: the chain objective finds the solution that is known in closed form."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+from udddm.config import ProcessConfig
+from udddm.process import Coefficients, build
+
+
+@pytest.fixture(scope="module")
+def gaussian() -> ModuleType:
+    """The benchmark, which is a script beside the package."""
+    path = Path(__file__).parents[2] / "benchmarks" / "gaussian.py"
+    spec = importlib.util.spec_from_file_location("benchmark_gaussian", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["ve", "vp"])
+def test_the_exact_solution_solves_the_probability_flow_ode(gaussian: ModuleType, kind: str) -> None:
+    """dx/dsigma = (x - E[x_0 | x]) / sigma for x = x_t / signal (Karras et al. 2022), by Runge-Kutta steps to x_0."""
+    process = build(ProcessConfig(kind=kind, timesteps=gaussian.TIMESTEPS[kind]))
+    t = process.time(np.array([20.0]))
+    at = Coefficients(*torch.from_numpy(process.coefficients(t)))
+    sigma = float(process.sigma(t)[0])
+    mean, variance = gaussian.MEAN.double(), gaussian.SPREAD**2
+    x = mean + sigma * torch.randn(1, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    start = x.clone()
+
+    def slope(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        return (x - mean) * sigma / (variance + sigma**2)  # (x - posterior mean) / sigma
+
+    for high, low in zip(grid := np.geomspace(sigma, 1e-4, 400), grid[1:], strict=False):
+        step = low - high
+        k1 = slope(x, high)
+        k2 = slope(x + step / 2 * k1, high + step / 2)
+        k3 = slope(x + step / 2 * k2, high + step / 2)
+        x = x + step / 6 * (k1 + 2 * k2 + 2 * k3 + slope(x + step * k3, low))
+    xt = at.signal[:, None, None, None] * start
+    torch.testing.assert_close(gaussian.exact(xt.float(), at).double(), x, rtol=1e-4, atol=1e-4)
+
+
+def test_the_bias_of_a_chain_falls_as_1_over_its_levels(gaussian: ModuleType) -> None:
+    """And is what iterating the conditional expectation by regression on samples gives."""
+    process = build(ProcessConfig())
+    means = [gaussian.bias(process.sigma(process.levels(m))).mean() for m in (16, 32, 64, 128)]
+    ratios = np.divide(means[:-1], means[1:])
+    assert (np.diff(means) < 0).all() and ratios[-1] == pytest.approx(2, abs=0.1)
+    rng = np.random.default_rng(0)
+    x0, eps = gaussian.SPREAD * rng.standard_normal(200_000), rng.standard_normal(200_000)
+    target, found = x0, []
+    sigmas = process.sigma(process.levels(8))
+    for sigma in sigmas:
+        x = x0 + sigma * eps
+        target = x * (x @ target) / (x @ x)
+        exact = x * gaussian.SPREAD / np.hypot(gaussian.SPREAD, sigma)
+        found.append(np.sqrt(np.mean((target - exact) ** 2)) / gaussian.SPREAD)
+    np.testing.assert_allclose(gaussian.bias(sigmas), found, atol=0.005)
+
+
+def test_a_short_run_comes_within_15_per_cent_of_the_exact_solution(gaussian: ModuleType) -> None:
+    options = ["--levels=16", "--steps=2500", "--batch=256", "--samples=16384", "--algorithm-1-steps=0", "--width=48"]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        result = gaussian.run("ve", gaussian.parser().parse_args(options))
+    finally:
+        torch.set_num_threads(threads)
+    assert result["chain_mean"] < 0.15
+    assert max(result["chain"]) < 0.25
+    assert np.mean(np.abs(np.subtract(result["chain"], result["bias"]))) < 0.06  # it finds its own fixed point
+    assert "ve" in gaussian.table({"ve": result})

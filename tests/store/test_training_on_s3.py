@@ -1,0 +1,87 @@
+"""A run whose x0-state is on S3 ends as one on a local disk or in memory does, also when it was killed in between."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+import uuid
+from pathlib import Path
+
+import pytest
+import torch
+from fault_proxy import FaultProxy
+from seaweed import BUCKET, S3Server
+
+import udddm
+from udddm.config import RunConfig, load
+from udddm.store import inspect
+
+OVERRIDES = [
+    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0, condition: none}",
+    "order={lanes: 8, chunk: 32, window: 2}",
+    "train={steps: 24, batch_size: 128, learning_rate: 1.0e-3, ema: [0.9]}",
+    "checkpoint={every_steps: 6, keep: 1}",
+    "sample={every_steps: 0, final: 0}",
+]
+FINGERPRINTS = ("steps", "weights_sha256", "ema_sha256", "state_sha256")
+
+
+def config(kind: str, url: str | None = None) -> RunConfig:
+    return load(None, [*OVERRIDES, f"store={{kind: {kind}, url: {url or 'null'}}}"])
+
+
+def train(run: Path, kind: str, url: str | None = None) -> dict[str, object]:
+    result = udddm.train(config(kind, url), run_dir=run, device="cpu")
+    return {key: result[key] for key in FINGERPRINTS}
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
+    """What the undisturbed run in memory ends with."""
+    return train(tmp_path_factory.mktemp("memory") / "run", "gpu")
+
+
+def killed(run: Path, url: str, environment: dict[str, str], checkpoint: str) -> None:
+    """Start or resume the run in another process and kill it once a checkpoint is there."""
+    command = [sys.executable, "-m", "udddm.cli", f"--run-dir={run}", "--store=zarr", f"--store-url={url}"]
+    command += ["--device=cpu", *(f"--set={override}" for override in OVERRIDES)]
+    threads = str(torch.get_num_threads())  # their number decides the order of sums
+    with (run.parent / "log").open("ab") as log:
+        process = subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **environment, "OMP_NUM_THREADS": threads},
+        )
+    try:
+        deadline = time.monotonic() + 120
+        while not (run / "checkpoints" / checkpoint).exists():
+            assert process.poll() is None and time.monotonic() < deadline, (run.parent / "log").read_text()
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert not (run / "result.json").exists(), "killed too late to tell anything"
+
+
+def test_the_place_of_the_state_changes_nothing(expected: dict[str, object], s3: S3Server, tmp_path: Path) -> None:
+    url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    assert train(tmp_path / "disk", "zarr") == expected
+    assert train(tmp_path / "s3", "zarr", url) == expected
+    chunks, damaged = inspect.verify(inspect.find(str(tmp_path / "s3")))
+    assert chunks and not damaged
+    assert s3.secret not in (tmp_path / "s3" / "run.json").read_text()
+
+
+def test_a_killed_run_resumes_bit_for_bit_on_s3(expected: dict[str, object], s3: S3Server, tmp_path: Path) -> None:
+    """Killed in its first epoch, behind a slow connection that throttles and breaks."""
+    url, run = f"s3://{BUCKET}/{uuid.uuid4().hex}", tmp_path / "run"
+    with FaultProxy(s3.endpoint) as proxy:
+        proxy.latency = 0.03
+        for fault in ("slow-down", "lost-reply", "cut"):
+            proxy.fail(fault, 2)
+        killed(run, url, s3.environment(proxy.url), "step-00000006")
+        assert proxy.failed == 6
+    assert train(run, "zarr", url) == expected

@@ -1,0 +1,132 @@
+"""Checkpoints are whole or not there, damage is found and named, and nothing else is lost."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from udddm.backends.ranks import Ranks
+from udddm.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    check_same_network,
+    damage,
+    load_json,
+    load_tensors,
+    save_tensors,
+    step_of,
+)
+
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def fill(directory: Path) -> None:
+    save_tensors(directory / "model.safetensors", {"weight": torch.arange(300.0)})
+    (directory / "state").mkdir()
+    (directory / "state" / "rows.bin").write_bytes(bytes(range(256)) * 10)
+
+
+def test_a_written_checkpoint_is_whole(tmp_path: Path) -> None:
+    path = Checkpoints(tmp_path).write(12, ALONE, fill)
+    assert path.name == "step-00000012" and step_of(path) == 12
+    assert damage(path) is None
+    assert torch.equal(load_tensors(path / "model.safetensors")["weight"], torch.arange(300.0))
+    assert Checkpoints(tmp_path).newest_valid(print) == path
+
+
+def test_every_damage_is_found_and_names_its_file(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    for trial in range(60):
+        checkpoints = Checkpoints(tmp_path / str(trial))
+        path = checkpoints.write(1, ALONE, fill)
+        victim = rng.choice([p for p in path.rglob("*") if p.is_file()])
+        data = bytearray(victim.read_bytes())
+        kind = rng.choice(["flip", "truncate", "delete"])
+        if kind == "flip":
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            victim.write_bytes(data)
+        elif kind == "truncate":
+            victim.write_bytes(data[: rng.randrange(len(data))])
+        else:
+            victim.unlink()
+        problem = damage(path)
+        if problem is None:  # a flipped space in the manifest's layout changes nothing it says
+            assert victim.name == "manifest.json" and kind == "flip"
+            continue
+        if victim.name != "manifest.json":
+            assert victim.name in problem, (kind, victim, problem)
+        with pytest.raises(CheckpointError, match="no checkpoint in"):
+            checkpoints.newest_valid(lambda text: None)
+
+
+def test_the_newest_whole_one_is_taken_and_the_others_are_said(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    older, newer = checkpoints.write(1, ALONE, fill), checkpoints.write(2, ALONE, fill)
+    (newer / "model.safetensors").write_bytes(b"")
+    said: list[str] = []
+    assert checkpoints.newest_valid(said.append) == older
+    assert "step-00000002" in said[0] and "model.safetensors" in said[0]
+    checkpoints.discard_after(1)
+    assert checkpoints.all() == [older]
+
+
+def test_old_ones_go_only_when_the_newest_verifies(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2, 3):
+        newest = checkpoints.write(step, ALONE, fill)
+    (newest / "model.safetensors").write_bytes(b"")
+    checkpoints.prune(1)
+    assert len(checkpoints.all()) == 3
+    newest = checkpoints.write(3, ALONE, fill)  # a damaged one of the same step is replaced
+    checkpoints.prune(1)
+    assert checkpoints.all() == [newest]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(30, "Read-only file system")])
+def test_a_failed_write_leaves_the_earlier_ones(tmp_path: Path, error: OSError) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    kept = checkpoints.write(1, ALONE, fill)
+
+    def failing(directory: Path) -> None:
+        fill(directory)
+        raise error
+
+    with pytest.raises(CheckpointError, match="Earlier checkpoints are intact"):
+        checkpoints.write(2, ALONE, failing)
+    assert checkpoints.all() == [kept] and damage(kept) is None
+    assert [p.name for p in checkpoints.directory.iterdir()] == [kept.name]
+
+
+def test_leftovers_of_a_killed_write_are_not_checkpoints(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.newest_valid(print) is None
+    partial = checkpoints.directory / ".step-00000005.partial"
+    partial.mkdir(parents=True)
+    fill(partial)
+    assert checkpoints.newest_valid(print) is None
+    path = checkpoints.write(5, ALONE, fill)
+    checkpoints.prune(2)
+    assert list(checkpoints.directory.iterdir()) == [path]
+
+
+def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+    wanted = {"a": torch.zeros(2, 3), "b": torch.zeros(1)}
+    check_same_network(tmp_path, {"a": torch.ones(2, 3), "b": torch.ones(1)}, wanted)
+    for found, word in (
+        ({"a": torch.zeros(2, 3)}, "lacks b"),
+        ({**wanted, "c": torch.zeros(1)}, "has c"),
+        ({"a": torch.zeros(3, 2), "b": torch.zeros(1)}, r"a is \[3, 2\]"),
+    ):
+        with pytest.raises(CheckpointError, match=word):
+            check_same_network(tmp_path, found, wanted)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(b"\x80\x04pickle")
+    (tmp_path / "x.json").write_text("{")
+    for read, name in ((load_tensors, "x.safetensors"), (load_json, "x.json"), (load_json, "none.json")):
+        with pytest.raises(CheckpointError, match=name):
+            read(tmp_path / name)

@@ -1,0 +1,210 @@
+"""The commands: fast help, clear errors with exit codes, dry runs that write nothing."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from udddm import cli
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+TINY = [
+    "--set=network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0, condition: none}",
+    "--set=train={steps: 6, batch_size: 64, learning_rate: 1.0e-3, ema: [0.9]}",
+    "--set=checkpoint.every_steps=3",
+    "--set=sample={every_steps: 0, final: 9}",
+    "--set=log_every_steps=2",
+    "--device=cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished tiny run on the digits."""
+    directory = tmp_path_factory.mktemp("cli") / "run"
+    assert cli.train(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(directory), *TINY]) == 0
+    return directory
+
+
+@pytest.mark.parametrize("command", ["train", "sample", "store"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = (
+        "import sys; from udddm import cli\n"
+        f"try: cli.{command}(['--help'])\nexcept SystemExit: pass\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'zarr', 'sklearn', 'PIL'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["train.lerning_rate=3"], ["train.lerning_rate", "train.learning_rate"]),
+        (["trian.epochs=3"], ["trian", "train"]),
+        (["learning_rate=3"], ["learning_rate", "train.learning_rate"]),
+        (["train.epochs=many"], ["train.epochs", "many"]),
+        (["train.epochs=-1"], ["train.epochs", "greater than 0"]),
+        (["seed=-1"], ["seed", "-1"]),
+        (["store.kind=s4"], ["store.kind", "zarr"]),
+        (["order.lanes=7"], ["order.lanes", "128"]),
+        (["process.sigma_min=60"], ["sigma_min", "sigma_max"]),
+        (["objective.name=algorithm-1"], ["Algorithm 1", "network.condition"]),
+        (["objective.chain.stages=[{start: 0, levels: 8}, {start: 0.5, levels: 12}]"], ["12", "8"]),
+        (["train.steps=3", "train.epochs=4", "train.steps=5", "nonsense"], ["nonsense", "key=value"]),
+        (["train=3"], ["train"]),
+        (["seed={"], ["seed", "YAML"]),
+        (["seed.x=3", "seed=3", "seed.y=4"], ["seed", "section"]),
+    ],
+)
+def test_bad_configuration_names_the_key(
+    overrides: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"--set={o}" for o in overrides]
+    code = cli.train(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(tmp_path / "run"), *arguments])
+    assert code == cli.USAGE
+    message = capsys.readouterr().err
+    assert all(part in message for part in expected), message
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_config_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.train(["--config", str(tmp_path / "none.yaml")]) == cli.USAGE
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    assert cli.train(["--config", str(tmp_path / "list.yaml")]) == cli.USAGE
+    (tmp_path / "code.yaml").write_text("seed: !!python/object/apply:os.getcwd []\n")
+    assert cli.train(["--config", str(tmp_path / "code.yaml")]) == cli.USAGE
+    message = capsys.readouterr().err
+    assert "none.yaml" in message
+    assert "list.yaml must hold a mapping" in message
+    assert "code.yaml is not valid YAML" in message
+
+
+@pytest.mark.parametrize("preset", sorted(p.name for p in CONFIGS.glob("*.yaml")))
+def test_every_preset_is_valid_and_says_what_it_needs(preset: str) -> None:
+    from udddm.config import load
+
+    load(CONFIGS / preset)
+    assert "What it needs" in (CONFIGS / preset).read_text()
+
+
+def test_the_papers_presets_are_the_papers() -> None:
+    from udddm.config import load
+
+    for name, blocks in (("vp", 3), ("ve", 3), ("vp-deep", 6), ("ve-deep", 6)):
+        config = load(CONFIGS / f"cifar10-{name}.yaml")
+        kind = name[:2]
+        assert config.objective.name == "algorithm-1"
+        assert config.objective.huber_c == {"vp": 0.00014, "ve": 0.00015}[kind]
+        assert config.process.kind == kind and config.process.preconditioning == "paper"
+        assert config.process.timesteps == {"vp": 8000, "ve": 1000}[kind]
+        assert (config.process.beta_min, config.process.beta_max) == (1.5e-3, 2.0e-2)
+        assert (config.process.sigma_min, config.process.sigma_max, config.process.rho) == (0.01, 50.0, 7.0)
+        network = config.network
+        assert (network.width, network.multipliers, network.blocks) == (128, (1, 2, 2, 2), blocks)
+        assert (network.attention, network.dropout, network.classes) == ((16, 8), 0.3, 0)
+        assert network.condition == "cross-attention"
+        train = config.train
+        assert (train.steps, train.batch_size, train.learning_rate) == (400_000, 1024, 2e-4)
+        assert (train.decay, train.warmup_steps, train.ema, train.ema_warmup) == ("constant", 0, (0.9999,), False)
+
+
+def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    directory = tmp_path / "run"
+    arguments = ["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(directory), *TINY]
+    assert cli.train([*arguments, "--dry-run"]) == 0
+    plan = capsys.readouterr().out
+    for word in ("parameters", "x0-state", "bandwidth", "memory", "steps", "measured here"):
+        assert word in plan
+    assert not directory.exists()
+
+
+def test_ranks_that_do_not_divide_the_lanes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    code = cli.train(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(tmp_path / "run"), *TINY])
+    assert code == cli.USAGE
+    assert "2 and 4" in capsys.readouterr().err
+
+
+def test_a_run_leaves_all_that_is_promised(run: Path) -> None:
+    import json
+
+    result = json.loads((run / "result.json").read_text())
+    for key in ("images_per_second", "store_wait_fraction", "peak_host_memory_bytes"):
+        assert result[key] >= 0
+    for key in ("weights_sha256", "ema_sha256", "state_sha256"):
+        assert len(result[key]) == 64
+    assert result["steps"] == 6
+    samples = np.load(run / "samples.npy")
+    assert samples.shape == (9, 1, 8, 8) and samples.dtype == np.float32 and np.abs(samples).max() <= 1
+    assert (run / "samples.png").read_bytes().startswith(b"\x89PNG")
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [2, 4, 6]
+    assert any((run / "tensorboard").iterdir())
+    names = sorted(p.name for p in (run / "checkpoints" / "step-00000006").iterdir())
+    assert {"model.safetensors", "ema-0.9.safetensors", "optimizer.safetensors", "config.json"} <= set(names)
+
+
+def test_a_finished_run_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.train(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(run), *TINY]) == 0
+    assert "is finished" in capsys.readouterr().err
+
+
+def test_a_run_directory_of_another_configuration(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(run), *TINY, "--set=seed=5"]
+    assert cli.train(arguments) == cli.USAGE
+    assert "seed: 0 -> 5" in capsys.readouterr().err
+
+
+def test_samples_depend_on_their_seed_alone(run: Path, tmp_path: Path) -> None:
+    assert cli.sample(["--checkpoint", str(run), "--seeds", "0-9", "--out", str(tmp_path / "a"), "--device=cpu"]) == 0
+    assert cli.sample(["--checkpoint", str(run), "--seeds", "7,3", "--out", str(tmp_path / "b"), "--device=cpu"]) == 0
+    many, few = np.load(tmp_path / "a" / "samples.npy"), np.load(tmp_path / "b" / "samples.npy")
+    assert many.shape == (10, 1, 8, 8)
+    assert np.array_equal(few, many[[7, 3]])
+    assert np.array_equal(many[:9], np.load(run / "samples.npy"))
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--steps", "2"], ["--steps", "2", "--sampler", "algorithm-2"], ["--ema", "none"]]
+)
+def test_samplers_and_averages_differ(run: Path, tmp_path: Path, arguments: list[str]) -> None:
+    command = ["--checkpoint", str(run), "--seeds", "0-8", "--out", str(tmp_path), "--device=cpu", *arguments]
+    assert cli.sample(command) == 0
+    same = np.array_equal(np.load(tmp_path / "samples.npy"), np.load(run / "samples.npy"))
+    # this network takes no conditioning image, so Algorithm 2's second evaluation repeats its first
+    assert same == ("algorithm-2" in arguments)
+
+
+def test_sampling_from_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.sample(["--checkpoint", str(tmp_path / "none")]) == cli.FAILED
+    assert cli.sample(["--checkpoint", str(tmp_path)]) == cli.FAILED
+    assert cli.sample(["--checkpoint", str(run), "--ema", "0.5"]) == cli.FAILED
+    assert cli.sample(["--checkpoint", str(run), "--labels", "3"]) == cli.USAGE
+    message = capsys.readouterr().err
+    assert "none does not exist" in message
+    assert "holds no checkpoint" in message
+    assert "0.5" in message and "0.9" in message
+    assert "0 classes" in message
+
+
+@pytest.mark.parametrize("seeds", ["5-2", "x", "1,,2", ""])
+def test_bad_seeds_are_refused(seeds: str) -> None:
+    with pytest.raises(SystemExit) as stop:
+        cli.sample(["--checkpoint", "x", "--seeds", seeds])
+    assert stop.value.code == 2
+
+
+def test_a_data_set_without_labels_cannot_train_a_conditional_network(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((64, 1, 8, 8), np.uint8))
+    arguments = ["--run-dir", str(tmp_path / "run"), *TINY, "--set=network.classes=3"]
+    assert cli.train([*arguments, f"--set=data={{name: array, path: {tmp_path / 'images.npy'}}}"]) == cli.USAGE
+    assert "no labels" in capsys.readouterr().err

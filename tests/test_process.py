@@ -1,0 +1,201 @@
+"""Schedules and preconditioning against the paper's formulas, computed the long way."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+
+from udddm.config import ConfigError, ProcessConfig, resolve
+from udddm.process import SIGMA_HIGHEST, Coefficients, Process, build
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+def vp(**changes: Any) -> Process:
+    return build(ProcessConfig(kind="vp", timesteps=8000, **changes))
+
+
+def ve(**changes: Any) -> Process:
+    return build(ProcessConfig(kind="ve", timesteps=1000, **changes))
+
+
+def at(process: Process, t: Array) -> Coefficients:
+    """The rows as numpy arrays."""
+    return Coefficients(*process.coefficients(t))
+
+
+BOTH = pytest.mark.parametrize("process", [vp(), ve()], ids=["vp", "ve"])
+
+
+def naive_alpha_bar() -> Array:
+    """prod_(s <= t) (1 - beta_s) for t in 1..8000, beta linear from 1.5e-3 to 2e-2, factor by factor."""
+    product, found = 1.0, []
+    for s in range(8000):
+        product *= 1 - (1.5e-3 + (2.0e-2 - 1.5e-3) * s / 7999)
+        found.append(product)
+    return np.array(found)
+
+
+def test_vp_noises_by_the_product_of_alphas() -> None:
+    alpha_bar, t = naive_alpha_bar(), np.arange(1.0, 8001)
+    found = at(vp(), t)
+    np.testing.assert_allclose(found.signal, np.sqrt(alpha_bar), rtol=1e-6)
+    np.testing.assert_allclose(found.noise, np.sqrt(1 - alpha_bar), rtol=1e-6)
+    np.testing.assert_allclose(vp().sigma(t), np.sqrt((1 - alpha_bar) / alpha_bar), rtol=1e-9)
+    assert math.log(alpha_bar[-1]) == pytest.approx(-86, abs=1)
+
+
+def test_vp_starts_at_the_first_beta_without_loss_of_digits() -> None:
+    one = np.array([1.0])
+    assert vp().sigma(one)[0] == pytest.approx(math.sqrt(1.5e-3 / (1 - 1.5e-3)), rel=1e-12)
+
+
+def test_ve_noises_by_the_paper_s_formula() -> None:
+    for rho in (3.0, 7.0, 20.0):
+        expected = [
+            (0.01 ** (1 / rho) + (t - 1) / (1000 - 1) * (50 ** (1 / rho) - 0.01 ** (1 / rho))) ** rho
+            for t in range(1, 1001)
+        ]
+        t = np.arange(1.0, 1001)
+        np.testing.assert_allclose(ve(rho=rho).sigma(t), expected, rtol=1e-12)
+        found = at(ve(rho=rho), t)
+        np.testing.assert_allclose(found.noise, expected, rtol=1e-6)
+        assert (found.signal == 1).all()
+    assert ve().sigma(np.array([1.0, 1000.0])) == pytest.approx([0.01, 50], rel=1e-12)
+    assert ProcessConfig().rho == 7
+
+
+def test_vp_combines_by_1_and_minus_1_in_the_paper() -> None:
+    t = np.arange(1.0, 8001)
+    found = at(vp(preconditioning="paper"), t)
+    assert (found.skip == 1).all() and (found.out == -1).all()
+    assert (found.scale == 1).all()
+    np.testing.assert_allclose(found.embedding, 1000 * t / 8000, rtol=1e-6)
+
+
+@pytest.mark.parametrize("data", [0.5, 0.3])
+@pytest.mark.parametrize(
+    ("name", "kappa"),
+    [
+        ("paper", lambda sigma, data: 0.01 / sigma),
+        ("linear", lambda sigma, data: data / (sigma + data)),
+        ("quadratic", lambda sigma, data: data**2 / (sigma**2 + data**2)),
+    ],
+)
+def test_ve_combines_by_kappa_and_1_minus_kappa(name: Any, kappa: Any, data: float) -> None:
+    t = np.arange(1.0, 1001)
+    process = ve(preconditioning=name, sigma_data=data)
+    sigma, found = process.sigma(t), at(process, t)
+    np.testing.assert_allclose(found.skip, kappa(sigma, data), rtol=1e-6)
+    np.testing.assert_allclose(found.out, 1 - kappa(sigma, data), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found.scale, 1 / np.sqrt(sigma**2 + data**2), rtol=1e-6)
+    np.testing.assert_allclose(found.embedding, np.log(sigma) / 4, rtol=1e-6)
+
+
+def test_the_paper_s_kappa_leaves_the_lowest_level_as_it_is() -> None:
+    found = at(ve(preconditioning="paper"), np.array([1.0]))
+    assert found.skip[0] == 1 and found.out[0] == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("data", [0.5, 0.3])
+@pytest.mark.parametrize("kind", ["vp", "ve"])
+def test_edm_gives_unit_variance_input_and_target(kind: str, data: float) -> None:
+    """For x_0 ~ N(0, data^2): of scale x_t, and of the F that would make f = x_0, (x_0 - skip x_t) / out."""
+    process = {"vp": vp, "ve": ve}[kind](sigma_data=data)
+    t = process.levels(40)[:-1] if kind == "vp" else process.levels(40)  # VP's t = T: below
+    a = Coefficients(*process.coefficients(t).astype(np.float64))
+    variance = (a.signal * data) ** 2 + a.noise**2
+    np.testing.assert_allclose(a.scale**2 * variance, 1, rtol=2e-6)
+    target = ((1 - a.skip * a.signal) * data) ** 2 + (a.skip * a.noise) ** 2
+    np.testing.assert_allclose(target / a.out**2, 1, rtol=2e-3)  # out^2 is ~1e-4, float32 skip's error ~1e-7
+    assert (a.skip * a.noise * a.signal * data >= 0).all()
+
+
+@pytest.mark.parametrize("kind", ["vp", "ve"])
+def test_edm_minimises_the_share_of_the_network(kind: str) -> None:
+    """Karras et al. 2022, appendix B.6: of all skips, the chosen one needs the smallest out for a unit target."""
+    process = {"vp": vp, "ve": ve}[kind]()
+    a = Coefficients(*process.coefficients(process.levels(20)[:-1]).astype(np.float64))
+
+    def share(skip: Any) -> Any:
+        return np.hypot((1 - skip * a.signal) * 0.5, skip * a.noise)
+
+    assert (share(a.skip * 1.01) > share(a.skip)).all() and (share(a.skip * 0.99) > share(a.skip)).all()
+
+
+def test_coefficients_are_finite_at_every_step_of_the_paper() -> None:
+    for process in (vp(), ve(), vp(preconditioning="paper"), ve(preconditioning="paper")):
+        found = process.coefficients(np.arange(1.0, process.last + 1))
+        assert found.dtype == np.float32 and np.isfinite(found).all()
+
+
+def test_at_the_last_step_of_vp_the_image_is_gone_and_edm_still_feeds_unit_noise() -> None:
+    found = at(vp(), np.array([8000.0]))
+    assert found.noise[0] == 1 and found.signal[0] < 1e-18
+    assert found.scale[0] == pytest.approx(1, rel=1e-6)
+    assert found.skip[0] == pytest.approx(0, abs=1e-15)
+    assert found.out[0] == pytest.approx(0.5, rel=1e-6)
+
+
+@BOTH
+@pytest.mark.parametrize("count", [1, 2, 8, 33, 128])
+def test_levels_climb_from_the_first_step_to_the_last(process: Process, count: int) -> None:
+    levels = process.levels(count)
+    assert len(levels) == count + 1
+    assert levels[0] == 1 and levels[-1] == process.last
+    assert (np.diff(levels) > 0).all()
+
+
+@BOTH
+def test_levels_nest(process: Process) -> None:
+    for count in (1, 4, 8, 16, 32, 64):
+        np.testing.assert_allclose(process.levels(count), process.levels(2 * count)[::2], rtol=1e-9)
+        np.testing.assert_allclose(process.levels(count), process.levels(3 * count)[::3], rtol=1e-9)
+
+
+@BOTH
+def test_levels_are_spaced_as_karras(process: Process) -> None:
+    """Eq. 5 of Karras et al. 2022, upwards. VP's last level is T, whose sigma is beyond all levels."""
+    low, high = float(process.sigma(np.array(1.0))), min(SIGMA_HIGHEST, float(process.sigma(np.array(process.last))))
+    expected = [(high ** (1 / 7) + k / 16 * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for k in range(16, -1, -1)]
+    found = process.sigma(process.levels(16))
+    tolerance = 1e-9 if process.config.kind == "ve" else 1e-4  # VP: between its steps alpha_bar is interpolated
+    np.testing.assert_allclose(found[:-1], expected[:-1], rtol=tolerance)
+
+
+def test_levels_approach_the_geometric_schedule_as_rho_grows() -> None:
+    geometric = np.geomspace(0.01, 50, 33)
+    gaps = []
+    for rho in (7.0, 100.0, 10_000.0):
+        process = ve(rho=rho)
+        gaps.append(np.abs(np.log(process.sigma(process.levels(32)) / geometric)).max())
+    assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.01
+
+
+@BOTH
+def test_time_inverts_sigma(process: Process) -> None:
+    t = np.concatenate([np.linspace(1, process.last, 999), np.arange(1.0, 50)])
+    np.testing.assert_allclose(process.time(process.sigma(t)), t, rtol=1e-7)
+    sigma = np.geomspace(process.sigma(np.array(1.0)), 49, 500)
+    np.testing.assert_allclose(process.sigma(process.time(sigma)), sigma, rtol=1e-7)
+
+
+@BOTH
+def test_time_stays_within_1_and_t(process: Process) -> None:
+    assert process.time(np.array([1e-6, 1e30])).tolist() == [1, process.last]
+
+
+@BOTH
+def test_noise_grows_with_time(process: Process) -> None:
+    t = np.linspace(1, process.last, 5000)
+    assert (np.diff(process.sigma(t)) > 0).all()
+    assert (np.diff(process.signal(t)) <= 0).all()
+
+
+@pytest.mark.parametrize("name", ["linear", "quadratic"])
+def test_vp_refuses_the_kappas_of_ve(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"preconditioning '{name}' is a kappa of the VE process"):
+        resolve({"process": {"kind": "vp", "preconditioning": name}})

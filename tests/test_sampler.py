@@ -1,0 +1,179 @@
+"""Algorithm 2 and renoising: what the network is asked, and that an image is a function of its seed alone."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from udddm import noise, sampler
+from udddm.config import NetworkConfig, ProcessConfig
+from udddm.network import UNet
+from udddm.network import build as build_network
+from udddm.noise import Stream
+from udddm.process import Process, build
+
+SHAPE = (1, 8, 8)
+Sampler = Literal["algorithm-2", "renoise"]
+SAMPLERS = pytest.mark.parametrize("name", ["algorithm-2", "renoise"])
+PROCESSES = pytest.mark.parametrize(
+    "process", [build(ProcessConfig(kind="vp", timesteps=8000)), build(ProcessConfig(kind="ve"))], ids=["vp", "ve"]
+)
+
+
+class Recorder(nn.Module):
+    """A network that remembers its inputs and depends on all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inputs: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]] = []
+
+    def forward(
+        self, x: torch.Tensor, level: torch.Tensor, condition: torch.Tensor, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        assert not torch.is_grad_enabled()
+        self.inputs.append((x, level, condition, labels))
+        return torch.tanh(0.3 * x + 0.5 * condition + level[:, None, None, None])
+
+
+def draw(stream: Stream, seeds: torch.Tensor, *parts: int) -> torch.Tensor:
+    return noise.normal(noise.as_tensor(noise.keys(0, stream, seeds.numpy(), *parts)), SHAPE)
+
+
+def combine(process: Process, t: float, xt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    _, _, skip, out, _, _ = process.coefficients(np.array([t]))[:, 0].tolist()
+    return skip * xt + out * answer
+
+
+def unet(condition: str = "cross-attention", classes: int = 0) -> UNet:
+    """A small network whose zero-initialised layers are random, so that all inputs matter."""
+    config = NetworkConfig.model_validate(
+        {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "condition": condition, "classes": classes}
+    )
+    network = build_network(config, SHAPE, max_frequency=16.0, seed=0).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        if not parameter.detach().any():
+            nn.init.normal_(parameter, std=0.1, generator=generator)
+    return network
+
+
+@PROCESSES
+def test_algorithm_2_keeps_x_t_and_feeds_the_estimate_back(process: Process) -> None:
+    network, seeds = Recorder(), torch.tensor([3, 1, 4])
+    estimate = sampler.sample(network, process, SHAPE, seeds, steps=4, sampler="algorithm-2")
+    assert len(network.inputs) == 4
+    scale_of_noise, scale, embedding = process.coefficients(np.array([process.last]))[[1, 4, 5], 0].tolist()
+    xt = scale_of_noise * draw(Stream.SAMPLE_NOISE, seeds)
+    condition = draw(Stream.SAMPLE_CONDITION, seeds)
+    for x, level, given, _ in network.inputs:
+        torch.testing.assert_close(x, scale * xt)
+        torch.testing.assert_close(level, torch.full((3,), embedding))
+        torch.testing.assert_close(given, condition)
+        answer = torch.tanh(0.3 * x + 0.5 * given + level[:, None, None, None])
+        condition = combine(process, process.last, xt, answer)
+    torch.testing.assert_close(estimate, condition)
+
+
+def test_x_t_has_the_standard_deviation_of_the_last_step() -> None:
+    for kind, expected in (("vp", 1.0), ("ve", 50.0)):
+        process = build(ProcessConfig(kind=kind, timesteps=1000, preconditioning="paper"))
+        network = Recorder()
+        sampler.sample(network, process, SHAPE, torch.arange(400), steps=1)
+        x = network.inputs[0][0] / float(process.coefficients(np.array([process.last]))[4, 0])
+        assert float(x.std()) == pytest.approx(expected, rel=0.02)
+        assert float(network.inputs[0][2].std()) == pytest.approx(1, rel=0.02)
+
+
+@PROCESSES
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 50])
+def test_renoise_levels_fall_from_0_8_and_stay_above_the_lowest(process: Process, steps: int) -> None:
+    times = sampler.renoise_times(process, steps)
+    assert len(times) == steps - 1
+    sigma = process.sigma(np.array([process.last, *times]))
+    assert (np.diff(sigma) < 0).all() and (sigma > process.sigma(np.array(1.0))).all()
+    if steps > 1:
+        assert sigma[1] == pytest.approx(0.8, rel=1e-3)
+
+
+@PROCESSES
+def test_renoise_noises_the_estimate_afresh_to_each_level(process: Process) -> None:
+    network, seeds = Recorder(), torch.tensor([3, 1, 4])
+    estimate = sampler.sample(network, process, SHAPE, seeds, steps=3, sampler="renoise")
+    assert len(network.inputs) == 3
+    times = [process.last, *sampler.renoise_times(process, 3)]
+    expected = torch.zeros(3, *SHAPE)
+    for step, (t, (x, level, given, _)) in enumerate(zip(times, network.inputs, strict=True)):
+        signal, scale_of_noise, _, _, scale, embedding = process.coefficients(np.array([t]))[:, 0].tolist()
+        eps = draw(Stream.SAMPLE_RENOISE, seeds, step) if step else draw(Stream.SAMPLE_NOISE, seeds)
+        xt = scale_of_noise * eps + (signal * expected if step else 0)
+        torch.testing.assert_close(x, scale * xt)
+        torch.testing.assert_close(level, torch.full((3,), embedding))
+        torch.testing.assert_close(given, draw(Stream.SAMPLE_CONDITION, seeds, *([step] if step else [])))
+        expected = combine(process, t, xt, torch.tanh(0.3 * x + 0.5 * given + level[:, None, None, None]))
+    torch.testing.assert_close(estimate, expected)
+
+
+@PROCESSES
+def test_one_step_is_the_same_for_both_samplers(process: Process) -> None:
+    seeds = torch.arange(5)
+    one, other = (sampler.sample(unet(), process, SHAPE, seeds, sampler=name) for name in ("algorithm-2", "renoise"))
+    assert torch.equal(one, other)
+
+
+@SAMPLERS
+@pytest.mark.parametrize("condition", ["none", "cross-attention"])
+def test_an_image_depends_on_its_seed_alone(name: Sampler, condition: str) -> None:
+    """Bit for bit: whatever seeds are beside it, in whatever order, and however many."""
+    process, network = build(ProcessConfig()), unet(condition)
+
+    def images(seeds: list[int]) -> dict[int, torch.Tensor]:
+        drawn = sampler.batches(network, process, SHAPE, seeds, batch=4, steps=2, sampler=name)
+        return dict(zip(seeds, torch.cat(list(drawn)), strict=True))
+
+    whole = images(list(range(11)))
+    assert len({image.numpy().tobytes() for image in whole.values()}) == 11
+    for seeds in ([0], [10], [7, 3], [9, 8, 7, 6, 5, 4, 3, 2, 1, 0], [2, 100, 5, 10**9, 0], list(range(5, 11))):
+        for seed, image in images(seeds).items():
+            if seed in whole:
+                assert torch.equal(image, whole[seed]), seed
+
+
+def test_the_batch_size_changes_nothing_but_rounding() -> None:
+    process, network = build(ProcessConfig()), unet()
+    seeds = list(range(10))
+    drawn = [torch.cat(list(sampler.batches(network, process, SHAPE, seeds, batch=b, steps=3))) for b in (1, 3, 10, 64)]
+    for other in drawn[1:]:
+        torch.testing.assert_close(other, drawn[0], rtol=1e-4, atol=1e-4)
+
+
+def test_batches_give_every_seed_once_in_order_and_no_padding() -> None:
+    process, network = build(ProcessConfig()), Recorder()
+    seeds = [5, 3, 9, 9, 1, 0, 12]
+    drawn = list(sampler.batches(network, process, SHAPE, seeds, batch=3))
+    assert [len(part) for part in drawn] == [3, 3, 1]
+    assert [len(inputs[0]) for inputs in network.inputs] == [3, 3, 3]  # the network sees one shape
+    expected = sampler.sample(Recorder(), process, SHAPE, torch.tensor(seeds))
+    torch.testing.assert_close(torch.cat(drawn), expected)
+    assert list(sampler.batches(network, process, SHAPE, [], batch=3)) == []
+
+
+def test_labels_go_with_their_seeds_through_padding() -> None:
+    process, network = build(ProcessConfig()), Recorder()
+    list(sampler.batches(network, process, SHAPE, [1, 2, 3, 4, 5], batch=3, steps=2, labels=[7, 8, 9, 6, 5]))
+    seen = [labels.tolist() for *_, labels in network.inputs if labels is not None]
+    assert seen == [[7, 8, 9], [7, 8, 9], [6, 5, 6], [6, 5, 6]]
+    one, other = (
+        torch.cat(list(sampler.batches(unet(classes=3), process, SHAPE, [1, 2], batch=2, labels=labels)))
+        for labels in ([0, 1], [0, 2])
+    )
+    assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
+
+
+@SAMPLERS
+def test_fewer_than_one_step_is_refused(name: Sampler) -> None:
+    with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
+        sampler.sample(Recorder(), build(ProcessConfig()), SHAPE, torch.arange(2), steps=0, sampler=name)

@@ -1,0 +1,112 @@
+"""The model of benchmarks/store_scale.py: the store's own code in virtual time over a modelled object store."""
+
+import importlib.util
+import math
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+_SPEC = importlib.util.spec_from_file_location(
+    "store_scale", Path(__file__).parents[1] / "benchmarks" / "store_scale.py"
+)
+assert _SPEC is not None and _SPEC.loader is not None
+store_scale = importlib.util.module_from_spec(_SPEC)
+sys.modules["store_scale"] = store_scale  # dataclasses look their module up
+_SPEC.loader.exec_module(store_scale)
+
+FREE = store_scale.Service(0, 0, 0, 0, connection=math.inf, link=math.inf, total=math.inf, gets=math.inf, puts=math.inf)
+RANKS = 4
+WORK = store_scale.Workload("test", RANKS * 1000, (1, 16, 16), 400.0, batch=16, chunk=64, window=4)
+"""16 chunks of 32 KiB a lane in 4 windows of 0.64 s; 63 steps an epoch; 205 kB/s each way and rank."""
+BYTES_PER_SECOND = RANKS * 400.0 * 512
+
+
+def run(service=FREE, workload=WORK, **options):
+    return store_scale.run(workload, RANKS, service, **options)
+
+
+def test_a_free_object_store_never_makes_a_run_wait():
+    result = run(steps=150)
+    assert result.failure is None and result.wait == 0 and not result.stalls
+    assert result.seconds == pytest.approx(149 * result.step_seconds)
+
+
+def test_virtual_time_leaves_the_store_and_no_thread_behind():
+    before = threading.active_count()
+    began = time.perf_counter()
+    assert run(steps=100).seconds > 3.9
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
+    assert store_scale.pipeline_module.threading is threading and store_scale.pipeline_module.time is time
+    assert time.perf_counter() - began < 30
+
+
+@pytest.mark.parametrize("share", [0.5, 0.8])
+@pytest.mark.parametrize("limit", ["link", "total"])
+def test_less_bandwidth_than_needed_slows_a_run_down_by_that_much(limit, share):
+    """Within an epoch; at its end a run waits more, because what it wrote last is read first."""
+    long = replace(WORK, samples=RANKS * 8000)
+    ranks = RANKS if limit == "link" else 1
+    result = run(replace(FREE, **{limit: share * BYTES_PER_SECOND / ranks}), long, steps=400)
+    assert result.seams == 0 and result.stalls
+    assert result.wait == pytest.approx(1 - share, abs=0.05)
+
+
+def test_twice_the_bandwidth_needed_is_enough_within_an_epoch():
+    assert run(replace(FREE, total=2 * BYTES_PER_SECOND), steps=60).wait < 0.01
+
+
+@pytest.mark.parametrize("kind", ["get", "put"])
+def test_the_wait_grows_with_the_latency(kind):
+    waits = []
+    for median in (0.0, 0.1, 0.2, 0.4, 0.8):
+        service = replace(FREE, **{f"{kind}_median": median, f"{kind}_p99": median * 1.0001})
+        waits.append(run(service, steps=200).wait)
+    assert waits[0] == 0 and waits[-1] > 0.3
+    assert waits == sorted(waits)
+
+
+@pytest.mark.parametrize("latency", [0.0, 0.05])
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_every_chunk_is_written_once_an_epoch_and_read_at_most_once(epochs, latency):
+    order = WORK.order(RANKS)
+    service = replace(FREE, get_median=latency, get_p99=2 * latency, put_median=latency, put_p99=2 * latency)
+    result = run(service, steps=epochs * order.steps)
+    chunks = sum(order.chunks(lane) for lane in range(RANKS))
+    ahead = RANKS * 2 * order.window_chunks  # windows of the next epoch that are read already
+    assert result.chunks_written == epochs * chunks
+    # What the end of an epoch has just written reaches the next epoch in memory.
+    handed_over = (epochs - 1) * RANKS * 2 * order.window_chunks
+    assert epochs * chunks - handed_over <= result.chunks_read <= epochs * chunks + ahead
+
+
+def test_without_a_second_epoch_each_chunk_is_read_exactly_once():
+    order = WORK.order(RANKS)
+    slow = replace(FREE, put_median=100.0, put_p99=100.1)  # nothing of the next generation is there to be read
+    result = run(slow, steps=order.steps // 4)
+    assert result.chunks_read <= sum(order.chunks(lane) for lane in range(RANKS))
+
+
+def test_refused_requests_are_made_again_and_more_prefixes_cure_them():
+    scarce = replace(FREE, gets=0.6 * 6.25 * RANKS, puts=math.inf, burst=0.5)
+    refused = run(scarce, steps=150)
+    assert refused.refused > 0 and refused.stalls
+    cured = run(replace(scarce, prefixes=4), steps=150)
+    assert cured.wait < refused.wait / 2
+
+
+def test_a_store_that_refuses_for_ever_ends_the_run_with_the_stores_error():
+    result = run(replace(FREE, gets=0.01, burst=0.01), steps=50)
+    assert result.stalls and "SlowDown" in result.failure
+
+
+def test_a_run_is_a_function_of_its_seed():
+    service = replace(store_scale.Service(), gets=40, puts=40)
+    assert run(service, steps=100, seed=3) == run(service, steps=100, seed=3)
+    assert run(service, steps=100, seed=3).seconds != run(service, steps=100, seed=4).seconds

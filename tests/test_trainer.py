@@ -1,0 +1,198 @@
+"""The trainer, engine and API on tiny runs: precisions, ranks, labels, users' own data sets, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import udddm
+from udddm import ConfigError, RunConfig
+from udddm.backends.engine import TorchEngine
+from udddm.backends.ranks import Ranks
+from udddm.checkpoint import load_tensors
+from udddm.config import TrainConfig, resolve
+from udddm.data import DataError
+from udddm.trainer import Diverged
+
+NETWORK = {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.0, "condition": "none"}
+
+
+def tiny(**sections: Any) -> RunConfig:
+    tree: dict[str, Any] = {
+        "network": NETWORK,
+        "train": {"steps": 6, "batch_size": 32, "learning_rate": 1e-3, "ema": [0.9]},
+        "checkpoint": {"every_steps": 3},
+        "sample": {"every_steps": 0},
+        "log_every_steps": 3,
+    }
+    for name, values in sections.items():
+        tree[name] = {**tree.get(name, {}), **values} if isinstance(values, dict) else values
+    return resolve(tree)
+
+
+class Squares:
+    """A user's data set: labelled gray squares, as float images."""
+
+    def __init__(self, length: int = 70, shade: float = 0.5):
+        self.length, self.shade = length, shade
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        image = np.full((1, 6, 6), -1, np.float32)
+        image[:, : 1 + index % 5, : 1 + index % 3] = self.shade
+        return image, index % 4
+
+
+def train(config: RunConfig, run: Path, dataset: Any = None) -> dict[str, Any]:
+    return udddm.train(config, dataset or Squares(), run_dir=run, device="cpu")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_every_precision_trains_and_keeps_float32_weights(precision: str, tmp_path: Path) -> None:
+    train(tiny(train={"precision": precision, "clip": 1.0}), tmp_path)
+    directory = tmp_path / "checkpoints" / "step-00000006"
+    for name in ("model", "ema-0.9"):
+        weights = load_tensors(directory / f"{name}.safetensors")
+        assert all(w.dtype == torch.float32 and torch.isfinite(w).all() for w in weights.values())
+    assert ("scaler" in load_tensors(directory / "optimizer.safetensors")) == (precision == "fp16")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_run_in_two_parts_is_the_run_in_one(precision: str, tmp_path: Path) -> None:
+    """Stop by an exception from the data set, then go on: the fingerprints are the undisturbed run's."""
+
+    class Failing(Squares):
+        reads = 0
+
+        def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+            self.reads += 1
+            if self.reads > 32 * 9:
+                raise OSError("the disk went away")
+            return super().__getitem__(index)
+
+    network = {**NETWORK, "dropout": 0.2}
+    config = tiny(train={"precision": precision, "steps": 8}, network=network)
+    whole = train(config, tmp_path / "whole")
+    with pytest.raises((OSError, DataError)):
+        train(config, tmp_path / "parts", Failing())
+    assert list((tmp_path / "parts" / "checkpoints").iterdir())
+    parts = train(config, tmp_path / "parts")
+    for key in ("weights_sha256", "ema_sha256", "state_sha256"):
+        assert whole[key] == parts[key], key
+
+
+def test_labels_reach_the_network(tmp_path: Path) -> None:
+    train(tiny(network={**NETWORK, "classes": 4}, train={"steps": 20, "learning_rate": 1e-2}), tmp_path)
+    seeds = [0, 1, 2]
+    assert not np.array_equal(
+        udddm.sample(tmp_path, seeds, labels=[0, 0, 0]), udddm.sample(tmp_path, seeds, labels=[3, 3, 3])
+    )
+
+
+def test_the_loss_is_averaged_over_samples_and_not_over_padding(tmp_path: Path) -> None:
+    """70 samples in batches of 32: the third step has 6. With a learning rate near 0 the loss of all steps is alike."""
+    config = tiny(
+        train={"steps": 3, "learning_rate": 1e-9},
+        objective={"chain": {"length": 1, "stages": [{"start": 0, "levels": 1}]}, "huber_c": 0.1},
+        log_every_steps=1,
+    )
+    train(config, tmp_path)
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and max(losses) < 3 * min(losses)
+
+
+def test_two_ranks_agree_with_one_to_float_rounding(tmp_path: Path) -> None:
+    arguments = [
+        *("--set", f"network={json.dumps(NETWORK)}", "--set", "train={steps: 10, batch_size: 64, ema: [0.9]}"),
+        *("--set", "checkpoint.every_steps=5", "--set", "sample.every_steps=0", "--store", "zarr", "--device", "cpu"),
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    module = ["-m", "udddm.cli", *arguments]
+    one, two = tmp_path / "one", tmp_path / "two"
+    subprocess.run([sys.executable, *module, "--run-dir", str(one)], check=True, env=environment, timeout=200)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    subprocess.run([*launcher, *module, "--run-dir", str(two)], check=True, env=environment, timeout=200)
+    for name in ("model", "ema-0.9"):
+        a, b = (load_tensors(run / "checkpoints" / "step-00000010" / f"{name}.safetensors") for run in (one, two))
+        assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5
+    losses = [
+        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)
+    ]
+    assert np.allclose(losses[0], losses[1], rtol=1e-4)
+
+
+def test_a_changed_data_set_is_refused(tmp_path: Path) -> None:
+    config = tiny()
+    train(config, tmp_path)
+    (tmp_path / "result.json").unlink()
+    with pytest.raises(DataError, match="70"):
+        train(config, tmp_path, Squares(71))
+    with pytest.raises(DataError):
+        train(config, tmp_path, Squares(shade=0.25))
+    train(config, tmp_path)
+
+
+def test_too_few_samples_for_the_lanes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"order\.lanes"):
+        train(tiny(), tmp_path, Squares(5))
+
+
+def test_an_empty_data_set(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="empty"):
+        udddm.train(tiny(), Squares(0), run_dir=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_diverged_run_says_so_and_keeps_its_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="learning_rate"):
+        train(tiny(train={"learning_rate": 1e18, "steps": 60}, checkpoint={"every_steps": 1}), tmp_path)
+    assert not (tmp_path / "result.json").exists()
+
+
+def test_one_run_at_a_time_in_a_directory(tmp_path: Path) -> None:
+    from udddm.run import locked
+
+    with locked(tmp_path), pytest.raises(ConfigError, match="another process"):
+        train(tiny(), tmp_path)
+
+
+def test_the_learning_rate_schedule() -> None:
+    def engine(**settings: Any) -> TorchEngine:
+        config = TrainConfig(steps=100, learning_rate=1.0, **settings)
+        return TorchEngine(torch.nn.Linear(2, 2), config, Ranks(0, 1, torch.device("cpu")), 100)
+
+    constant, cosine, linear = engine(), engine(decay="cosine", warmup_steps=10), engine(decay="linear")
+    assert {constant.learning_rate(s) for s in range(100)} == {1.0}
+    assert cosine.learning_rate(0) == pytest.approx(0.1) and cosine.learning_rate(9) == pytest.approx(1.0)
+    assert cosine.learning_rate(55) == pytest.approx(0.5) and cosine.learning_rate(99) < 0.001
+    assert linear.learning_rate(50) == pytest.approx(0.5)
+
+
+def test_optimizer_state_survives_a_round_trip() -> None:
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    config = TrainConfig(steps=10)
+
+    def step(engine: TorchEngine, number: int) -> None:
+        torch.manual_seed(number)
+        engine.backward_and_step(engine.module(torch.randn(4, 3)).square().mean(), number)
+
+    torch.manual_seed(0)
+    first = TorchEngine(torch.nn.Linear(3, 2), config, ranks, 10)
+    for number in range(3):
+        step(first, number)
+    second = TorchEngine(torch.nn.Linear(3, 2), config, ranks, 10)
+    second.load_weights(first.weights())
+    second.load_optimizer_tensors(first.optimizer_tensors())
+    for engine in (first, second):
+        step(engine, 3)
+    assert all(torch.equal(a, b) for a, b in zip(first.weights().values(), second.weights().values(), strict=True))

@@ -1,0 +1,298 @@
+"""Objects that are not on a local disk: S3 through obstore, everything else through fsspec."""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from udddm.store.errors import StoreError
+from udddm.store.failures import of_fsspec, of_obstore, refusal
+from udddm.store.objects import Objects, Retry
+
+T = TypeVar("T")
+
+REMOTE_RETRY = Retry(attempts=10, first_pause=0.1, longest_pause=20.0)  # 45 s of pauses, and the requests' own time
+REQUEST_TIMEOUT = 30.0  # seconds for a whole request: a chunk of 8 MB at 280 kB/s
+CONNECT_TIMEOUT = 5.0  # seconds
+
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+
+
+def open_remote(scheme: str, rest: str) -> Objects:
+    """The objects at `scheme://rest`. Raises StoreError for a malformed URL or a missing package."""
+    user, at, _ = rest.partition("/")[0].rpartition("@")  # abfs://container@account is no user
+    if (at and (":" in user or scheme == "s3")) or "?" in rest or "#" in rest:
+        # Neither may stand in a URL that is written into run.json and every checkpoint; so it is not shown here either.
+        raise StoreError(
+            f"store.url {scheme}://...: leave user, password and query out of it; give credentials by the environment"
+        )
+    if scheme == "s3":
+        return ObstoreObjects(rest)
+    return FsspecObjects(f"{scheme}://{rest}")
+
+
+class ObstoreObjects(Objects):
+    """Objects under `s3://bucket/prefix`.
+
+    obstore makes one attempt at each request, so that `retries` counts all that happen. An object is written by a
+    single request, which S3 makes visible whole or not at all, and which carries the SHA-256 of its body; the length
+    of what is read is checked, and obstore reports a reply that ends early.
+    """
+
+    retry = REMOTE_RETRY
+
+    def __init__(self, location: str, *, timeout: float = REQUEST_TIMEOUT):
+        """`location` is `bucket/prefix`, `timeout` the seconds that a request may take in all. Raises StoreError."""
+        super().__init__()
+        try:
+            import obstore
+            from obstore import store as obstore_stores
+        except ImportError:
+            raise StoreError(f"store.url s3://{location} needs obstore: pip install 'udddm[s3]'") from None
+        self._obstore = obstore
+        bucket, _, prefix = location.partition("/")
+        prefix = prefix.strip("/")
+        self._url = f"s3://{bucket}/{prefix}".rstrip("/")
+        # What obstore cannot parse makes it panic in the middle of a request.
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", bucket):
+            raise StoreError(f"store.url s3://{location}: write s3://bucket/prefix with the name of a bucket")
+        endpoint = next((os.environ[n] for n in _ENDPOINTS if os.environ.get(n)), "")
+        if endpoint and not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", endpoint):
+            raise StoreError("AWS_ENDPOINT_URL is no URL: write http://host:port or https://host")
+        failure = ""
+        try:
+            self._store = obstore_stores.S3Store(
+                bucket,
+                prefix=prefix or None,
+                config={"endpoint": endpoint} if endpoint else None,
+                client_options={
+                    "allow_http": endpoint.startswith("http://"),
+                    "timeout": timedelta(seconds=timeout),
+                    "connect_timeout": timedelta(seconds=min(timeout, CONNECT_TIMEOUT)),
+                },
+                retry_config={"max_retries": 0},
+            )
+        except Exception as error:  # its text may hold what the variables hold
+            failure = type(error).__name__
+        if failure:
+            raise StoreError(f"cannot open {self._url}: {failure}; check the AWS_ variables of the environment")
+        self._answered = False
+
+    def _get(self, key: str) -> bytes:
+        return self._read(key)[0]
+
+    def _read(self, key: str) -> tuple[bytes, str | None]:
+        def read() -> tuple[bytes, int, str | None]:
+            result = self._obstore.get(self._store, key)
+            return result.bytes().to_bytes(), result.meta["size"], result.meta["e_tag"]
+
+        data, size, tag = self._asking(read, reading=True)
+        if len(data) != size:
+            raise OSError(f"the reply was cut: {len(data)} of {size} bytes came")
+        return data, tag
+
+    def _put(self, key: str, parts: Iterable[bytes | memoryview]) -> None:
+        views = [memoryview(part).cast("B") for part in parts]
+        self._asking(lambda: self._obstore.put(self._store, key, iter(views), use_multipart=False))
+
+    def _put_if_absent(self, key: str, data: bytes) -> bool:
+        return self._put_on_condition(key, data, "create")
+
+    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
+        try:
+            found, tag = self._read(key)
+        except FileNotFoundError:
+            return False
+        return found == expected and self._put_on_condition(key, data, {"e_tag": tag})
+
+    def _put_on_condition(self, key: str, data: bytes, mode: Any) -> bool:
+        failed = (self._obstore.exceptions.AlreadyExistsError, self._obstore.exceptions.PreconditionError)
+
+        def put() -> bool:
+            try:
+                self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+            except failed:
+                return False
+            return True
+
+        return self._asking(put)
+
+    def _list(self, prefix: str) -> Sequence[str]:
+        return [path.rpartition("/")[2] for path in self._listed(prefix) if path != prefix]
+
+    def _listed(self, prefix: str) -> Sequence[str]:
+        """The paths directly under a prefix; of an empty directory, which SeaweedFS keeps, its own."""
+        found = self._asking(lambda: self._obstore.list_with_delimiter(self._store, prefix or None))
+        return sorted({*found["common_prefixes"], *(each["path"] for each in found["objects"])})
+
+    def _delete(self, prefix: str) -> None:
+        pages = self._asking(lambda: list(self._obstore.list(self._store, prefix, chunk_size=1000)))
+        keys = [each["path"] for page in pages for each in page]
+        self._delete_keys([*keys, prefix])
+        if not self._listed(prefix):
+            return
+        # SeaweedFS lists directories whose objects are gone, for minutes. There a key of an empty one deletes it.
+        parents = {key.rsplit("/", n)[0] for key in keys for n in range(1, key.count("/") + 1)}
+        self._delete_directories({path for path in parents if path.startswith(f"{prefix}/")} | {prefix})
+        self._delete_directories({*self._directories(prefix), prefix})
+
+    def _directories(self, prefix: str) -> Iterator[str]:
+        for path in self._listed(prefix):
+            if path != prefix:
+                yield path
+                yield from self._directories(path)
+
+    def _delete_directories(self, directories: set[str]) -> None:
+        for depth in sorted({d.count("/") for d in directories}, reverse=True):
+            self._delete_keys([d for d in directories if d.count("/") == depth])  # one request: the order counts
+
+    def _delete_keys(self, keys: Sequence[str]) -> None:
+        def delete() -> None:
+            try:
+                self._obstore.delete(self._store, [key for key in keys if key])
+            except FileNotFoundError as error:  # of a bucket, or of an object on a server that minds
+                if "NoSuchBucket" in str(error):
+                    raise
+
+        self._asking(delete)
+
+    def describe(self, key: str) -> str:
+        return f"{self._url}/{key}".rstrip("/")
+
+    def _asking(self, request: Callable[[], T], *, reading: bool = False) -> T:
+        """The request's result. Raises Refused, OSError and, of reading, FileNotFoundError, without a reply's text."""
+        try:
+            result = request()
+            self._answered = True
+            return result
+        except Exception as error:
+            failure = of_obstore(error, answered=self._answered)
+        if isinstance(failure, FileNotFoundError) and not reading:
+            failure = refusal(404, "")
+        raise failure  # outside the handler, so that the original is not chained to it
+
+
+class FsspecObjects(Objects):
+    """Objects under any URL that fsspec opens, such as gs://bucket/prefix.
+
+    A put is as atomic as the file system's own: object stores show an object whole or not at all, sftp and the like do
+    not, where the checksums of chunks and records find what was cut. `put_if_absent` is exclusive where the file system
+    creates exclusively (gcsfs, s3fs); `replace_if` only between the threads of a process: two hosts that take over the
+    same expired lease in the same moment may both succeed, and the one that wrote first finds out at its next renewal.
+    """
+
+    retry = REMOTE_RETRY
+    _exclusive = threading.Lock()
+
+    def __init__(self, url: str):
+        """Raises StoreError for a URL of an unknown scheme, one whose package is missing, and a malformed one."""
+        super().__init__()
+        import fsspec
+
+        options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+        scheme = url.partition("://")[0]
+        try:
+            if not re.fullmatch(r"[a-z][a-z0-9+.-]*", scheme):
+                raise ValueError("malformed")
+            fsspec.get_filesystem_class(scheme)
+            try:
+                self._fs, root = fsspec.core.url_to_fs(url, **options)
+            except TypeError:  # one that takes no options of this name
+                self._fs, root = fsspec.core.url_to_fs(url)
+        except ImportError as error:
+            raise StoreError(f"store.url {url}: {error}") from None
+        except ValueError:
+            raise StoreError(
+                f"store.url {url}: {scheme}:// is not a kind of URL that fsspec or obstore opens"
+            ) from None
+        except Exception as error:
+            raise StoreError(
+                f"cannot open {url}: {type(error).__name__}; check the URL and this machine's credentials for it"
+            ) from None
+        self._root = str(root).rstrip("/")
+        self._url = url.rstrip("/")
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}".rstrip("/")
+
+    def _get(self, key: str) -> bytes:
+        return bytes(self._asking(lambda: self._fs.cat_file(self._path(key))))
+
+    def _put(self, key: str, parts: Iterable[bytes | memoryview]) -> None:
+        data = b"".join(parts)
+        self._asking(lambda: self._pipe(key, data, "overwrite"))
+
+    def _pipe(self, key: str, data: bytes, mode: str) -> None:
+        path = self._path(key)
+        try:
+            self._fs.pipe_file(path, data, mode=mode)
+        except FileNotFoundError:  # a file system with real directories
+            self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+            self._fs.pipe_file(path, data, mode=mode)
+
+    def _put_if_absent(self, key: str, data: bytes) -> bool:
+        def create() -> bool:
+            with self._exclusive:
+                self._fs.invalidate_cache()
+                if self._fs.exists(self._path(key)):
+                    return False
+                try:
+                    self._pipe(key, data, "create")
+                except FileExistsError:
+                    return False
+                except OSError as error:
+                    if error.errno == 22:  # s3fs says so of an object that exists
+                        return False
+                    raise
+                return True
+
+        return self._asking(create)
+
+    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
+        with self._exclusive:
+            try:
+                if self._get(key) != expected:
+                    return False
+            except FileNotFoundError:
+                return False
+            self._put(key, (data,))
+            return True
+
+    def _list(self, prefix: str) -> Sequence[str]:
+        path = self._path(prefix)
+
+        def names() -> Sequence[str]:
+            try:
+                self._fs.invalidate_cache()
+                found = self._fs.ls(path, detail=False)
+            except (FileNotFoundError, NotADirectoryError):
+                return []
+            own = path.strip("/")
+            return sorted({p.rstrip("/").rpartition("/")[2] for p in found if p.strip("/") != own})
+
+        return self._asking(names)
+
+    def _delete(self, prefix: str) -> None:
+        def delete() -> None:
+            try:
+                self._fs.invalidate_cache()
+                self._fs.rm(self._path(prefix), recursive=True)
+            except FileNotFoundError:
+                return
+
+        self._asking(delete)
+
+    def describe(self, key: str) -> str:
+        return f"{self._url}/{key}".rstrip("/")
+
+    def _asking(self, request: Callable[[], T]) -> T:
+        """As ObstoreObjects': what the file systems raise says too much, and not in one way."""
+        try:
+            return request()
+        except Exception as error:
+            failure = of_fsspec(error)
+        raise failure
