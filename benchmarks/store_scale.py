@@ -62,7 +62,7 @@ from udddm.store.zarr import GenerationTable
 
 Kind = Literal["get", "put"]
 STALL = 0.01  # of the time
-CLEAR = 0.05  # of the time: a stall that a change of 1 % in it does not hide
+CLEAR = 0.02  # of the time
 SCALES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -528,6 +528,9 @@ class SteadyTable(GenerationTable):
         checksum = int(google_crc32c.value(model.blank[:-4]))
         for lane in self.lanes:
             stored.complete(epoch, lane, dict.fromkeys(range(stored.order.chunks(lane)), checksum))
+            if stored.order.steps <= LONG_EPOCH:  # the generation will be deleted within the run
+                for chunk in range(stored.order.chunks(lane)):
+                    model.put(stored.chunk_key(epoch, lane, chunk), model.blank)
         model.free = False
 
 
@@ -845,7 +848,14 @@ def draw(path: Path, service: Service, checks: list[Check], outcomes: list[Outco
     left.legend(fontsize=8)
     for limit, text in ((service.puts, "puts"), (service.gets, "gets")):
         middle.axhline(limit, color="grey", ls="--", lw=1)
-        middle.text(SCALES[0], limit * 1.06, f"{limit:.0f} {text}/s a prefix", color="grey", fontsize=8)
+        middle.text(
+            SCALES[0],
+            limit * 1.06,
+            f"{limit:.0f} {text}/s a prefix",
+            color="grey",
+            fontsize=8,
+            backgroundcolor="#ffffffb0",
+        )
     middle.set(xscale="log", yscale="log", ylabel="most requests in one second, of one prefix")
     middle.set_title("solid: puts and deletions; dotted: gets and listings", fontsize=9)
     for axes in (left, middle):

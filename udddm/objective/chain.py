@@ -25,27 +25,21 @@ from udddm.noise import Stream
 from udddm.objective.loss import Visits, adaptive_loss, add_noise, denoise
 from udddm.process import SIGMA_HIGHEST, Coefficients, Process
 
-
 Ids = npt.NDArray[np.int64]
 
 
 class Chain:
-    """`epochs` is the length of the run (stages are fractions of it); `conditioned`, whether the network takes an image.
+    """The objective for a run of `epochs` epochs (stages are fractions of it).
 
-    The conditioning image is fresh noise, as in the first step of Algorithm 2: were it the state, the network would
-    copy its target.
+    `conditioned` says whether the network takes an image. That image is fresh noise, as in the first step of
+    Algorithm 2: were it the state, the network would copy its target.
     """
 
     def __init__(
         self, process: Process, config: ChainConfig, huber_c: float, seed: int, epochs: float, conditioned: bool
     ):
-        self.process, self.config, self.huber_c, self.seed, self.conditioned = (
-            process,
-            config,
-            huber_c,
-            seed,
-            conditioned,
-        )
+        self.process, self.config, self.huber_c = process, config, huber_c
+        self.seed, self.conditioned = seed, conditioned
         self._starts = [math.ceil(stage.start * epochs) for stage in config.stages]
         self._times = [process.levels(stage.levels) for stage in config.stages]
 
