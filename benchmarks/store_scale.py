@@ -745,6 +745,9 @@ class Check:
     measured_step: float
     """Seconds."""
     simulated_step: float
+    """The mean of some seeds, of which this is the range:"""
+    simulated_least: float
+    simulated_most: float
 
     @property
     def error(self) -> float:
@@ -752,22 +755,27 @@ class Check:
         return self.simulated_step / self.measured_step - 1
 
 
-def validate(seeds: int = 4) -> list[Check]:
+def validate(seeds: int = 8) -> list[Check]:
+    """Where requests are refused, the retries' random pauses make runs unlike each other: the mean of 3 there."""
     checks = []
     for case, service, scales in CASES:
         for ranks in scales:
             workload = replace(SMALL, samples=SMALL.samples * ranks)
-            measured = run(workload, ranks, service, steps=160, real=True)
+            repeats = 1 if math.isinf(service.gets) else 3
+            measured = [run(workload, ranks, service, steps=160, real=True) for _ in range(repeats)]
             simulated = [run(workload, ranks, service, steps=160, seed=seed) for seed in range(1, seeds + 1)]
-            assert measured.failure is None, measured.failure
+            assert all(each.failure is None for each in measured), measured
+            steps = [each.seconds / each.steps for each in simulated]
             checks.append(
                 Check(
                     case,
                     ranks,
-                    measured.wait,
+                    float(np.mean([each.wait for each in measured])),
                     float(np.mean([each.wait for each in simulated])),
-                    measured.seconds / measured.steps,
-                    float(np.mean([each.seconds / each.steps for each in simulated])),
+                    float(np.mean([each.seconds / each.steps for each in measured])),
+                    float(np.mean(steps)),
+                    min(steps),
+                    max(steps),
                 )
             )
     return checks
@@ -915,12 +923,16 @@ def main() -> None:
     checks: list[Check] = []
     if not arguments.no_validation:
         checks = validate()
-        print(f"\n{'validation, real time':24} {'wait':>16} {'ms a step':>19}")
-        print(f"{'':18} {'ranks':>5} {'measured':>9} {'simulated':>9} {'measured':>9} {'simulated':>9} {'error':>7}")
+        print(f"\n{'validation, real time':24} {'wait':>16} {'ms a step':>31}")
+        print(
+            f"{'':18} {'ranks':>5} {'measured':>9} {'simulated':>9} "
+            f"{'measured':>9} {'simulated':>9} {'of seeds':>11} {'error':>7}"
+        )
         for check in checks:
             print(
                 f"{check.case:18} {check.ranks:5} {check.measured_wait:9.1%} {check.simulated_wait:9.1%} "
-                f"{check.measured_step * 1e3:9.1f} {check.simulated_step * 1e3:9.1f} {check.error:+7.1%}"
+                f"{check.measured_step * 1e3:9.1f} {check.simulated_step * 1e3:9.1f} "
+                f"{check.simulated_least * 1e3:5.1f}-{check.simulated_most * 1e3:5.1f} {check.error:+7.1%}"
             )
     outcomes: list[Outcome] = []
     first: dict[str, int | None] = {}

@@ -63,6 +63,8 @@ def _train(config: RunConfig, images: ImageDataset, run: Path, ranks: Ranks) -> 
             say(f"{run} is finished; its result is in {finished}")
         result: dict[str, Any] = load_json(finished)
         return result
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
     if ranks.first:
         for line in describe(config, images, run, ranks):
             say(line)

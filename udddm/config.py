@@ -159,6 +159,7 @@ class TrainConfig(Section):
     ema: tuple[UnderOne, ...] = Field((0.9999,), description="decay of each exponential moving average")
     ema_warmup: bool = Field(False, description="limit the decay to (1 + step) / (10 + step)")
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    threads: Positive | None = Field(None, description="CPU threads of a tensor operation; unset: torch's choice")
     compile: bool = False
     channels_last: bool = True
 
@@ -236,6 +237,7 @@ _CHANGEABLE = frozenset(
         "store.threads",
         "store.prefetch",
         "train.compile",
+        "train.threads",
         "data.path",
     }
 )

@@ -22,6 +22,8 @@ _MEASURED = 3
 def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = None) -> list[str]:
     """Lines that say what a run of `config` is: parameters, state, memory, bandwidth, steps and time."""
     ranks = join(device, config.order.lanes)
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
     images = ImageDataset(dataset if dataset is not None else _dataset(config))
     order = Order.build(config.order, config.seed, len(images), config.train.batch_size, images.shape)
     lanes = order.lanes_of(ranks.rank, ranks.world)

@@ -305,10 +305,6 @@ class HostStore(X0Store):
     # Functions of their own, because a thread's local variable would keep its last window in memory.
 
     def _copy_out(self, batch: Batch, epoch: int, rows: Rows) -> None:
-        with self._changed:  # begin with every lane's window before waiting for the first
-            for part in batch.parts:
-                if (epoch, part.lane, part.window) not in self._windows:
-                    self._begin((epoch, part.lane, part.window))
         for place, window, taken in self._parts(batch, epoch, wait=True):
             np.take(window.buffer, taken, axis=0, out=rows[place], mode="clip")
 
