@@ -72,6 +72,7 @@ class Order:
         self._round_keys = [noise.key(seed, Stream.PERMUTATION, r) for r in range(_ROUNDS)]
         self._lane_windows = functools.lru_cache(maxsize=4 * lanes)(self._compute_window)
         self._batches = functools.lru_cache(maxsize=32)(self._compute_batch)
+        self._lane_places = functools.lru_cache(maxsize=4 * lanes)(self._compute_places)
         self._lane_chunks = functools.lru_cache(maxsize=4 * lanes)(self._compute_chunks)
 
     @classmethod
@@ -171,6 +172,10 @@ class Order:
         """The rows of the window's buffer in the order in which they are visited."""
         return self._lane_windows(lane, epoch, window)
 
+    def _compute_places(self, lane: int, epoch: int) -> Indices:
+        """Where each chunk comes in the epoch's order: the inverse of `_lane_chunks`."""
+        return np.argsort(self._lane_chunks(lane, epoch))
+
     def _compute_window(self, lane: int, epoch: int, window: int) -> Indices:
         low, high = self.window_span(lane, epoch, window)
         return noise.shuffled(high - low, noise.key(self.seed, Stream.WINDOW, epoch, lane, window))
@@ -182,7 +187,7 @@ class Order:
         """
         short = self.chunks(lane) - 1
         shortfall = self.chunk - self.chunk_slots(lane, short)
-        place = int(np.flatnonzero(self._lane_chunks(lane, epoch) == short)[0])
+        place = int(self._lane_places(lane, epoch)[short])
         first, past = self._window_start(lane, window), self._window_start(lane, window + 1)
         start = first * self.chunk - (shortfall if place < first else 0)
         stop = past * self.chunk - (shortfall if place < past else 0)
@@ -208,7 +213,7 @@ class Order:
         return (self.window_span(lane, epoch, window)[1] - 1) // self.share
 
     def window_of(self, lane: int, epoch: int, chunk: int) -> int:
-        place = int(np.flatnonzero(self._lane_chunks(lane, epoch) == chunk)[0])
+        place = int(self._lane_places(lane, epoch)[chunk])
         return ((place + 1) * self.windows(lane) - 1) // self.chunks(lane)
 
     def row_offset(self, lane: int, epoch: int, chunk: int) -> int:

@@ -9,8 +9,10 @@ result arrives. Reads and writes of an epoch never meet in the table: it is read
     scatterer         write() -> window buffer; a finished window goes to the writers
     writer threads    window buffer -> table.save; after a lane's last chunk, table.finish
 
-The next epoch's windows are prefetched while this one is still being written. A chunk that is not written yet is
-handed over in memory at the moment it is, so that no reader thread ever waits for a writer.
+The next epoch's windows are prefetched while this one is in use and being written. A chunk of the next generation is
+handed over in memory as soon as its window is visited, whether it is written yet or not: a state has to be durable for
+a checkpoint, not for the next epoch of the same process. So no reader ever waits for a writer, and the latency of a
+write is never in the way of the next epoch.
 """
 
 from __future__ import annotations
@@ -106,6 +108,7 @@ class HostStore(X0Store):
         self._windows: dict[tuple[int, int, int], _Window] = {}
         self._first = 0  # the generation that was whole at the start
         self._saved: set[tuple[int, int, int]] = set()  # (generation, lane, chunk) written since
+        self._visited: dict[tuple[int, int, int], tuple[_Window, int, int]] = {}  # the same, being written
         self._unsaved: dict[tuple[int, int], int] = {}  # chunks that (generation, lane) still lacks
         self._awaiting: dict[tuple[int, int, int], tuple[_Window, int]] = {}
         self._failure: BaseException | None = None
@@ -117,6 +120,7 @@ class HostStore(X0Store):
         )
         self._readers = ThreadPoolExecutor(threads, "x0-state-read")
         self._writers = ThreadPoolExecutor(threads, "x0-state-write")
+        self._cleaner = ThreadPoolExecutor(1, "x0-state-clean")  # so that removals never hold up a write
         self._threads: list[threading.Thread] = []
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
@@ -172,7 +176,7 @@ class HostStore(X0Store):
         with self._changed:
             self._saved = {key for key in self._saved if key[0] >= self.epoch}
             self._unsaved = {key: count for key, count in self._unsaved.items() if key[0] >= self.epoch}
-        self._submit(self._writers, partial(self.table.discard_before, self.epoch))
+        self._submit(self._cleaner, partial(self.table.discard_before, self.epoch))
 
     def settle(self) -> None:
         """Wait until every visited row is in its buffer and every finished window is durable."""
@@ -219,6 +223,7 @@ class HostStore(X0Store):
             thread.join()
         self._readers.shutdown(cancel_futures=True)
         self._writers.shutdown(cancel_futures=True)
+        self._cleaner.shutdown(cancel_futures=True)
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -313,8 +318,21 @@ class HostStore(X0Store):
             window.buffer[taken] = rows[place]
             window.unvisited -= len(taken)
             if not window.unvisited:
+                self._hand_over(window)
                 for part in window.chunks:
                     self._submit(self._writers, partial(self._save, window, *part))
+
+    def _hand_over(self, window: _Window) -> None:
+        """Give a visited window's rows to the next epoch's windows that wait for them, and to those yet to begin."""
+        with self._changed:
+            for chunk, first, past in window.chunks:
+                key = (window.epoch + 1, window.lane, chunk)
+                self._visited[key] = (window, first, past)
+                if waiting := self._awaiting.pop(key, None):
+                    reader, place = waiting
+                    reader.buffer[place : place + past - first] = window.buffer[first:past]
+                    reader.unread -= 1
+            self._changed.notify_all()
 
     def _parts(self, batch: Batch, epoch: int, wait: bool) -> Iterator[tuple[slice, _Window, np.ndarray]]:
         """(places in the batch, window, rows of its buffer) of each part of a step."""
@@ -361,6 +379,10 @@ class HostStore(X0Store):
         for chunk, first, past in window.chunks:
             if epoch == self._first or (epoch, lane, chunk) in self._saved:
                 self._readers.submit(self._guarded, partial(self._load, window, chunk, first, past))
+            elif source := self._visited.get((epoch, lane, chunk)):
+                other, start, stop = source
+                window.buffer[first:past] = other.buffer[start:stop]
+                window.unread -= 1
             else:
                 self._awaiting[epoch, lane, chunk] = (window, first)
         return True
@@ -384,14 +406,14 @@ class HostStore(X0Store):
     def _save(self, window: _Window, chunk: int, first: int, past: int) -> None:
         rows = window.buffer[first:past]
         generation, lane = window.epoch + 1, window.lane
+        with self._changed:  # a chunk's generations are saved in their order; the older is ahead in the same queue
+            while (generation - 1, lane, chunk) in self._visited:
+                self._pause()
         self.table.save(generation, lane, chunk, rows)
         with self._changed:
             self.counters.bytes_written += rows.nbytes
             self._saved.add((generation, lane, chunk))
-            if waiting := self._awaiting.pop((generation, lane, chunk), None):
-                reader, place = waiting
-                reader.buffer[place : place + len(rows)] = rows
-                reader.unread -= 1
+            del self._visited[generation, lane, chunk]
             window.unsaved -= 1
             if not window.unsaved:
                 index = self.order.window_of(lane, window.epoch, chunk)

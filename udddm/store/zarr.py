@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -25,7 +27,9 @@ class GenerationTable(ChunkTable):
         self.generations, self.lanes = generations, lanes
         self.retained: set[int] = set()
         self._lock = threading.Lock()
-        self._finishing: list[int] = []
+        self._begin_lock = threading.Lock()
+        self._busy: list[int] = []
+        self._passed = 0  # generations below are not needed by the running epoch
         self._written: dict[tuple[int, int], Checksums] = {}
         self._begun: set[int] = set()
 
@@ -83,13 +87,35 @@ class GenerationTable(ChunkTable):
         return self.generations.read(generation, lane, chunk, expected)
 
     def save(self, generation: int, lane: int, chunk: int, rows: Rows) -> None:
+        with self._writing(generation) as needed:
+            if needed:
+                self._begin(generation)
+                checksum = self.generations.write(generation, lane, chunk, rows)
+                with self._lock:
+                    self._written.setdefault((generation, lane), {})[chunk] = checksum
+
+    @contextmanager
+    def _writing(self, generation: int) -> Iterator[bool]:
+        """Whether the generation is still needed, which it is not once the epoch that reads it is over.
+
+        A generation that is being written is not removed: what was begun would come back in its place.
+        """
         with self._lock:
+            needed = generation >= self._passed
+            if needed:
+                self._busy.append(generation)
+        try:
+            yield needed
+        finally:
+            if needed:
+                with self._lock:
+                    self._busy.remove(generation)
+
+    def _begin(self, generation: int) -> None:
+        with self._begin_lock:
             if generation not in self._begun:
                 self.generations.begin(generation)
                 self._begun.add(generation)
-        checksum = self.generations.write(generation, lane, chunk, rows)
-        with self._lock:
-            self._written.setdefault((generation, lane), {})[chunk] = checksum
 
     def written(self, generation: int) -> dict[int, Checksums]:
         with self._lock:
@@ -100,23 +126,18 @@ class GenerationTable(ChunkTable):
         return {lane: self.generations.record_checksum(generation, lane) for lane in self.lanes if generation}
 
     def finish(self, generation: int, lane: int) -> None:
-        with self._lock:
-            checksums = dict(self._written.get((generation, lane), {}))
-            if not checksums:  # the next epoch is over already, and nobody needs the record any more
-                return
-            self._finishing.append(generation)
-        try:
-            self.generations.complete(generation, lane, checksums)
-        finally:
-            with self._lock:
-                self._finishing.remove(generation)
+        with self._writing(generation) as needed:
+            if needed:
+                with self._lock:
+                    checksums = dict(self._written[generation, lane])
+                self.generations.complete(generation, lane, checksums)
 
     def discard_before(self, generation: int) -> None:
         with self._lock:
+            self._passed = generation
             for key in [k for k in self._written if k[0] < generation]:
                 del self._written[key]
-            # No record may appear in a generation that is being removed; the next turn removes it.
-            keep = self.retained | set(self._finishing)
+            keep = self.retained | set(self._busy)  # the next turn removes what is being written now
         for old in self.generations.existing():
             if old < generation and old not in keep:
                 self.generations.delete(old, self.lanes)
@@ -184,4 +205,4 @@ class ZarrStore(HostStore):
     def retain(self, generations: set[int]) -> None:
         self._table.retained = set(generations)
         if self._threads:
-            self._submit(self._writers, partial(self._table.discard_before, self.epoch))
+            self._submit(self._cleaner, partial(self._table.discard_before, self.epoch))
