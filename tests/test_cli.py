@@ -51,7 +51,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (["train.epochs=-1"], ["train.epochs", "greater than 0"]),
         (["seed=-1"], ["seed", "-1"]),
         (["store.kind=s4"], ["store.kind", "zarr"]),
-        (["order.lanes=7"], ["order.lanes", "128"]),
+        (["order.lanes=7"], ["order.lanes", "64"]),
         (["process.sigma_min=60"], ["sigma_min", "sigma_max"]),
         (["objective.name=algorithm-1"], ["Algorithm 1", "network.condition"]),
         (["objective.chain.stages=[{start: 0, levels: 8}, {start: 0.5, levels: 12}]"], ["12", "8"]),

@@ -495,3 +495,23 @@ def test_what_the_errors_of_file_systems_mean(error: Exception, kind: type[Excep
     found = of_fsspec(error)
     assert type(found) is kind
     assert "hush" not in repr(found)
+
+
+def test_a_directory_that_vanishes_under_a_local_write_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ranks remove their lanes of an old generation, and the last one the directory, while another may still write."""
+    import shutil
+
+    objects = LocalObjects(tmp_path)
+    replace, removed = Path.replace, []
+
+    def racing(self: Path, target: Path) -> Path:
+        if not removed:
+            removed.append(target)
+            shutil.rmtree(tmp_path / "gen")
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", racing)
+    objects.put("gen/c/0", b"rows")
+    assert removed and objects.get("gen/c/0") == b"rows" and objects.retries == 1

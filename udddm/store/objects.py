@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import itertools
 import os
@@ -164,8 +165,11 @@ class LocalObjects(Objects):
         return (self.root / key).read_bytes()
 
     def _put(self, key: str, parts: tuple[bytes | memoryview, ...]) -> None:
-        with self._written(key, parts) as temporary:
-            temporary.replace(self.root / key)
+        try:
+            with self._written(key, parts) as temporary:
+                temporary.replace(self.root / key)
+        except FileNotFoundError as error:  # another rank has just removed the generation; the next attempt remakes it
+            raise OSError(errno.ESTALE, f"the directory of {self.root / key} was removed meanwhile") from error
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
         with self._written(key, (data,)) as temporary:
