@@ -15,9 +15,10 @@ Two things keep the error from 0 however long one trains. (1) A chain of M level
 level k learns E[f_(k-1)(x_(k-1)) | x_k], which for Gaussian data is m + (x_k - m) g_k (VE) with
 g_k = prod_(j <= k) (s^2 + sigma_(j-1) sigma_j) / (s^2 + sigma_j^2), where sigma_(-1) = 0. Its distance from f* falls as
 1/M and is the column `bias`.
-(2) The optimizer's noise, which the learning rate's decay and the EMA reduce. The constant c of the pseudo-Huber norm
-adds no third: its minimiser is the mean for c far above the error and the spatial median for c far below, and for
-Gaussian data, where the target given x_k is symmetric about its mean, the two are the same point.
+(2) The optimizer's noise, which the learning rate's decay, the EMA and the constant c of the pseudo-Huber norm reduce.
+With c far above the error the gradient shrinks with the error, with c far below it does not. It adds no bias: its
+minimiser is the mean in the first case and the spatial median in the second, and for Gaussian data, where the target
+given x_k is symmetric about its mean, the two are the same point.
 """
 
 from __future__ import annotations
@@ -278,7 +279,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, default=512)
     options.add_argument("--width", type=int, default=64)
     options.add_argument("--learning-rate", type=float, default=2e-3)
-    options.add_argument("--huber-c", type=float, default=0.03)
+    options.add_argument("--huber-c", type=float, default=0.5)
     options.add_argument("--ema", type=float, default=0.999)
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--json", type=Path, help="write settings and results to this file")

@@ -12,7 +12,7 @@ __all__ = ["AlgorithmOne", "Chain", "Objective", "Visits", "adaptive_loss", "bui
 
 
 CHAIN_HUBER_C = 0.19
-"""c of Eq. 4 over sqrt(C H W) for chains: the best of what was tried on the digits (docs/results.md)."""
+"""c of Eq. 4 over sqrt(C H W) for chains: what served best on the digits (docs/method.md, "c")."""
 
 
 def build(config: RunConfig, process: Process, epochs: float, shape: tuple[int, int, int]) -> Objective:
