@@ -25,6 +25,16 @@ WINDOW_CHUNKS = 8
 _ROUNDS = 6
 
 
+def check_world(lanes: int, world: int) -> None:
+    """Raises ConfigError, naming the nearest numbers of ranks that do, when `world` ranks do not divide the lanes."""
+    if lanes % world:
+        fitting = sorted((w for w in range(1, lanes + 1) if lanes % w == 0), key=lambda w: abs(w - world))[:2]
+        raise ConfigError(
+            f"{world} ranks do not divide order.lanes={lanes}; the nearest numbers of ranks that do: "
+            + " and ".join(str(w) for w in sorted(fitting))
+        )
+
+
 @dataclass(frozen=True)
 class LaneStep:
     """What lane `lane` gives to a step: `rows` [n] of `window`, in window-row order (see `Order.window`).
@@ -232,13 +242,7 @@ class Order:
 
     def lanes_of(self, rank: int, world: int) -> range:
         """The lanes that a rank owns. Raises ConfigError when `world` does not divide the lanes."""
-        if self.lanes % world:
-            fitting = [w for w in range(1, self.lanes + 1) if self.lanes % w == 0]
-            nearest = sorted(sorted(fitting, key=lambda w: abs(w - world))[:2])
-            raise ConfigError(
-                f"{world} ranks do not divide order.lanes={self.lanes}; the nearest numbers that do: "
-                + " and ".join(map(str, nearest))
-            )
+        check_world(self.lanes, world)
         own = self.lanes // world
         return range(rank * own, (rank + 1) * own)
 

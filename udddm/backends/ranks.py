@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from udddm.config import ConfigError
+from udddm.order import check_world
 
 
 @dataclass(frozen=True)
@@ -68,12 +69,8 @@ def join(device: str = "auto", lanes: int | None = None) -> Ranks:
     `lanes` is checked before anything waits: raises ConfigError when the number of ranks does not divide it.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
-    if lanes is not None and lanes % world:
-        fitting = sorted((w for w in range(1, lanes + 1) if lanes % w == 0), key=lambda w: abs(w - world))[:2]
-        raise ConfigError(
-            f"{world} ranks do not divide order.lanes={lanes}; "
-            f"the nearest numbers of ranks that do: {' and '.join(str(w) for w in sorted(fitting))}"
-        )
+    if lanes is not None:
+        check_world(lanes, world)
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
