@@ -434,3 +434,34 @@ def test_a_disk_full_for_the_whole_run_directory_ends_it_clearly_too(
     (small_disk / "ballast").unlink()
     assert train(run, f"store.kind={store}") == 0
     assert fingerprints(run) == undisturbed
+
+
+def test_a_chunks_generations_are_saved_in_their_order_however_slow_one_is() -> None:
+    """The next epoch has its rows at once, and may end before they are saved; in memory both go to the same place."""
+
+    saved: list[tuple[int, int, int]] = []
+
+    class Slow(MemoryTable):
+        def save(self, generation: int, lane: int, chunk: int, rows: Any) -> None:
+            if generation == 1:
+                time.sleep(0.2)
+            super().save(generation, lane, chunk, rows)
+            saved.append((lane, chunk, generation))
+
+    order, encoding = ONE_WINDOW, Encoding("fp32")
+    table = Slow(order, range(order.lanes), SHAPE, encoding)
+    store = PinnedStore(order, range(order.lanes), SHAPE, encoding, CPU, table, threads=16)
+    store.start(0, 0, None)
+    try:
+        for _ in range(3 * order.steps):
+            store.write(store.read() + 1)
+        store.settle()
+        assert sorted(saved) == sorted(saved, key=lambda entry: entry[:2])
+        zero = MemoryTable(order, range(order.lanes), SHAPE, encoding)
+        zero.open(0, 0, None)
+        for lane in range(order.lanes):
+            for chunk in range(order.chunks(lane)):
+                expected = torch.from_numpy(zero.load(0, lane, chunk)) + 1 + 1 + 1
+                assert torch.equal(torch.from_numpy(store.rows(lane, chunk)), expected)
+    finally:
+        store.close()

@@ -73,7 +73,7 @@ def plan(needed: Needs) -> list[str]:
     lines = [
         f"x0-state: {needed.generation_bytes / gib:.2f} GiB a generation; two to four generations are kept on disk",
         f"layout: {order.lanes} lanes of {order.chunks(0)} chunks of {order.chunk} samples "
-        f"({needed.chunk_bytes / 2**20:.2f} MiB), windows of {min(order.window_chunks, order.chunks(0))} chunks",
+        f"({needed.chunk_bytes / 2**20:.2f} MiB), windows of at most {order.window_chunks} chunks",
         f"memory a rank: gpu and pinned {needed.rank_bytes_in_memory / gib:.2f} GiB; "
         f"zarr {needed.rank_bytes_in_windows / gib:.2f} GiB",
         f"bandwidth: {needed.bytes_per_second / 1e6:.1f} MB/s read and as much written, over {needed.workers} workers",
