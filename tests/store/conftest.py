@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import seaweed
-from seaweed import S3Server
+
+from udddm.testing import s3 as seaweed
+from udddm.testing.s3 import S3Server
 
 
 @pytest.fixture(scope="session")

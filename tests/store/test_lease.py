@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from seaweed import BUCKET
 
 from udddm.store.errors import StoreError
 from udddm.store.lease import GRACE, KEY, Holder, Lease, process_identity
 from udddm.store.objects import Objects, Retry, open_objects
+from udddm.testing.s3 import BUCKET
 
 HOLD = """
 import sys, time

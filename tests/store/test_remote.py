@@ -16,8 +16,6 @@ import fsspec
 import numpy as np
 import pytest
 import zarr
-from fault_proxy import BROKEN, ERRORS, FaultProxy
-from seaweed import BUCKET, S3Server
 
 from udddm.order import Order
 from udddm.store import DamagedChunkError, Encoding
@@ -26,6 +24,8 @@ from udddm.store.failures import of_fsspec, refusal
 from udddm.store.generations import Generations
 from udddm.store.objects import LocalObjects, Objects, Refused, Retry, open_objects
 from udddm.store.remote import FsspecObjects, ObstoreObjects
+from udddm.testing.faults import BROKEN, ERRORS, FaultProxy
+from udddm.testing.s3 import BUCKET, S3Server
 
 QUICK = Retry(attempts=4, first_pause=0.001, longest_pause=0.004)
 

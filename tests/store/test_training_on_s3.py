@@ -11,12 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fault_proxy import FaultProxy
-from seaweed import BUCKET, S3Server
 
 import udddm
 from udddm.config import RunConfig, load
 from udddm.store import inspect
+from udddm.testing.faults import FaultProxy
+from udddm.testing.s3 import BUCKET, S3Server
 
 OVERRIDES = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0, condition: none}",

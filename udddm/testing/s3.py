@@ -1,4 +1,4 @@
-"""A real S3 server for the tests: SeaweedFS on loopback, with credentials made for this run."""
+"""A real S3 server for tests and benchmarks: SeaweedFS on loopback, with credentials made for this run."""
 
 from __future__ import annotations
 
