@@ -14,8 +14,10 @@ Sections (`--only` chooses):
               killed leaves a mixture of two generations. A rival too slow for an epoch is stopped after some seconds
     memory    peak memory of a process that trains some steps of N samples, for growing N
 
-In `training`, `fast` and `rivals` a round of a store is an epoch, from the middle of a window to the middle of that
-window in the next epoch, and ends when all it began to write is durable. Contestants take turns in every round, in an
+In `training` and `rivals` a round of a store is an epoch, from the middle of a window to the middle of that window in
+the next epoch, and ends when all it began to write is durable. In `fast` it is an epoch in the middle of training: one
+that is not timed comes before it, and the chunks that are not durable yet are counted where the timing begins and where
+it ends, so that nothing is put off; what a checkpoint would have to wait for in the end is told apart. Contestants take turns in every round, in an
 order that rotates, so that a change of the machine's speed meets all of them; the first round warms up; ratios are
 medians over paired rounds. S3 is a SeaweedFS server on the same machine, its work included; "+ 50 ms" is that server
 behind a line on which every request takes 50 ms longer.
@@ -91,8 +93,8 @@ class Setting:
     directory: Path
     quick: bool
     rounds: int | None
-    threads: int
-    """Of each store, for reading and for writing."""
+    threads: int | None
+    """Of each store, for reading and for writing; None: as many as it chooses."""
 
     def of(self, usual: int, quick: int) -> int:
         return quick if self.quick else usual
@@ -207,8 +209,13 @@ def contestants(setting: Setting, endpoint: str | None, slow: str | None) -> Ite
 class Epochs:
     """A store that takes steps, an epoch a round. A round's rate is in images/s."""
 
-    def __init__(self, opened: X0Store, step: Callable[[], Any]):
-        self.store, self.step = opened, step
+    def __init__(self, opened: X0Store, step: Callable[[], Any], *, steady: bool = False):
+        """`steady`: time an epoch in the middle of training instead of one that ends with all that it wrote durable."""
+        self.store, self.step, self.steady = opened, step, steady
+        self.backlogs: list[tuple[int, int]] = []
+        """Chunks that were not durable when the timing of a round began, and when it ended."""
+        self.settling: list[float] = []
+        """Seconds that a checkpoint at the end of a round would have waited."""
         order = opened.order
         low, high = order.window_span(0, 0, (order.windows(0) - 1) // 2)
         for _ in range((low + high) // 2 // order.share):
@@ -216,15 +223,23 @@ class Epochs:
         self._counted = self._elapsed = 0.0
 
     def round(self) -> float:
-        waited, began = self._waited(), time.perf_counter()
+        for _ in range(self.store.order.steps if self.steady else 0):
+            self.step()
+        before, waited, began = self._backlog(), self._waited(), time.perf_counter()
         for _ in range(self.store.order.steps):
             self.step()
+        elapsed = time.perf_counter() - began
+        self.backlogs.append((before, self._backlog()))
         if isinstance(self.store, HostStore):
             self.store.settle()
-        elapsed = time.perf_counter() - began
+        self.settling.append(time.perf_counter() - began - elapsed)
+        elapsed += 0.0 if self.steady else self.settling[-1]
         self._counted += self._waited() - waited
         self._elapsed += elapsed
         return self.store.order.samples / elapsed
+
+    def _backlog(self) -> int:
+        return self.store.backlog if isinstance(self.store, HostStore) else 0
 
     def _waited(self) -> float:
         return self.store.counters.read_wait + self.store.counters.write_wait
@@ -291,17 +306,31 @@ def fast(setting: Setting) -> dict[str, Any]:
         slow = stack.enter_context(delayed(endpoint, LATENCY)) if endpoint else None
         for name, place in (("zarr-s3", endpoint), (DELAYED, slow)):
             if place is not None:
-                counts = sorted({setting.threads, 8})
+                counts = sorted({setting.threads or 16, 8})
                 links[name] = {str(n): round(link(place, order.chunk, n), 1) for n in counts}
         epochs = {}
         for name, chosen in contestants(setting, endpoint, slow):
             opened = store.build(chosen, order, range(order.lanes), SHAPE, CPU, directory / name)
             stack.callback(opened.close)
             opened.start(0, 0, None)
-            epochs[name] = Epochs(opened, partial(step, opened))
+            epochs[name] = Epochs(opened, partial(step, opened), steady=True)
         found = race(epochs, setting.count(5))
+        for name, each in epochs.items():
+            found[name]["backlog_began"], found[name]["backlog_ended"] = (
+                statistics.median(b[i] for b in each.backlogs[1:]) for i in (0, 1)
+            )
+            found[name]["settle_seconds"] = round(statistics.median(each.settling[1:]), 2)
     needed = round(found["gpu"]["rate"] * ROW_BYTES / 1e6, 1)
     over_gpu(f"the same, a step of 20 ms (asleep) at batch 256: {needed} MB/s each way, {samples} samples", found)
+    chunks = sum(order.chunks(lane) for lane in range(order.lanes))
+    table(
+        f"  of these: chunks (of {chunks}) not durable yet, and what a checkpoint would wait for",
+        ["", "as timing began", "as it ended", "checkpoint, s"],
+        [
+            [n, *(f"{f[key]:g}" for key in ("backlog_began", "backlog_ended", "settle_seconds"))]
+            for n, f in found.items()
+        ],
+    )
     for name, rates in links.items():
         reached = " and ".join(f"{rate} with {n} + {n} threads" for n, rate in rates.items())
         print(f"  {name}: bare requests reach, in MB/s each way, {reached}; needed: {needed}")
@@ -313,7 +342,7 @@ def fast(setting: Setting) -> dict[str, Any]:
 
 
 def turn(setting: Setting) -> dict[str, Any]:
-    threads, lanes = setting.threads, 8
+    lanes = 8
     result: dict[str, Any] = {"stores": {}}
     with ExitStack() as stack:
         directory = setting.directory
@@ -324,6 +353,7 @@ def turn(setting: Setting) -> dict[str, Any]:
             ("S3", "raw requests", 0.9),
         ):
             on_s3, cold = title == "S3", title == "cold cache"
+            threads = setting.threads or (8 if on_s3 else 2)
             if on_s3 and endpoint is None:
                 continue
             chunk = setting.of(682, 128)
@@ -527,7 +557,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, help="rounds that count; each section has its own default")
     threads = StoreConfig().threads
-    parser.add_argument("--store-threads", type=int, default=threads, help=f"store.threads, {threads} by default")
+    parser.add_argument("--store-threads", type=int, default=threads, help="store.threads; by default a store chooses")
     parser.add_argument("--directory", type=Path, help="where temporary files go (up to 8 GB)")
     parser.add_argument("--json", type=Path, help="write the figures here")
     parser.add_argument("--plot", type=Path, help="draw them as a PNG here")

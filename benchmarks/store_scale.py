@@ -33,7 +33,7 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import date
 from functools import lru_cache, partial
@@ -48,14 +48,17 @@ import torch
 
 from udddm.config import OrderConfig
 from udddm.order import Batch, LaneStep, Order
+from udddm.store import REMOTE_THREADS
 from udddm.store import objects as objects_module
 from udddm.store import pipeline as pipeline_module
+from udddm.store import pool as pool_module
 from udddm.store import zarr as zarr_module
 from udddm.store.base import StateSource
 from udddm.store.encoding import Encoding
 from udddm.store.errors import StoreError
 from udddm.store.generations import Generations
 from udddm.store.objects import Objects
+from udddm.store.pace import Pace
 from udddm.store.pipeline import HostStore
 from udddm.store.remote import REMOTE_RETRY
 from udddm.store.zarr import GenerationTable
@@ -169,7 +172,7 @@ class World:
             (pipeline_module, "threading", thread),
             (pipeline_module, "queue", queues),
             (pipeline_module, "time", clock),
-            (pipeline_module, "ThreadPoolExecutor", partial(VirtualPool, self)),
+            (pool_module, "threading", thread),
             (pipeline_module, "_POLL", 5.0),  # only looks for failures; fewer looks are faster
             (zarr_module, "threading", thread),
             (objects_module, "threading", thread),
@@ -257,15 +260,16 @@ class VirtualEvent:
 
 class VirtualQueue:
     def __init__(self, world: World, maxsize: int = 0):
-        self._world, self._size = world, maxsize or 1 << 60
+        self._world, self.maxsize = world, maxsize or 1 << 60
+        self.mutex, self.not_full = nullcontext(), SimpleNamespace(notify_all=self._notify)
         self._items: deque[Any] = deque()
         self._changed: list[Task] = []
 
-    def empty(self) -> bool:
-        return not self._items
+    def qsize(self) -> int:
+        return len(self._items)
 
     def full(self) -> bool:
-        return len(self._items) >= self._size
+        return len(self._items) >= self.maxsize
 
     def _wait(self, until: float) -> bool:
         self._changed.append(self._world.current)
@@ -302,41 +306,6 @@ class VirtualQueue:
         if self.full():
             raise queue.Full
         self.put(item)
-
-
-class VirtualPool:
-    """What the pipeline uses of a ThreadPoolExecutor."""
-
-    def __init__(self, world: World, max_workers: int, *_: object) -> None:
-        self._world, self._most = world, max_workers
-        self._tasks: deque[Callable[[], None]] = deque()
-        self._idle: list[Task] = []
-        self._workers: list[Task] = []
-        self._closed = False
-
-    def submit(self, body: Callable[..., None], *args: Any) -> None:
-        self._tasks.append(partial(body, *args))
-        if self._idle:
-            self._world.wake(self._idle.pop())
-        elif len(self._workers) < self._most:
-            self._workers.append(self._world.spawn(self._work))
-
-    def _work(self) -> None:
-        while self._tasks or not self._closed:
-            if self._tasks:
-                self._tasks.popleft()()
-            else:
-                self._idle.append(self._world.current)
-                self._world.block()
-
-    def shutdown(self, cancel_futures: bool = False) -> None:
-        self._closed = True
-        if cancel_futures:
-            self._tasks.clear()
-        for task in self._idle:
-            self._world.wake(task)
-        for task in self._workers:
-            self._world.join(task)
 
 
 # The object store's model, for either time.
@@ -589,7 +558,8 @@ class Outcome:
     workload: str
     ranks: int
     prefixes: int
-    threads: int
+    threads: int | None
+    """None: as many as the store chooses."""
     step_seconds: float
     """Without the store."""
     epoch_seconds: float
@@ -636,8 +606,8 @@ def run(
     ranks: int,
     service: Service,
     *,
-    threads: int = 2,
-    prefetch: int = 4,
+    threads: int | None = None,
+    prefetch: int | None = None,
     steps: int | None = None,
     keep: bool = False,
     seed: int = 0,
@@ -677,6 +647,8 @@ def run(
             store: HostStore = SteadyStore(
                 order, lanes, shape, encoding, torch.device("cpu"), table, threads=threads, prefetch=prefetch
             )
+            row_bytes = chunk_bytes // order.chunk  # of the modelled rows: they bound windows and threads
+            store.pace = Pace(order, lanes, row_bytes, threads, prefetch, first_threads=REMOTE_THREADS)
             stack.callback(store.close)
             stores.append(store)
         values = torch.zeros(order.batch // ranks, *shape)
@@ -791,7 +763,7 @@ CURES: tuple[tuple[str, dict[str, float], dict[str, Any]], ...] = (
     ("gets without latency", {"get_median": 0.0}, {}),
     ("puts without latency", {"put_median": 0.0}, {}),
     ("no generation deleted", {}, {"keep": True}),
-    ("store.threads=8", {}, {"threads": 8}),
+    ("store.threads=2", {}, {"threads": 2}),
 )
 
 
@@ -800,14 +772,14 @@ def fits(workload: Workload, ranks: int) -> bool:
     return order.steps >= LEAST_STEPS and order.windows(0) <= MOST_WINDOWS
 
 
-def cures(workload: Workload, ranks: int, service: Service, threads: int) -> dict[str, Outcome]:
+def cures(workload: Workload, ranks: int, service: Service, threads: int | None) -> dict[str, Outcome]:
     found = {}
     for name, change, options in CURES:
         found[name] = run(workload, ranks, replace(service, **change), **{"threads": threads, **options})  # type: ignore[arg-type]
     return found
 
 
-def prefixes_needed(workload: Workload, ranks: int, service: Service, threads: int) -> list[Outcome]:
+def prefixes_needed(workload: Workload, ranks: int, service: Service, threads: int | None) -> list[Outcome]:
     """Runs with more and more prefixes, until nothing is refused."""
     tried: list[Outcome] = []
     while not tried or (tried[-1].refused and tried[-1].prefixes < MOST_PREFIXES):
@@ -905,7 +877,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=SCALES)
     parser.add_argument("--workloads", nargs="+", default=[each.name for each in WORKLOADS])
-    parser.add_argument("--threads", type=int, default=2, help="store.threads: as many reading and as many writing")
+    parser.add_argument("--threads", type=int, help="store.threads; by default the store chooses")
     for name in ("get_median", "get_p99", "put_median", "put_p99", "connection", "link", "total", "gets", "puts"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(Service(), name))
     parser.add_argument("--prefixes", type=int, default=1)

@@ -142,9 +142,17 @@ class StoreConfig(Section):
     url: str | None = Field(None, description="where the zarr store lives; unset: <run>/state")
     dtype: Literal["fp32", "fp16", "bf16", "uint8"] = "fp16"
     threads: Positive | None = Field(
-        None, description="background threads that read chunks, and as many that write; unset: 2, for URLs 8"
+        None,
+        description="requests at once, reading, and as many writing; unset: as many as keep up with the steps, 2 to 32",
     )
-    prefetch: Positive = Field(4, description="steps whose state and images are made ready ahead")
+    prefetch: Positive | None = Field(
+        None, description="steps whose state and images are made ready ahead; unset: chosen for the state, 4 for images"
+    )
+    memory_mb: Positive | None = Field(
+        None,
+        description="most host memory of a rank's windows and batches, MB; unset: 1074, or the least that works "
+        "where that is more",
+    )
 
 
 class TrainConfig(Section):
@@ -236,6 +244,7 @@ _CHANGEABLE = frozenset(
         "store.dtype",
         "store.threads",
         "store.prefetch",
+        "store.memory_mb",
         "train.compile",
         "train.threads",
         "data.path",

@@ -72,7 +72,7 @@ class Progress:
             self._bar.update(1)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
-        """Record values at a step: `images_per_second`, `store_wait_fraction` and `eta_seconds` are also shown."""
+        """Record values at a step: the rates, the store's counters and the ETA are also shown."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
@@ -82,6 +82,10 @@ class Progress:
             "images/s": f"{values['images_per_second']:.0f}",
             "store wait": f"{values['store_wait_fraction']:.1%}",
         }
+        if values["store_megabytes_per_second"]:  # a store that moves nothing has no queue
+            shown["queue"] = f"{values['store_queue_depth']:.1f}"
+            shown["MB/s"] = f"{values['store_megabytes_per_second']:.0f}"
+            shown["retries"] = f"{values['store_retries']:.0f}"
         if self._bar is not None:
             self._bar.set_postfix(shown)
         elif time.monotonic() - self._spoke >= self.PLAIN_EVERY or step == self._total:

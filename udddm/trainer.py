@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -37,7 +38,7 @@ from udddm.network import build as build_network
 from udddm.noise import Stream
 from udddm.order import Order
 from udddm.progress import Progress, say
-from udddm.store import Snapshot, StoreError
+from udddm.store import Snapshot, StoreCounters, StoreError
 
 
 class Interrupted(RuntimeError):
@@ -138,7 +139,7 @@ class Trainer:
             self.objective,
             self.ranks.device,
             step=self.step,
-            depth=self.config.store.prefetch,
+            depth=self.config.store.prefetch or 4,
             labelled=self.config.network.classes > 0,
         )
 
@@ -146,7 +147,7 @@ class Trainer:
         config = self.config
         every = config.log_every_steps
         self._started, self._first_step = time.perf_counter(), self.step
-        window = (self._started, self.step, 0.0)
+        window = (self._started, self.step, replace(self.store.counters))
         losses = torch.zeros((), device=self.ranks.device)
         while self.step < self.total_steps:
             losses += self.train_step(inputs)
@@ -167,16 +168,16 @@ class Trainer:
                 raise Interrupted(stop, self.step)
 
     def _report(
-        self, progress: Progress | None, losses: torch.Tensor, window: tuple[float, int, float]
-    ) -> tuple[float, int, float]:
-        since, first, waited = window
+        self, progress: Progress | None, losses: torch.Tensor, window: tuple[float, int, StoreCounters]
+    ) -> tuple[float, int, StoreCounters]:
+        since, first, before = window
         loss = self.ranks.sum(losses) / (self.step - first)  # waits for the device: once every log_every_steps
         if not math.isfinite(loss):
             raise Diverged(self._diverged())
         now = time.perf_counter()
-        counters = self.store.counters
-        wait = counters.read_wait + counters.write_wait
-        rate = (self.step - first) / (now - since)
+        counters, seconds = replace(self.store.counters), now - since
+        read_wait, write_wait = counters.read_wait - before.read_wait, counters.write_wait - before.write_wait
+        rate = (self.step - first) / seconds
         if progress is not None:
             progress.metrics(
                 self.step,
@@ -185,14 +186,23 @@ class Trainer:
                     "loss": loss,
                     "learning_rate": self.engine.learning_rate(self.step - 1),
                     "images_per_second": rate * self.order.samples / self.order.steps,
-                    "store_wait_fraction": (wait - waited) / (now - since),
+                    "store_wait_fraction": (read_wait + write_wait) / seconds,
+                    "store_read_wait_seconds": read_wait,
+                    "store_write_wait_seconds": write_wait,
+                    "store_queue_depth": (counters.queued - before.queued) / max(1, counters.reads - before.reads),
+                    "store_megabytes_per_second": (
+                        (counters.bytes_read + counters.bytes_written - before.bytes_read - before.bytes_written)
+                        / 1e6
+                        / seconds
+                    ),
                     "store_bytes_read": counters.bytes_read,
                     "store_bytes_written": counters.bytes_written,
                     "store_retries": counters.retries,
+                    **{f"store_{name}": value for name, value in self.store.gauges().items()},
                     "eta_seconds": (self.total_steps - self.step) / rate,
                 },
             )
-        return now, self.step, wait
+        return now, self.step, counters
 
     def _diverged(self) -> str:
         return (

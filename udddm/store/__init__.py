@@ -20,7 +20,7 @@ __all__ = ["DamagedChunkError", "Encoding", "Snapshot", "StoreCounters", "StoreE
 
 
 REMOTE_THREADS = 8
-"""Requests in flight each way to object storage: with chunks of 4 MiB and 100 ms a request, 330 MB/s."""
+"""Requests in flight each way to object storage until a run has measured what it needs."""
 
 
 def build(
@@ -30,10 +30,19 @@ def build(
     encoding = Encoding(config.dtype)
     if config.kind == "gpu":
         return DeviceStore(order, lanes, shape, encoding, device)
+    memory = None if config.memory_mb is None else config.memory_mb * 10**6
     if config.kind == "pinned":
         table = MemoryTable(order, lanes, shape, encoding)
         return PinnedStore(
-            order, lanes, shape, encoding, device, table, threads=config.threads or 2, prefetch=config.prefetch
+            order,
+            lanes,
+            shape,
+            encoding,
+            device,
+            table,
+            threads=config.threads,
+            prefetch=config.prefetch,
+            memory=memory,
         )
     url, default = (config.url, False) if config.url else (run / "state", True)
     remote = "://" in str(url) and not str(url).startswith("file://")
@@ -46,6 +55,8 @@ def build(
         url,
         default=default,
         owner=str(run.resolve()),
-        threads=config.threads or (REMOTE_THREADS if remote else 2),
+        threads=config.threads,
         prefetch=config.prefetch,
+        memory=memory,
+        first_threads=REMOTE_THREADS if remote else 2,
     )

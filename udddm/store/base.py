@@ -36,6 +36,9 @@ class StoreCounters:
     bytes_read: int = 0
     bytes_written: int = 0
     retries: int = 0
+    reads: int = 0
+    queued: int = 0
+    """Batches that were ready when the step asked for the next, summed over the reads."""
 
 
 class StateSource(Protocol):
@@ -90,6 +93,10 @@ class X0Store(ABC):
     def retain(self, generations: set[int]) -> None:
         """The generations that kept checkpoints refer to; others may go once training has passed them."""
         return
+
+    def gauges(self) -> dict[str, float]:
+        """What the store has chosen or holds at this moment, by name: for metrics."""
+        return {}
 
     @abstractmethod
     def close(self) -> None:

@@ -1,11 +1,12 @@
 """Prefetch and write-behind: the x0-state of the coming steps is read, and that of past steps written, in threads.
 
-A lane's windows go through three phases: being read, in use, being written; at most three are in memory. A window's
-rows live in one buffer all the while: a row is copied out when its step is prefetched and overwritten when the step's
-result arrives. Reads and writes of an epoch never meet in the table: it is read at generation g and written at g + 1.
+A lane's windows go through three phases: being read, in use, being written; three are in memory, and more only where
+reading or writing one takes longer than using one (`Pace`, which also chooses threads and depths). A window's rows live
+in one buffer all the while: a row is copied out when its step is prefetched and overwritten when the step's result
+arrives. Reads and writes of an epoch never meet in the table: it is read at generation g and written at g + 1.
 
     reader threads    table.load  -> window buffer
-    gatherer          window buffer -> batches, `prefetch` steps ahead -> read()
+    gatherer          window buffer -> batches, some steps ahead -> read()
     scatterer         write() -> window buffer; a finished window goes to the writers
     writer threads    window buffer -> table.save; after a lane's last chunk, table.finish
 
@@ -22,7 +23,6 @@ import threading
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +35,8 @@ from udddm.order import Batch, Order
 from udddm.store.base import StateSource, X0Store
 from udddm.store.encoding import Encoding, Rows
 from udddm.store.errors import StoreError
+from udddm.store.pace import Pace
+from udddm.store.pool import Pool
 from udddm.store.snapshot import visited_rows
 
 T = TypeVar("T")
@@ -97,13 +99,16 @@ class HostStore(X0Store):
         device: torch.device,
         table: ChunkTable,
         *,
-        threads: int = 2,
-        prefetch: int = 4,
+        threads: int | None = None,
+        prefetch: int | None = None,
+        memory: int | None = None,
+        first_threads: int = 2,
     ):
+        """`threads`, `prefetch` and `memory` (bytes) are those of `Pace`. Raises StoreError for too little memory."""
         super().__init__(order, lanes, shape, encoding, device)
         self.table = table
-        smallest = min(order.smallest_window(lane) for lane in lanes)
-        self._limit = 2 + -(-order.share // smallest)
+        row_bytes = int(np.prod(shape)) * encoding.array.itemsize
+        self.pace = Pace(order, lanes, row_bytes, threads, prefetch, memory, first_threads)
         self._changed = threading.Condition()
         self._windows: dict[tuple[int, int, int], _Window] = {}
         self._first = 0  # the generation that was whole at the start
@@ -114,14 +119,15 @@ class HostStore(X0Store):
         self._failure: BaseException | None = None
         self._stopping = False
         self._in_progress = 0  # scatters and saves that were asked for and are not done
-        self._ready: queue.Queue[tuple[int, int, torch.Tensor, torch.cuda.Event | None]] = queue.Queue(prefetch)
+        self._ready: queue.Queue[tuple[int, int, torch.Tensor, torch.cuda.Event | None]] = queue.Queue(self.pace.depth)
         self._results: queue.Queue[tuple[int, int, torch.Tensor, torch.cuda.Event | None] | None] = queue.Queue(
-            prefetch
+            self.pace.depth
         )
-        self._readers = ThreadPoolExecutor(threads, "x0-state-read")
-        self._writers = ThreadPoolExecutor(threads, "x0-state-write")
-        self._cleaner = ThreadPoolExecutor(1, "x0-state-clean")  # so that removals never hold up a write
+        self._readers = Pool("x0-state-read", self.pace.readers)
+        self._writers = Pool("x0-state-write", self.pace.writers)
+        self._cleaner = Pool("x0-state-clean", 1)  # so that removals never hold up a write
         self._threads: list[threading.Thread] = []
+        self._last_read: tuple[float, float] | None = None  # when `read` returned, and the write wait by then
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     # The step's side.
@@ -139,10 +145,17 @@ class HostStore(X0Store):
             thread.start()
 
     def read(self) -> torch.Tensor:
-        began = time.perf_counter() if self._ready.empty() else None
+        began, counters, queued = time.perf_counter(), self.counters, self._ready.qsize()
+        if self._last_read is not None:
+            since, waited = self._last_read
+            self.pace.step.add(began - since - (counters.write_wait - waited))
         epoch, step, stored, copied = self._waiting(lambda: self._ready.get(timeout=_POLL))
-        if began is not None:
-            self.counters.read_wait += time.perf_counter() - began
+        now = time.perf_counter()
+        self._last_read = now, counters.write_wait
+        counters.queued += queued
+        counters.reads += 1
+        if not queued:
+            counters.read_wait += now - began
         assert (epoch, step) == (self.epoch, self.step), "read and write must alternate"
         if copied is not None:
             current = torch.cuda.current_stream(self.device)
@@ -211,6 +224,21 @@ class HostStore(X0Store):
                     found[lane, index] = window.buffer[visited]
         return found
 
+    @property
+    def backlog(self) -> int:
+        """Chunks whose successors are all here and not yet durable."""
+        return len(self._visited)
+
+    def gauges(self) -> dict[str, float]:
+        pace = self.pace
+        return {
+            "readers": pace.readers,
+            "writers": pace.writers,
+            "windows": pace.windows,
+            "depth": pace.depth,
+            "backlog_chunks": self.backlog,
+        }
+
     def close(self) -> None:
         with self._changed:
             self._stopping = True
@@ -221,9 +249,8 @@ class HostStore(X0Store):
             self._ready.get_nowait()
         for thread in self._threads:
             thread.join()
-        self._readers.shutdown(cancel_futures=True)
-        self._writers.shutdown(cancel_futures=True)
-        self._cleaner.shutdown(cancel_futures=True)
+        for pool in (self._readers, self._writers, self._cleaner):
+            pool.shutdown()
 
     def _check(self) -> None:
         if self._failure is not None:
@@ -252,7 +279,7 @@ class HostStore(X0Store):
                 self._failure = self._failure or error
                 self._changed.notify_all()
 
-    def _submit(self, pool: ThreadPoolExecutor, task: Callable[[], None]) -> None:
+    def _submit(self, pool: Pool, task: Callable[[], None]) -> None:
         """Run a task in a pool; a failure is kept for the next step, and the work counts as in progress."""
 
         def counted() -> None:
@@ -361,19 +388,33 @@ class HostStore(X0Store):
         self._changed.wait(_POLL)
 
     def _read_ahead(self, epoch: int, step: int) -> None:
-        """Begin to read the window after the one in use, where a place is free."""
+        """Begin to read the windows after the one in use, in the order of their use, where a place is free."""
+        self._adapt()
         with self._changed:
             for lane in self.lanes:
                 parts = self.order.lane_step(lane, epoch, step)
-                index = parts[-1].window + 1 if parts else self.order.windows(lane)
-                key = (epoch, lane, index) if index < self.order.windows(lane) else (epoch + 1, lane, 0)
-                if key not in self._windows:
-                    self._begin(key)
+                windows = self.order.windows(lane)
+                following = parts[-1].window + 1 if parts else windows
+                for index in range(following, min(following + self.pace.ahead, 2 * windows)):
+                    key = (epoch + index // windows, lane, index % windows)
+                    if key not in self._windows and not self._begin(key):
+                        break
+
+    def _adapt(self) -> None:
+        """Let threads and queues be as many and as long as what was measured asks for."""
+        pace = self.pace
+        pace.update()
+        self._readers.limit, self._writers.limit = pace.readers, pace.writers
+        for each in (self._ready, self._results):
+            if each.maxsize != pace.depth:
+                with each.mutex:
+                    each.maxsize = pace.depth
+                    each.not_full.notify_all()
 
     def _begin(self, key: tuple[int, int, int]) -> bool:
-        """Begin to read a window, if its lane has fewer than three. Called with the lock held."""
+        """Begin to read a window, if its lane has a place for it. Called with the lock held."""
         epoch, lane, index = key
-        if sum(1 for other in self._windows if other[1] == lane) >= self._limit:
+        if sum(1 for other in self._windows if other[1] == lane) >= self.pace.windows:
             return False
         window = self._windows[key] = self._new_window(epoch, lane, index)
         for chunk, first, past in window.chunks:
@@ -397,8 +438,11 @@ class HostStore(X0Store):
         return _Window(epoch, lane, chunks, buffer, len(chunks), first, len(chunks))
 
     def _load(self, window: _Window, chunk: int, first: int, past: int) -> None:
+        began = time.perf_counter()
         window.buffer[first:past] = self.table.load(window.epoch, window.lane, chunk)
         with self._changed:
+            if window.epoch:  # generation 0 is computed
+                self.pace.load.add(time.perf_counter() - began)
             self.counters.bytes_read += window.buffer[first:past].nbytes
             window.unread -= 1
             self._changed.notify_all()
@@ -409,8 +453,10 @@ class HostStore(X0Store):
         with self._changed:  # a chunk's generations are saved in their order; the older is ahead in the same queue
             while (generation - 1, lane, chunk) in self._visited:
                 self._pause()
+        began = time.perf_counter()
         self.table.save(generation, lane, chunk, rows)
         with self._changed:
+            self.pace.save.add(time.perf_counter() - began)
             self.counters.bytes_written += rows.nbytes
             self._saved.add((generation, lane, chunk))
             del self._visited[generation, lane, chunk]

@@ -170,14 +170,27 @@ class ZarrStore(HostStore):
         *,
         default: bool,
         owner: str = "",
-        threads: int = 2,
-        prefetch: int = 4,
+        threads: int | None = None,
+        prefetch: int | None = None,
+        memory: int | None = None,
+        first_threads: int = 2,
     ):
         objects = open_objects(url)
         self._lease = None if default or lanes.start else Lease(open_objects(url), owner)
         self._url = None if default else objects.describe("")
         self._table = GenerationTable(Generations(objects, order, shape, encoding), lanes)
-        super().__init__(order, lanes, shape, encoding, device, self._table, threads=threads, prefetch=prefetch)
+        super().__init__(
+            order,
+            lanes,
+            shape,
+            encoding,
+            device,
+            self._table,
+            threads=threads,
+            prefetch=prefetch,
+            memory=memory,
+            first_threads=first_threads,
+        )
 
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:
         if self._lease is not None:  # before the table is opened: that removes generations
