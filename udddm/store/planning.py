@@ -78,8 +78,8 @@ def plan(needed: Needs) -> list[str]:
         f"zarr {needed.rank_bytes_in_windows / gib:.2f} GiB",
         f"bandwidth: {needed.bytes_per_second / 1e6:.1f} MB/s read and as much written, over {needed.workers} workers",
         f"requests: {needed.chunks_per_second:.2f} gets and as many puts a second, over all workers",
-        f"patience: a window is in use for {needed.window_seconds:.1f} s; the next one has to be read, and the last "
-        "one written, within that time",
+        f"patience: a window is in use for {needed.window_seconds:.1f} s; where reading the next or writing the last "
+        "takes longer, a rank holds more windows, up to store.memory_mb",
     ]
     if needed.rank_bytes_in_memory < 2 * gib:
         lines.append("fits: gpu, the state is small beside a network's activations; pinned and zarr do as well")
