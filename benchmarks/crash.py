@@ -1,12 +1,14 @@
 """Kill a training run at random instants, over and over, and compare what it ends with.
 
-    python benchmarks/crash.py --kills 30 --json benchmarks/results/crash.json
+    python benchmarks/crash.py --kills 100 --stores zarr zarr-s3 --json benchmarks/results/crash.json
 
 For each store a run of its own: once undisturbed, then killed by SIGKILL at random instants and started again after
 each, until it finishes; again from the beginning until the wanted number of kills has hit a living run. All must end
 with the same fingerprints of weights, EMA and x0-state, over the stores as well. Exits 1 when they do not.
 
 The processes are forked from one that has imported everything, so that kills hit training rather than imports.
+`zarr-s3` is the zarr store on a SeaweedFS server on the same machine; what is being put there at a kill is not seen, so
+such kills count as training.
 """
 
 from __future__ import annotations
@@ -22,11 +24,14 @@ import signal
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 
-STORES = ("gpu", "pinned", "zarr")
+from udddm.testing import s3
+
+STORES = ("gpu", "pinned", "zarr", "zarr-s3")
 SETTINGS = (
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.1, condition: none}",
     "order={lanes: 4, chunk: 32, window: 2}",
@@ -53,7 +58,9 @@ def train(arguments: list[str], log: str) -> None:
 
 def life(run: Path, store: str, dtype: str, steps: int, kill_after: float | None) -> int:
     """One start of the run, killed after so many seconds: the process's exit code, -9 when the kill hit it alive."""
-    arguments = ["--run-dir", str(run), "--device", "cpu", "--store", store]
+    arguments = ["--run-dir", str(run), "--device", "cpu", "--store", store.removesuffix("-s3")]
+    if store == "zarr-s3":
+        arguments += ["--store-url", f"s3://{s3.BUCKET}/{run.name}"]
     for setting in (*SETTINGS, f"store.dtype={dtype}", f"train.steps={steps}"):
         arguments += ["--set", setting]
     process = FORKS.Process(target=train, args=(arguments, str(run.with_suffix(".log"))))
@@ -142,6 +149,7 @@ def hardware() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="for each store")
+    parser.add_argument("--stores", nargs="+", choices=STORES, default=STORES)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a run")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16", "uint8"], default="fp16")
     parser.add_argument("--seed", type=int, default=0, help="of the instants")
@@ -149,12 +157,19 @@ def main() -> int:
     parser.add_argument("--directory", type=Path, help="where the runs go (default: the system's temporary directory)")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"  # before the server of forks imports torch
+    with ExitStack() as stack:
+        if "zarr-s3" in arguments.stores:
+            os.environ.update(stack.enter_context(s3.running()).environment())  # and before it inherits the environment
+        return compare(arguments)
+
+
+def compare(arguments: argparse.Namespace) -> int:
     FORKS.set_forkserver_preload(PRELOADED)
     rng = random.Random(arguments.seed)
     lines = [
         f"{date.today()}, {hardware()}, 1 thread, Python {platform.python_version()}",
-        f"python benchmarks/crash.py --kills {arguments.kills} --steps {arguments.steps} --dtype {arguments.dtype} "
-        f"--seed {arguments.seed}",
+        f"python benchmarks/crash.py --kills {arguments.kills} --stores {' '.join(arguments.stores)} "
+        f"--steps {arguments.steps} --dtype {arguments.dtype} --seed {arguments.seed}",
         "",
         f"{'store':8}{'kills that hit':>15}  = "
         + " + ".join(PHASES)
@@ -164,7 +179,7 @@ def main() -> int:
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.directory, ignore_cleanup_errors=True) as name:
         life(Path(name) / "warm-up", "gpu", arguments.dtype, 1, None)  # the server of forks imports, once
-        for store in STORES:
+        for store in arguments.stores:
             row = measure(Path(name), store, arguments.dtype, arguments.steps, arguments.kills, rng)
             rows.append(row)
             phases = "   ".join(f"{row.phases[name]:{len(name)}}" for name in PHASES)
@@ -175,7 +190,7 @@ def main() -> int:
             print(lines[-1], flush=True)
     same = all(row.fingerprints == rows[0].fingerprints for row in rows)
     lines.append("")
-    lines.append(f"weights, EMA and x0-state of the three stores are {'the same' if same else 'DIFFERENT'}")
+    lines.append(f"weights, EMA and x0-state of these stores are {'the same' if same else 'DIFFERENT'}")
     print("\n".join(lines[-2:]))
     if arguments.json is not None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)

@@ -54,6 +54,9 @@ def _train_parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", choices=["gpu", "pinned", "zarr"], help="where the x0-state lives (store.kind)")
     parser.add_argument("--store-url", metavar="URL", help="where the zarr store is (store.url; default: <run>/state)")
     parser.add_argument(
+        "--on-damage", choices=["stop", "reinitialize"], help="what a damaged chunk of state does (store.on_damage)"
+    )
+    parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a value, such as train.epochs=3"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -73,6 +76,8 @@ def train(argv: list[str] | None = None) -> int:
             overrides.append(f"store.kind={arguments.store}")
         if arguments.store_url:
             overrides.append(f"store.url={arguments.store_url}")
+        if arguments.on_damage:
+            overrides.append(f"store.on_damage={arguments.on_damage}")
         config = configuration.load(arguments.config, overrides)
         name = Path(arguments.config).stem if arguments.config else "default"
         run = Path(arguments.run_dir or Path("runs") / name)

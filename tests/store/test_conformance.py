@@ -1,9 +1,11 @@
-"""The three stores pass the conformance suite that ships in the package."""
+"""The three stores pass the conformance suite that ships in the package, the zarr store also on S3."""
 
+import itertools
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 import torch
@@ -11,10 +13,14 @@ import torch
 from udddm.order import Order
 from udddm.store import Encoding, X0Store
 from udddm.store.device import DeviceStore
+from udddm.store.objects import Objects, Retry, open_objects
 from udddm.store.pinned import MemoryTable, PinnedStore
 from udddm.store.zarr import ZarrStore
-from udddm.testing.store import StoreConformance
+from udddm.testing.objects import DelayedObjects, FaultyObjects, Operation
+from udddm.testing.s3 import BUCKET, S3Server
+from udddm.testing.store import ORDERS, ModelledRun, StoreConformance
 
+T = TypeVar("T")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -56,3 +62,69 @@ class TestZarrStoreWithOneThread(TestZarrStore):
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
         url = directory / "state"
         return ZarrStore(order, lanes, shape, encoding, DEVICE, url, default=False, threads=1, prefetch=1)
+
+
+class TestZarrStoreOnS3(InMemoryFiles):
+    dtypes = ("fp16",)
+    examples = 5
+
+    @pytest.fixture(autouse=True)
+    def server(self, s3: S3Server) -> None:
+        """In the environment."""
+
+    def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
+        url = f"s3://{BUCKET}{directory}"
+        return ZarrStore(order, lanes, shape, encoding, DEVICE, url, default=False)
+
+
+@pytest.mark.slow
+class TestZarrStoreOnS3Fully(TestZarrStoreOnS3):
+    dtypes = StoreConformance.dtypes
+    examples = StoreConformance.examples
+
+
+class FlakyObjects(FaultyObjects):
+    """Every seventh request fails, in turn before and after it took effect."""
+
+    def __init__(self, inner: Objects):
+        super().__init__(inner)
+        self._places = itertools.cycle(range(14))
+
+    def _request(self, operation: Operation, key: str, sent: int, action: Callable[[], T]) -> T:
+        place = next(self._places)
+        if place in (6, 13):
+            self.fail(ConnectionResetError("reset on purpose"), operation=operation, after=place == 13)
+        return super()._request(operation, key, sent, action)
+
+
+class TestZarrStoreOnSlowAndFlakyObjects(InMemoryFiles):
+    dtypes = ("fp16",)
+
+    @pytest.fixture(autouse=True)
+    def opened(self, monkeypatch: pytest.MonkeyPatch) -> list[FlakyObjects]:
+        """All that the stores of the test have opened."""
+        found: list[FlakyObjects] = []
+
+        def open_wrapped(url: str | Path) -> Objects:
+            inner = open_objects(url)
+            inner.retry = Retry(attempts=10, first_pause=0.001, longest_pause=0.004)
+            found.append(FlakyObjects(DelayedObjects(inner, 0.001)))
+            return found[-1]
+
+        monkeypatch.setattr("udddm.store.zarr.open_objects", open_wrapped)
+        return found
+
+    def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
+        return ZarrStore(order, lanes, shape, encoding, DEVICE, directory / "state", default=False)
+
+    def test_what_was_cured_is_counted(self, opened: list[FlakyObjects], directory: Path) -> None:
+        run = ModelledRun(self.make, ORDERS["even"], Encoding("fp16"), directory)
+        run.start()
+        try:
+            run.advance(2 * run.order.steps)
+            run.check_rows()
+            state, lease = opened
+            assert run.stores[0].counters.retries == state.retries == state.failed > 0
+            assert not lease.failed
+        finally:
+            run.crash()

@@ -8,11 +8,13 @@ import torch
 
 from udddm.config import StoreConfig
 from udddm.order import Order
+from udddm.run import run_id
 from udddm.store.base import StoreCounters, X0Store
 from udddm.store.device import DeviceStore
 from udddm.store.encoding import Encoding
 from udddm.store.errors import DamagedChunkError, StoreError
 from udddm.store.pinned import MemoryTable, PinnedStore
+from udddm.store.repair import Repair
 from udddm.store.snapshot import Snapshot
 from udddm.store.zarr import ZarrStore
 
@@ -27,6 +29,15 @@ def build(
     config: StoreConfig, order: Order, lanes: range, shape: tuple[int, ...], device: torch.device, run: Path
 ) -> X0Store:
     """The configured store of the run directory `run` for one rank, not yet started."""
+    opened = _open(config, order, lanes, shape, device, run)
+    if config.on_damage == "reinitialize":
+        opened.repair = Repair(opened.counters)
+    return opened
+
+
+def _open(
+    config: StoreConfig, order: Order, lanes: range, shape: tuple[int, ...], device: torch.device, run: Path
+) -> X0Store:
     encoding = Encoding(config.dtype)
     if config.kind == "gpu":
         return DeviceStore(order, lanes, shape, encoding, device)
@@ -55,6 +66,7 @@ def build(
         url,
         default=default,
         owner=str(run.resolve()),
+        run=run_id(run),
         threads=config.threads,
         prefetch=config.prefetch,
         memory=memory,

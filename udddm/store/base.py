@@ -19,12 +19,15 @@ import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from udddm.order import Order
 from udddm.store.encoding import Encoding, Rows
+
+if TYPE_CHECKING:
+    from udddm.store.repair import Repair
 
 
 @dataclass
@@ -37,6 +40,8 @@ class StoreCounters:
     bytes_written: int = 0
     retries: int = 0
     reads: int = 0
+    reinitialized: int = 0
+    """Samples of damaged chunks that began again (`Repair`)."""
     queued: int = 0
     """Batches that were ready when the step asked for the next, summed over the reads."""
 
@@ -54,6 +59,8 @@ class X0Store(ABC):
     def __init__(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, device: torch.device):
         self.order, self.lanes, self.shape, self.encoding, self.device = order, lanes, shape, encoding, device
         self.counters = StoreCounters()
+        self.repair: Repair | None = None
+        """What is done about damaged chunks; None: DamagedChunkError. To be set before `start`."""
         self.epoch = self.step = 0
 
     @abstractmethod

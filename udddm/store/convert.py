@@ -11,6 +11,7 @@ from udddm.store.encoding import Encoding, Rows, StateDtype
 from udddm.store.errors import StoreError
 from udddm.store.generations import Generations, generation_name
 from udddm.store.inspect import Place
+from udddm.store.lease import Lease
 from udddm.store.objects import open_objects
 from udddm.store.snapshot import Snapshot
 
@@ -19,13 +20,25 @@ def convert(place: Place, destination: str, dtype: StateDtype | None) -> str:
     """Write the newest state of a run or store as one complete generation at `destination`, a path or URL.
 
     A run's is that of its newest checkpoint (within an epoch: the rows as they stand). Returns a line about it.
-    Raises StoreError when there is nothing to copy or the destination holds another state.
+    Raises StoreError when there is nothing to copy, or the destination holds another state or is being written.
     """
     generation, order, shape, encoding, rows = _newest(place)
     target_encoding = Encoding(dtype or encoding.name)
     target = Generations(open_objects(destination), order, shape, target_encoding)
     if place.generations is not None and target.objects.describe("") == place.generations.objects.describe(""):
         raise StoreError(f"{destination} is the store itself; choose another destination")
+    lease = Lease(open_objects(destination), "udddm-store convert")
+    lease.acquire()
+    try:
+        return _copy(place, target, generation, rows, encoding)
+    finally:
+        lease.release()
+
+
+def _copy(
+    place: Place, target: Generations, generation: int, rows: Callable[[int, int], Rows], encoding: Encoding
+) -> str:
+    order, destination = target.order, target.objects.describe("")
     target.create()
     if target.is_complete(generation):
         raise StoreError(f"{destination} already holds {generation_name(generation)}; choose another destination")
@@ -34,11 +47,13 @@ def convert(place: Place, destination: str, dtype: StateDtype | None) -> str:
         checksums = {}
         for chunk in range(order.chunks(lane)):
             checksums[chunk] = target.write(
-                generation, lane, chunk, target_encoding.recode(rows(lane, chunk), encoding)
+                generation, lane, chunk, target.encoding.recode(rows(lane, chunk), encoding)
             )
+        target.objects.sync()
         target.complete(generation, lane, checksums)
+    target.objects.sync()
     return (
-        f"{generation_name(generation)} of {place.name} ({encoding.name}) is in {destination} ({target_encoding.name})"
+        f"{generation_name(generation)} of {place.name} ({encoding.name}) is in {destination} ({target.encoding.name})"
     )
 
 

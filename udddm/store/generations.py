@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any
 
 import google_crc32c
 import numpy as np
 
 from udddm.order import Order
-from udddm.store.encoding import Encoding, Rows, StateDtype
+from udddm.store.encoding import Encoding, Rows, StateDtype, generation_zero
 from udddm.store.errors import DamagedChunkError, StoreError
 from udddm.store.objects import Objects
 
@@ -43,10 +44,20 @@ def generation_name(generation: int) -> str:
 
 
 class Generations:
-    """Reads and writes the generations under one URL. Holds no state but the completion records it has read."""
+    """Reads and writes the generations under one URL. Holds no state but the completion records it has read.
 
-    def __init__(self, objects: Objects, order: Order, shape: tuple[int, ...], encoding: Encoding):
-        self.objects, self.order, self.shape, self.encoding = objects, order, shape, encoding
+    `repair(error, samples)` is told of a damaged chunk before `state` gives generation 0 in its place.
+    """
+
+    def __init__(
+        self,
+        objects: Objects,
+        order: Order,
+        shape: tuple[int, ...],
+        encoding: Encoding,
+        repair: Callable[[DamagedChunkError, int], None] | None = None,
+    ):
+        self.objects, self.order, self.shape, self.encoding, self.repair = objects, order, shape, encoding, repair
         self._records: dict[tuple[int, int], Checksums] = {}
 
     @property
@@ -61,21 +72,38 @@ class Generations:
             "dtype": self.encoding.name,
         }
 
-    def create(self) -> None:
-        """Make the group, or check that the one that is there holds this run's kind of state."""
+    def create(self, run: str = "", *, own: bool = False) -> None:
+        """Make the group, or check that the one that is there holds this run's kind of state.
+
+        `run` is the id of the run that writes here, "" where the place itself says whose it is. Raises StoreError when
+        the group is another run's, or nobody's but not empty. `own`: it is known to be this run's.
+        """
         try:
             found = dict(json.loads(self.objects.get("zarr.json"))["attributes"])
         except FileNotFoundError:
-            self._put_json("zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": self.identity()})
+            self._write_group(run)
             return
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.objects.describe('zarr.json')} is no x0-state store: {error}") from error
+        owner = found.pop("run", "")
         if found != self.identity():
             differing = [k for k in self.identity() if found.get(k) != self.identity()[k]]
             raise StoreError(
                 f"{self.objects.describe('')} holds the x0-state of another run "
                 f"(it differs in {', '.join(differing)}); choose another store.url or run directory"
             )
+
+        if owner != run and not own and (owner or self.existing()):
+            raise StoreError(
+                f"{self.objects.describe('')} holds the x0-state of another run ({owner or 'none that is named'}), "
+                "although of the same kind; give every run a store.url of its own, or delete what is there"
+            )
+        if run and not owner:
+            self._write_group(run)
+
+    def _write_group(self, run: str) -> None:
+        attributes = {**self.identity(), "run": run} if run else self.identity()
+        self._put_json("zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
     def begin(self, generation: int) -> None:
         """Write the array's metadata. Every rank does; all write the same."""
@@ -132,6 +160,21 @@ class Generations:
         rows = np.frombuffer(data, self.encoding.array, count).reshape(self.order.chunk, *self.shape)
         return rows[: self.order.chunk_slots(lane, chunk)]
 
+    def zero(self, lane: int, chunk: int) -> Rows:
+        """A chunk's rows of generation 0, which is never stored."""
+        samples = self.order.chunk_samples(lane, chunk)
+        return self.encoding.to_array(generation_zero(self.order.seed, samples, self.shape, self.encoding))
+
+    def state(self, generation: int, lane: int, chunk: int, expected: int) -> Rows:
+        """As `read`, for training: with a `repair`, damage is no end."""
+        try:
+            return self.read(generation, lane, chunk, expected)
+        except DamagedChunkError as error:
+            if self.repair is None:
+                raise
+            self.repair(error, len(self.order.chunk_samples(lane, chunk)))
+            return self.zero(lane, chunk)
+
     # Completion records.
 
     def _record_key(self, generation: int, lane: int) -> str:
@@ -166,8 +209,21 @@ class Generations:
 
     def record_checksum(self, generation: int, lane: int) -> int:
         """What tells this lane of the generation from any other content that could stand in its place."""
-        record = self.record(generation, lane)
-        return int(google_crc32c.value(json.dumps([record[c] for c in range(len(record))]).encode()))
+        return _identity(self.record(generation, lane))
+
+    def restore_record(self, generation: int, lane: int, identity: int) -> bool:
+        """Make a lost completion record again from the chunks' own checksums. False unless it has that `identity`."""
+        found = {}
+        for chunk in range(self.order.chunks(lane)):
+            try:
+                data = self.objects.get(self.chunk_key(generation, lane, chunk))
+            except FileNotFoundError:
+                return False
+            found[chunk] = int.from_bytes(data[-4:], "little")
+        if _identity(found) != identity:
+            return False
+        self.complete(generation, lane, found)
+        return True
 
     def complete_lanes(self, generation: int) -> list[int]:
         names = self.objects.list(f"{generation_name(generation)}/complete")
@@ -208,6 +264,10 @@ class Generations:
         if "checksums" in value:
             value = {**value, "self": self._self_checksum(value)}
         self.objects.put(key, json.dumps(value, indent=1).encode())
+
+
+def _identity(record: Checksums) -> int:
+    return int(google_crc32c.value(json.dumps([record[c] for c in range(len(record))]).encode()))
 
 
 def open_existing(objects: Objects) -> Generations:

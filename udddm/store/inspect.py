@@ -36,10 +36,12 @@ def find(path: str) -> Place:
     run = Path(path)
     if (run / "run.json").exists():
         config = resolve(load_json(run / "run.json")["config"], str(run / "run.json"))
-        url = config.store.url or run / "state"
-        objects = open_objects(url)
+        checkpoints = Checkpoints(run).all()
+        header = _header(checkpoints[-1]) if checkpoints else {"form": "", "url": config.store.url}
+        moved = header["form"] != "full"  # a run may go on with another store.url than it began with
+        objects = open_objects((header["url"] if moved else config.store.url) or run / "state")
         stored = open_existing(objects) if objects.exists("zarr.json") else None
-        return Place(path, stored, run, config, Checkpoints(run).all())
+        return Place(path, stored, run, config, checkpoints)
     if "://" not in path and not run.exists():
         raise StoreError(f"{path} does not exist")
     return Place(path, open_existing(open_objects(path)))

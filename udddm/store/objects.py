@@ -116,6 +116,10 @@ class Objects(ABC):
         """Remove the object or everything under the prefix; nothing happens when there is none. Raises StoreError."""
         self._retrying(f"delete {self.describe(prefix)}", lambda: self._delete(prefix))
 
+    def sync(self) -> None:
+        """Let the names of all that was put outlive a power loss, where a put alone does not do that."""
+        return
+
     def exists(self, key: str) -> bool:
         parent, _, name = key.rpartition("/")
         return name in self.list(parent)
@@ -153,13 +157,18 @@ class Objects(ABC):
 
 
 class LocalObjects(Objects):
-    """Files under a directory. An object is written under another name, synced, and renamed into place."""
+    """Files under a directory. An object is written under another name, synced, and renamed into place.
+
+    Its name is durable after `sync`: to sync the directories after every put would cost a store as much again.
+    """
 
     _serial = itertools.count()
 
     def __init__(self, root: Path):
         super().__init__()
         self.root = root.resolve()  # so that two spellings of a path are seen to be one place
+        self._unsynced: set[Path] = set()
+        self._unsynced_lock = threading.Lock()
 
     def _get(self, key: str) -> bytes:
         return (self.root / key).read_bytes()
@@ -168,6 +177,8 @@ class LocalObjects(Objects):
         try:
             with self._written(key, parts) as temporary:
                 temporary.replace(self.root / key)
+            with self._unsynced_lock:
+                self._unsynced.update((self.root / key).parents[: key.count("/") + 1])
         except FileNotFoundError as error:  # another rank has just removed the generation; the next attempt remakes it
             raise OSError(errno.ESTALE, f"the directory of {self.root / key} was removed meanwhile") from error
 
@@ -213,6 +224,19 @@ class LocalObjects(Objects):
             yield temporary
         finally:
             temporary.unlink(missing_ok=True)
+
+    def sync(self) -> None:
+        with self._unsynced_lock:
+            directories, self._unsynced = self._unsynced, set()
+        for directory in sorted(directories, key=lambda d: -len(d.parts)):
+            try:
+                descriptor = os.open(directory, os.O_RDONLY)
+            except FileNotFoundError:  # removed since
+                continue
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
 
     def _list(self, prefix: str) -> Sequence[str]:
         try:

@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from udddm.order import Order
-from udddm.store.encoding import Encoding, Rows, generation_zero
+from udddm.store.encoding import Encoding, Rows
 from udddm.store.errors import StoreError
 from udddm.store.generations import Checksums, Generations
 from udddm.store.objects import LocalObjects, open_objects
 
 if TYPE_CHECKING:
     from udddm.store.base import X0Store
+    from udddm.store.repair import Repair
 
 
 def _header(store: X0Store, form: str, url: str | None) -> dict[str, Any]:
@@ -90,8 +91,11 @@ def write_reference(
 class Snapshot:
     """A checkpoint's x0-state: a `StateSource` at (epoch, step). The files were verified with the checkpoint."""
 
-    def __init__(self, directory: Path, default_url: Path):
-        """`default_url` is where a reference without a URL of its own points: `<run>/state`."""
+    def __init__(self, directory: Path, default_url: Path, repair: Repair | None = None):
+        """`default_url` is where a reference without a URL of its own points: `<run>/state`.
+
+        `repair` is told of damaged chunks, in whose place `rows` gives generation 0; without it they are an error.
+        """
         try:
             header = json.loads((directory / "snapshot.json").read_text())
         except (OSError, ValueError) as error:
@@ -104,7 +108,7 @@ class Snapshot:
         root = LocalObjects(directory / "rows") if self.form == "full" else open_objects(self.url or default_url)
         self.location = root.describe("")
         """Where the generations are that a `reference` refers to."""
-        self.generations = Generations(root, self.order, self.shape, self.encoding)
+        self.generations = Generations(root, self.order, self.shape, self.encoding, repair)
 
     def _lane(self, lane: int) -> dict[str, Any]:
         record: dict[str, Any] = json.loads((self.directory / f"lane-{lane:04d}.json").read_text())
@@ -114,12 +118,20 @@ class Snapshot:
         """The chunks of generation epoch + 1 that were written by then."""
         return {int(c): int(v) for c, v in self._lane(lane)["written"].items()}
 
-    def base(self, lane: int) -> Checksums:
+    def base(self, lane: int, *, restore: bool = False) -> Checksums:
         """The chunks of generation epoch > 0, which this refers to. Raises StoreError when others are in their place.
 
-        That happens when a run that keeps older checkpoints moves its state back to a store that it had left.
+        That happens when a run that keeps older checkpoints moves its state back to a store that it had left. A record
+        that is damaged or missing is made again with `restore`, if the chunks are those that this refers to.
         """
-        if self.generations.record_checksum(self.epoch, lane) != self._lane(lane)["base"]:
+        expected = self._lane(lane)["base"]
+        try:
+            found = self.generations.record_checksum(self.epoch, lane)
+        except StoreError:
+            if not (restore and self.generations.restore_record(self.epoch, lane, expected)):
+                raise
+            found = expected
+        if found != expected:
             raise StoreError(
                 f"x0-state generation {self.epoch}, lane {lane} in {self.location} is not the one that the checkpoint "
                 f"{self.directory.parent} refers to; resume from a newer checkpoint or start a new run directory"
@@ -134,16 +146,14 @@ class Snapshot:
     def rows(self, lane: int, chunk: int) -> Rows:
         stored = self.generations
         if self.form == "full":
-            return stored.read(self.epoch, lane, chunk, stored.record(self.epoch, lane)[chunk])
+            return stored.state(self.epoch, lane, chunk, stored.record(self.epoch, lane)[chunk])
         written = self.written(lane)
         if chunk in written:
-            return stored.read(self.epoch + 1, lane, chunk, written[chunk])
+            return stored.state(self.epoch + 1, lane, chunk, written[chunk])
         if self.epoch == 0:
-            samples = self.order.chunk_samples(lane, chunk)
-            zero = generation_zero(self.order.seed, samples, self.shape, self.encoding)
-            rows = self.encoding.to_array(zero)
+            rows = stored.zero(lane, chunk)
         else:
-            rows = stored.read(self.epoch, lane, chunk, self.base(lane)[chunk]).copy()
+            rows = stored.state(self.epoch, lane, chunk, self.base(lane)[chunk]).copy()
         window = self.order.window_of(lane, self.epoch, chunk)
         visited = visited_rows(self.order, lane, self.epoch, window, self.step)
         if len(visited):

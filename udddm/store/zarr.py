@@ -12,7 +12,7 @@ import torch
 
 from udddm.order import Order
 from udddm.store.base import StateSource
-from udddm.store.encoding import Encoding, Rows, generation_zero
+from udddm.store.encoding import Encoding, Rows
 from udddm.store.generations import Checksums, Generations
 from udddm.store.lease import Lease
 from udddm.store.objects import open_objects
@@ -21,10 +21,13 @@ from udddm.store.snapshot import Snapshot, write_reference
 
 
 class GenerationTable(ChunkTable):
-    """Chunks in `Generations`, and the checksums of the generations that are being written."""
+    """Chunks in `Generations`, and the checksums of the generations that are being written.
 
-    def __init__(self, generations: Generations, lanes: range):
-        self.generations, self.lanes = generations, lanes
+    `run` is the id of the run whose they are, "" where the place says so.
+    """
+
+    def __init__(self, generations: Generations, lanes: range, run: str = ""):
+        self.generations, self.lanes, self.run = generations, lanes, run
         self.retained: set[int] = set()
         self._lock = threading.Lock()
         self._begin_lock = threading.Lock()
@@ -36,13 +39,13 @@ class GenerationTable(ChunkTable):
     def open(self, epoch: int, step: int, source: StateSource | None) -> None:
         """Take up the position in place when `source` refers to this very store, else write its state here."""
         stored = self.generations
-        stored.create()
-        in_place = (
+        at_home = (
             isinstance(source, Snapshot)
             and source.form == "reference"
             and source.location == stored.objects.describe("")
-            and source.encoding.name == stored.encoding.name
         )
+        stored.create(self.run, own=at_home)
+        in_place = at_home and source is not None and source.encoding.name == stored.encoding.name
         for old in stored.existing():
             if old > epoch + 1 or (not in_place and (old >= epoch or old not in self.retained)):
                 stored.delete(old, self.lanes)
@@ -52,7 +55,7 @@ class GenerationTable(ChunkTable):
             assert isinstance(source, Snapshot)
             if epoch:
                 for lane in self.lanes:
-                    source.base(lane)  # raises unless it is complete and the same
+                    source.base(lane, restore=True)  # raises unless it is complete and the same
             self._written = {(epoch + 1, lane): source.written(lane) for lane in self.lanes}
         elif source is not None:
             self._import(epoch, step, source)
@@ -76,15 +79,12 @@ class GenerationTable(ChunkTable):
 
     def load(self, generation: int, lane: int, chunk: int) -> Rows:
         if generation == 0:
-            stored = self.generations
-            samples = stored.order.chunk_samples(lane, chunk)
-            zero = generation_zero(stored.order.seed, samples, stored.shape, stored.encoding)
-            return stored.encoding.to_array(zero)
+            return self.generations.zero(lane, chunk)
         with self._lock:
             expected = self._written.get((generation, lane), {}).get(chunk)
         if expected is None:
             expected = self.generations.record(generation, lane)[chunk]
-        return self.generations.read(generation, lane, chunk, expected)
+        return self.generations.state(generation, lane, chunk, expected)
 
     def save(self, generation: int, lane: int, chunk: int, rows: Rows) -> None:
         with self._writing(generation) as needed:
@@ -130,6 +130,7 @@ class GenerationTable(ChunkTable):
             if needed:
                 with self._lock:
                     checksums = dict(self._written[generation, lane])
+                self.generations.objects.sync()
                 self.generations.complete(generation, lane, checksums)
 
     def discard_before(self, generation: int) -> None:
@@ -155,8 +156,8 @@ LEASE_PATIENCE = 90.0
 class ZarrStore(HostStore):
     """`url` is where the generations live; `default` says that this is `<run>/state`, which moves with the run.
 
-    `owner` is who may write there. A default store is guarded by the run directory's lock; for any other the first
-    rank holds a lease, and another run pointed at it is refused.
+    `owner` is who may write there, `run` the run's id. A default store is guarded by the run directory's lock; for any
+    other the first rank holds a lease, and another run pointed at it is refused, at the same time or later.
     """
 
     def __init__(
@@ -170,6 +171,7 @@ class ZarrStore(HostStore):
         *,
         default: bool,
         owner: str = "",
+        run: str = "",
         threads: int | None = None,
         prefetch: int | None = None,
         memory: int | None = None,
@@ -178,7 +180,7 @@ class ZarrStore(HostStore):
         objects = open_objects(url)
         self._lease = None if default or lanes.start else Lease(open_objects(url), owner)
         self._url = None if default else objects.describe("")
-        self._table = GenerationTable(Generations(objects, order, shape, encoding), lanes)
+        self._table = GenerationTable(Generations(objects, order, shape, encoding), lanes, "" if default else run)
         super().__init__(
             order,
             lanes,
@@ -195,6 +197,7 @@ class ZarrStore(HostStore):
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:
         if self._lease is not None:  # before the table is opened: that removes generations
             self._lease.acquire(patience=LEASE_PATIENCE)
+        self._table.generations.repair = self.repair
         super().start(epoch, step, source)
 
     def _check(self) -> None:
@@ -212,6 +215,7 @@ class ZarrStore(HostStore):
 
     def snapshot(self, directory: Path) -> None:
         in_flight = self.in_flight()
+        self._table.generations.objects.sync()
         written, base = self._table.written(self.epoch + 1), self._table.base(self.epoch)
         write_reference(self, directory, self._url, base, written, in_flight)
 

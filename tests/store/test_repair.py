@@ -1,0 +1,212 @@
+"""Damage stops a run, or with `reinitialize` costs exactly the damaged samples their state; records are made again."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from udddm import cli
+from udddm.config import StoreConfig
+from udddm.order import Order
+from udddm.store import DamagedChunkError, Encoding, StoreError, X0Store, build
+from udddm.store.encoding import generation_zero
+from udddm.store.generations import Generations, open_existing
+from udddm.store.objects import LocalObjects
+from udddm.testing.store import SHAPE, ModelledRun
+
+ORDER = Order(seed=5, samples=61, batch=8, lanes=2, chunk=4, window=2)
+FP16 = Encoding("fp16")
+
+
+def run_at(directory: Path, on_damage: str, kind: str = "zarr") -> ModelledRun:
+    config = StoreConfig.model_validate({"kind": kind, "on_damage": on_damage})
+
+    def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, where: Path) -> X0Store:
+        return build(config, order, lanes, shape, torch.device("cpu"), where)
+
+    return ModelledRun(make, ORDER, FP16, directory)
+
+
+def chunk_path(directory: Path, generation: int, lane: int, chunk: int) -> Path:
+    return (
+        directory
+        / "state"
+        / Generations(LocalObjects(directory), ORDER, SHAPE, FP16).chunk_key(generation, lane, chunk)
+    )
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
+@pytest.mark.parametrize("steps", [0, 3])
+def test_reinitialize_gives_the_chunk_generation_zero_and_leaves_all_others(
+    tmp_path: Path, damage: Callable[[Path], None], steps: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = run_at(tmp_path, "reinitialize")
+    run.start()
+    run.advance(ORDER.steps + steps)
+    saved = run.save()
+    run.crash()
+    index = ORDER.windows(1) - 1  # a window of which nothing is visited yet
+    chunk = ORDER.window_chunks_of(1, 1, index)[0]
+    damage(chunk_path(tmp_path, 1, 1, chunk))
+    samples = ORDER.chunk_samples(1, chunk)
+    zero = FP16.to_array(generation_zero(ORDER.seed, samples, SHAPE, FP16))
+    saved.model.update((int(sample), zero[i]) for i, sample in enumerate(samples))
+    for _ in range(2):  # and again from the same checkpoint
+        run.restart(saved)
+        run.check_rows()
+        run.advance(2 * ORDER.steps)  # every read is compared with the model
+        run.check_rows()
+        assert run.stores[0].counters.reinitialized == len(samples)
+        run.crash()
+    said = capsys.readouterr().err
+    assert f"generation 1, lane 1, chunk {chunk}" in said and f"{len(samples)} samples" in said
+
+
+@pytest.mark.parametrize("kind", ["gpu", "pinned"])
+def test_a_store_in_memory_that_takes_over_repairs_as_well(tmp_path: Path, kind: str) -> None:
+    run = run_at(tmp_path, "stop")
+    run.start()
+    run.advance(ORDER.steps + 1)
+    saved = run.save()
+    run.crash()
+    chunk = ORDER.window_chunks_of(0, 1, ORDER.windows(0) - 1)[0]
+    flip(chunk_path(tmp_path, 1, 0, chunk))
+    refused = run_at(tmp_path, "stop", kind)
+    with pytest.raises(DamagedChunkError, match="--on-damage"):
+        refused.start(1, saved)
+    refused.crash()
+    samples = ORDER.chunk_samples(0, chunk)
+    zero = FP16.to_array(generation_zero(ORDER.seed, samples, SHAPE, FP16))
+    saved.model.update((int(sample), zero[i]) for i, sample in enumerate(samples))
+    taken = run_at(tmp_path, "reinitialize", kind)
+    taken.start(1, saved)
+    taken.advance(ORDER.steps)
+    assert taken.stores[0].counters.reinitialized == len(samples)
+    taken.crash()
+
+
+@pytest.mark.parametrize("damage", [flip, Path.unlink])
+def test_a_lost_completion_record_is_made_again_from_the_chunks(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    run = run_at(tmp_path, "stop")
+    run.start()
+    run.advance(ORDER.steps + 2)
+    saved = run.save()
+    run.crash()
+    record = tmp_path / "state" / "gen-000001" / "complete" / "lane-0001.json"
+    before = json.loads(record.read_text())
+    damage(record)
+    run.restart(saved)
+    assert json.loads(record.read_text()) == before
+    run.advance(2 * ORDER.steps)
+    run.crash()
+
+
+def test_a_lost_record_of_chunks_that_changed_is_an_error(tmp_path: Path) -> None:
+    run = run_at(tmp_path, "reinitialize")
+    run.start()
+    run.advance(ORDER.steps + 2)
+    saved = run.save()
+    run.crash()
+    (tmp_path / "state" / "gen-000001" / "complete" / "lane-0001.json").unlink()
+    one, other = (chunk_path(tmp_path, 1, 1, chunk) for chunk in (0, 1))
+    kept = one.read_bytes()
+    shutil.copyfile(other, one)
+    other.write_bytes(kept)
+    with pytest.raises(StoreError, match="lane 1 is not complete"):
+        run.restart(saved)
+    run.crash()
+
+
+def test_a_later_run_at_the_same_url_is_refused_and_the_own_run_is_not(tmp_path: Path) -> None:
+    url = tmp_path / "shared"
+
+    def opened(run_id: str) -> ModelledRun:
+        directory = tmp_path / run_id
+        directory.mkdir(exist_ok=True)
+        (directory / "run.json").write_text(json.dumps({"id": run_id}))
+        config = StoreConfig(kind="zarr", url=str(url))
+
+        def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, where: Path) -> X0Store:
+            return build(config, order, lanes, shape, torch.device("cpu"), where)
+
+        return ModelledRun(make, ORDER, FP16, directory)
+
+    first = opened("first")
+    first.start()
+    first.advance(ORDER.steps + 1)
+    saved = first.save()
+    first.crash()
+    before = {p: p.read_bytes() for p in url.rglob("*") if p.is_file()}
+    second = opened("second")
+    with pytest.raises(StoreError, match=r"another run \(first\)"):
+        second.start()
+    second.crash()
+    assert {p: p.read_bytes() for p in url.rglob("*") if p.is_file()} == before
+    first.restart(saved)
+    first.advance(ORDER.steps)
+    first.crash()
+    assert open_existing(LocalObjects(url)).order.samples == ORDER.samples
+
+
+def test_generations_that_are_nobodys_are_not_overwritten_by_a_run(tmp_path: Path) -> None:
+    stored = Generations(LocalObjects(tmp_path), ORDER, SHAPE, FP16)
+    stored.create()
+    stored.create("mine")  # nothing in it yet
+    assert json.loads((tmp_path / "zarr.json").read_text())["attributes"]["run"] == "mine"
+    (tmp_path / "zarr.json").unlink()
+    stored.create()
+    stored.begin(1)
+    with pytest.raises(StoreError, match="none that is named"):
+        stored.create("mine")
+
+
+SETTINGS = (
+    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0, condition: none}",
+    "order={lanes: 2, chunk: 32, window: 2}",
+    "train={steps: 70, batch_size: 64, learning_rate: 0.001, ema: [0.9]}",
+    "checkpoint.every_steps=30",
+    "sample.every_steps=0",
+    "log_every_steps=10",
+)
+
+
+def train(run: Path, *arguments: str) -> int:
+    settings = [part for each in SETTINGS for part in ("--set", each)]
+    return cli.train(["--run-dir", str(run), "--device", "cpu", "--store", "zarr", *settings, *arguments])
+
+
+def test_the_command_stops_by_default_and_goes_on_with_the_flag(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert train(run, "--set", "train.steps=70") == 0
+    # Back to the checkpoint of step 60, in epoch 2 of 29 steps: two of its chunks are damaged.
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-00000070")
+    generation = sorted((run / "state").glob("gen-*"))[0]
+    assert generation.name == "gen-000002"
+    chunk = generation / "c" / "1" / "3" / "0" / "0" / "0"
+    flip(chunk)
+    assert train(run) == 1
+    said = capsys.readouterr().err
+    assert "generation 2, lane 1, chunk 3 is damaged" in said and "--on-damage" in said
+    assert (run / "checkpoints" / "step-00000060").exists() and not (run / "result.json").exists()
+    assert train(run, "--on-damage", "reinitialize") == 0
+    assert json.loads((run / "result.json").read_text())["store_reinitialized"] == 32
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["store_reinitialized"] == 32
+    assert np.isfinite(lines[-1]["loss"])

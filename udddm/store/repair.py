@@ -1,0 +1,27 @@
+"""What `store.on_damage=reinitialize` does: the samples of a damaged chunk begin again, as in generation 0."""
+
+from __future__ import annotations
+
+import threading
+
+from udddm.progress import say
+from udddm.store.base import StoreCounters
+from udddm.store.errors import DamagedChunkError
+
+
+class Repair:
+    """Counts the samples of damaged chunks in `counters.reinitialized`, each chunk once, and says so."""
+
+    def __init__(self, counters: StoreCounters):
+        self.counters = counters
+        self._seen: set[tuple[int, int, int]] = set()
+        self._lock = threading.Lock()
+
+    def __call__(self, error: DamagedChunkError, samples: int) -> None:
+        with self._lock:
+            key = (error.generation, error.lane, error.chunk)
+            if key in self._seen:
+                return
+            self._seen.add(key)
+            self.counters.reinitialized += samples
+        say(f"{error.what}: the {samples} samples of this chunk begin again from their state of generation 0")

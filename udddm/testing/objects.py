@@ -1,0 +1,193 @@
+"""Objects that are slow, fail on purpose, or keep a record: wrappers around any `udddm.store.objects.Objects`.
+
+    inner = open_objects("s3://bucket/prefix")
+    faulty = FaultyObjects(DelayedObjects(inner, seconds=0.05))
+    faulty.fail(ConnectionResetError("reset"), times=2, operation="put")
+    faulty.fail(TimeoutError("no reply"), operation="put_if_absent", after=True)
+
+A wrapper sees single requests: each attempt is delayed, may fail and is recorded by itself, and the outermost makes the
+attempts and counts the `retries`. Wrappers go around one another. A zarr store opens its objects by itself; in a test
+give it wrapped ones by
+
+    monkeypatch.setattr("udddm.store.zarr.open_objects", lambda url: DelayedObjects(open_objects(url), 0.05))
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal, TypeVar, get_args
+
+from udddm.store.objects import Objects
+
+T = TypeVar("T")
+Operation = Literal["get", "put", "put_if_absent", "replace_if", "list", "delete"]
+
+
+class WrappedObjects(Objects):
+    """Passes each request on. A subclass overrides `_request`, through which all of them go.
+
+    Has the retry settings that `inner` has when it is wrapped, and its descriptions. Closing it closes `inner`.
+    """
+
+    def __init__(self, inner: Objects):
+        super().__init__()
+        self.inner = inner
+        self.retry = inner.retry
+
+    def _request(self, operation: Operation, key: str, sent: int, action: Callable[[], T]) -> T:
+        """One attempt at a request that carries `sent` bytes of content: the result of `action`, or what it raises."""
+        return action()
+
+    def _get(self, key: str) -> bytes:
+        return self._request("get", key, 0, partial(self.inner._get, key))
+
+    def _put(self, key: str, parts: tuple[bytes | memoryview, ...]) -> None:
+        size = sum(memoryview(part).nbytes for part in parts)
+        self._request("put", key, size, partial(self.inner._put, key, parts))
+
+    def _put_if_absent(self, key: str, data: bytes) -> bool:
+        return self._request("put_if_absent", key, len(data), partial(self.inner._put_if_absent, key, data))
+
+    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
+        return self._request("replace_if", key, len(data), partial(self.inner._replace_if, key, data, expected))
+
+    def _list(self, prefix: str) -> Sequence[str]:
+        return self._request("list", prefix, 0, partial(self.inner._list, prefix))
+
+    def _delete(self, prefix: str) -> None:
+        self._request("delete", prefix, 0, partial(self.inner._delete, prefix))
+
+    def describe(self, key: str) -> str:
+        return self.inner.describe(key)
+
+    def close(self) -> None:
+        super().close()
+        self.inner.close()
+
+
+class DelayedObjects(WrappedObjects):
+    """Every request waits for `seconds` before it is made. After `close` none waits, nor goes on waiting."""
+
+    def __init__(self, inner: Objects, seconds: float):
+        super().__init__(inner)
+        self.seconds = seconds
+
+    def _request(self, operation: Operation, key: str, sent: int, action: Callable[[], T]) -> T:
+        self._closed.wait(self.seconds)
+        return action()
+
+
+@dataclass(frozen=True)
+class _Fault:
+    error: Exception
+    operation: str
+    after: bool
+
+
+class FaultyObjects(WrappedObjects):
+    """Requests fail as they are told to: see `fail`. `failed` counts those that did."""
+
+    def __init__(self, inner: Objects):
+        super().__init__(inner)
+        self.failed = 0
+        self._faults: list[_Fault] = []
+        self._lock = threading.Lock()
+
+    def fail(
+        self, error: Exception, times: int = 1, operation: Operation | Literal[""] = "", *, after: bool = False
+    ) -> None:
+        """Let the next `times` requests raise `error`: of one operation when it is given, after earlier faults.
+
+        An OSError is tried again (PermissionError is not), `Refused` and FileNotFoundError are not. With `after` the
+        request takes effect first and what it gave is lost. Raises ValueError for an operation that does not exist.
+        """
+        if operation and operation not in get_args(Operation):
+            raise ValueError(f"no operation {operation!r}: there are {', '.join(get_args(Operation))}")
+        with self._lock:
+            self._faults += [_Fault(error, operation, after)] * times
+
+    def heal(self) -> None:
+        """Forget the faults that have not happened yet."""
+        with self._lock:
+            self._faults.clear()
+
+    def _request(self, operation: Operation, key: str, sent: int, action: Callable[[], T]) -> T:
+        fault = self._next_fault(operation)
+        if fault is None:
+            return action()
+        if fault.after:
+            with suppress(Exception):  # an error is a reply too
+                action()
+        raise fault.error.with_traceback(None)  # else that of a fault which is raised again would grow
+
+    def _next_fault(self, operation: Operation) -> _Fault | None:
+        with self._lock:
+            for index, fault in enumerate(self._faults):
+                if fault.operation in ("", operation):
+                    self.failed += 1
+                    return self._faults.pop(index)
+        return None
+
+
+@dataclass(frozen=True)
+class Request:
+    """One attempt at a request."""
+
+    operation: Operation
+    key: str
+    """Of a listing or deletion, the prefix."""
+    bytes: int
+    """Of content that was sent, or that a `get` received."""
+    seconds: float
+    outcome: str
+    """"done"; "not done" of a conditional write whose condition did not hold; else the error, as repr shows it."""
+
+    def __str__(self) -> str:
+        return f"{self.operation} {self.key}: {self.outcome}, {self.bytes} bytes, {1000 * self.seconds:.1f} ms"
+
+
+class LoggedObjects(WrappedObjects):
+    """Records every request when it ends: in `requests`, and with `log`, a function or a logger (level INFO).
+
+    `log` is called in the thread of the request, from several at once. What it raises, the request raises.
+    """
+
+    def __init__(self, inner: Objects, log: Callable[[Request], object] | logging.Logger | None = None):
+        super().__init__(inner)
+        self._log = log.info if isinstance(log, logging.Logger) else log
+        self._requests: list[Request] = []
+        self._lock = threading.Lock()
+
+    @property
+    def requests(self) -> list[Request]:
+        """A copy of the records until now, in the order in which the requests ended."""
+        with self._lock:
+            return list(self._requests)
+
+    def _request(self, operation: Operation, key: str, sent: int, action: Callable[[], T]) -> T:
+        began = time.perf_counter()
+        size, outcome = sent, "done"
+        try:
+            result = action()
+            if isinstance(result, bytes):
+                size = len(result)
+            elif result is False:
+                outcome = "not done"
+            return result
+        except Exception as error:
+            outcome = repr(error)
+            raise
+        finally:
+            self._record(Request(operation, key, size, time.perf_counter() - began, outcome))
+
+    def _record(self, request: Request) -> None:
+        with self._lock:
+            self._requests.append(request)
+        if self._log is not None:
+            self._log(request)
