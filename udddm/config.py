@@ -148,6 +148,9 @@ class StoreConfig(Section):
     prefetch: Positive | None = Field(
         None, description="steps whose state and images are made ready ahead; unset: chosen for the state, 4 for images"
     )
+    compression: Literal["none", "lz4", "zstd"] = Field(
+        "none", description="of the zarr store's chunks from the next generation on (docs/store.md has the trade)"
+    )
     on_damage: Literal["stop", "reinitialize"] = Field(
         "stop",
         description="what a damaged chunk does: stop training, or let its samples begin again as in generation 0",
@@ -250,6 +253,7 @@ _CHANGEABLE = frozenset(
         "store.prefetch",
         "store.memory_mb",
         "store.on_damage",
+        "store.compression",
         "train.compile",
         "train.threads",
         "data.path",

@@ -67,6 +67,7 @@ def _open(
         default=default,
         owner=str(run.resolve()),
         run=run_id(run),
+        compression=config.compression,
         threads=config.threads,
         prefetch=config.prefetch,
         memory=memory,

@@ -25,6 +25,7 @@ import google_crc32c
 import numpy as np
 
 from udddm.order import Order
+from udddm.store.compression import Compression, codec, compress, decompress, of_array
 from udddm.store.encoding import Encoding, Rows, StateDtype, generation_zero
 from udddm.store.errors import DamagedChunkError, StoreError
 from udddm.store.objects import Objects
@@ -56,8 +57,12 @@ class Generations:
         shape: tuple[int, ...],
         encoding: Encoding,
         repair: Callable[[DamagedChunkError, int], None] | None = None,
+        compression: Compression = "none",
     ):
         self.objects, self.order, self.shape, self.encoding, self.repair = objects, order, shape, encoding, repair
+        self.compression: Compression = compression
+        """Of generations that are yet to begin."""
+        self._compressions: dict[int, Compression] = {}
         self._records: dict[tuple[int, int], Checksums] = {}
 
     @property
@@ -106,10 +111,15 @@ class Generations:
         self._put_json("zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
     def begin(self, generation: int) -> None:
-        """Write the array's metadata. Every rank does; all write the same."""
+        """Write the array's metadata. Every rank does; all write the same. What is there keeps its compression."""
         order = self.order
+        try:
+            compression = self._compression_of(generation)
+        except FileNotFoundError:
+            compression = self._compressions[generation] = self.compression
         dims = [order.lanes, order.longest_lane, *self.shape]
-        codec = {"name": "bytes", "configuration": {"endian": "little"}}
+        item_bytes = self.encoding.array.itemsize
+        endian = {"name": "bytes", "configuration": {"endian": "little"}}
         self._put_json(
             f"{generation_name(generation)}/zarr.json",
             {
@@ -120,11 +130,25 @@ class Generations:
                 "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, order.chunk, *self.shape]}},
                 "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
                 "fill_value": 0,
-                "codecs": [{"name": "bytes"} if self.encoding.array.itemsize == 1 else codec, {"name": "crc32c"}],
+                "codecs": [
+                    {"name": "bytes"} if item_bytes == 1 else endian,
+                    *codec(compression, item_bytes),
+                    {"name": "crc32c"},
+                ],
                 "dimension_names": ["lane", "slot", *("channel", "row", "column")[: len(self.shape)]],
                 "attributes": {"generation": generation, "state_dtype": self.encoding.name},
             },
         )
+
+    def _compression_of(self, generation: int) -> Compression:
+        """Raises FileNotFoundError when there is no such generation, StoreError when its metadata is damaged."""
+        if generation not in self._compressions:
+            key = f"{generation_name(generation)}/zarr.json"
+            try:
+                self._compressions[generation] = of_array(json.loads(self.objects.get(key)))
+            except (ValueError, KeyError, TypeError) as error:
+                raise StoreError(f"{self.objects.describe(key)} is damaged: {error!r}") from error
+        return self._compressions[generation]
 
     def chunk_key(self, generation: int, lane: int, chunk: int) -> str:
         return f"{generation_name(generation)}/c/{lane}/{chunk}" + "/0" * len(self.shape)
@@ -134,7 +158,7 @@ class Generations:
         missing = self.order.chunk - len(rows)
         if missing:
             rows = np.concatenate([rows, np.zeros((missing, *self.shape), rows.dtype)])
-        data = rows.tobytes()
+        data = compress(rows, self._compressions.get(generation, self.compression))
         checksum = int(google_crc32c.value(data))
         self.objects.put(self.chunk_key(generation, lane, chunk), data, checksum.to_bytes(4, "little"))
         return checksum
@@ -150,14 +174,24 @@ class Generations:
             data = self.objects.get(key)
         except FileNotFoundError:
             raise damaged("it is missing") from None
-        if len(data) != self.chunk_bytes + 4:
+        try:
+            compression = self._compression_of(generation)
+        except FileNotFoundError:
+            raise damaged("its generation's zarr.json is missing") from None
+        if compression == "none" and len(data) != self.chunk_bytes + 4:
             raise damaged(f"it has {len(data)} bytes instead of {self.chunk_bytes + 4}")
-        if google_crc32c.value(data) != _RESIDUE:
+        if len(data) < 4 or google_crc32c.value(data) != _RESIDUE:
             raise damaged("its bytes do not match their checksum")
         if (stored := int.from_bytes(data[-4:], "little")) != expected:
             raise damaged(f"it is intact but not the chunk that was written here ({stored:08x}, not {expected:08x})")
+        try:
+            content = decompress(memoryview(data)[:-4], compression)
+        except (ValueError, RuntimeError) as error:
+            raise damaged(f"it cannot be decompressed: {error}") from error
+        if len(content) != self.chunk_bytes:
+            raise damaged(f"it decompresses to {len(content)} bytes instead of {self.chunk_bytes}")
         count = self.chunk_bytes // self.encoding.array.itemsize
-        rows = np.frombuffer(data, self.encoding.array, count).reshape(self.order.chunk, *self.shape)
+        rows = np.frombuffer(content, self.encoding.array, count).reshape(self.order.chunk, *self.shape)
         return rows[: self.order.chunk_slots(lane, chunk)]
 
     def zero(self, lane: int, chunk: int) -> Rows:
@@ -243,6 +277,7 @@ class Generations:
 
     def delete(self, generation: int, lanes: range) -> None:
         """Remove a generation's lanes, completion records first: what a crash leaves is visibly incomplete."""
+        self._compressions.pop(generation, None)
         for lane in lanes:
             self.reopen(generation, lane)
         if len(lanes) == self.order.lanes:

@@ -12,6 +12,7 @@ import torch
 
 from udddm.order import Order
 from udddm.store.base import StateSource
+from udddm.store.compression import Compression
 from udddm.store.encoding import Encoding, Rows
 from udddm.store.generations import Checksums, Generations
 from udddm.store.lease import Lease
@@ -172,6 +173,7 @@ class ZarrStore(HostStore):
         default: bool,
         owner: str = "",
         run: str = "",
+        compression: Compression = "none",
         threads: int | None = None,
         prefetch: int | None = None,
         memory: int | None = None,
@@ -180,7 +182,9 @@ class ZarrStore(HostStore):
         objects = open_objects(url)
         self._lease = None if default or lanes.start else Lease(open_objects(url), owner)
         self._url = None if default else objects.describe("")
-        self._table = GenerationTable(Generations(objects, order, shape, encoding), lanes, "" if default else run)
+        self._table = GenerationTable(
+            Generations(objects, order, shape, encoding, compression=compression), lanes, "" if default else run
+        )
         super().__init__(
             order,
             lanes,
