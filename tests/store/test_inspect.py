@@ -10,6 +10,8 @@ import udddm
 from udddm import cli, config
 from udddm.store import StoreError, inspect
 from udddm.store.generations import generation_name
+from udddm.store.lease import Lease
+from udddm.store.objects import LocalObjects
 
 SETTINGS = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.0, condition: none}",
@@ -166,3 +168,39 @@ def test_a_place_without_a_store_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "no x0-state store here" in err
     with pytest.raises(StoreError):
         inspect.find(str(tmp_path))
+
+
+def test_a_checkpoint_that_cannot_be_read_is_reported_and_does_not_hide_the_store(
+    zarr_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    newest = sorted((zarr_run / "checkpoints").iterdir())[-1]
+    (newest / "state" / "snapshot.json").write_text("{")
+    code, out, _ = store(capsys, "verify", str(zarr_run))
+    assert code == 1
+    assert f"checkpoint {newest.name}" in out
+
+
+def test_a_run_that_went_on_at_another_url_is_looked_up_there(
+    zarr_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (zarr_run / "result.json").unlink()
+    shutil.rmtree(sorted((zarr_run / "checkpoints").iterdir())[-1])
+    moved = tmp_path / "elsewhere"
+    settings = [*SETTINGS, "store.kind=zarr", f"store.url={moved}"]
+    udddm.train(config.load(None, settings), run_dir=zarr_run, device="cpu")
+    code, out, _ = store(capsys, "info", str(zarr_run))
+    assert code == 0 and f"store: {moved}" in out
+
+
+def test_convert_refuses_a_destination_that_is_being_written(
+    zarr_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lease = Lease(LocalObjects(tmp_path / "copy"), "another run")
+    lease.acquire()
+    try:
+        code, _, said = store(capsys, "convert", str(zarr_run), str(tmp_path / "copy"))
+        assert code == 1 and "another run" in said
+    finally:
+        lease.release()
+    assert store(capsys, "convert", str(zarr_run), str(tmp_path / "copy"))[0] == 0
+    assert not (tmp_path / "copy" / "lease.json").exists()

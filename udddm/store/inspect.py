@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,14 +38,21 @@ def find(path: str) -> Place:
     if (run / "run.json").exists():
         config = resolve(load_json(run / "run.json")["config"], str(run / "run.json"))
         checkpoints = Checkpoints(run).all()
-        header = _header(checkpoints[-1]) if checkpoints else {"form": "", "url": config.store.url}
-        moved = header["form"] != "full"  # a run may go on with another store.url than it began with
-        objects = open_objects((header["url"] if moved else config.store.url) or run / "state")
+        objects = open_objects(_url_in_use(checkpoints, config) or run / "state")
         stored = open_existing(objects) if objects.exists("zarr.json") else None
         return Place(path, stored, run, config, checkpoints)
     if "://" not in path and not run.exists():
         raise StoreError(f"{path} does not exist")
     return Place(path, open_existing(open_objects(path)))
+
+
+def _url_in_use(checkpoints: list[Path], config: RunConfig) -> str | None:
+    """Where the newest checkpoint refers to: a run may go on with another `store.url` than it began with."""
+    with suppress(StoreError):  # a damaged checkpoint is `verify`'s to report
+        if checkpoints and (header := _header(checkpoints[-1]))["form"] == "reference":
+            url: str | None = header["url"]
+            return url
+    return config.store.url
 
 
 def info(place: Place) -> list[str]:
