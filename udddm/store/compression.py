@@ -39,10 +39,10 @@ def of_array(metadata: dict[str, Any]) -> Compression:
     return "none"
 
 
-def compress(rows: Rows, compression: Compression) -> bytes:
-    """The bytes of rows as they are stored: a function of the rows and the library's version."""
+def compress(rows: Rows, compression: Compression) -> bytes | memoryview:
+    """The bytes of rows as they are stored, not copied without need: a function of rows and the library's version."""
     if compression == "none":
-        return rows.tobytes()
+        return np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
     shuffle = blosc.SHUFFLE if rows.itemsize > 1 else blosc.BITSHUFFLE
     return bytes(blosc.compress(np.ascontiguousarray(rows).reshape(-1), compression.encode(), _LEVEL, shuffle, 0))
 

@@ -159,7 +159,7 @@ class Generations:
         if missing:
             rows = np.concatenate([rows, np.zeros((missing, *self.shape), rows.dtype)])
         data = compress(rows, self._compressions.get(generation, self.compression))
-        checksum = int(google_crc32c.value(data))
+        checksum = int(google_crc32c.value(np.frombuffer(data, np.uint8)))
         self.objects.put(self.chunk_key(generation, lane, chunk), data, checksum.to_bytes(4, "little"))
         return checksum
 
