@@ -209,6 +209,7 @@ class SteadyTable(GenerationTable):
         model = stored.objects
         assert isinstance(model, ModelObjects)
         stored.create()
+        stored.begin(epoch)
         checksum = int(google_crc32c.value(model.blank[:-4]))
         for lane in self.lanes:
             stored.complete(epoch, lane, dict.fromkeys(range(stored.order.chunks(lane)), checksum))

@@ -10,11 +10,11 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
-from udddm.store.compression import Compression, compress, decompress
 
 from udddm.config import StoreConfig
 from udddm.order import Order
 from udddm.store import DamagedChunkError, Encoding, X0Store, build
+from udddm.store.compression import Compression, compress, decompress
 from udddm.store.encoding import StateDtype
 from udddm.store.generations import Generations
 from udddm.store.objects import LocalObjects
