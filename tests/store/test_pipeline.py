@@ -58,13 +58,21 @@ class Watched(LocalObjects):
         return Counter(key for what, key, _, _ in self.log if what == operation and "/c/" in key)
 
 
+def least_memory(order: Order, prefetch: int = 1) -> int:
+    """Bytes for no more windows than a rank of all lanes needs: with more, a small state is never read back."""
+    smallest = min(order.smallest_window(lane) for lane in range(order.lanes))
+    largest = min(order.window_chunks * order.chunk, order.longest_lane)
+    windows = 2 + -(-order.share // smallest)
+    return ROW_BYTES * order.lanes * (windows * largest + 2 * prefetch * order.share)
+
+
 class WatchedRun(ModelledRun):
-    """A run on zarr stores whose objects are watched."""
+    """A run on zarr stores whose objects are watched, with the least memory unless `options` say otherwise."""
 
     def __init__(self, directory: Path, before: Callable[[str, str], None], order: Order = ORDER, **options: int):
         super().__init__(self._store, order, Encoding("fp16"), directory)
         self.objects = Watched(directory / "state", before)
-        self.options = options
+        self.options = {"memory": least_memory(order, options.get("prefetch", 1)), **options}
 
     def _store(
         self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path
