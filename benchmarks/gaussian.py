@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from udddm import noise, objective, process, store
-from udddm.backends.engine import TorchEngine
 from udddm.backends.ranks import Ranks
+from udddm.backends.torch_engine import TorchEngine
 from udddm.config import (
     ChainConfig,
     NetworkConfig,
@@ -161,7 +161,7 @@ def train(config: RunConfig, samples: int, width: int) -> Trained:
     assert config.train.steps is not None
     goal = objective.build(config, chosen, config.train.steps / order.steps, (1, 2, 2))
     engine = TorchEngine(network, config.train, ranks, config.train.steps)
-    ema = EMA(network, config.train.ema[0], config.train.ema_warmup)
+    ema = EMA(engine.weights(), config.train.ema[0], config.train.ema_warmup)
     states = store.build(config.store, order, lanes, SHAPE, ranks.device, Path())
     states.start(0, 0, None)
     started = time.process_time()

@@ -7,24 +7,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from udddm.backends.ranks import Ranks
 from udddm.checkpoint import (
-    CheckpointError,
     Checkpoints,
-    check_same_network,
     damage,
     load_json,
-    load_tensors,
-    save_tensors,
     step_of,
 )
+from udddm.errors import CheckpointError
+from udddm.portable import Saved
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def fill(directory: Path) -> None:
-    save_tensors(directory / "model.safetensors", {"weight": torch.arange(300.0)})
+    save_file({"weight": torch.arange(300.0)}, directory / "model.safetensors")
     (directory / "state").mkdir()
     (directory / "state" / "rows.bin").write_bytes(bytes(range(256)) * 10)
 
@@ -33,7 +32,7 @@ def test_a_written_checkpoint_is_whole(tmp_path: Path) -> None:
     path = Checkpoints(tmp_path).write(12, ALONE, fill)
     assert path.name == "step-00000012" and step_of(path) == 12
     assert damage(path) is None
-    assert torch.equal(load_tensors(path / "model.safetensors")["weight"], torch.arange(300.0))
+    assert torch.equal(Saved(path, "model")["weight"], torch.arange(300.0))
     assert Checkpoints(tmp_path).newest_valid(print) == path
 
 
@@ -113,20 +112,32 @@ def test_leftovers_of_a_killed_write_are_not_checkpoints(tmp_path: Path) -> None
 
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
-    wanted = {"a": torch.zeros(2, 3), "b": torch.zeros(1)}
-    check_same_network(tmp_path, {"a": torch.ones(2, 3), "b": torch.ones(1)}, wanted)
+    wanted = {"a": torch.Size([2, 3]), "b": torch.Size([1])}
+    tensors = {name: torch.zeros(shape) for name, shape in wanted.items()}
+    save_file(tensors, tmp_path / "model.safetensors")
+    Saved(tmp_path, "model").check_network(wanted)
     for found, word in (
         ({"a": torch.zeros(2, 3)}, "lacks b"),
-        ({**wanted, "c": torch.zeros(1)}, "has c"),
-        ({"a": torch.zeros(3, 2), "b": torch.zeros(1)}, r"a is \[3, 2\]"),
+        ({**tensors, "c": torch.zeros(1)}, "has c"),
+        ({**tensors, "a": torch.zeros(3, 2)}, r"a is \[3, 2\]"),
     ):
+        save_file(found, tmp_path / "model.safetensors")
         with pytest.raises(CheckpointError, match=word):
-            check_same_network(tmp_path, found, wanted)
+            Saved(tmp_path, "model").check_network(wanted)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"\x80\x04pickle")
     (tmp_path / "x.json").write_text("{")
-    for read, name in ((load_tensors, "x.safetensors"), (load_json, "x.json"), (load_json, "none.json")):
+    for name in ("x.json", "none.json"):
         with pytest.raises(CheckpointError, match=name):
-            read(tmp_path / name)
+            load_json(tmp_path / name)
+    for kind in ("x", "none"):
+        with pytest.raises(CheckpointError, match=f"{kind}.safetensors"):
+            Saved(tmp_path, kind)
+
+
+def test_a_missing_part_of_several_is_named(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(1)}, tmp_path / "model-00002-of-00003.safetensors")
+    with pytest.raises(CheckpointError, match="1 of 3 files model-"):
+        Saved(tmp_path, "model")

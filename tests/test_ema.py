@@ -14,7 +14,7 @@ def trained(decay: float, steps: int, warmup: bool = False) -> tuple[EMA, list[t
     generator = torch.Generator().manual_seed(0)
     module = nn.Linear(4, 3)
     nn.init.normal_(module.weight, generator=generator)
-    ema = EMA(module, decay, warmup)
+    ema = EMA(dict(module.named_parameters()), decay, warmup)
     seen = [module.weight.detach().clone()]
     for step in range(1, steps + 1):
         with torch.no_grad():
@@ -50,7 +50,7 @@ def test_warm_up_limits_the_decay_to_1_plus_step_over_10_plus_step() -> None:
 
 def test_average_covers_every_parameter_and_is_a_copy_in_float32() -> None:
     module = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1, bias=False)).bfloat16()
-    ema = EMA(module, 0.9)
+    ema = EMA(dict(module.named_parameters()), 0.9)
     before = {name: p.detach().float().clone() for name, p in module.named_parameters()}
     assert set(ema.weights) == set(before)
     with torch.no_grad():
@@ -73,7 +73,7 @@ def test_small_steps_are_not_lost_to_rounding_in_low_precision() -> None:
     module = nn.Linear(1, 1, bias=False).bfloat16()
     with torch.no_grad():
         module.weight.fill_(1.0)
-    ema = EMA(module, 0.9999)
+    ema = EMA(dict(module.named_parameters()), 0.9999)
     with torch.no_grad():
         module.weight.fill_(1.5)
     for step in range(1, 101):

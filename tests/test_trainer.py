@@ -15,11 +15,11 @@ import torch
 
 import udddm
 from udddm import ConfigError, RunConfig
-from udddm.backends.engine import TorchEngine
 from udddm.backends.ranks import Ranks
-from udddm.checkpoint import load_tensors
+from udddm.backends.torch_engine import TorchEngine
 from udddm.config import TrainConfig, resolve
 from udddm.data import DataError
+from udddm.portable import Saved
 from udddm.trainer import Diverged
 
 NETWORK = {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.0, "condition": "none"}
@@ -62,9 +62,9 @@ def test_every_precision_trains_and_keeps_float32_weights(precision: str, tmp_pa
     train(tiny(train={"precision": precision, "clip": 1.0}), tmp_path)
     directory = tmp_path / "checkpoints" / "step-00000006"
     for name in ("model", "ema-0.9"):
-        weights = load_tensors(directory / f"{name}.safetensors")
+        weights = Saved(directory, name)
         assert all(w.dtype == torch.float32 and torch.isfinite(w).all() for w in weights.values())
-    assert ("scaler" in load_tensors(directory / "optimizer.safetensors")) == (precision == "fp16")
+    assert ("scaler" in Saved(directory, "optimizer")) == (precision == "fp16")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
@@ -124,7 +124,7 @@ def test_two_ranks_agree_with_one_to_float_rounding(tmp_path: Path) -> None:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     subprocess.run([*launcher, *module, "--run-dir", str(two)], check=True, env=environment, timeout=200)
     for name in ("model", "ema-0.9"):
-        a, b = (load_tensors(run / "checkpoints" / "step-00000010" / f"{name}.safetensors") for run in (one, two))
+        a, b = (Saved(run / "checkpoints" / "step-00000010", name) for run in (one, two))
         assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5
     losses = [
         [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)
@@ -192,8 +192,8 @@ def test_optimizer_state_survives_a_round_trip() -> None:
     for number in range(3):
         step(first, number)
     second = TorchEngine(torch.nn.Linear(3, 2), config, ranks, 10)
-    second.load_weights(first.weights())
-    second.load_optimizer_tensors(first.optimizer_tensors())
+    moments = {f"{key}/{n}": m for key, pieces in first.moments().items() for n, m in pieces.items()}
+    second.load(first.weights(), moments | first.scalars())
     for engine in (first, second):
         step(engine, 3)
     assert all(torch.equal(a, b) for a, b in zip(first.weights().values(), second.weights().values(), strict=True))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,49 +15,85 @@ import torch
 import udddm
 from udddm import config as configuration
 from udddm import sampler
-from udddm.backends.ranks import Ranks, choose_device, join
-from udddm.checkpoint import CheckpointError, Checkpoints, check_same_network, damage, load_json, load_tensors
+from udddm.backends.deepspeed_config import resolve as resolve_deepspeed
+from udddm.backends.deepspeed_config import zero_stage
+from udddm.backends.ranks import TIMEOUT, Ranks, choose_device
+from udddm.checkpoint import Checkpoints, damage, load_json
 from udddm.config import ConfigError, RunConfig
-from udddm.data import ImageDataset, MapDataset, load_dataset
+from udddm.data import DataError, ImageDataset, MapDataset, load_dataset
+from udddm.errors import CheckpointError
 from udddm.network import UNet
+from udddm.portable import Saved
 from udddm.process import Process
 from udddm.process import build as build_process
 from udddm.progress import say
 from udddm.run import claim, locked
-from udddm.trainer import Trainer, network_for
+from udddm.trainer import Listener, Trainer, network_for
 
 
 def train(
     config: RunConfig,
-    dataset: MapDataset | None = None,
+    dataset: MapDataset | Callable[[], MapDataset] | None = None,
     *,
     run_dir: str | Path,
     device: str = "auto",
+    backend: str = "auto",
+    workers: int | tuple[int, int] = 1,
+    max_failures: int = 0,
+    timeout: float = TIMEOUT,
 ) -> dict[str, Any]:
     """Train, or resume, the run in `run_dir` and return what its `result.json` says.
 
-    `dataset` is any map-style object: `len(dataset)` and `dataset[i]` giving an image [C, H, W] in [-1, 1] (or uint8),
-    or an (image, label) pair. Without it, `config.data` is loaded. Raises ConfigError, DataError, StoreError,
-    CheckpointError, Diverged, or Interrupted; nothing is lost by any of them, and the same call resumes.
+    `dataset` is any map-style object: `len(dataset)` and `dataset[i]` giving an image [C, H, W] in [-1, 1] (or
+    uint8), or an (image, label) pair; or a function that returns one, which is called in every worker. Without it,
+    `config.data` is loaded. `backend` is auto, local or ray; `workers` a number or (least, most). After each of
+    `max_failures` failures of workers (killed, or `timeout` seconds without an answer) the run goes on from its last
+    checkpoint.
+
+    Raises ConfigError, DataError, StoreError, CheckpointError, Diverged, Interrupted, RankError or WorkerLost; nothing
+    is lost by any of them, and the same call resumes.
     """
-    run = Path(run_dir)
-    ranks = join(device, config.order.lanes)
-    try:
+    from udddm.backends import launch
+
+    wanted = (workers, workers) if isinstance(workers, int) else workers
+    if not 1 <= wanted[0] <= wanted[1]:
+        raise ConfigError(f"workers {wanted}: give a positive number, or the least and the most")
+    if config.engine.name == "deepspeed":
+        resolve_deepspeed(config, launch.Job(config, Path(run_dir), workers=wanted).fitting(wanted[1]))
+    job = launch.Job(config, Path(run_dir), dataset, device, wanted, max_failures, timeout)
+    return launch.run(job, backend)
+
+
+def train_rank(
+    config: RunConfig, dataset: MapDataset | None, run: Path, ranks: Ranks, listener: Listener | None = None
+) -> dict[str, Any]:
+    """This rank's part of a run: what every launcher calls on every rank once they have joined."""
+    refused = (ConfigError, DataError, OSError)
+
+    def load() -> ImageDataset:
         images = ImageDataset(dataset if dataset is not None else load_dataset(config.data))
         if config.network.classes and not images.labelled:
             raise ConfigError("network.classes is set, but the data set has no labels")
-        if not ranks.first:
-            ranks.barrier()
-            return _train(config, images, run, ranks)
-        with locked(run):
+        return images
+
+    images = ranks.together(load, refused)
+    with ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(locked(run))
             claim(run, config, images)
-            ranks.barrier()
-            return _train(config, images, run, ranks)
-    finally:
-        ranks.close()
+
+        ranks.first_only(take, refused)
+        ranks.check_shared(run, "the run directory")
+        url = config.store.url
+        if config.store.kind == "zarr" and url and ("://" not in url or url.startswith("file://")):
+            ranks.check_shared(Path(url.removeprefix("file://")), "the x0-state's directory")
+        return _train(config, images, run, ranks, listener)
 
 
-def _train(config: RunConfig, images: ImageDataset, run: Path, ranks: Ranks) -> dict[str, Any]:
+def _train(
+    config: RunConfig, images: ImageDataset, run: Path, ranks: Ranks, listener: Listener | None
+) -> dict[str, Any]:
     finished = run / "result.json"
     if finished.exists():
         if ranks.first:
@@ -68,7 +105,7 @@ def _train(config: RunConfig, images: ImageDataset, run: Path, ranks: Ranks) -> 
     if ranks.first:
         for line in describe(config, images, run, ranks):
             say(line)
-    return Trainer(config, images, run, ranks).train()
+    return Trainer(config, images, run, ranks, listener).train()
 
 
 def describe(config: RunConfig, images: ImageDataset, run: Path, ranks: Ranks) -> list[str]:
@@ -81,9 +118,13 @@ def describe(config: RunConfig, images: ImageDataset, run: Path, ranks: Ranks) -
         "zarr": f"{config.store.url or run / 'state'}, read and written in the background",
     }
     precision = "as configured" if config.train.precision != "fp32" else "the default"
+    engine: str = config.engine.name
+    if engine == "deepspeed":
+        engine += f", ZeRO {zero_stage(config)}" + (", optimizer in host memory" if config.engine.offload else "")
     return [
         f"udddm {udddm.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        f"device: {name}, rank 1 of {ranks.world}; precision: {config.train.precision} ({precision})",
+        f"device: {name}, {ranks.world} {'ranks' if ranks.world > 1 else 'rank'}; engine: {engine}; "
+        f"precision: {config.train.precision} ({precision})",
         f"data: {len(images)} images {'x'.join(map(str, images.shape))}; objective: {config.objective.name}; "
         f"seed: {config.seed}",
         f"x0-state store: {config.store.kind}, {config.store.dtype} ({reasons[config.store.kind]})",
@@ -106,7 +147,7 @@ def find_checkpoint(path: str | Path) -> Path:
     where = Path(path)
     if not where.exists():
         raise CheckpointError(f"{where} does not exist")
-    if (where / "model.safetensors").exists() or (where / "manifest.json").exists():
+    if (where / "config.json").exists() or (where / "manifest.json").exists():
         if (where / "manifest.json").exists() and (problem := damage(where)):
             raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
         return where
@@ -129,12 +170,13 @@ def load_model(checkpoint: str | Path, *, ema: float | str | None = None, device
     chosen = "none" if ema == "none" or not decays else f"{float(ema):g}" if ema is not None else decays[0]
     if chosen not in [*decays, "none"]:
         raise CheckpointError(f"{path} has no EMA of decay {chosen}; it has {', '.join([*decays, 'none'])}")
-    file = path / ("model.safetensors" if chosen == "none" else f"ema-{chosen}.safetensors")
-    weights = load_tensors(file)
+    weights = Saved(path, "model" if chosen == "none" else f"ema-{chosen}")
     network = network_for(config, (channels, height, width))
-    wanted = network.state_dict()
-    check_same_network(file, weights, wanted if chosen == "none" else dict(network.named_parameters()))
-    network.load_state_dict({**wanted, **weights})
+    parameters = dict(network.named_parameters())
+    weights.check_network({name: p.shape for name, p in parameters.items()})
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(weights[name])
     network.to(choose_device(device)).eval()
     return Model(network, build_process(config.process), config, (channels, height, width))
 

@@ -1,6 +1,6 @@
 """Checkpoints: `<run>/checkpoints/step-00012000/`, complete or absent, verified before they are used.
 
-    model.safetensors  ema-<decay>.safetensors  optimizer.safetensors   weights, averages, Adam's moments
+    model.safetensors  ema-<decay>.safetensors  optimizer.safetensors   weights, averages, moments (udddm/portable.py)
     config.json        the resolved configuration and the image shape: with the weights, all that sampling needs
     position.json      the step
     state/             the x0-state snapshot (udddm/store/snapshot.py); never inside a model file
@@ -21,19 +21,13 @@ from pathlib import Path
 from typing import Any
 
 import google_crc32c
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 
-from udddm.backends.ranks import Ranks
+from udddm.backends.ranks import RankError, Ranks
+from udddm.errors import CheckpointError
 
 _NAME = re.compile(r"step-(\d{8,})")
 _BLOCK = 16 << 20
-Tensors = dict[str, torch.Tensor]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, or is not whole, or is of something else. The message names the file."""
 
 
 def sync_file(path: Path) -> None:
@@ -102,26 +96,30 @@ class Checkpoints:
         """
         final = self.directory / f"step-{step:08d}"
         partial = self.directory / f".{final.name}.partial"
+
+        def make() -> None:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+
+        def complete() -> None:
+            files = sorted(p for p in partial.rglob("*") if p.is_file())
+            entries = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "crc32c": _crc(p)} for p in files}
+            for path in files:
+                sync_file(path)
+            write_json(partial / "manifest.json", entries)
+            if final.exists():  # left there by a run that did not resume from it: it was not whole
+                shutil.rmtree(final)
+            partial.rename(final)
+            _sync_directory(self.directory)
+
+        errors = (OSError, SafetensorError)  # safetensors wraps a full disk in its own
         try:
+            ranks.first_only(make, errors)
+            ranks.together(lambda: fill(partial), errors)
+            ranks.first_only(complete, errors)
+        except (*errors, RankError) as error:
             if ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
-                partial.mkdir(parents=True)
-            ranks.barrier()
-            fill(partial)
-            ranks.barrier()
-            if ranks.first:
-                files = sorted(p for p in partial.rglob("*") if p.is_file())
-                entries = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "crc32c": _crc(p)} for p in files}
-                for path in files:
-                    sync_file(path)
-                write_json(partial / "manifest.json", entries)
-                if final.exists():  # left there by a run that did not resume from it: it was not whole
-                    shutil.rmtree(final)
-                partial.rename(final)
-                _sync_directory(self.directory)
-            ranks.barrier()
-        except (OSError, SafetensorError) as error:  # safetensors wraps a full disk in its own
-            shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
                 f"cannot write the checkpoint {final}: {error}. Earlier checkpoints are intact; "
                 "make room or restore access, then run the same command again to resume"
@@ -189,29 +187,7 @@ def _explained(path: Path) -> Iterator[None]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def save_tensors(path: Path, tensors: Tensors) -> None:
-    save_file({name: value.contiguous() for name, value in tensors.items()}, path)
-
-
-def load_tensors(path: Path) -> Tensors:
-    """The tensors of a safetensors file. Raises CheckpointError."""
-    with _explained(path):
-        loaded: Tensors = load_file(path)
-        return loaded
-
-
 def load_json(path: Path) -> Any:
     """Raises CheckpointError."""
     with _explained(path):
         return json.loads(path.read_text())
-
-
-def check_same_network(path: Path, found: Tensors, wanted: Tensors) -> None:
-    """Raises CheckpointError when the weights in `path` are of another network than `wanted`."""
-    for name in sorted(set(found) ^ set(wanted)):
-        side = "has" if name in found else "lacks"
-        raise CheckpointError(f"{path} is of another network: it {side} {name}")
-    for name, value in found.items():
-        if value.shape != wanted[name].shape:
-            shapes = f"{list(value.shape)}, this network's is {list(wanted[name].shape)}"
-            raise CheckpointError(f"{path} is of another network: {name} is {shapes}")

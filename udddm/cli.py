@@ -27,21 +27,35 @@ def _reported(body: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     except Exception as error:
-        from udddm.checkpoint import CheckpointError
+        from udddm.backends.launch import WorkerLost
+        from udddm.backends.ranks import RankError
         from udddm.data import DataError
+        from udddm.errors import CheckpointError
         from udddm.store import StoreError
         from udddm.trainer import Diverged, Interrupted
 
         if isinstance(error, Interrupted):
             print(str(error), file=sys.stderr)
             return error.exit_code
-        if isinstance(error, CheckpointError | DataError | StoreError | Diverged):
-            print(f"error: {error}", file=sys.stderr)
+        if isinstance(error, CheckpointError | DataError | RankError | StoreError | Diverged | WorkerLost):
+            print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
             return FAILED
         raise
     except KeyboardInterrupt:
         print("stopped at once; the last checkpoint is intact and the same command resumes", file=sys.stderr)
         return 130
+
+
+def _workers(text: str) -> tuple[int, int]:
+    """`4` or `2:8`."""
+    low, separator, high = text.partition(":")
+    try:
+        least, most = int(low), int(high) if separator else int(low)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number of workers, or MIN:MAX") from None
+    if not 1 <= least <= most:
+        raise argparse.ArgumentTypeError(f"{text!r}: at least 1 worker, and MIN no more than MAX")
+    return least, most
 
 
 def _train_parser() -> argparse.ArgumentParser:
@@ -60,6 +74,22 @@ def _train_parser() -> argparse.ArgumentParser:
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a value, such as train.epochs=3"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--engine", choices=["torch", "deepspeed"], help="what takes the steps (engine.name)")
+    parser.add_argument("--zero", type=int, choices=range(4), help="DeepSpeed's ZeRO stage (engine.zero)")
+    parser.add_argument("--deepspeed", metavar="FILE", help='a DeepSpeed JSON; its "auto" values are filled in')
+    cluster = parser.add_argument_group("workers")
+    cluster.add_argument(
+        "--backend", choices=["auto", "local", "ray"], default="auto", help="who starts them (auto: Ray in a Ray job)"
+    )
+    cluster.add_argument(
+        "--workers", type=_workers, default=(1, 1), metavar="N|MIN:MAX", help="processes, one a GPU (default 1)"
+    )
+    cluster.add_argument(
+        "--max-failures", type=int, default=0, metavar="N", help="restarts after a lost or hung worker (default 0)"
+    )
+    cluster.add_argument(
+        "--timeout", type=float, default=600, metavar="SECONDS", help="a collective that takes longer is hung (600)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and what it needs, and stop")
     parser.add_argument("--version", action="version", version=_version())
     return parser
@@ -78,6 +108,16 @@ def train(argv: list[str] | None = None) -> int:
             overrides.append(f"store.url={arguments.store_url}")
         if arguments.on_damage:
             overrides.append(f"store.on_damage={arguments.on_damage}")
+        if arguments.engine or arguments.deepspeed:
+            overrides.append(f"engine.name={arguments.engine or 'deepspeed'}")
+        if arguments.zero is not None:
+            overrides.append(f"engine.zero={arguments.zero}")
+        if arguments.deepspeed:
+            import json
+
+            from udddm.backends.deepspeed_config import read
+
+            overrides.append(f"engine.deepspeed={json.dumps(read(arguments.deepspeed))}")
         config = configuration.load(arguments.config, overrides)
         name = Path(arguments.config).stem if arguments.config else "default"
         run = Path(arguments.run_dir or Path("runs") / name)
@@ -89,7 +129,15 @@ def train(argv: list[str] | None = None) -> int:
             return 0
         from udddm.api import train as run_training
 
-        run_training(config, run_dir=run, device=arguments.device)
+        run_training(
+            config,
+            run_dir=run,
+            device=arguments.device,
+            backend=arguments.backend,
+            workers=arguments.workers,
+            max_failures=arguments.max_failures,
+            timeout=arguments.timeout,
+        )
         return 0
 
     return _reported(body)

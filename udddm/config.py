@@ -162,10 +162,28 @@ class StoreConfig(Section):
     )
 
 
+class EngineConfig(Section):
+    """What takes the optimizer steps. Any of it may change between two starts of a run."""
+
+    name: Literal["torch", "deepspeed"] = "torch"
+    zero: Annotated[int, Field(ge=0, le=3)] | None = Field(None, description="ZeRO stage; unset: the file's, or 0")
+    offload: bool = Field(False, description="keep master weights and moments in host memory (ZeRO 1 to 3)")
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="a DeepSpeed configuration (--deepspeed FILE)")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EngineConfig:
+        if self.name == "torch" and (self.zero is not None or self.offload or self.deepspeed):
+            raise ValueError("zero, offload and deepspeed are settings of engine.name=deepspeed (--engine deepspeed)")
+        if self.offload and self.zero == 0:
+            raise ValueError("offload needs ZeRO stage 1, 2 or 3 (engine.zero, --zero)")
+        return self
+
+
 class TrainConfig(Section):
     epochs: Annotated[float, Field(gt=0)] | None = None
     steps: Positive | None = Field(None, description="optimizer steps; give either this or epochs")
     batch_size: Positive = Field(128, description="samples of one step, over all ranks")
+    accumulation: Positive = Field(1, description="micro-batches of a step on each rank: less memory, the same result")
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     betas: tuple[UnderOne, UnderOne] = (0.9, 0.999)
     warmup_steps: Annotated[int, Field(ge=0)] = 0
@@ -207,6 +225,7 @@ class RunConfig(Section):
     order: OrderConfig = OrderConfig()
     store: StoreConfig = StoreConfig()
     train: TrainConfig = TrainConfig(epochs=100)
+    engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
     log_every_steps: Positive = 50
@@ -254,6 +273,8 @@ _CHANGEABLE = frozenset(
         "store.memory_mb",
         "store.on_damage",
         "store.compression",
+        "engine",
+        "train.accumulation",
         "train.compile",
         "train.threads",
         "data.path",

@@ -7,7 +7,7 @@ import time
 import torch
 
 from udddm import objective, process
-from udddm.backends.engine import TorchEngine
+from udddm.backends.engine import build as build_engine
 from udddm.backends.ranks import join
 from udddm.config import RunConfig
 from udddm.data import ImageDataset, MapDataset, load_dataset
@@ -21,7 +21,7 @@ _MEASURED = 3
 
 def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = None) -> list[str]:
     """Lines that say what a run of `config` is: parameters, state, memory, bandwidth, steps and time."""
-    ranks = join(device, config.order.lanes)
+    ranks = join(device, config.order.lanes, group=config.engine.name == "deepspeed")
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
     images = ImageDataset(dataset if dataset is not None else _dataset(config))
@@ -32,8 +32,8 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
     network = network_for(config, images.shape)
     parameters = sum(p.numel() for p in network.parameters())
 
-    engine = TorchEngine(network, config.train, ranks, steps)
-    emas = [EMA(network, decay) for decay in config.train.ema]
+    engine = build_engine(network, config, ranks, steps)
+    emas = [EMA(engine.weights(), decay) for decay in config.train.ema]
     visit = objective.build(config, process.build(config.process), steps / order.steps, images.shape)
     batch = order.batch_of(lanes, 0, 0)
     x0, labels = images.batch(batch.ids)

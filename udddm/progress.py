@@ -5,17 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
+
+_LOCK = type(threading.RLock())
+
+
+def _tqdm() -> Any:
+    from tqdm import tqdm
+
+    if not isinstance(getattr(tqdm, "_lock", None), _LOCK):  # its own is shared between processes, and lost by a kill
+        tqdm.set_lock(threading.RLock())
+    return tqdm
 
 
 def say(text: str) -> None:
     """One line to the person who runs this."""
-    from tqdm import tqdm
-
-    tqdm.write(text, file=sys.stderr)
+    _tqdm().write(text, file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -35,22 +45,65 @@ def _tensorboard(directory: Path, purge_step: int) -> _Writer:
     return writer
 
 
+class Line:
+    """Progress as a person sees it: a bar on a terminal, now and then a plain line elsewhere."""
+
+    PLAIN_EVERY = 10.0  # seconds between plain lines
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._spoke = time.monotonic()
+        self._told = -1
+
+    def advance(self, step: int, total: int) -> None:
+        if not sys.stderr.isatty():
+            return
+        if self._bar is None:
+            self._bar = _tqdm()(total=total, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
+        self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, total: int, values: dict[str, float]) -> None:
+        """The rates, the store's counters and the ETA at a step."""
+        if step == self._told:
+            return
+        self._told = step
+        shown = {
+            "loss": f"{values['loss']:.4g}",
+            "images/s": f"{values['images_per_second']:.0f}",
+            "store wait": f"{values['store_wait_fraction']:.1%}",
+        }
+        if values["store_megabytes_per_second"]:  # a store that moves nothing has no queue
+            shown["queue"] = f"{values['store_queue_depth']:.1f}"
+            shown["MB/s"] = f"{values['store_megabytes_per_second']:.0f}"
+            shown["retries"] = f"{values['store_retries']:.0f}"
+        self.advance(step, total)
+        if self._bar is not None:
+            self._bar.set_postfix(shown)
+        elif time.monotonic() - self._spoke >= self.PLAIN_EVERY or step == total:
+            self._spoke = time.monotonic()
+            minutes, seconds = divmod(round(values["eta_seconds"]), 60)
+            text = "  ".join(f"{name} {value}" for name, value in shown.items())
+            say(f"step {step}/{total}  {text}  ETA {minutes}:{seconds:02d}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
 class Progress:
-    """Reports on training from step `start` of `total`. `metrics` writes a line; `close` finishes the bar."""
+    """Reports on training from step `start` of `total`. `metrics` writes a line; `close` finishes the bar.
 
-    PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+    `listener` is told of the metrics too, and then nothing is shown here.
+    """
 
-    def __init__(self, run: Path, start: int, total: int):
+    def __init__(
+        self, run: Path, start: int, total: int, listener: Callable[[int, int, dict[str, float]], None] | None = None
+    ):
         self._path = run / "metrics.jsonl"
         self._keep_until(start)
         self._tensorboard = _tensorboard(run / "tensorboard", start + 1)
-        self._bar: Any = None
-        self._spoke = time.monotonic()
-        self._total = total
-        if sys.stderr.isatty():
-            from tqdm import tqdm
-
-            self._bar = tqdm(total=total, initial=start, unit="step", dynamic_ncols=True, file=sys.stderr)
+        self._step, self._total, self._listener = start, total, listener
+        self._line = Line()
 
     def _keep_until(self, step: int) -> None:
         """Drop the lines of steps that a killed run took after the checkpoint: they are about to be taken again."""
@@ -68,8 +121,9 @@ class Progress:
         temporary.replace(self._path)
 
     def advance(self) -> None:
-        if self._bar is not None:
-            self._bar.update(1)
+        self._step += 1
+        if self._listener is None:
+            self._line.advance(self._step, self._total)
 
     def metrics(self, step: int, values: dict[str, float]) -> None:
         """Record values at a step: the rates, the store's counters and the ETA are also shown."""
@@ -77,24 +131,11 @@ class Progress:
             file.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():
             self._tensorboard.add_scalar(name, value, step)
-        shown = {
-            "loss": f"{values['loss']:.4g}",
-            "images/s": f"{values['images_per_second']:.0f}",
-            "store wait": f"{values['store_wait_fraction']:.1%}",
-        }
-        if values["store_megabytes_per_second"]:  # a store that moves nothing has no queue
-            shown["queue"] = f"{values['store_queue_depth']:.1f}"
-            shown["MB/s"] = f"{values['store_megabytes_per_second']:.0f}"
-            shown["retries"] = f"{values['store_retries']:.0f}"
-        if self._bar is not None:
-            self._bar.set_postfix(shown)
-        elif time.monotonic() - self._spoke >= self.PLAIN_EVERY or step == self._total:
-            self._spoke = time.monotonic()
-            minutes, seconds = divmod(round(values["eta_seconds"]), 60)
-            text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            say(f"step {step}/{self._total}  {text}  ETA {minutes}:{seconds:02d}")
+        if self._listener is None:
+            self._line.show(step, self._total, values)
+        else:
+            self._listener(step, self._total, values)
 
     def close(self) -> None:
         self._tensorboard.close()
-        if self._bar is not None:
-            self._bar.close()
+        self._line.close()

@@ -17,22 +17,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from udddm import noise, objective, pictures, process, sampler, store
-from udddm.backends.engine import TorchEngine
-from udddm.backends.ranks import Ranks
-from udddm.checkpoint import (
-    Checkpoints,
-    check_same_network,
-    load_json,
-    load_tensors,
-    save_tensors,
-    step_of,
-    write_json,
-)
+from udddm import noise, objective, pictures, portable, process, sampler, store
+from udddm.backends import engine
+from udddm.backends.ranks import Ranks, Vote
+from udddm.checkpoint import Checkpoints, load_json, step_of, write_json
 from udddm.config import RunConfig
 from udddm.data import ImageDataset
 from udddm.data.prefetch import Prefetch
 from udddm.ema import EMA
+from udddm.errors import CheckpointError
 from udddm.network import UNet
 from udddm.network import build as build_network
 from udddm.noise import Stream
@@ -45,8 +38,23 @@ class Interrupted(RuntimeError):
     """Training was asked to stop by a signal, and did after a checkpoint. `exit_code` is the shell's for it."""
 
     def __init__(self, signum: int, step: int):
-        self.exit_code = 128 + signum
+        self.signum, self.step, self.exit_code = signum, step, 128 + signum
         super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; the same command resumes")
+
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int, int]]:
+        return Interrupted, (self.signum, self.step)
+
+
+class Listener:
+    """Somebody outside of this process who is told of metrics and may ask for a stop, as a launcher does."""
+
+    def asked(self) -> int:
+        """The signal for which to checkpoint and stop, or 0. Called at every step: it must not wait."""
+        return 0
+
+    def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
+        """Called on the first rank every `log_every_steps`."""
+        return
 
 
 class Diverged(RuntimeError):
@@ -60,19 +68,13 @@ def network_for(config: RunConfig, shape: tuple[int, int, int]) -> UNet:
     return build_network(config.network, shape, max_frequency=frequency, seed=seed)
 
 
-def digest(tensors: dict[str, torch.Tensor]) -> str:
-    """SHA-256 of the tensors' bytes in the order of their names."""
-    found = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        found.update(name.encode() + value.view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
 class Trainer:
     """A run on one rank: built from a configuration and a data set, resumed from the newest whole checkpoint."""
 
-    def __init__(self, config: RunConfig, dataset: ImageDataset, run: Path, ranks: Ranks):
+    def __init__(
+        self, config: RunConfig, dataset: ImageDataset, run: Path, ranks: Ranks, listener: Listener | None = None
+    ):
+        self.listener, self._told = listener or Listener(), listener.metrics if listener else None
         self.config, self.dataset, self.run, self.ranks = config, dataset, run, ranks
         train, shape = config.train, dataset.shape
         self.order = Order.build(config.order, config.seed, len(dataset), train.batch_size, shape)
@@ -80,8 +82,8 @@ class Trainer:
         self.total_steps = train.steps or max(1, round((train.epochs or 0) * self.order.steps))
         self.process = process.build(config.process)
         self.objective = objective.build(config, self.process, self.total_steps / self.order.steps, shape)
-        self.engine = TorchEngine(network_for(config, shape), train, ranks, self.total_steps)
-        self.emas = [EMA(self.engine.network, decay, train.ema_warmup) for decay in train.ema]
+        self.engine = engine.build(network_for(config, shape), config, ranks, self.total_steps)
+        self.emas = [EMA(self.engine.weights(), decay, train.ema_warmup) for decay in train.ema]
         self.store = store.build(config.store, self.order, self.lanes, shape, ranks.device, run)
         self.checkpoints = Checkpoints(run)
         self.step = 0
@@ -91,19 +93,25 @@ class Trainer:
 
     def train_step(self, inputs: Prefetch) -> torch.Tensor:
         """Train on the next samples and move their x0-states on. Returns this rank's share of the loss, on device."""
-        batch = inputs.next()
-        state = self.store.read()
+        parts = inputs.next()
+        states = self.store.read().chunk(len(parts))
         if self.config.network.dropout:  # the only generator in use; everything else is a function of its position
             torch.manual_seed(noise.key(self.config.seed, Stream.DROPOUT, self.step, self.ranks.rank) >> 1)
-        with self.engine.autocast():
-            losses, new_state = self.objective(self.engine.module, batch.images, state, batch.visits, batch.labels)
-        loss = (losses * batch.weights).sum()
-        self.engine.backward_and_step(loss, self.step)
+        total, new_states = torch.zeros((), device=self.ranks.device), []
+        for part, state in zip(parts, states, strict=True):
+            with self.engine.micro_batch(last=part is parts[-1]):
+                with self.engine.autocast():
+                    losses, new = self.objective(self.engine.module, part.images, state, part.visits, part.labels)
+                loss = (losses * part.weights).sum()
+                self.engine.backward(loss)
+            total += loss.detach()
+            new_states.append(new)
+        self.engine.step(self.step)
         self.step += 1
         for ema in self.emas:
             ema.update(self.step)
-        self.store.write(new_state)
-        return loss.detach()
+        self.store.write(new_states[0] if len(new_states) == 1 else torch.cat(new_states))
+        return total
 
     # The run.
 
@@ -118,7 +126,7 @@ class Trainer:
             stack.callback(self.store.close)
             inputs = self.begin()
             stack.callback(inputs.close)
-            progress = Progress(self.run, self.step, self.total_steps) if self.ranks.first else None
+            progress = Progress(self.run, self.step, self.total_steps, self._told) if self.ranks.first else None
             if progress is not None:
                 stack.callback(progress.close)
             self._loop(inputs, progress)
@@ -126,9 +134,8 @@ class Trainer:
             reinitialized = self.ranks.gather(str(self.store.counters.reinitialized))
         result = self._result(state)
         result["store_reinitialized"] = sum(map(int, reinitialized))
-        if self.ranks.first:
-            self._finish(result)
-        self.ranks.barrier()
+        images = self._samples(self.config.sample.final) if self.config.sample.final else None
+        self.ranks.first_only(lambda: self._finish(result, images), (OSError,))
         return result
 
     def begin(self) -> Prefetch:
@@ -143,6 +150,7 @@ class Trainer:
             step=self.step,
             depth=self.config.store.prefetch or 4,
             labelled=self.config.network.classes > 0,
+            parts=self.config.train.accumulation,
         )
 
     def _loop(self, inputs: Prefetch, progress: Progress | None) -> None:
@@ -151,6 +159,7 @@ class Trainer:
         self._started, self._first_step = time.perf_counter(), self.step
         window = (self._started, self.step, replace(self.store.counters))
         losses = torch.zeros((), device=self.ranks.device)
+        vote = Vote(self.ranks)
         while self.step < self.total_steps:
             losses += self.train_step(inputs)
             if progress is not None:
@@ -159,15 +168,16 @@ class Trainer:
             if self.step % every == 0 or last:
                 window = self._report(progress, losses, window)
                 losses.zero_()
-            stop = self._signal
-            if self.step % config.checkpoint.every_steps == 0 or last or stop is not None:
+            stop = vote.cast(self._signal or self.listener.asked())
+            if self.step % config.checkpoint.every_steps == 0 or last or stop:
                 if not math.isfinite(self.ranks.sum(losses)):
                     raise Diverged(self._diverged())
                 self.save()
-            if self.ranks.first and config.sample.every_steps and self.step % config.sample.every_steps == 0:
+            if config.sample.every_steps and self.step % config.sample.every_steps == 0:
                 self._sample_grid()
-            if stop is not None and not last:
+            if stop and not last:
                 raise Interrupted(stop, self.step)
+        vote.outcome()
 
     def _report(
         self, progress: Progress | None, losses: torch.Tensor, window: tuple[float, int, StoreCounters]
@@ -250,31 +260,28 @@ class Trainer:
 
     def _fill(self, directory: Path) -> None:
         self.store.snapshot(directory / "state")
+        portable.save(directory, self.engine, self.emas)
         if not self.ranks.first:
             return
-        save_tensors(directory / "model.safetensors", self.engine.weights())
-        for ema in self.emas:
-            save_tensors(directory / f"ema-{ema.decay:g}.safetensors", ema.weights)
-        save_tensors(directory / "optimizer.safetensors", self.engine.optimizer_tensors())
         config = {"config": self.config.model_dump(mode="json"), "shape": list(self.dataset.shape)}
         write_json(directory / "config.json", config)
         write_json(directory / "position.json", {"step": self.step})
 
     def _resume(self) -> None:
         """Take up the newest whole checkpoint, or begin."""
-        path = self.checkpoints.newest_valid(say if self.ranks.first else _silent)
+        found: list[Path | None] = [None]
+
+        def find() -> None:
+            found[0] = self.checkpoints.newest_valid(say)
+
+        self.ranks.first_only(find, (CheckpointError,))
+        path = self.ranks.gather(found[0])[0]
         self._retain()
         if path is None:
             self.store.start(0, 0, None)
             return
         self.step = int(load_json(path / "position.json")["step"])
-        weights = load_tensors(path / "model.safetensors")
-        check_same_network(path / "model.safetensors", weights, self.engine.network.state_dict())
-        self.engine.load_weights(weights)
-        self.engine.load_optimizer_tensors(load_tensors(path / "optimizer.safetensors"))
-        for ema in self.emas:
-            for name, value in load_tensors(path / f"ema-{ema.decay:g}.safetensors").items():
-                ema.weights[name].copy_(value)
+        portable.load(path, self.engine, self.emas)
         snapshot = Snapshot(path / "state", self.run / "state", self.store.repair)
         if snapshot.order.fingerprint() != self.order.fingerprint() or snapshot.shape != self.dataset.shape:
             raise StoreError(f"the x0-state in {path} was made with another order or image shape")
@@ -286,27 +293,34 @@ class Trainer:
     # Samples and the result.
 
     def _samples(self, count: int) -> torch.Tensor:
-        """`count` images of the first EMA, [count, C, H, W] clamped to [-1, 1], on the host."""
-        network = network_for(self.config, self.dataset.shape).to(self.ranks.device).eval()
-        network.load_state_dict({**network.state_dict(), **self.emas[0].weights})
-        labels = None
-        if self.config.network.classes:
-            labels = [i % self.config.network.classes for i in range(count)]
+        """`count` images of the first EMA (the weights, where there is none), [count, C, H, W] clamped to [-1, 1],
+        on the host of the first rank; each rank makes its share. Elsewhere nothing."""
+        network = network_for(self.config, self.dataset.shape)
+        pieces = self.emas[0].weights if self.emas else self.engine.weights()
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                parameter.copy_(self.engine.whole(pieces, name))  # type: ignore[arg-type]
+        network.to(self.ranks.device).eval()
+        seeds = [int(i) for i in np.array_split(np.arange(count), self.ranks.world)[self.ranks.rank]]
+        labels = [i % self.config.network.classes for i in seeds] if self.config.network.classes else None
         drawn = sampler.batches(
             network,
             self.process,
             self.dataset.shape,
-            list(range(count)),
+            seeds,
             steps=self.config.sample.steps,
             labels=labels,
             device=self.ranks.device,
         )
-        return torch.cat(list(drawn)).clamp(-1, 1)
+        own = torch.cat([torch.empty(0, *self.dataset.shape), *drawn]).clamp(-1, 1)
+        return torch.cat(self.ranks.gather_first(own) or [own[:0]])
 
     def _sample_grid(self) -> None:
         directory = self.run / "samples"
-        directory.mkdir(exist_ok=True)
-        pictures.grid(self._samples(64), directory / f"step-{self.step:08d}.png")
+        images = self._samples(64)
+        if self.ranks.first:
+            directory.mkdir(exist_ok=True)
+            pictures.grid(images, directory / f"step-{self.step:08d}.png")
 
     def _result(self, state: list[str]) -> dict[str, Any]:
         elapsed = time.perf_counter() - self._started
@@ -318,21 +332,16 @@ class Trainer:
             "images_per_second": visited / elapsed,
             "store_wait_fraction": (counters.read_wait + counters.write_wait) / elapsed,
             "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "weights_sha256": digest(self.engine.weights()),
-            "ema_sha256": digest({f"{e.decay:g}/{n}": w for e in self.emas for n, w in e.weights.items()}),
+            "weights_sha256": portable.digest(self.engine, {"": self.engine.weights()}),
+            "ema_sha256": portable.digest(self.engine, {f"{e.decay:g}/": e.weights for e in self.emas}),
             "state_sha256": hashlib.sha256("".join(state).encode()).hexdigest(),
         }
 
-    def _finish(self, result: dict[str, Any]) -> None:
-        if self.config.sample.final:
-            images = self._samples(self.config.sample.final)
+    def _finish(self, result: dict[str, Any], images: torch.Tensor | None) -> None:
+        if images is not None:
             temporary = self.run / "samples.npy.partial"
             with temporary.open("wb") as file:
                 np.save(file, images.numpy())
             temporary.replace(self.run / "samples.npy")
             pictures.grid(images[:100], self.run / "samples.png")
         write_json(self.run / "result.json", result)
-
-
-def _silent(text: str) -> None:
-    return

@@ -1,1 +1,1 @@
-"""Where a run's processes are (`ranks`) and what takes an optimizer step (`engine`)."""
+"""Where a run's processes come from (launchers) and what takes its optimizer steps (engines)."""

@@ -1,15 +1,32 @@
-"""The processes of a run: one, or those that torchrun started."""
+"""The processes of a run: one, or those that a launcher started."""
 
 from __future__ import annotations
 
 import os
+import socket
+import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
 from udddm.config import ConfigError
 from udddm.order import check_world
+
+T = TypeVar("T")
+RENDEZVOUS = "UDDDM_RENDEZVOUS"
+"""Environment variable: a file through which ranks on one machine find each other, in place of a network address."""
+TIMEOUT = 600.0
+"""Seconds a collective operation may take before it counts as hung."""
+
+
+class RankError(RuntimeError):
+    """Another rank failed. The message is that rank's."""
 
 
 @dataclass(frozen=True)
@@ -36,17 +53,91 @@ class Ranks:
             dist.all_reduce(value)
         return float(value)
 
-    def gather(self, value: str) -> list[str]:
-        """Every rank's string, in rank order, on every rank."""
+    def gather(self, value: T) -> list[T]:
+        """Every rank's object, in rank order, on every rank."""
         if self.world == 1:
             return [value]
-        values: list[str] = [""] * self.world
+        values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value)
         return values
 
+    def gather_first(self, value: T) -> list[T]:
+        """Every rank's object, in rank order, on the first rank; elsewhere nothing."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world if self.first else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def together(self, action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
+        """Run `action` on every rank. If it raises one of `errors` somewhere, all ranks raise: that one its own
+        error, the others RankError; nobody waits for a rank that is gone."""
+        failed, result = None, None
+        try:
+            result = action()
+        except errors as error:
+            failed = error
+        problems = self.gather("" if failed is None else f"rank {self.rank}: {failed}")
+        if failed is not None:
+            raise failed
+        if any(problems):
+            raise RankError(next(p for p in problems if p))
+        return result  # type: ignore[return-value]
+
+    def first_only(self, action: Callable[[], None], errors: tuple[type[Exception], ...]) -> None:
+        """`together`, with work for the first rank only."""
+        self.together(action if self.first else lambda: None, errors)
+
+    def check_shared(self, directory: Path, what: str) -> None:
+        """Raise ConfigError on every rank unless all see one and the same directory."""
+        if self.world == 1:
+            return
+        token = directory / f".shared-{self.gather(uuid.uuid4().hex)[0]}"
+        if self.first:
+            directory.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        self.barrier()
+        seen = self.gather((token.exists(), socket.gethostname()))
+        if self.first:
+            token.unlink(missing_ok=True)
+        blind = sorted({host for found, host in seen if not found})
+        if blind:
+            raise ConfigError(
+                f"{what} {directory} of {seen[0][1]} is not there on {', '.join(blind)}: ranks on several machines "
+                "need a shared file system, or a URL such as s3://bucket/path (--store-url for the x0-state)"
+            )
+
     def close(self) -> None:
-        if self.world > 1 and dist.is_initialized():
+        if dist.is_initialized():
             dist.destroy_process_group()
+
+
+class Vote:
+    """Agreement on whether to stop, without waiting: the outcome of one step's vote is read at the next.
+
+    So all ranks stop after the same step, whichever of them were sent a signal.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self._group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+        self._value = torch.zeros(1, dtype=torch.int64)
+        self._pending: Any = None
+
+    def cast(self, value: int) -> int:
+        """Vote for this step. Returns the largest value that any rank voted at the step before (alone: `value`)."""
+        if self._group is None:
+            return value
+        outcome = self.outcome()
+        self._value = torch.tensor([value])
+        self._pending = dist.all_reduce(self._value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return outcome
+
+    def outcome(self) -> int:
+        """The last vote's outcome, waiting for it. 0 before the first."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        return int(self._value)
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
@@ -56,6 +147,11 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda: no CUDA device is available; use --device cpu")
+        if local_rank >= torch.cuda.device_count():
+            raise ConfigError(
+                f"rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
+                "use fewer workers"
+            )
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
     if name != "cpu":
@@ -63,8 +159,9 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
-def join(device: str = "auto", lanes: int | None = None) -> Ranks:
-    """Join the ranks that the environment describes (torchrun's RANK, WORLD_SIZE, LOCAL_RANK), or be the only one.
+def join(device: str = "auto", lanes: int | None = None, *, group: bool = False, timeout: float = TIMEOUT) -> Ranks:
+    """Join the ranks that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK as torchrun sets them), or be the
+    only one, which has a process group only if `group`. A collective of more than `timeout` seconds is an error.
 
     `lanes` is checked before anything waits: raises ConfigError when the number of ranks does not divide it.
     """
@@ -72,6 +169,14 @@ def join(device: str = "auto", lanes: int | None = None) -> Ranks:
     if lanes is not None:
         check_world(lanes, world)
     chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
-    if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    if (world > 1 or group) and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        limit = timedelta(seconds=timeout)
+        if world == 1:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
+        elif RENDEZVOUS in os.environ:
+            method = f"file://{os.environ[RENDEZVOUS]}"
+            dist.init_process_group(backend, init_method=method, rank=rank, world_size=world, timeout=limit)
+        else:
+            dist.init_process_group(backend, timeout=limit)
     return Ranks(rank, world, chosen)

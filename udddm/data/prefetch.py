@@ -15,7 +15,7 @@ from udddm.order import Order
 
 @dataclass
 class StepInput:
-    """What one rank trains on in a step, but for the x0-state."""
+    """What one rank trains on in a step, or in one of its micro-batches, but for the x0-state."""
 
     images: torch.Tensor
     """[b, C, H, W] float32 in [-1, 1]."""
@@ -40,12 +40,14 @@ class Prefetch:
         step: int,
         depth: int,
         labelled: bool,
+        parts: int = 1,
     ):
+        """`parts` is the number of equal micro-batches that a step is cut into."""
         self.order, self.lanes, self.dataset, self.objective = order, lanes, dataset, objective
-        self.device, self.labelled = device, labelled
+        self.device, self.labelled, self.parts = device, labelled, parts
         self._pool = ThreadPoolExecutor(1, "data")
         self._next = step
-        self._pending: deque[Future[StepInput]] = deque()
+        self._pending: deque[Future[list[StepInput]]] = deque()
         for _ in range(depth):
             self._ask()
 
@@ -53,28 +55,35 @@ class Prefetch:
         self._pending.append(self._pool.submit(self._make, self._next))
         self._next += 1
 
-    def _make(self, global_step: int) -> StepInput:
+    def _make(self, global_step: int) -> list[StepInput]:
         epoch, step = divmod(global_step, self.order.steps)
         batch = self.order.batch_of(self.lanes, epoch, step)
         images, labels = self.dataset.batch(batch.ids)
         weights = torch.from_numpy(batch.weights / batch.total)
         tensor = torch.from_numpy(labels) if self.labelled and labels is not None else None
-        made = StepInput(images, tensor, weights, self.objective.plan(batch.ids, epoch))
         if self.device.type == "cuda":
-            made.images, made.weights = images.pin_memory(), weights.pin_memory()
-            made.labels = None if tensor is None else tensor.pin_memory()
-            made.visits = made.visits.pinned()
+            images, weights = images.pin_memory(), weights.pin_memory()
+            tensor = None if tensor is None else tensor.pin_memory()
+        size = len(batch.ids) // self.parts
+        made = []
+        for first in range(0, len(batch.ids), size):
+            part = slice(first, first + size)
+            visits = self.objective.plan(batch.ids[part], epoch)
+            if self.device.type == "cuda":
+                visits = visits.pinned()
+            made.append(StepInput(images[part], None if tensor is None else tensor[part], weights[part], visits))
         return made
 
-    def next(self) -> StepInput:
-        """The next step's inputs, on the device once its stream gets there."""
+    def next(self) -> list[StepInput]:
+        """The next step's micro-batches, on the device once its stream gets there."""
         made = self._pending.popleft().result()
         self._ask()
         if self.device.type == "cuda":
-            made.images = made.images.to(self.device, non_blocking=True)
-            made.weights = made.weights.to(self.device, non_blocking=True)
-            made.labels = None if made.labels is None else made.labels.to(self.device, non_blocking=True)
-            made.visits = made.visits.to(self.device)
+            for part in made:
+                part.images = part.images.to(self.device, non_blocking=True)
+                part.weights = part.weights.to(self.device, non_blocking=True)
+                part.labels = None if part.labels is None else part.labels.to(self.device, non_blocking=True)
+                part.visits = part.visits.to(self.device)
         return made
 
     def close(self) -> None:

@@ -23,4 +23,5 @@ def build(config: RunConfig, process: Process, epochs: float, shape: tuple[int, 
         return AlgorithmOne(process, chosen.huber_c or paper, config.seed)
     conditioned = config.network.condition != "none"
     c = chosen.huber_c or CHAIN_HUBER_C * math.sqrt(math.prod(shape))
-    return Chain(process, chosen.chain, c, config.seed, epochs, conditioned)
+    lockstep = config.engine.name == "deepspeed"  # only ZeRO 3 needs it; all stages then do the same work
+    return Chain(process, chosen.chain, c, config.seed, epochs, conditioned, lockstep)

@@ -32,14 +32,22 @@ class Chain:
     """The objective for a run of `epochs` epochs (stages are fractions of it).
 
     `conditioned` says whether the network takes an image. That image is fresh noise, as in the first step of
-    Algorithm 2: were it the state, the network would copy its target.
+    Algorithm 2: were it the state, the network would copy its target. With `lockstep` the network is called twice in
+    every step, needed or not: where calls exchange weights between ranks (ZeRO 3), all must make the same ones.
     """
 
     def __init__(
-        self, process: Process, config: ChainConfig, huber_c: float, seed: int, epochs: float, conditioned: bool
+        self,
+        process: Process,
+        config: ChainConfig,
+        huber_c: float,
+        seed: int,
+        epochs: float,
+        conditioned: bool,
+        lockstep: bool = False,
     ):
         self.process, self.config, self.huber_c = process, config, huber_c
-        self.seed, self.conditioned = seed, conditioned
+        self.seed, self.conditioned, self.lockstep = seed, conditioned, lockstep
         self._starts = [math.ceil(stage.start * epochs) for stage in config.stages]
         self._times = [process.levels(stage.levels) for stage in config.stages]
 
@@ -105,6 +113,16 @@ class Chain:
                     None if labels is None else labels[rows],
                 )
             target = state.index_copy(0, rows, first)
+        elif self.lockstep:
+            at = Coefficients(*visits.coefficients[:, :1])
+            with torch.no_grad():
+                denoise(
+                    network,
+                    x0[:1],
+                    at,
+                    None if condition is None else condition[:1],
+                    None if labels is None else labels[:1],
+                )
         at = Coefficients(*visits.coefficients)
         output = denoise(network, add_noise(x0, eps, at), at, condition, labels)
         return visits.weight * adaptive_loss(output, x0, target, visits.guide, self.huber_c), output.detach()

@@ -1,0 +1,265 @@
+"""Ray Train: workers on a Ray cluster, or on one that is started here.
+
+Training runs in `run_rank`, as everywhere. A small actor, the board, carries what passes between it and the driver: a
+request to stop, metrics, and each rank's result or error, so that the driver ends as the run did. Restarts are
+`supervise`'s and not Ray's: the next attempt may have another number of workers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from udddm.backends.launch import KNOWN, Job, Launcher, WorkerLost, cause, inside_ray_job, run_rank, sendable
+from udddm.config import ConfigError
+from udddm.progress import Line, say
+from udddm.trainer import Listener
+
+RUNS = "UDDDM_RUNS"
+"""Environment variable: where a Ray job's relative run directory goes. Default: ~/udddm-runs."""
+QUIET = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_V2_ENABLED": "1",
+}
+
+
+def _ray() -> Any:
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        import ray.train
+        import ray.train.torch
+    except ImportError as error:
+        raise ConfigError(f"--backend ray: Ray cannot be imported ({error}); pip install 'udddm[ray]'") from error
+    return ray
+
+
+class Board:
+    """The actor. Methods are remote."""
+
+    def __init__(self) -> None:
+        self._stop = 0
+        self._latest: tuple[int, int, dict[str, float]] | None = None
+        self._outcomes: dict[int, Any] = {}
+        self._places: dict[int, tuple[str, int]] = {}
+
+    def stop(self, signum: int) -> None:
+        self._stop = signum
+
+    def stopped(self) -> int:
+        return self._stop
+
+    def arrived(self, rank: int, host: str, pid: int) -> None:
+        self._places[rank] = (host, pid)
+
+    def places(self) -> dict[int, tuple[str, int]]:
+        return self._places
+
+    def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
+        self._latest = (step, total, values)
+
+    def latest(self) -> tuple[int, int, dict[str, float]] | None:
+        return self._latest
+
+    def outcome(self, rank: int, value: Any) -> None:
+        self._outcomes[rank] = value
+
+    def outcomes(self) -> dict[int, Any]:
+        return self._outcomes
+
+
+class _Watch(Listener):
+    """A worker's side: asks the board in the background, so that a step never waits for it."""
+
+    def __init__(self, ray: Any, board: Any, rank: int):
+        self._ray, self._board, self._signal = ray, board, 0
+        self._gauges: dict[str, Any] = {}
+        self._done = threading.Event()
+        if rank == 0:
+            threading.Thread(target=self._poll, name="stop request", daemon=True).start()
+
+    def _poll(self) -> None:
+        while not self._done.wait(0.5):
+            with contextlib.suppress(Exception):  # the driver is gone: training goes on, or Ray ends this process
+                self._signal = self._ray.get(self._board.stopped.remote(), timeout=10)
+
+    def asked(self) -> int:
+        return self._signal
+
+    def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
+        self._board.metrics.remote(step, total, values)
+        for name, value in values.items():  # Ray's dashboard and its Prometheus endpoint
+            if name not in self._gauges:
+                self._gauges[name] = self._ray.util.metrics.Gauge(f"udddm_{name}", description=f"udddm-train: {name}")
+            self._gauges[name].set(value)
+
+    def close(self) -> None:
+        self._done.set()
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker."""
+    import ray
+    import ray.util.metrics
+
+    job: Job = settings["job"]
+    board = settings["board"]
+    if Path(settings["cwd"]).is_dir():
+        os.chdir(settings["cwd"])
+    rank = int(os.environ["RANK"])
+    ray.get(board.arrived.remote(rank, socket.gethostname(), os.getpid()))
+    listener = _Watch(ray, board, rank)
+    try:
+        value: Any = run_rank(job, listener)
+    except KNOWN as error:
+        value = sendable(error)
+    finally:
+        listener.close()
+    ray.get(board.outcome.remote(rank, value))
+
+
+class RayTrain(Launcher):
+    def __init__(self) -> None:
+        self._ray = _ray()
+        if not self._ray.is_initialized():
+            local = not os.environ.get("RAY_ADDRESS") and not inside_ray_job()
+            self._ray.init(log_to_driver=True, logging_level="ERROR")
+            address = self._ray.get_runtime_context().gcs_address
+            say(f"Ray {self._ray.__version__}: {'a local cluster' if local else 'the cluster'} at {address}")
+
+    def _resources(self, job: Job) -> dict[str, float]:
+        """Of one worker. A GPU each where the cluster has any and the CPU was not asked for."""
+        if job.device == "cuda" or (job.device == "auto" and self._ray.cluster_resources().get("GPU", 0) > 0):
+            return {"GPU": 1.0, "CPU": 1.0}
+        return {"CPU": 1.0}
+
+    def _fit(self, wanted: dict[str, float]) -> int:
+        nodes = [n["Resources"] for n in self._ray.nodes() if n["Alive"]]
+        return sum(int(min(node.get(kind, 0) // amount for kind, amount in wanted.items())) for node in nodes)
+
+    def room(self, job: Job) -> int:
+        """Waits up to `timeout` seconds for an autoscaler, or a node that comes back; not for what can never be."""
+        wanted, least = self._resources(job), job.workers[0]
+        room = self._fit(wanted)
+        if room < least and (inside_ray_job() or os.environ.get("RAY_ADDRESS")):
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[wanted] * least)
+            say(f"the cluster has room for {room} of {least} workers of {wanted}; waiting up to {job.timeout:.0f} s")
+            deadline = time.monotonic() + job.timeout
+            while room < least and time.monotonic() < deadline:
+                time.sleep(1)
+                room = self._fit(wanted)
+        if room < least:
+            total = {k: v for k, v in self._ray.cluster_resources().items() if k in ("CPU", "GPU")}
+            raise ConfigError(
+                f"--workers {least}: each worker needs {wanted}, and the cluster has {total}, room for {room}; "
+                "ask for fewer workers, or start the cluster with more"
+            )
+        return room
+
+    def attempt(self, job: Job, workers: int) -> dict[str, Any]:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        resources = self._resources(job)
+        run = job_directory(job.run)
+        job = replace(job, run=run, device="cuda" if "GPU" in resources else "cpu")
+        board = self._ray.remote(num_cpus=0)(Board).remote()
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job, "board": board, "cwd": str(Path.cwd())},
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if "GPU" in resources else "gloo", timeout_s=max(1, round(job.timeout))
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=run.name,
+                storage_path=str(run.parent / f".{run.name}.ray"),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+            ),
+        )
+        lost: list[BaseException] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:
+                lost.append(error)
+
+        thread = threading.Thread(target=fit, name="ray train", daemon=True)
+        thread.start()
+        with self._watched(board, thread):
+            thread.join()
+        outcomes = self._ray.get(board.outcomes.remote())
+        self._ray.kill(board)
+        errors = [o for o in outcomes.values() if isinstance(o, BaseException)]
+        if errors and not (lost and not any(isinstance(e, KNOWN) for e in errors)):
+            raise cause(errors)
+        if lost:
+            raise WorkerLost(_brief(lost[0])) from lost[0]
+        result = outcomes[0]
+        assert isinstance(result, dict)
+        return result
+
+    @contextmanager
+    def _watched(self, board: Any, thread: threading.Thread) -> Iterator[None]:
+        """Show progress, and pass SIGTERM and SIGINT on to the board, until the thread ends."""
+        asked: list[int] = []
+
+        def on_signal(signum: int, frame: object) -> None:
+            if asked:
+                raise KeyboardInterrupt
+            asked.append(signum)
+
+        previous: dict[int, Any] = {}
+        try:
+            for signum in (signal.SIGTERM, signal.SIGINT):
+                previous[signum] = signal.signal(signum, on_signal)
+        except ValueError:
+            pass
+        line, told = Line(), False
+        try:
+            while thread.is_alive():
+                thread.join(0.5)
+                if asked and not told:
+                    self._ray.get(board.stop.remote(asked[0]))
+                    told = True
+                with contextlib.suppress(self._ray.exceptions.RayError):
+                    latest = self._ray.get(board.latest.remote(), timeout=5)
+                    if latest is not None:
+                        line.show(*latest)
+            yield
+        finally:
+            line.close()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+
+
+def job_directory(run: Path) -> Path:
+    """An absolute run directory. In a Ray job the working directory is a copy that goes with the job, so a relative one
+    is put under `UDDDM_RUNS`."""
+    if run.is_absolute() or not inside_ray_job():
+        return run.absolute()
+    return Path(os.environ.get(RUNS, "~/udddm-runs")).expanduser() / run
+
+
+def _brief(error: BaseException) -> str:
+    """The first line that says something of Ray's long account of a failure."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:500] or type(error).__name__
