@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
+
 from udddm.backends.ranks import TIMEOUT, RankError, join
 from udddm.config import ConfigError, RunConfig
 from udddm.data import DataError, MapDataset
@@ -113,8 +115,13 @@ def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
     ranks = join(job.device, job.config.order.lanes, group=needs_group, timeout=job.timeout)
     try:
         dataset = job.dataset
-        made = dataset() if callable(dataset) and not hasattr(dataset, "__getitem__") else dataset
+        factory = isinstance(dataset, type) or (callable(dataset) and not hasattr(dataset, "__getitem__"))
+        made = dataset() if factory else dataset  # type: ignore[operator,misc]
         return train_rank(job.config, made, job.run, ranks, listener)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        if ranks.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise RankError(f"the other ranks are gone or did not answer in {job.timeout:.0f} s: {error}") from error
+        raise
     finally:
         ranks.close()
 
@@ -130,7 +137,13 @@ def sendable(error: BaseException) -> BaseException:
 
 def cause(errors: list[BaseException]) -> BaseException:
     """Of the ranks' errors, the one that the others followed from."""
-    return min(errors, key=lambda e: (isinstance(e, WorkerLost), isinstance(e, RankError), not isinstance(e, KNOWN)))
+
+    def order(error: BaseException) -> int:
+        if isinstance(error, RankError):
+            return 3
+        return 0 if isinstance(error, KNOWN) else 1 if isinstance(error, WorkerLost) else 2
+
+    return min(errors, key=order)
 
 
 def supervise(launcher: Launcher, job: Job) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from udddm.backends.launch import Job, Launcher, WorkerLost, cause, run_rank, sendable
-from udddm.backends.ranks import RENDEZVOUS
+from udddm.backends.ranks import RENDEZVOUS, RankError
 
 GRACE = 20.0
 """Seconds that the other ranks are given to end by themselves after one has failed."""
@@ -98,8 +98,8 @@ def _collect(pipes: list[Connection], children: Sequence[BaseProcess]) -> list[A
         if not ready:
             for rank in open_pipes.values():
                 children[rank].kill()
-            deadline = None
-            continue
+                outcomes[rank] = RankError(f"rank {rank} did not end by itself when another had failed")
+            break
         for pipe in ready:
             assert isinstance(pipe, Connection)
             rank = open_pipes.pop(pipe)

@@ -1,0 +1,243 @@
+"""Engines agree, whatever the ZeRO stage and the number of ranks, and read each other's checkpoints bit for bit."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import udddm
+from udddm import ConfigError, RunConfig, portable
+from udddm.backends import deepspeed_config, engine
+from udddm.backends.ranks import RENDEZVOUS, Ranks, join
+from udddm.backends.torch_engine import TorchEngine
+from udddm.config import resolve
+from udddm.ema import EMA
+from udddm.portable import Saved, share_out
+from udddm.trainer import network_for
+
+SHAPE = (1, 8, 8)
+NETWORK = {"width": 8, "multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0}
+ENGINES: dict[str, dict[str, Any]] = {
+    "torch": {},
+    **{f"zero{stage}": {"name": "deepspeed", "zero": stage} for stage in range(4)},
+    "zero2-offload": {"name": "deepspeed", "zero": 2, "offload": True},
+}
+
+
+def config(name: str = "torch", **train: Any) -> RunConfig:
+    return resolve(
+        {
+            "network": NETWORK,
+            "engine": ENGINES[name],
+            "train": {"steps": 8, "batch_size": 64, "learning_rate": 1e-3, "ema": [0.9], "clip": 1.0, **train},
+            "checkpoint": {"every_steps": 4},
+            "sample": {"every_steps": 0, "final": 5},
+            "log_every_steps": 4,
+        }
+    )
+
+
+def difference(one: Path, other: Path) -> float:
+    found = 0.0
+    for kind in ("model", "ema-0.9", "optimizer"):
+        a, b = (Saved(run / "checkpoints" / "step-00000008", kind) for run in (one, other))
+        assert set(a) == set(b)
+        found = max(found, *(float((a[name] - b[name]).abs().max()) for name in a))
+    return found
+
+
+def train(run: Path, name: str, workers: int, **settings: Any) -> Path:
+    udddm.train(config(name, **settings), run_dir=run, device="cpu", workers=workers)
+    return run
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The torch engine on two ranks."""
+    return train(tmp_path_factory.mktemp("engines") / "torch", "torch", 2)
+
+
+@pytest.mark.parametrize(
+    "name", ["zero0", "zero1", "zero2", "zero3", pytest.param("zero2-offload", marks=pytest.mark.slow)]
+)
+def test_every_stage_gives_the_weights_ema_and_moments_of_torch(name: str, reference: Path, tmp_path: Path) -> None:
+    assert difference(train(tmp_path / name, name, 2), reference) < 1e-6
+
+
+@pytest.mark.parametrize("name", ["torch", "zero2"])
+def test_accumulation_gives_the_same(name: str, reference: Path, tmp_path: Path) -> None:
+    assert difference(train(tmp_path / name, name, 2, accumulation=4), reference) < 1e-6
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(4, marks=pytest.mark.slow)])
+def test_another_number_of_ranks_gives_the_same(workers: int, reference: Path, tmp_path: Path) -> None:
+    assert difference(train(tmp_path / "run", "torch", workers), reference) < 1e-6
+
+
+def test_a_run_may_change_its_engine_and_ranks_on_the_way(reference: Path, tmp_path: Path) -> None:
+    """ZeRO 3 on two ranks to step 4, then torch on one."""
+    run = tmp_path / "run"
+    train(run, "zero3", 2)
+    newest = run / "checkpoints" / "step-00000008"
+    (newest / "manifest.json").unlink()  # as if it had been killed before it was done
+    (run / "result.json").unlink()
+    train(run, "torch", 1)
+    assert difference(run, reference) < 1e-6
+
+
+def _rank(rank: int, world: int, meeting: str, work: Callable[[Ranks], None]) -> None:
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), RENDEZVOUS: meeting})
+    torch.set_num_threads(1)
+    ranks = join("cpu", group=True, timeout=200)
+    work(ranks)
+    ranks.close()
+
+
+def on_ranks(world: int, place: Path, work: Callable[[Ranks], None]) -> None:
+    """Run `work` on new processes."""
+    spawn = multiprocessing.get_context("spawn")
+    processes = [
+        spawn.Process(target=_rank, args=(rank, world, str(place / f"meet-{world}"), work)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(200)
+        assert process.exitcode == 0
+
+
+class Copy:
+    """Load a checkpoint with an engine and save it again."""
+
+    def __init__(self, name: str, source: Path, target: Path, precision: str = "fp32"):
+        self.name, self.source, self.target, self.precision = name, source, target, precision
+
+    def __call__(self, ranks: Ranks) -> None:
+        chosen = config(self.name, precision=self.precision)
+        built = engine.build(network_for(chosen, SHAPE), chosen, ranks, 8)
+        ema = EMA(built.weights(), 0.9)
+        portable.load(self.source, built, [ema])
+        if ranks.first:
+            self.target.mkdir()
+        ranks.barrier()
+        portable.save(self.target, built, [ema])
+
+
+def test_checkpoints_pass_through_every_engine_bit_for_bit(reference: Path, tmp_path: Path) -> None:
+    source = reference / "checkpoints" / "step-00000008"
+    here = source
+    chain = [
+        ("zero3", 2, "fp32"),
+        ("torch", 1, "fp32"),
+        ("zero1", 4, "fp32"),
+        ("zero2", 2, "bf16"),
+        ("zero3", 2, "bf16"),
+    ]
+    for number, (name, world, precision) in enumerate(chain):
+        place = tmp_path / str(number)
+        place.mkdir()
+        on_ranks(world, place, Copy(name, here, place / "copy", precision))
+        here = place / "copy"
+        assert len(list(here.glob("model*.safetensors"))) == world
+        for kind in ("model", "ema-0.9", "optimizer"):
+            a, b = Saved(source, kind), Saved(here, kind)
+            assert set(a) == set(b)
+            for tensor in a:
+                assert a[tensor].numpy().tobytes() == b[tensor].numpy().tobytes(), (name, world, tensor)
+
+
+def test_the_sign_of_zero_survives_a_gathering(tmp_path: Path) -> None:
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    module = torch.nn.Linear(2, 2)
+    with torch.no_grad():
+        module.weight.fill_(-0.0)
+    built = TorchEngine(module, config().train, ranks, 1)
+    whole = built.whole(built.weights(), "weight", 0)
+    assert whole is not None and torch.signbit(whole).all()
+
+
+def test_bf16_keeps_unrounded_master_weights(tmp_path: Path) -> None:
+    """EMA and masters begin at the float32 initial weights, not at what DeepSpeed made of their bf16 copies."""
+    run = train(tmp_path / "run", "zero1", 2, precision="bf16", learning_rate=1e-12)
+    chosen = config()
+    initial = dict(network_for(chosen, SHAPE).named_parameters())
+    for kind in ("model", "ema-0.9"):
+        saved = Saved(run / "checkpoints" / "step-00000008", kind)
+        assert max(float((saved[n] - p.detach()).abs().max()) for n, p in initial.items()) < 1e-9
+
+
+def test_the_share_out_is_even_and_complete() -> None:
+    shapes = {str(i): torch.Size([i % 7 + 1, 10]) for i in range(100)}
+    owners = share_out(shapes, 8)
+    assert set(owners) == set(shapes)
+    loads = [sum(shapes[n].numel() for n, o in owners.items() if o == rank) for rank in range(8)]
+    assert max(loads) - min(loads) <= 70
+
+
+AUTO = {
+    "train_batch_size": "auto",
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "gradient_clipping": "auto",
+    "bf16": {"enabled": "auto"},
+    "optimizer": {"type": "Adam", "params": {"lr": "auto", "betas": "auto"}},
+    "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": True},
+}
+
+
+def with_file(file: dict[str, Any], **engine_settings: Any) -> RunConfig:
+    tree = config("zero2").model_dump(mode="json")
+    tree["engine"] = {"name": "deepspeed", "zero": None, "deepspeed": file, **engine_settings}
+    return resolve(tree)
+
+
+def test_auto_values_are_filled_in_and_own_settings_kept() -> None:
+    settings = deepspeed_config.resolve(with_file(AUTO), 2)
+    assert settings["train_batch_size"] == 64 and settings["train_micro_batch_size_per_gpu"] == 32
+    assert settings["gradient_clipping"] == 1.0 and settings["bf16"] == {"enabled": False}
+    assert settings["zero_optimization"] == {"stage": 2, "overlap_comm": True}
+    assert "auto" not in json.dumps(settings)
+
+
+@pytest.mark.parametrize(
+    ("file", "expected"),
+    [
+        ({"train_batch_size": 32}, ["train_batch_size", "32", "64", "train.batch_size"]),
+        ({"bf16": {"enabled": True}}, ["bf16.enabled", "train.precision"]),
+        ({"optimizer": {"type": "Lamb"}}, ["optimizer.type", "Lamb"]),
+        ({"optimizer": {"type": "Adam", "params": {"lr": 1.0}}}, ["optimizer.params.lr", "train.learning_rate"]),
+        ({"scheduler": {"type": "WarmupLR"}}, ["scheduler", "train.warmup_steps"]),
+        ({"gradient_clipping": 3.0, "elasticity": {"enabled": True}}, ["gradient_clipping", "elasticity"]),
+        ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage", "4"]),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["nvme"]),
+    ],
+)
+def test_a_contradicting_file_is_refused_by_name(file: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as caught:
+        udddm.train(with_file(file), run_dir=tmp_path / "run", device="cpu", workers=2)
+    assert all(word in str(caught.value) for word in expected), caught.value
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_stage_of_the_file_and_of_the_command_must_agree() -> None:
+    with pytest.raises(ConfigError, match=r"zero_optimization.stage is 2 .* and 3"):
+        deepspeed_config.resolve(with_file(AUTO, zero=3), 2)
+
+
+def test_settings_of_deepspeed_need_deepspeed() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.name=deepspeed"):
+        resolve({"engine": {"zero": 2}})
+    with pytest.raises(ConfigError, match="offload needs ZeRO"):
+        resolve({"engine": {"name": "deepspeed", "zero": 0, "offload": True}})
+
+
+def test_accumulation_must_divide_a_ranks_samples(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"train\.accumulation"):
+        udddm.train(config(accumulation=3), run_dir=tmp_path / "run", device="cpu")

@@ -1,0 +1,230 @@
+"""Several processes on one machine, killed, hung, stopped: the run ends as the undisturbed one or says why not."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import udddm
+from udddm import ConfigError
+from udddm.backends.launch import Job, WorkerLost, cause, check_versions, sendable, versions
+from udddm.backends.ranks import RankError, Ranks, Vote
+from udddm.config import resolve
+from udddm.data import DataError
+from udddm.trainer import Interrupted
+
+SETTINGS = [
+    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.1, condition: none}",
+    "train={steps: 120, batch_size: 64, learning_rate: 0.001, ema: [0.9]}",
+    "checkpoint.every_steps=5",
+    "sample={every_steps: 0, final: 7}",
+    "log_every_steps=5",
+]
+
+
+def command(run: Path, *more: str) -> list[str]:
+    given = [sys.executable, "-m", "udddm.cli", "--run-dir", str(run), "--device", "cpu", "--store", "zarr"]
+    for setting in SETTINGS:
+        given += ["--set", setting]
+    return [*given, *more]
+
+
+class Started:
+    def __init__(self, run: Path, *more: str):
+        self.run = run
+        self.process = subprocess.Popen(command(run, *more), stderr=subprocess.PIPE, text=True)
+
+    def children(self) -> list[int]:
+        """The ranks' processes, by rank."""
+        found = []
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            for pid in (task / "children").read_text().split():
+                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(int(pid))
+        return sorted(found)
+
+    def at_step(self, step: int) -> Started:
+        deadline = time.monotonic() + 100
+        while not (self.run / "checkpoints" / f"step-{step:08d}").exists():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.said()
+            time.sleep(0.005)
+        return self
+
+    def said(self) -> str:
+        if self.process.poll() is None:
+            self.process.kill()
+        return self.process.communicate()[1]
+
+    def end(self) -> tuple[int, str]:
+        _, said = self.process.communicate(timeout=120)
+        return self.process.returncode, said
+
+
+def fingerprints(run: Path) -> dict[str, str]:
+    result = json.loads((run / "result.json").read_text())
+    return {key: value for key, value in result.items() if key.endswith("sha256")}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    run = tmp_path_factory.mktemp("launch") / "run"
+    code, said = Started(run, "--workers", "2").end()
+    assert code == 0, said
+    assert np.load(run / "samples.npy").shape == (7, 1, 8, 8)
+    return fingerprints(run)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_killed_rank_costs_one_failure(rank: int, undisturbed: dict[str, str], tmp_path: Path) -> None:
+    run = Started(tmp_path / "run", "--workers", "2", "--max-failures", "1").at_step(20)
+    os.kill(run.children()[rank], signal.SIGKILL)
+    code, said = run.end()
+    assert code == 0, said
+    assert "failure 1 of 1" in said and "resuming from step-" in said
+    assert fingerprints(run.run) == undisturbed
+
+
+def test_a_hung_rank_costs_one_failure(undisturbed: dict[str, str], tmp_path: Path) -> None:
+    run = Started(tmp_path / "run", "--workers", "2", "--max-failures", "1", "--timeout", "5").at_step(20)
+    os.kill(run.children()[1], signal.SIGSTOP)
+    code, said = run.end()
+    assert code == 0, said
+    assert fingerprints(run.run) == undisturbed
+
+
+@pytest.mark.slow
+def test_too_many_failures_end_the_run_and_the_same_command_resumes(
+    undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    run = Started(tmp_path / "run", "--workers", "2").at_step(20)
+    os.kill(run.children()[1], signal.SIGKILL)
+    code, said = run.end()
+    assert code == 1 and "rank 1 was killed by SIGKILL" in said and "Traceback" not in said
+    code, said = Started(tmp_path / "run", "--workers", "2").end()
+    assert code == 0, said
+    assert fingerprints(run.run) == undisturbed
+
+
+@pytest.mark.parametrize("target", [pytest.param("parent", marks=pytest.mark.slow), "one rank"])
+def test_sigterm_checkpoints_at_a_step_that_all_ranks_agree_on(
+    target: str, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    run = Started(tmp_path / "run", "--workers", "2", "--max-failures", "3", "--set", "checkpoint.every_steps=50")
+    deadline = time.monotonic() + 100
+    while not (run.run / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(run.process.pid if target == "parent" else run.children()[1], signal.SIGTERM)
+    code, said = run.end()
+    assert code == 143, said
+    assert "stopped by SIGTERM after step" in said
+    [newest] = sorted((run.run / "checkpoints").iterdir())[-1:]
+    assert f"step {int(newest.name[5:])};" in said
+    code, said = Started(tmp_path / "run", "--workers", "2", "--set", "checkpoint.every_steps=50").end()
+    assert code == 0, said
+    assert fingerprints(run.run) == undisturbed
+
+
+def test_no_rank_outlives_its_launcher(tmp_path: Path) -> None:
+    run = Started(tmp_path / "run", "--workers", "2").at_step(5)
+    ranks = run.children()
+    run.process.kill()
+    run.process.communicate()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in ranks) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--workers", "3"], "the nearest numbers of ranks that do: 2 and 4"),
+        (["--workers", "2", "--set", "data.name=nonsense:factory"], "nonsense"),
+        (["--workers", "5:7"], "order.lanes=8"),
+    ],
+)
+def test_what_no_restart_mends_is_refused_at_once(arguments: list[str], expected: str, tmp_path: Path) -> None:
+    code, said = Started(tmp_path / "run", "--max-failures", "5", *arguments).end()
+    assert code in (1, 2) and expected in said, said
+    assert "Traceback" not in said and "failure 1" not in said
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("text", ["0", "a", "4:2", "1:", ":"])
+def test_a_bad_number_of_workers(text: str) -> None:
+    done = subprocess.run(command(Path("never"), "--workers", text), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "--workers" in done.stderr
+
+
+def job(workers: tuple[int, int]) -> Job:
+    return Job(resolve({}), Path("run"), workers=workers)
+
+
+def test_as_many_workers_as_fit_and_divide_the_lanes() -> None:
+    assert job((1, 8)).fitting(8) == 8
+    assert job((1, 8)).fitting(7) == 4
+    assert job((2, 6)).fitting(100) == 4
+    with pytest.raises(ConfigError, match="room for 1 worker here"):
+        job((2, 4)).fitting(1)
+    with pytest.raises(ConfigError, match=r"order\.lanes"):
+        job((5, 7)).fitting(100)
+
+
+def test_another_version_on_a_worker_is_named() -> None:
+    check_versions(versions())
+    with pytest.raises(ConfigError, match=r"torch .* \(driver: 1.0\)"):
+        check_versions({**versions(), "torch": "1.0"})
+
+
+def test_the_first_cause_of_several_ranks_errors_is_told() -> None:
+    first = DataError("sample 3 is broken")
+    assert cause([RankError("rank 1: sample 3 is broken"), WorkerLost("killed"), first]) is first
+
+
+def test_errors_cross_processes() -> None:
+    class Odd(RuntimeError):
+        def __init__(self, a: int, b: int):
+            super().__init__(f"{a} and {b}")
+
+    assert "Odd: 1 and 2" in str(sendable(Odd(1, 2)))
+    stopped = sendable(Interrupted(signal.SIGTERM, 7))
+    assert isinstance(stopped, Interrupted) and stopped.exit_code == 143
+
+
+def test_a_vote_alone_is_ones_own() -> None:
+    vote = Vote(Ranks(0, 1, torch.device("cpu")))
+    assert [vote.cast(0), vote.cast(15)] == [0, 15]
+
+
+class Squares:
+    def __len__(self) -> int:
+        return 70
+
+    def __getitem__(self, index: int) -> Any:
+        return np.full((1, 6, 6), index / 70, np.float32)
+
+
+def test_a_data_set_factory_runs_in_the_workers(tmp_path: Path) -> None:
+    """A function is called in every worker; an object is sent to them."""
+    config = resolve(
+        {
+            "network": {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "condition": "none"},
+            "train": {"steps": 3, "batch_size": 32, "ema": [0.9]},
+            "sample": {"every_steps": 0},
+        }
+    )
+    results = [
+        udddm.train(config, given, run_dir=tmp_path / str(i), device="cpu", workers=2)
+        for i, given in enumerate([Squares, Squares()])
+    ]
+    assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
