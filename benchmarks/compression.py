@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import tempfile
 import time
@@ -23,6 +22,7 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
+from machine import cpu_model
 
 import udddm
 from udddm.store.compression import Compression, compress, decompress
@@ -73,12 +73,6 @@ def measure(rows: Rows) -> dict[str, dict[str, float]]:
         for name in codecs
         if name != "none"
     }
-
-
-def cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> None:

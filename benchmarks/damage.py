@@ -31,6 +31,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
+from machine import cpu_model
 
 from udddm import store
 from udddm.config import StoreConfig
@@ -177,12 +178,6 @@ def measure(url: str, run: Path, count: int, seed: int) -> dict[str, Counter[str
     if read_all(url):
         raise SystemExit("the damages were not undone")
     return rows
-
-
-def cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> int:

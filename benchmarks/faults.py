@@ -25,6 +25,8 @@ from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 
+from machine import cpu_model
+
 from udddm.testing import s3
 from udddm.testing.faults import FaultProxy
 
@@ -181,12 +183,6 @@ def on_a_full_disk(directory: Path, server: s3.S3Server, wanted: dict[str, str])
 def show(row: Row) -> None:
     told = f"{row.fault:40} {row.outcome:37} {row.exit_code:4} {row.seconds:7.1f} {row.retries:8}"
     print(f"{told}  {'yes' if row.equal else 'NO':7}{'yes' if row.secrets_kept else 'NO'}", flush=True)
-
-
-def cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def main() -> int:

@@ -51,6 +51,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from machine import cpu_model
 from store_rivals import (
     BUCKET,
     RIVALS,
@@ -504,12 +505,6 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
-
-
-def cpu_model() -> str:
-    information = Path("/proc/cpuinfo")
-    lines = information.read_text().splitlines() if information.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def plot(result: dict[str, Any], path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -58,9 +59,10 @@ def train(
     wanted = (workers, workers) if isinstance(workers, int) else workers
     if not 1 <= wanted[0] <= wanted[1]:
         raise ConfigError(f"workers {wanted}: give a positive number, or the least and the most")
-    if config.engine.name == "deepspeed":
-        resolve_deepspeed(config, launch.Job(config, Path(run_dir), workers=wanted).fitting(wanted[1]))
     job = launch.Job(config, Path(run_dir), dataset, device, wanted, max_failures, timeout)
+    if config.engine.name == "deepspeed":
+        world = os.environ.get("WORLD_SIZE")  # another launcher's
+        resolve_deepspeed(config, int(world) if world else job.fitting(wanted[1]))
     return launch.run(job, backend)
 
 

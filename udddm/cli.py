@@ -27,17 +27,13 @@ def _reported(body: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     except Exception as error:
-        from udddm.backends.launch import WorkerLost
-        from udddm.backends.ranks import RankError
-        from udddm.data import DataError
-        from udddm.errors import CheckpointError
-        from udddm.store import StoreError
-        from udddm.trainer import Diverged, Interrupted
+        from udddm.backends.launch import KNOWN, WorkerLost
+        from udddm.trainer import Interrupted
 
         if isinstance(error, Interrupted):
             print(str(error), file=sys.stderr)
             return error.exit_code
-        if isinstance(error, CheckpointError | DataError | RankError | StoreError | Diverged | WorkerLost):
+        if isinstance(error, (*KNOWN, WorkerLost)):
             print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
             return FAILED
         raise

@@ -7,8 +7,8 @@ import math
 import resource
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from abc import ABC, abstractmethod
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -31,6 +31,7 @@ from udddm.network import build as build_network
 from udddm.noise import Stream
 from udddm.order import Order
 from udddm.progress import Progress, say
+from udddm.signals import handled
 from udddm.store import Snapshot, StoreCounters, StoreError
 
 
@@ -45,16 +46,16 @@ class Interrupted(RuntimeError):
         return Interrupted, (self.signum, self.step)
 
 
-class Listener:
+class Listener(ABC):
     """Somebody outside of this process who is told of metrics and may ask for a stop, as a launcher does."""
 
+    @abstractmethod
     def asked(self) -> int:
         """The signal for which to checkpoint and stop, or 0. Called at every step: it must not wait."""
-        return 0
 
+    @abstractmethod
     def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
         """Called on the first rank every `log_every_steps`."""
-        return
 
 
 class Diverged(RuntimeError):
@@ -74,8 +75,7 @@ class Trainer:
     def __init__(
         self, config: RunConfig, dataset: ImageDataset, run: Path, ranks: Ranks, listener: Listener | None = None
     ):
-        self.listener, self._told = listener or Listener(), listener.metrics if listener else None
-        self.config, self.dataset, self.run, self.ranks = config, dataset, run, ranks
+        self.config, self.dataset, self.run, self.ranks, self.listener = config, dataset, run, ranks, listener
         train, shape = config.train, dataset.shape
         self.order = Order.build(config.order, config.seed, len(dataset), train.batch_size, shape)
         self.lanes = self.order.lanes_of(ranks.rank, ranks.world)
@@ -122,18 +122,19 @@ class Trainer:
         checkpoint is intact in every case.
         """
         with ExitStack() as stack:
-            stack.enter_context(self._signals())
+            stack.enter_context(handled(self._on_signal))
             stack.callback(self.store.close)
             inputs = self.begin()
             stack.callback(inputs.close)
-            progress = Progress(self.run, self.step, self.total_steps, self._told) if self.ranks.first else None
+            told = self.listener.metrics if self.listener else None
+            progress = Progress(self.run, self.step, self.total_steps, told) if self.ranks.first else None
             if progress is not None:
                 stack.callback(progress.close)
             self._loop(inputs, progress)
             state = self.ranks.gather(self.store.sha256())
-            reinitialized = self.ranks.gather(str(self.store.counters.reinitialized))
+            reinitialized = self.ranks.gather(self.store.counters.reinitialized)
         result = self._result(state)
-        result["store_reinitialized"] = sum(map(int, reinitialized))
+        result["store_reinitialized"] = sum(reinitialized)
         images = self._samples(self.config.sample.final) if self.config.sample.final else None
         self.ranks.first_only(lambda: self._finish(result, images), (OSError,))
         return result
@@ -168,7 +169,7 @@ class Trainer:
             if self.step % every == 0 or last:
                 window = self._report(progress, losses, window)
                 losses.zero_()
-            stop = vote.cast(self._signal or self.listener.asked())
+            stop = vote.cast(self._signal or (self.listener.asked() if self.listener else 0))
             if self.step % config.checkpoint.every_steps == 0 or last or stop:
                 if not math.isfinite(self.ranks.sum(losses)):
                     raise Diverged(self._diverged())
@@ -223,26 +224,11 @@ class Trainer:
             "train.precision. The last checkpoint is from before"
         )
 
-    @contextmanager
-    def _signals(self) -> Iterator[None]:
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT ask for a checkpoint and a stop after the step in progress."""
-
-        def asked(signum: int, frame: FrameType | None) -> None:
-            if self._signal is not None:  # asked twice: stop at once
-                raise KeyboardInterrupt
-            self._signal = signum
-
-        previous: dict[int, Any] = {}
-        try:
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                previous[signum] = signal.signal(signum, asked)
-        except ValueError:  # not the main thread: the launcher has the signals
-            pass
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
+        if self._signal is not None:  # asked twice: stop at once
+            raise KeyboardInterrupt
+        self._signal = signum
 
     # Checkpoints.
 
@@ -269,13 +255,7 @@ class Trainer:
 
     def _resume(self) -> None:
         """Take up the newest whole checkpoint, or begin."""
-        found: list[Path | None] = [None]
-
-        def find() -> None:
-            found[0] = self.checkpoints.newest_valid(say)
-
-        self.ranks.first_only(find, (CheckpointError,))
-        path = self.ranks.gather(found[0])[0]
+        path = self.ranks.first_only(lambda: self.checkpoints.newest_valid(say), (CheckpointError,))
         self._retain()
         if path is None:
             self.store.start(0, 0, None)

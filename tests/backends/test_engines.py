@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import udddm
 from udddm import ConfigError, RunConfig, portable
 from udddm.backends import deepspeed_config, engine
 from udddm.backends.ranks import RENDEZVOUS, Ranks, join
-from udddm.backends.torch_engine import TorchEngine
 from udddm.config import resolve
 from udddm.ema import EMA
 from udddm.portable import Saved, share_out
@@ -81,14 +81,17 @@ def test_another_number_of_ranks_gives_the_same(workers: int, reference: Path, t
     assert difference(train(tmp_path / "run", "torch", workers), reference) < 1e-6
 
 
-def test_a_run_may_change_its_engine_and_ranks_on_the_way(reference: Path, tmp_path: Path) -> None:
-    """ZeRO 3 on two ranks to step 4, then torch on one."""
+@pytest.mark.parametrize(("first", "then"), [(("zero3", 2), ("torch", 1)), (("torch", 1), ("zero3", 2))])
+def test_a_run_may_change_its_engine_and_ranks_on_the_way(
+    first: tuple[str, int], then: tuple[str, int], reference: Path, tmp_path: Path
+) -> None:
+    """One to step 4, the other from there on."""
     run = tmp_path / "run"
-    train(run, "zero3", 2)
+    train(run, *first)
     newest = run / "checkpoints" / "step-00000008"
     (newest / "manifest.json").unlink()  # as if it had been killed before it was done
     (run / "result.json").unlink()
-    train(run, "torch", 1)
+    train(run, *then)
     assert difference(run, reference) < 1e-6
 
 
@@ -131,7 +134,15 @@ class Copy:
 
 
 def test_checkpoints_pass_through_every_engine_bit_for_bit(reference: Path, tmp_path: Path) -> None:
-    source = reference / "checkpoints" / "step-00000008"
+    source = tmp_path / "source"
+    source.mkdir()
+    for kind in ("model", "ema-0.9", "optimizer"):
+        saved = Saved(reference / "checkpoints" / "step-00000008", kind)
+        tensors = {name: saved[name].clone() for name in saved}
+        for name, tensor in tensors.items():
+            if name.endswith("bias"):  # a sum with other ranks' zeros would lose the sign
+                tensor.view(-1)[::2] = -0.0
+        save_file(tensors, source / f"{kind}.safetensors")
     here = source
     chain = [
         ("zero3", 2, "fp32"),
@@ -151,16 +162,6 @@ def test_checkpoints_pass_through_every_engine_bit_for_bit(reference: Path, tmp_
             assert set(a) == set(b)
             for tensor in a:
                 assert a[tensor].numpy().tobytes() == b[tensor].numpy().tobytes(), (name, world, tensor)
-
-
-def test_the_sign_of_zero_survives_a_gathering(tmp_path: Path) -> None:
-    ranks = Ranks(0, 1, torch.device("cpu"))
-    module = torch.nn.Linear(2, 2)
-    with torch.no_grad():
-        module.weight.fill_(-0.0)
-    built = TorchEngine(module, config().train, ranks, 1)
-    whole = built.whole(built.weights(), "weight", 0)
-    assert whole is not None and torch.signbit(whole).all()
 
 
 def test_bf16_keeps_unrounded_master_weights(tmp_path: Path) -> None:

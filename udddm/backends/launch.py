@@ -23,6 +23,7 @@ from udddm.backends.ranks import TIMEOUT, RankError, join
 from udddm.config import ConfigError, RunConfig
 from udddm.data import DataError, MapDataset
 from udddm.errors import CheckpointError
+from udddm.order import check_world
 from udddm.progress import say
 from udddm.store import StoreError
 from udddm.trainer import Diverged, Interrupted, Listener
@@ -58,8 +59,6 @@ class Job:
             if lanes % workers == 0:
                 return workers
         if not any(lanes % workers == 0 for workers in range(low, high + 1)):
-            from udddm.order import check_world
-
             check_world(lanes, high)
         raise ConfigError(
             f"--workers {low if low == high else f'{low}:{high}'}: there is room for {room} "
@@ -94,16 +93,6 @@ class Launcher(ABC):
     @abstractmethod
     def attempt(self, job: Job, workers: int) -> dict[str, Any]:
         """Run the job to its end. Raises what a rank raised, or WorkerLost."""
-
-
-class Here(Launcher):
-    """This process is the run, or one rank of it that torchrun, Slurm or another launcher started."""
-
-    def room(self, job: Job) -> int:
-        return max(job.workers)
-
-    def attempt(self, job: Job, workers: int) -> dict[str, Any]:
-        return run_rank(job, None)
 
 
 def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
@@ -169,17 +158,19 @@ def inside_ray_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "RAY_JOB_ID" in os.environ
 
 
-def choose(backend: str, job: Job) -> tuple[Launcher, str]:
-    """The launcher that `backend` (auto, local, ray) means here, and why. Raises ConfigError."""
+def choose(backend: str, job: Job) -> tuple[Launcher, str] | None:
+    """The launcher that `backend` (auto, local, ray) means here, and why. None where nothing is to be launched: this
+    process is the run, or one rank of it that torchrun, Slurm or another launcher started, whose restarts those are.
+
+    Raises ConfigError.
+    """
     ranked = "WORLD_SIZE" in os.environ and "RANK" in os.environ
     if backend == "ray" or (backend == "auto" and not ranked and inside_ray_job()):
         from udddm.backends.ray_train import RayTrain
 
         return RayTrain(), "asked for" if backend == "ray" else "this is a Ray job"
-    if ranked:
-        return Here(), "rank and world size are in the environment"
-    if job.workers == (1, 1) and not job.max_failures:
-        return Here(), "one worker"
+    if ranked or (job.workers == (1, 1) and not job.max_failures):
+        return None
     from udddm.backends.processes import Processes
 
     return Processes(), "several workers on this machine" if max(job.workers) > 1 else "restarts after failures"
@@ -187,7 +178,9 @@ def choose(backend: str, job: Job) -> tuple[Launcher, str]:
 
 def run(job: Job, backend: str = "auto") -> dict[str, Any]:
     """Run a job where `backend` says. Raises what ended it."""
-    launcher, why = choose(backend, job)
-    if not isinstance(launcher, Here):
-        say(f"backend: {type(launcher).__name__} ({why})")
+    chosen = choose(backend, job)
+    if chosen is None:
+        return run_rank(job, None)
+    launcher, why = chosen
+    say(f"backend: {type(launcher).__name__} ({why})")
     return supervise(launcher, job)

@@ -8,8 +8,8 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 
 from udddm.backends.launch import Job, Launcher, WorkerLost, cause, run_rank, sendable
 from udddm.backends.ranks import RENDEZVOUS, RankError
+from udddm.signals import handled
 
 GRACE = 20.0
 """Seconds that the other ranks are given to end by themselves after one has failed."""
@@ -71,11 +72,12 @@ class Processes(Launcher):
                     children.append(child)
                 with _forwarded(children):
                     outcomes = _collect(pipes, children)
+                    for child in children:  # they have said all; what is left of them is to end
+                        child.join(GRACE)
             finally:
                 if had is None:
                     os.environ.pop("OMP_NUM_THREADS", None)
                 for child in children:
-                    child.join(GRACE if child.exitcode is None and pipes else 0)
                     if child.is_alive():
                         child.kill()
                     child.join()
@@ -115,8 +117,7 @@ def _collect(pipes: list[Connection], children: Sequence[BaseProcess]) -> list[A
     return outcomes
 
 
-@contextmanager
-def _forwarded(children: Sequence[BaseProcess]) -> Iterator[None]:
+def _forwarded(children: Sequence[BaseProcess]) -> AbstractContextManager[None]:
     """SIGTERM and SIGINT go to the ranks, which agree on a step, checkpoint and stop."""
 
     def pass_on(signum: int, frame: object) -> None:
@@ -124,14 +125,4 @@ def _forwarded(children: Sequence[BaseProcess]) -> Iterator[None]:
             if child.is_alive() and child.pid is not None:
                 os.kill(child.pid, signum)
 
-    previous: dict[int, Any] = {}
-    try:
-        for signum in (signal.SIGTERM, signal.SIGINT):
-            previous[signum] = signal.signal(signum, pass_on)
-    except ValueError:  # not the main thread
-        pass
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    return handled(pass_on)

@@ -84,9 +84,9 @@ class Ranks:
             raise RankError(next(p for p in problems if p))
         return result  # type: ignore[return-value]
 
-    def first_only(self, action: Callable[[], None], errors: tuple[type[Exception], ...]) -> None:
-        """`together`, with work for the first rank only."""
-        self.together(action if self.first else lambda: None, errors)
+    def first_only(self, action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
+        """`together`, with work for the first rank only. Its result, on every rank."""
+        return self.gather(self.together(action if self.first else lambda: None, errors))[0]  # type: ignore[return-value]
 
     def check_shared(self, directory: Path, what: str) -> None:
         """Raise ConfigError on every rank unless all see one and the same directory."""

@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
-import socket
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +18,7 @@ from typing import Any
 from udddm.backends.launch import KNOWN, Job, Launcher, WorkerLost, cause, inside_ray_job, run_rank, sendable
 from udddm.config import ConfigError
 from udddm.progress import Line, say
+from udddm.signals import handled
 from udddm.trainer import Listener
 
 RUNS = "UDDDM_RUNS"
@@ -54,19 +51,12 @@ class Board:
         self._stop = 0
         self._latest: tuple[int, int, dict[str, float]] | None = None
         self._outcomes: dict[int, Any] = {}
-        self._places: dict[int, tuple[str, int]] = {}
 
     def stop(self, signum: int) -> None:
         self._stop = signum
 
     def stopped(self) -> int:
         return self._stop
-
-    def arrived(self, rank: int, host: str, pid: int) -> None:
-        self._places[rank] = (host, pid)
-
-    def places(self) -> dict[int, tuple[str, int]]:
-        return self._places
 
     def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
         self._latest = (step, total, values)
@@ -120,7 +110,6 @@ def _worker(settings: dict[str, Any]) -> None:
     if Path(settings["cwd"]).is_dir():
         os.chdir(settings["cwd"])
     rank = int(os.environ["RANK"])
-    ray.get(board.arrived.remote(rank, socket.gethostname(), os.getpid()))
     listener = _Watch(ray, board, rank)
     try:
         value: Any = run_rank(job, listener)
@@ -204,8 +193,7 @@ class RayTrain(Launcher):
 
         thread = threading.Thread(target=fit, name="ray train", daemon=True)
         thread.start()
-        with self._watched(board, thread):
-            thread.join()
+        self._watch(board, thread)
         outcomes = self._ray.get(board.outcomes.remote())
         self._ray.kill(board)
         errors = [o for o in outcomes.values() if isinstance(o, BaseException)]
@@ -217,8 +205,7 @@ class RayTrain(Launcher):
         assert isinstance(result, dict)
         return result
 
-    @contextmanager
-    def _watched(self, board: Any, thread: threading.Thread) -> Iterator[None]:
+    def _watch(self, board: Any, thread: threading.Thread) -> None:
         """Show progress, and pass SIGTERM and SIGINT on to the board, until the thread ends."""
         asked: list[int] = []
 
@@ -227,14 +214,8 @@ class RayTrain(Launcher):
                 raise KeyboardInterrupt
             asked.append(signum)
 
-        previous: dict[int, Any] = {}
-        try:
-            for signum in (signal.SIGTERM, signal.SIGINT):
-                previous[signum] = signal.signal(signum, on_signal)
-        except ValueError:
-            pass
         line, told = Line(), False
-        try:
+        with contextlib.closing(line), handled(on_signal):
             while thread.is_alive():
                 thread.join(0.5)
                 if asked and not told:
@@ -244,11 +225,6 @@ class RayTrain(Launcher):
                     latest = self._ray.get(board.latest.remote(), timeout=5)
                     if latest is not None:
                         line.show(*latest)
-            yield
-        finally:
-            line.close()
-            for number, handler in previous.items():
-                signal.signal(number, handler)
 
 
 def job_directory(run: Path) -> Path:

@@ -2,6 +2,7 @@
 
 import math
 
+from udddm.backends.deepspeed_config import zero_stage
 from udddm.config import RunConfig
 from udddm.objective.algorithm1 import AlgorithmOne
 from udddm.objective.chain import Chain
@@ -23,5 +24,5 @@ def build(config: RunConfig, process: Process, epochs: float, shape: tuple[int, 
         return AlgorithmOne(process, chosen.huber_c or paper, config.seed)
     conditioned = config.network.condition != "none"
     c = chosen.huber_c or CHAIN_HUBER_C * math.sqrt(math.prod(shape))
-    lockstep = config.engine.name == "deepspeed"  # only ZeRO 3 needs it; all stages then do the same work
+    lockstep = config.engine.name == "deepspeed" and zero_stage(config) == 3
     return Chain(process, chosen.chain, c, config.seed, epochs, conditioned, lockstep)
