@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +11,11 @@ import torch
 from safetensors.torch import save_file
 
 import udddm
-from udddm import ConfigError, RunConfig, portable
-from udddm.backends import deepspeed_config, engine
-from udddm.backends.ranks import RENDEZVOUS, Ranks, join
+from udddm import ConfigError, RunConfig
+from udddm.backends import deepspeed_config
 from udddm.config import resolve
-from udddm.ema import EMA
 from udddm.portable import Saved, share_out
+from udddm.testing.ranks import Copy, on_ranks
 from udddm.trainer import network_for
 
 SHAPE = (1, 8, 8)
@@ -95,44 +91,6 @@ def test_a_run_may_change_its_engine_and_ranks_on_the_way(
     assert difference(run, reference) < 1e-6
 
 
-def _rank(rank: int, world: int, meeting: str, work: Callable[[Ranks], None]) -> None:
-    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), RENDEZVOUS: meeting})
-    torch.set_num_threads(1)
-    ranks = join("cpu", group=True, timeout=200)
-    work(ranks)
-    ranks.close()
-
-
-def on_ranks(world: int, place: Path, work: Callable[[Ranks], None]) -> None:
-    """Run `work` on new processes."""
-    spawn = multiprocessing.get_context("spawn")
-    processes = [
-        spawn.Process(target=_rank, args=(rank, world, str(place / f"meet-{world}"), work)) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(200)
-        assert process.exitcode == 0
-
-
-class Copy:
-    """Load a checkpoint with an engine and save it again."""
-
-    def __init__(self, name: str, source: Path, target: Path, precision: str = "fp32"):
-        self.name, self.source, self.target, self.precision = name, source, target, precision
-
-    def __call__(self, ranks: Ranks) -> None:
-        chosen = config(self.name, precision=self.precision)
-        built = engine.build(network_for(chosen, SHAPE), chosen, ranks, 8)
-        ema = EMA(built.weights(), 0.9)
-        portable.load(self.source, built, [ema])
-        if ranks.first:
-            self.target.mkdir()
-        ranks.barrier()
-        portable.save(self.target, built, [ema])
-
-
 def test_checkpoints_pass_through_every_engine_bit_for_bit(reference: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()
@@ -154,7 +112,7 @@ def test_checkpoints_pass_through_every_engine_bit_for_bit(reference: Path, tmp_
     for number, (name, world, precision) in enumerate(chain):
         place = tmp_path / str(number)
         place.mkdir()
-        on_ranks(world, place, Copy(name, here, place / "copy", precision))
+        on_ranks(world, place, Copy(config(name, precision=precision), SHAPE, here, place / "copy"))
         here = place / "copy"
         assert len(list(here.glob("model*.safetensors"))) == world
         for kind in ("model", "ema-0.9", "optimizer"):

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
-import sys
 import time
-import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from udddm.testing.cluster import BIN, Cluster, running
+
 pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(280)
-BIN = Path(sys.executable).parent
 SETTINGS = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.1, condition: none}",
     "train={steps: 300, batch_size: 64, learning_rate: 0.001, ema: [0.9]}",
@@ -36,81 +32,16 @@ def arguments(*more: str) -> list[str]:
     return [*given, *more]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@dataclass
-class Cluster:
-    environment: dict[str, str]
-    token: str
-
-    def submit(self, *more: str) -> subprocess.Popen[str]:
-        command = [str(BIN / "ray"), "job", "submit", "--working-dir", str(self.place), "--", *arguments(*more)]
-        return subprocess.Popen(
-            command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-
-    place: Path = Path()
-
-    def workers(self) -> list[int]:
-        """The pids of this cluster's training workers."""
-        return processes_with(self.token, b"ray::RayTrainWorker")
-
-
-def processes_with(token: str, name: bytes = b"") -> list[int]:
-    """The pids of processes whose environment has the token: the cluster's own and no other's."""
-    found = []
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            if (directory / "cmdline").read_bytes().startswith(name) and (
-                token.encode() in (directory / "environ").read_bytes()
-            ):
-                found.append(int(directory.name))
-        except OSError:
-            continue
-    return sorted(found)
+def submit(cluster: Cluster, *more: str) -> subprocess.Popen[str]:
+    return cluster.submit(*arguments(*more))
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    token = uuid.uuid4().hex
-    dashboard = free_port()
-    environment = {
-        **os.environ,
-        "PATH": f"{BIN}:{os.environ['PATH']}",
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": token,
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
-    }
-    head = {k: v for k, v in environment.items() if k != "RAY_ADDRESS"}
-    place = tmp_path_factory.mktemp("ray")
-    log = (place / "head.log").open("wb")
-    command = [str(BIN / "ray"), "start", "--head", "--block", "--num-cpus=2", f"--port={free_port()}"]
-    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
-    process = subprocess.Popen(command, env=head, stdout=log, stderr=log, cwd=place)
-    work = place / "work"
-    work.mkdir()
-    (work / "mine.py").write_text("from udddm.data.sources import digits\n\ndef data():\n    return digits()\n")
-    try:
-        deadline = time.monotonic() + 90
-        listing = [str(BIN / "ray"), "job", "list"]
-        while subprocess.run(listing, env=environment, capture_output=True, timeout=60).returncode:
-            assert process.poll() is None and time.monotonic() < deadline, (place / "head.log").read_text()
-            time.sleep(0.5)
-        yield Cluster(environment, token, work)
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        for pid in processes_with(token):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        process.wait()
-        log.close()
+    with running(tmp_path_factory.mktemp("ray"), cpus=2) as found:
+        code = "from udddm.data.sources import digits\n\ndef data():\n    return digits()\n"
+        (found.directory / "mine.py").write_text(code)
+        yield found
 
 
 def fingerprints(run: Path) -> dict[str, str]:
@@ -129,7 +60,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 def test_a_submitted_job_ends_as_the_local_run(cluster: Cluster, undisturbed: dict[str, str], tmp_path: Path) -> None:
     """With a data set factory from the submitted directory."""
-    job = cluster.submit("--workers", "2", "--run-dir", str(tmp_path / "run"), "--set", "data.name=mine:data")
+    job = submit(cluster, "--workers", "2", "--run-dir", str(tmp_path / "run"), "--set", "data.name=mine:data")
     said = job.communicate(timeout=250)[0]
     assert job.returncode == 0, said
     assert "this is a Ray job" in said and "step 300/300" in said
@@ -146,7 +77,7 @@ def reach(run: Path, step: int, job: subprocess.Popen[str]) -> None:
 
 def test_a_killed_worker_costs_one_failure(cluster: Cluster, undisturbed: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
-    job = cluster.submit("--workers", "2", "--run-dir", str(run), "--max-failures", "2")
+    job = submit(cluster, "--workers", "2", "--run-dir", str(run), "--max-failures", "2")
     reach(run, 30, job)
     os.kill(cluster.workers()[-1], signal.SIGKILL)
     said = job.communicate(timeout=250)[0]
@@ -159,8 +90,8 @@ def test_a_killed_worker_costs_one_failure(cluster: Cluster, undisturbed: dict[s
 def test_refusals_are_told_and_end_the_job(cluster: Cluster, tmp_path: Path) -> None:
     """Too many workers for the cluster, and a mistake that the workers find."""
     run = str(tmp_path / "run")
-    many = cluster.submit("--workers", "4", "--timeout", "4", "--run-dir", run)
-    wrong = cluster.submit("--workers", "2", "--max-failures", "9", "--run-dir", run, "--set", "data.name=mine:dota")
+    many = submit(cluster, "--workers", "4", "--timeout", "4", "--run-dir", run)
+    wrong = submit(cluster, "--workers", "2", "--max-failures", "9", "--run-dir", run, "--set", "data.name=mine:dota")
     said = many.communicate(timeout=150)[0]
     assert many.returncode == 1
     assert "error: --workers 4" in said and "room for 2" in said
@@ -176,22 +107,17 @@ def test_a_stopped_job_checkpoints_first_and_resumes(
 ) -> None:
     run = tmp_path / "run"
     more = ["--workers", "2", "--run-dir", str(run), "--set", "checkpoint.every_steps=1000"]
-    job = cluster.submit(*more)
+    job = submit(cluster, *more)
     deadline = time.monotonic() + 150
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
         assert job.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    listed = subprocess.run(
-        [str(BIN / "ray"), "job", "list"], env=cluster.environment, capture_output=True, text=True, timeout=60
-    ).stdout
-    running = next(part for part in listed.split("JobDetails(")[1:] if "RUNNING" in part)
-    name = running.split("submission_id='")[1].split("'")[0]
-    stop = [str(BIN / "ray"), "job", "stop", name]
-    subprocess.run(stop, env=cluster.environment, capture_output=True, timeout=120)
+    current = next(part for part in cluster.call("job", "list").split("JobDetails(")[1:] if "RUNNING" in part)
+    cluster.call("job", "stop", current.split("submission_id='")[1].split("'")[0])
     said = job.communicate(timeout=120)[0]
     checkpoints = list((run / "checkpoints").glob("step-*"))
     assert len(checkpoints) == 1, said
-    again = cluster.submit(*more)
+    again = submit(cluster, *more)
     said = again.communicate(timeout=250)[0]
     assert again.returncode == 0 and f"resuming from {checkpoints[0].name}" in said, said
     assert fingerprints(run) == undisturbed

@@ -1,0 +1,114 @@
+"""A real Ray cluster on this machine for tests and benchmarks, with a token made for it.
+
+    with cluster.running(place, cpus=2) as ray:
+        job = ray.submit("udddm-train", "--workers", "2", "--run-dir", str(run))
+        said, _ = job.communicate()
+
+Only its own processes are ended with it: those whose environment has the token.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+BIN = Path(sys.executable).parent
+
+
+@dataclass
+class Cluster:
+    """A head node and what its clients need to know."""
+
+    environment: dict[str, str]
+    """For clients: the address, and the token."""
+    directory: Path
+    """What is submitted with a job as its working directory."""
+
+    def submit(self, *command: str) -> subprocess.Popen[str]:
+        """`ray job submit` of a command: the process that shows its log and ends with it."""
+        whole = [str(BIN / "ray"), "job", "submit", "--working-dir", str(self.directory), "--", *command]
+        return subprocess.Popen(
+            whole, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def call(self, *arguments: str) -> str:
+        """What `ray ARGUMENTS` prints."""
+        done = subprocess.run(
+            [str(BIN / "ray"), *arguments], env=self.environment, capture_output=True, text=True, timeout=120
+        )
+        return done.stdout
+
+    def workers(self) -> list[int]:
+        """The pids of this cluster's training workers."""
+        return self._processes(b"ray::RayTrainWorker")
+
+    def _processes(self, name: bytes = b"") -> list[int]:
+        token = self.environment["RAY_AUTH_TOKEN"].encode()
+        found = []
+        for directory in Path("/proc").glob("[0-9]*"):
+            try:
+                if (directory / "cmdline").read_bytes().startswith(name) and (
+                    token in (directory / "environ").read_bytes()
+                ):
+                    found.append(int(directory.name))
+            except OSError:
+                continue
+        return sorted(found)
+
+    def end(self) -> None:
+        """Kill what is left of it."""
+        for pid in self._processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextlib.contextmanager
+def running(place: Path, cpus: int, **variables: str) -> Iterator[Cluster]:
+    """A head node on loopback, ready for jobs. `variables` are added to its environment and so to the jobs'."""
+    dashboard = free_port()
+    environment = {
+        **os.environ,
+        **variables,
+        "PATH": f"{BIN}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": uuid.uuid4().hex,
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ADDRESS": f"http://127.0.0.1:{dashboard}",
+    }
+    head = {k: v for k, v in environment.items() if k != "RAY_ADDRESS"}
+    work = place / "work"
+    work.mkdir(parents=True)
+    cluster = Cluster(environment, work)
+    command = [str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={free_port()}"]
+    command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
+    with (place / "head.log").open("wb") as log:
+        process = subprocess.Popen(command, env=head, stdout=log, stderr=log, cwd=place)
+        try:
+            deadline = time.monotonic() + 90
+            listing = [str(BIN / "ray"), "job", "list"]
+            while subprocess.run(listing, env=environment, capture_output=True, timeout=60).returncode:
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError(f"the head node did not start:\n{(place / 'head.log').read_text()}")
+                time.sleep(0.5)
+            yield cluster
+        finally:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+            cluster.end()
+            process.wait()

@@ -1,0 +1,55 @@
+"""Work on several ranks of this machine, without a launcher: for tests and benchmarks of engines."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from udddm import portable
+from udddm.backends import engine
+from udddm.backends.ranks import RENDEZVOUS, Ranks, join
+from udddm.config import RunConfig
+from udddm.ema import EMA
+from udddm.trainer import network_for
+
+
+def _rank(rank: int, world: int, meeting: str, work: Callable[[Ranks], None]) -> None:
+    os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), RENDEZVOUS: meeting})
+    torch.set_num_threads(1)
+    ranks = join("cpu", group=True, timeout=200)
+    work(ranks)
+    ranks.close()
+
+
+def on_ranks(world: int, place: Path, work: Callable[[Ranks], None]) -> None:
+    """Run `work`, which must be picklable, on `world` new processes. Raises RuntimeError when one of them fails."""
+    spawn = multiprocessing.get_context("spawn")
+    processes = [
+        spawn.Process(target=_rank, args=(rank, world, str(place / f"meet-{world}"), work)) for rank in range(world)
+    ]
+    for process in processes:
+        process.start()
+    for rank, process in enumerate(processes):
+        process.join(200)
+        if process.exitcode != 0:
+            raise RuntimeError(f"rank {rank} of {world} ended with exit code {process.exitcode}")
+
+
+class Copy:
+    """Load a checkpoint's weights, moments and EMA with the engine of `config`, and save them again without a step."""
+
+    def __init__(self, config: RunConfig, shape: tuple[int, int, int], source: Path, target: Path):
+        self.config, self.shape, self.source, self.target = config, shape, source, target
+
+    def __call__(self, ranks: Ranks) -> None:
+        built = engine.build(network_for(self.config, self.shape), self.config, ranks, 8)
+        emas = [EMA(built.weights(), decay) for decay in self.config.train.ema]
+        portable.load(self.source, built, emas)
+        if ranks.first:
+            self.target.mkdir()
+        ranks.barrier()
+        portable.save(self.target, built, emas)
