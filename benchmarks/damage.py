@@ -36,6 +36,7 @@ from machine import cpu_model
 from udddm import store
 from udddm.config import StoreConfig
 from udddm.order import Order
+from udddm.run import Run
 from udddm.store import DamagedChunkError, Encoding, Snapshot, StoreError, X0Store
 from udddm.store.generations import Generations, open_existing
 from udddm.store.inspect import Place, verify
@@ -54,7 +55,7 @@ Chunk = tuple[int, int]
 
 def opened(url: str, run: Path, on_damage: str = "stop") -> X0Store:
     config = StoreConfig.model_validate({"kind": "zarr", "url": url, "on_damage": on_damage})
-    return store.build(config, ORDER, LANES, SHAPE, torch.device("cpu"), run)
+    return store.build(config, ORDER, LANES, SHAPE, torch.device("cpu"), Run(run))
 
 
 def make(url: str, run: Path) -> Path:

@@ -55,6 +55,7 @@ from udddm.noise import Stream
 from udddm.objective.loss import add_noise
 from udddm.order import Order
 from udddm.process import Array, Coefficients, Process
+from udddm.run import Run
 
 Kind = Literal["ve", "vp"]
 ObjectiveName = Literal["chain", "algorithm-1"]
@@ -162,7 +163,7 @@ def train(config: RunConfig, samples: int, width: int) -> Trained:
     goal = objective.build(config, chosen, config.train.steps / order.steps, (1, 2, 2))
     engine = TorchEngine(network, config.train, ranks, config.train.steps)
     ema = EMA(engine.weights(), config.train.ema[0], config.train.ema_warmup)
-    states = store.build(config.store, order, lanes, SHAPE, ranks.device, Path())
+    states = store.build(config.store, order, lanes, SHAPE, ranks.device, Run(Path()))
     states.start(0, 0, None)
     started = time.process_time()
     for step in range(config.train.steps):

@@ -75,6 +75,7 @@ from udddm.backends.ranks import join
 from udddm.config import OrderConfig, StoreConfig
 from udddm.data import ArrayImages, ImageDataset
 from udddm.order import Order
+from udddm.run import Run
 from udddm.store import StoreError, X0Store
 from udddm.store.objects import open_objects
 from udddm.store.pipeline import HostStore
@@ -289,7 +290,7 @@ def training(setting: Setting) -> dict[str, Any]:
         epochs = {}
         for name, chosen in contestants(setting, endpoint, slow):
             settings = config.model_copy(update={"store": chosen})
-            trainer = Trainer(settings, images, directory / name, join("cpu"))
+            trainer = Trainer(settings, images, Run(directory / name), join("cpu"))
             stack.callback(trainer.store.close)
             inputs = trainer.begin()
             stack.callback(inputs.close)
@@ -320,7 +321,7 @@ def fast(setting: Setting) -> dict[str, Any]:
                 links[name] = {str(n): round(link(place, order.chunk, n), 1) for n in counts}
         epochs = {}
         for name, chosen in contestants(setting, endpoint, slow):
-            opened = store.build(chosen, order, range(order.lanes), SHAPE, CPU, directory / name)
+            opened = store.build(chosen, order, range(order.lanes), SHAPE, CPU, Run(directory / name))
             stack.callback(opened.close)
             opened.start(0, 0, None)
             epochs[name] = Epochs(opened, partial(step, opened), steady=True)
@@ -404,7 +405,7 @@ def rivals(setting: Setting) -> dict[str, Any]:
         directory = setting.directory
         endpoint = stack.enter_context(s3(setting))
         for name, chosen in contestants(setting, endpoint, None):
-            opened = store.build(chosen, order, range(order.lanes), SHAPE, CPU, directory / name)
+            opened = store.build(chosen, order, range(order.lanes), SHAPE, CPU, Run(directory / name))
             stack.callback(opened.close)
             opened.start(0, 0, None)
             everyone[name] = Epochs(opened, partial(step, opened)).round
@@ -451,7 +452,7 @@ def probe(samples: int, steps: int, directory: Path) -> None:
     """In a process of its own: take some steps of the first epoch and print the peaks of memory before and after."""
     before = peak_memory()
     order = Order(0, samples, 256, 8, 256, 2)
-    opened = store.build(StoreConfig(kind="zarr"), order, range(8), SHAPE, CPU, directory / "state")
+    opened = store.build(StoreConfig(kind="zarr"), order, range(8), SHAPE, CPU, Run(directory / "state"))
     opened.start(0, 0, None)
     for _ in range(steps):
         opened.write(opened.read())

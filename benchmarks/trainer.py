@@ -32,6 +32,7 @@ from udddm.data import ArrayImages, ImageDataset
 from udddm.objective import denoise, pseudo_huber
 from udddm.process import Coefficients
 from udddm.process import build as build_process
+from udddm.run import Run
 from udddm.trainer import Trainer, network_for
 
 STORES = ("gpu", "pinned", "zarr")
@@ -94,7 +95,7 @@ def main() -> None:
         for kind in STORES:
             chosen = config.model_copy(update={"store": config.store.model_copy(update={"kind": kind})})
             trainer = trainers[kind] = Trainer(
-                chosen, ImageDataset(ArrayImages(pixels)), Path(directory) / kind, join("cpu")
+                chosen, ImageDataset(ArrayImages(pixels)), Run(Path(directory) / kind), join("cpu")
             )
             inputs[kind] = trainer.begin()
             steps[kind] = partial(trainer.train_step, inputs[kind])

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,16 +19,18 @@ from udddm import sampler
 from udddm.backends.deepspeed_config import resolve as resolve_deepspeed
 from udddm.backends.deepspeed_config import zero_stage
 from udddm.backends.ranks import TIMEOUT, Ranks, choose_device
-from udddm.checkpoint import Checkpoints, damage, load_json
+from udddm.checkpoint import NAME, damage, load_json
 from udddm.config import ConfigError, RunConfig
 from udddm.data import DataError, ImageDataset, MapDataset, load_dataset
-from udddm.errors import CheckpointError
+from udddm.errors import CheckpointError, StoreError
 from udddm.network import UNet
 from udddm.portable import Saved
 from udddm.process import Process
 from udddm.process import build as build_process
 from udddm.progress import say
-from udddm.run import claim, locked
+from udddm.remote_run import is_local, open_copy, open_run
+from udddm.run import Run, claim
+from udddm.store.objects import open_objects
 from udddm.trainer import Listener, Trainer, network_for
 
 
@@ -43,7 +45,7 @@ def train(
     max_failures: int = 0,
     timeout: float = TIMEOUT,
 ) -> dict[str, Any]:
-    """Train, or resume, the run in `run_dir` and return what its `result.json` says.
+    """Train, or resume, the run in `run_dir`, a directory or a URL, and return what its `result.json` says.
 
     `dataset` is any map-style object: `len(dataset)` and `dataset[i]` giving an image [C, H, W] in [-1, 1] (or
     uint8), or an (image, label) pair; or a function that returns one, which is called in every worker. Without it,
@@ -59,7 +61,7 @@ def train(
     wanted = (workers, workers) if isinstance(workers, int) else workers
     if not 1 <= wanted[0] <= wanted[1]:
         raise ConfigError(f"workers {wanted}: give a positive number, or the least and the most")
-    job = launch.Job(config, Path(run_dir), dataset, device, wanted, max_failures, timeout)
+    job = launch.Job(config, run_dir, dataset, device, wanted, max_failures, timeout)
     if config.engine.name == "deepspeed":
         world = os.environ.get("WORLD_SIZE")  # another launcher's
         resolve_deepspeed(config, int(world) if world else job.fitting(wanted[1]))
@@ -67,10 +69,11 @@ def train(
 
 
 def train_rank(
-    config: RunConfig, dataset: MapDataset | None, run: Path, ranks: Ranks, listener: Listener | None = None
+    config: RunConfig, dataset: MapDataset | None, where: str | Path, ranks: Ranks, listener: Listener | None = None
 ) -> dict[str, Any]:
     """This rank's part of a run: what every launcher calls on every rank once they have joined."""
-    refused = (ConfigError, DataError, OSError)
+    refused = (ConfigError, DataError, StoreError, CheckpointError, OSError)
+    run = ranks.together(lambda: open_run(where), refused)
 
     def load() -> ImageDataset:
         images = ImageDataset(dataset if dataset is not None else load_dataset(config.data))
@@ -82,25 +85,32 @@ def train_rank(
     with ExitStack() as held:
 
         def take() -> None:
-            held.enter_context(locked(run))
-            claim(run, config, images)
+            held.enter_context(run.held())
+            run.fetch()
+            claim(run.path, config, images)
+            run.push()
 
         ranks.first_only(take, refused)
-        ranks.check_shared(run, "the run directory")
-        url = config.store.url
-        if config.store.kind == "zarr" and url and ("://" not in url or url.startswith("file://")):
-            ranks.check_shared(Path(url.removeprefix("file://")), "the x0-state's directory")
+        ranks.together(lambda: run.share(ranks), refused)
+        if config.store.kind == "zarr" and config.store.url:
+            if is_local(config.store.url):
+                ranks.check_shared(Path(config.store.url.removeprefix("file://")), "the x0-state's directory")
+            else:  # every rank must get there, with its machine's credentials
+                ranks.together(lambda: open_objects(config.store.url or "").exists("zarr.json"), refused)
         return _train(config, images, run, ranks, listener)
 
 
 def _train(
-    config: RunConfig, images: ImageDataset, run: Path, ranks: Ranks, listener: Listener | None
+    config: RunConfig, images: ImageDataset, run: Run, ranks: Ranks, listener: Listener | None
 ) -> dict[str, Any]:
-    finished = run / "result.json"
-    if finished.exists():
+    def finished() -> dict[str, Any] | None:
+        path = run.path / "result.json"
+        return load_json(path) if path.exists() else None
+
+    result = ranks.first_only(finished, (CheckpointError,))
+    if result is not None:
         if ranks.first:
-            say(f"{run} is finished; its result is in {finished}")
-        result: dict[str, Any] = load_json(finished)
+            say(f"{run} is finished; its result is in {run}/result.json")
         return result
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
@@ -110,14 +120,14 @@ def _train(
     return Trainer(config, images, run, ranks, listener).train()
 
 
-def describe(config: RunConfig, images: ImageDataset, run: Path, ranks: Ranks) -> list[str]:
+def describe(config: RunConfig, images: ImageDataset, run: Run, ranks: Ranks) -> list[str]:
     """The first lines of a run: what runs where, and why."""
     device = ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
     reasons = {
         "gpu": "a tensor on the training device" if device.type == "cuda" else "no GPU here: a tensor in host memory",
         "pinned": "host memory, copied in the background",
-        "zarr": f"{config.store.url or run / 'state'}, read and written in the background",
+        "zarr": f"{config.store.url or run.state}, read and written in the background",
     }
     precision = "as configured" if config.train.precision != "fp32" else "the default"
     engine: str = config.engine.name
@@ -144,16 +154,36 @@ class Model:
     shape: tuple[int, int, int]
 
 
-def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a run directory, or the path of a checkpoint itself, means: the newest whole one."""
-    where = Path(path)
+@contextmanager
+def checkpoint_files(where: str | Path) -> Iterator[Path]:
+    """The directory of the checkpoint that a run, or the path of a checkpoint itself, means: of a run the newest whole
+    one. Either may be at a URL. Raises CheckpointError, StoreError."""
+    if is_local(where):
+        yield _local_checkpoint(Path(str(where).removeprefix("file://")))
+        return
+    url, _, last = str(where).rstrip("/").rpartition("/")
+    one = NAME.fullmatch(last) is not None
+    run = open_copy(
+        url.removesuffix("/checkpoints") if one else where,
+        wanted=lambda name: name.startswith(("config", "model", "ema")),
+    )
+    checkpoints = run.checkpoints()
+    path = checkpoints.directory / last if one else checkpoints.newest_valid(say)
+    if path is None:
+        raise CheckpointError(f"{where} holds no checkpoint")
+    if problem := checkpoints.damage(path):
+        raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
+    yield path
+
+
+def _local_checkpoint(where: Path) -> Path:
     if not where.exists():
         raise CheckpointError(f"{where} does not exist")
     if (where / "config.json").exists() or (where / "manifest.json").exists():
         if (where / "manifest.json").exists() and (problem := damage(where)):
             raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
         return where
-    newest = Checkpoints(where).newest_valid(say)
+    newest = Run(where).checkpoints().newest_valid(say)
     if newest is None:
         raise CheckpointError(f"{where} holds no checkpoint")
     return newest
@@ -164,21 +194,21 @@ def load_model(checkpoint: str | Path, *, ema: float | str | None = None, device
 
     Raises CheckpointError for a checkpoint that is damaged, of another network, or without that EMA.
     """
-    path = find_checkpoint(checkpoint)
-    saved = load_json(path / "config.json")
-    config = configuration.resolve(saved["config"], str(path / "config.json"))
-    channels, height, width = saved["shape"]
-    decays = [f"{decay:g}" for decay in config.train.ema]
-    chosen = "none" if ema == "none" or not decays else f"{float(ema):g}" if ema is not None else decays[0]
-    if chosen not in [*decays, "none"]:
-        raise CheckpointError(f"{path} has no EMA of decay {chosen}; it has {', '.join([*decays, 'none'])}")
-    weights = Saved(path, "model" if chosen == "none" else f"ema-{chosen}")
-    network = network_for(config, (channels, height, width))
-    parameters = dict(network.named_parameters())
-    weights.check_network({name: p.shape for name, p in parameters.items()})
-    with torch.no_grad():
-        for name, parameter in parameters.items():
-            parameter.copy_(weights[name])
+    with checkpoint_files(checkpoint) as path:
+        saved = load_json(path / "config.json")
+        config = configuration.resolve(saved["config"], str(path / "config.json"))
+        channels, height, width = saved["shape"]
+        decays = [f"{decay:g}" for decay in config.train.ema]
+        chosen = "none" if ema == "none" or not decays else f"{float(ema):g}" if ema is not None else decays[0]
+        if chosen not in [*decays, "none"]:
+            raise CheckpointError(f"{path} has no EMA of decay {chosen}; it has {', '.join([*decays, 'none'])}")
+        weights = Saved(path, "model" if chosen == "none" else f"ema-{chosen}")
+        network = network_for(config, (channels, height, width))
+        parameters = dict(network.named_parameters())
+        weights.check_network({name: p.shape for name, p in parameters.items()})
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
     network.to(choose_device(device)).eval()
     return Model(network, build_process(config.process), config, (channels, height, width))
 

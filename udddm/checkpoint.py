@@ -24,9 +24,12 @@ import google_crc32c
 from safetensors import SafetensorError
 
 from udddm.backends.ranks import RankError, Ranks
-from udddm.errors import CheckpointError
+from udddm.errors import CheckpointError, StoreError
 
-_NAME = re.compile(r"step-(\d{8,})")
+Entries = dict[str, dict[str, int]]
+"""A manifest: of every file its size in bytes and its CRC32C."""
+
+NAME = re.compile(r"step-(\d{8,})")
 _BLOCK = 16 << 20
 
 
@@ -52,7 +55,7 @@ def _crc(path: Path) -> int:
 
 
 def step_of(path: Path) -> int:
-    match = _NAME.fullmatch(path.name)
+    match = NAME.fullmatch(path.name)
     assert match, path
     return int(match[1])
 
@@ -67,7 +70,7 @@ class Checkpoints:
         """Named checkpoints, oldest first, valid or not."""
         if not self.directory.is_dir():
             return []
-        return sorted((p for p in self.directory.iterdir() if _NAME.fullmatch(p.name)), key=step_of)
+        return sorted((p for p in self.directory.iterdir() if NAME.fullmatch(p.name)), key=step_of)
 
     def newest_valid(self, say: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that verifies; says which newer ones do not, and why. None when there is none at all.
@@ -77,23 +80,31 @@ class Checkpoints:
         found = self.all()
         problems = []
         for path in reversed(found):
-            problem = damage(path)
+            problem = self.damage(path)
             if problem is None:
                 return path
             problems.append(problem)
             say(f"checkpoint {path.name} is not whole and is passed over: {problem}")
         if found:
             raise CheckpointError(
-                f"no checkpoint in {self.directory} is whole: {'; '.join(problems)}. "
+                f"no checkpoint in {self.name(self.directory)} is whole: {'; '.join(problems)}. "
                 "Restore one from a copy, or start a new run directory"
             )
         return None
+
+    def damage(self, path: Path) -> str | None:
+        """What is wrong with a checkpoint; None when it is whole."""
+        return damage(path)
+
+    def bring(self, path: Path) -> None:
+        """Make a checkpoint's files readable here, where they are kept elsewhere. Called once on every machine."""
 
     def write(self, step: int, ranks: Ranks, fill: Callable[[Path], None]) -> Path:
         """Make the checkpoint of `step`: every rank's `fill(directory)` adds its files, then it becomes visible.
 
         Raises CheckpointError on a full or read-only disk; what was there before is untouched.
         """
+        keeps = self._keeps(ranks)
         final = self.directory / f"step-{step:08d}"
         partial = self.directory / f".{final.name}.partial"
 
@@ -101,37 +112,54 @@ class Checkpoints:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-        def complete() -> None:
+        def seal() -> Entries:
             files = sorted(p for p in partial.rglob("*") if p.is_file())
             entries = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "crc32c": _crc(p)} for p in files}
             for path in files:
-                sync_file(path)
-            write_json(partial / "manifest.json", entries)
-            if final.exists():  # left there by a run that did not resume from it: it was not whole
-                shutil.rmtree(final)
-            partial.rename(final)
-            _sync_directory(self.directory)
+                self._keep(path, f"{final.name}/{path.relative_to(partial)}")
+            return entries
 
-        errors = (OSError, SafetensorError)  # safetensors wraps a full disk in its own
+        errors = (OSError, SafetensorError, StoreError)  # safetensors wraps a full disk in its own
         try:
-            ranks.first_only(make, errors)
+            ranks.together(lambda: make() if keeps else None, errors)
             ranks.together(lambda: fill(partial), errors)
-            ranks.first_only(complete, errors)
+            sealed = ranks.gather(ranks.together(lambda: seal() if keeps else {}, errors))
+            entries = {name: entry for part in sealed for name, entry in part.items()}
+            ranks.first_only(lambda: self._publish(partial, final, entries), errors)
         except (*errors, RankError) as error:
-            if ranks.first:
-                shutil.rmtree(partial, ignore_errors=True)
             raise CheckpointError(
-                f"cannot write the checkpoint {final}: {error}. Earlier checkpoints are intact; "
+                f"cannot write the checkpoint {self.name(final)}: {error}. Earlier checkpoints are intact; "
                 "make room or restore access, then run the same command again to resume"
             ) from error
+        finally:
+            if keeps:
+                shutil.rmtree(partial, ignore_errors=True)
         return final
+
+    def name(self, path: Path) -> str:
+        """What a message calls a checkpoint."""
+        return str(path)
+
+    def _keeps(self, ranks: Ranks) -> bool:
+        """Whether this rank makes a directory, and puts away what the ranks that see it write there."""
+        return ranks.first
+
+    def _keep(self, path: Path, key: str) -> None:
+        sync_file(path)
+
+    def _publish(self, partial: Path, final: Path, entries: Entries) -> None:
+        write_json(partial / "manifest.json", entries)
+        if final.exists():  # left there by a run that did not resume from it: it was not whole
+            shutil.rmtree(final)
+        partial.rename(final)
+        _sync_directory(self.directory)
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep`, once the newest verifies; and leftovers of interrupted writes."""
         found = self.all()
         if found and damage(found[-1]) is None:
             for old in found[:-keep]:
-                _remove(old)
+                self._remove(old)
         for leftover in self.directory.glob(".*.partial"):
             shutil.rmtree(leftover, ignore_errors=True)
 
@@ -139,15 +167,14 @@ class Checkpoints:
         """Remove checkpoints newer than the one that is resumed: they are not whole, and training passes them again."""
         for path in self.all():
             if step_of(path) > step:
-                _remove(path)
+                self._remove(path)
 
-
-def _remove(path: Path) -> None:
-    """Make a checkpoint invisible at once, then remove it."""
-    hidden = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(hidden, ignore_errors=True)
-    path.rename(hidden)
-    shutil.rmtree(hidden, ignore_errors=True)
+    def _remove(self, path: Path) -> None:
+        """Make a checkpoint invisible at once, then remove it."""
+        hidden = path.with_name(f".{path.name}.partial")
+        shutil.rmtree(hidden, ignore_errors=True)
+        path.rename(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
 
 def _sync_directory(path: Path) -> None:

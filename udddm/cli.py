@@ -60,7 +60,7 @@ def _train_parser() -> argparse.ArgumentParser:
         description="Train a one-step image generator. The same command again resumes the run.",
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML preset, such as configs/digits.yaml")
-    parser.add_argument("--run-dir", metavar="DIR", help="where everything goes (default: runs/<preset>)")
+    parser.add_argument("--run-dir", metavar="DIR|URL", help="where everything goes (default: runs/<preset>)")
     parser.add_argument("--store", choices=["gpu", "pinned", "zarr"], help="where the x0-state lives (store.kind)")
     parser.add_argument("--store-url", metavar="URL", help="where the zarr store is (store.url; default: <run>/state)")
     parser.add_argument(
@@ -116,7 +116,7 @@ def train(argv: list[str] | None = None) -> int:
             overrides.append(f"engine.deepspeed={json.dumps(read(arguments.deepspeed))}")
         config = configuration.load(arguments.config, overrides)
         name = Path(arguments.config).stem if arguments.config else "default"
-        run = Path(arguments.run_dir or Path("runs") / name)
+        run = arguments.run_dir or Path("runs") / name
         if arguments.dry_run:
             from udddm.plan import plan
 

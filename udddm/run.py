@@ -12,9 +12,50 @@ from typing import Any
 
 import yaml
 
-from udddm.checkpoint import load_json, write_json
+from udddm.backends.ranks import Ranks
+from udddm.checkpoint import Checkpoints, load_json, write_json
 from udddm.config import ConfigError, RunConfig
 from udddm.data import ImageDataset, check_unchanged
+
+
+class Run:
+    """A run directory. `udddm.remote_run.RemoteRun` is one that is at a URL."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        """A directory of this machine; what is written there is the run, or is on its way to the run's URL."""
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    @property
+    def state(self) -> str | Path:
+        """Where a zarr store goes that has no URL of its own."""
+        return self.path / "state"
+
+    @property
+    def identity(self) -> str:
+        """The same wherever it is seen from."""
+        return str(self.path.resolve())
+
+    def checkpoints(self) -> Checkpoints:
+        return Checkpoints(self.path)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep every other process from writing to it. Raises ConfigError or StoreError when one is."""
+        with locked(self.path):
+            yield
+
+    def fetch(self) -> None:
+        """Begin with what the run holds and nothing else, once it is held. Raises StoreError."""
+
+    def share(self, ranks: Ranks) -> None:
+        """On every rank, once the first holds the run: see it from here. Raises ConfigError, StoreError."""
+        ranks.check_shared(self.path, "the run directory")
+
+    def push(self) -> None:
+        """Put what was written to `path` where the run is. Raises StoreError."""
 
 
 @contextmanager

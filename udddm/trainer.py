@@ -20,7 +20,7 @@ import torch
 from udddm import noise, objective, pictures, portable, process, sampler, store
 from udddm.backends import engine
 from udddm.backends.ranks import Ranks, Vote
-from udddm.checkpoint import Checkpoints, load_json, step_of, write_json
+from udddm.checkpoint import load_json, step_of, write_json
 from udddm.config import RunConfig
 from udddm.data import ImageDataset
 from udddm.data.prefetch import Prefetch
@@ -31,6 +31,7 @@ from udddm.network import build as build_network
 from udddm.noise import Stream
 from udddm.order import Order
 from udddm.progress import Progress, say
+from udddm.run import Run
 from udddm.signals import handled
 from udddm.store import Snapshot, StoreCounters, StoreError
 
@@ -73,7 +74,7 @@ class Trainer:
     """A run on one rank: built from a configuration and a data set, resumed from the newest whole checkpoint."""
 
     def __init__(
-        self, config: RunConfig, dataset: ImageDataset, run: Path, ranks: Ranks, listener: Listener | None = None
+        self, config: RunConfig, dataset: ImageDataset, run: Run, ranks: Ranks, listener: Listener | None = None
     ):
         self.config, self.dataset, self.run, self.ranks, self.listener = config, dataset, run, ranks, listener
         train, shape = config.train, dataset.shape
@@ -85,7 +86,7 @@ class Trainer:
         self.engine = engine.build(network_for(config, shape), config, ranks, self.total_steps)
         self.emas = [EMA(self.engine.weights(), decay, train.ema_warmup) for decay in train.ema]
         self.store = store.build(config.store, self.order, self.lanes, shape, ranks.device, run)
-        self.checkpoints = Checkpoints(run)
+        self.checkpoints = run.checkpoints()
         self.step = 0
         self._signal: int | None = None
 
@@ -127,7 +128,7 @@ class Trainer:
             inputs = self.begin()
             stack.callback(inputs.close)
             told = self.listener.metrics if self.listener else None
-            progress = Progress(self.run, self.step, self.total_steps, told) if self.ranks.first else None
+            progress = Progress(self.run.path, self.step, self.total_steps, told) if self.ranks.first else None
             if progress is not None:
                 stack.callback(progress.close)
             self._loop(inputs, progress)
@@ -136,7 +137,7 @@ class Trainer:
         result = self._result(state)
         result["store_reinitialized"] = sum(reinitialized)
         images = self._samples(self.config.sample.final) if self.config.sample.final else None
-        self.ranks.first_only(lambda: self._finish(result, images), (OSError,))
+        self.ranks.first_only(lambda: self._finish(result, images), (OSError, StoreError))
         return result
 
     def begin(self) -> Prefetch:
@@ -235,8 +236,12 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this position and remove those that `checkpoint.keep` lets go."""
         path = self.checkpoints.write(self.step, self.ranks, self._fill)
-        if self.ranks.first:
+
+        def tidy() -> None:
+            self.run.push()
             self.checkpoints.prune(self.config.checkpoint.keep)
+
+        self.ranks.first_only(tidy, (StoreError, OSError))
         self._retain()
         return path
 
@@ -255,14 +260,22 @@ class Trainer:
 
     def _resume(self) -> None:
         """Take up the newest whole checkpoint, or begin."""
-        path = self.ranks.first_only(lambda: self.checkpoints.newest_valid(say), (CheckpointError,))
+
+        def newest() -> str | None:
+            found = self.checkpoints.newest_valid(say)
+            return found.name if found else None
+
+        errors = (CheckpointError, StoreError)
+        name = self.ranks.first_only(newest, errors)
         self._retain()
-        if path is None:
+        if name is None:
             self.store.start(0, 0, None)
             return
+        path = self.checkpoints.directory / name
+        self.ranks.together(lambda: self.checkpoints.bring(path) if self.ranks.leads_machine else None, errors)
         self.step = int(load_json(path / "position.json")["step"])
         portable.load(path, self.engine, self.emas)
-        snapshot = Snapshot(path / "state", self.run / "state", self.store.repair)
+        snapshot = Snapshot(path / "state", self.run.state, self.store.repair)
         if snapshot.order.fingerprint() != self.order.fingerprint() or snapshot.shape != self.dataset.shape:
             raise StoreError(f"the x0-state in {path} was made with another order or image shape")
         self.store.start(*divmod(self.step, self.order.steps), snapshot)
@@ -296,7 +309,7 @@ class Trainer:
         return torch.cat(self.ranks.gather_first(own) or [own[:0]])
 
     def _sample_grid(self) -> None:
-        directory = self.run / "samples"
+        directory = self.run.path / "samples"
         images = self._samples(64)
         if self.ranks.first:
             directory.mkdir(exist_ok=True)
@@ -319,9 +332,10 @@ class Trainer:
 
     def _finish(self, result: dict[str, Any], images: torch.Tensor | None) -> None:
         if images is not None:
-            temporary = self.run / "samples.npy.partial"
+            temporary = self.run.path / "samples.npy.partial"
             with temporary.open("wb") as file:
                 np.save(file, images.numpy())
-            temporary.replace(self.run / "samples.npy")
-            pictures.grid(images[:100], self.run / "samples.png")
-        write_json(self.run / "result.json", result)
+            temporary.replace(self.run.path / "samples.npy")
+            pictures.grid(images[:100], self.run.path / "samples.png")
+        write_json(self.run.path / "result.json", result)
+        self.run.push()

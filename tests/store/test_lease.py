@@ -71,7 +71,7 @@ def test_a_second_run_is_told_who_holds_it_and_what_to_do(objects: Objects) -> N
     with pytest.raises(StoreError) as caught:
         second.acquire()
     message = str(caught.value)
-    for part in (objects.describe(""), "runs/one", os.uname().nodename, str(os.getpid()), "UTC", "75 s", "store.url"):
+    for part in (objects.describe(""), "runs/one", os.uname().nodename, str(os.getpid()), "UTC", "75 s", "another URL"):
         assert part in message, message
     first.check()
     first.release()

@@ -43,7 +43,7 @@ class Job:
     """What a launcher runs: a run, and how many workers it may have."""
 
     config: RunConfig
-    run: Path
+    run: str | Path
     dataset: MapDataset | Callable[[], MapDataset] | None = None
     device: str = "auto"
     workers: tuple[int, int] = (1, 1)

@@ -36,6 +36,12 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
+    local_rank: int = 0
+
+    @property
+    def leads_machine(self) -> bool:
+        """Whether this rank does what is to be done once on every machine."""
+        return self.local_rank == 0
 
     @property
     def first(self) -> bool:
@@ -77,7 +83,7 @@ class Ranks:
             result = action()
         except errors as error:
             failed = error
-        problems = self.gather("" if failed is None else f"rank {self.rank}: {failed}")
+        problems = self.gather("" if failed is None else f"rank {self.rank} ({socket.gethostname()}): {failed}")
         if failed is not None:
             raise failed
         if any(problems):
@@ -104,7 +110,7 @@ class Ranks:
         if blind:
             raise ConfigError(
                 f"{what} {directory} of {seen[0][1]} is not there on {', '.join(blind)}: ranks on several machines "
-                "need a shared file system, or a URL such as s3://bucket/path (--store-url for the x0-state)"
+                "need a shared file system, or a URL such as s3://bucket/path (--run-dir, --store-url)"
             )
 
     def close(self) -> None:
@@ -168,7 +174,8 @@ def join(device: str = "auto", lanes: int | None = None, *, group: bool = False,
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if lanes is not None:
         check_world(lanes, world)
-    chosen = choose_device(device, int(os.environ.get("LOCAL_RANK", "0")))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device, local_rank)
     if (world > 1 or group) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
@@ -179,4 +186,4 @@ def join(device: str = "auto", lanes: int | None = None, *, group: bool = False,
             dist.init_process_group(backend, init_method=method, rank=rank, world_size=world, timeout=limit)
         else:
             dist.init_process_group(backend, timeout=limit)
-    return Ranks(rank, world, chosen)
+    return Ranks(rank, world, chosen, local_rank)

@@ -8,6 +8,7 @@ request to stop, metrics, and each rank's result or error, so that the driver en
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import threading
 import time
@@ -18,6 +19,7 @@ from typing import Any
 from udddm.backends.launch import KNOWN, Job, Launcher, WorkerLost, cause, inside_ray_job, run_rank, sendable
 from udddm.config import ConfigError
 from udddm.progress import Line, say
+from udddm.remote_run import is_local, scratch
 from udddm.signals import handled
 from udddm.trainer import Listener
 
@@ -178,29 +180,30 @@ class RayTrain(Launcher):
                 num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
             ),
             run_config=RunConfig(
-                name=run.name,
-                storage_path=str(run.parent / f".{run.name}.ray"),
+                name=Path(str(run)).name,
+                storage_path=str(_beside(run)),
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             ),
         )
-        lost: list[BaseException] = []
+        lost: list[str] = []
 
         def fit() -> None:
             try:
                 trainer.fit()
             except BaseException as error:
-                lost.append(error)
+                lost.append(_brief(error))  # not the error: its trace keeps Ray's controller alive
 
         thread = threading.Thread(target=fit, name="ray train", daemon=True)
         thread.start()
         self._watch(board, thread)
+        gc.collect()  # what is left of the trace: a controller that lives keeps the workers' places for the next attempt
         outcomes = self._ray.get(board.outcomes.remote())
         self._ray.kill(board)
         errors = [o for o in outcomes.values() if isinstance(o, BaseException)]
         if errors and not (lost and not any(isinstance(e, KNOWN) for e in errors)):
             raise cause(errors)
         if lost:
-            raise WorkerLost(_brief(lost[0])) from lost[0]
+            raise WorkerLost(lost[0])
         result = outcomes[0]
         assert isinstance(result, dict)
         return result
@@ -227,12 +230,20 @@ class RayTrain(Launcher):
                         line.show(*latest)
 
 
-def job_directory(run: Path) -> Path:
-    """An absolute run directory. In a Ray job the working directory is a copy that goes with the job, so a relative one
-    is put under `UDDDM_RUNS`."""
+def job_directory(where: str | Path) -> str | Path:
+    """A URL as it is, or an absolute run directory. In a Ray job the working directory is a copy that goes with the
+    job, so a relative one is put under `UDDDM_RUNS`."""
+    if not is_local(where):
+        return where
+    run = Path(where)
     if run.is_absolute() or not inside_ray_job():
         return run.absolute()
     return Path(os.environ.get(RUNS, "~/udddm-runs")).expanduser() / run
+
+
+def _beside(run: str | Path) -> Path:
+    """Where Ray keeps a few bytes about a run of its own."""
+    return scratch() / "ray" if not is_local(run) else Path(run).with_name(f".{Path(run).name}.ray")
 
 
 def _brief(error: BaseException) -> str:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from udddm.config import StoreConfig
 from udddm.order import Order
-from udddm.run import run_id
+from udddm.run import Run, run_id
 from udddm.store.base import StoreCounters, X0Store
 from udddm.store.device import DeviceStore
 from udddm.store.encoding import Encoding
@@ -26,9 +24,9 @@ REMOTE_THREADS = 8
 
 
 def build(
-    config: StoreConfig, order: Order, lanes: range, shape: tuple[int, ...], device: torch.device, run: Path
+    config: StoreConfig, order: Order, lanes: range, shape: tuple[int, ...], device: torch.device, run: Run
 ) -> X0Store:
-    """The configured store of the run directory `run` for one rank, not yet started."""
+    """The configured store of a run for one rank, not yet started."""
     opened = _open(config, order, lanes, shape, device, run)
     if config.on_damage == "reinitialize":
         opened.repair = Repair(opened.counters)
@@ -36,7 +34,7 @@ def build(
 
 
 def _open(
-    config: StoreConfig, order: Order, lanes: range, shape: tuple[int, ...], device: torch.device, run: Path
+    config: StoreConfig, order: Order, lanes: range, shape: tuple[int, ...], device: torch.device, run: Run
 ) -> X0Store:
     encoding = Encoding(config.dtype)
     if config.kind == "gpu":
@@ -55,7 +53,7 @@ def _open(
             prefetch=config.prefetch,
             memory=memory,
         )
-    url, default = (config.url, False) if config.url else (run / "state", True)
+    url, default = (config.url, False) if config.url else (run.state, True)
     remote = "://" in str(url) and not str(url).startswith("file://")
     return ZarrStore(
         order,
@@ -65,8 +63,8 @@ def _open(
         device,
         url,
         default=default,
-        owner=str(run.resolve()),
-        run=run_id(run),
+        owner=run.identity,
+        run=run_id(run.path),
         compression=config.compression,
         threads=config.threads,
         prefetch=config.prefetch,

@@ -6,7 +6,6 @@ from collections.abc import Callable
 
 from udddm.checkpoint import load_json
 from udddm.order import Order
-from udddm.run import locked
 from udddm.store.encoding import Encoding, Rows, StateDtype
 from udddm.store.errors import StoreError
 from udddm.store.generations import Generations, generation_name
@@ -60,7 +59,7 @@ def _copy(
 def _newest(place: Place) -> tuple[int, Order, tuple[int, ...], Encoding, Callable[[int, int], Rows]]:
     if place.checkpoints:
         assert place.run is not None
-        snapshot = Snapshot(place.checkpoints[-1] / "state", place.run / "state")
+        snapshot = Snapshot(place.checkpoints[-1] / "state", place.run.state)
         return snapshot.epoch, snapshot.order, snapshot.shape, snapshot.encoding, snapshot.rows
     if place.generations is not None:
         stored = place.generations
@@ -88,7 +87,7 @@ def collect(place: Place) -> list[int]:
     if place.generations is None:
         return []
     stored = place.generations
-    with locked(place.run):
+    with place.run.held():
         needed = set()
         for path in place.checkpoints:
             epoch = int(load_json(path / "state" / "snapshot.json")["epoch"])

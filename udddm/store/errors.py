@@ -1,8 +1,8 @@
 """What can go wrong with an x0-state store."""
 
+from udddm.errors import StoreError
 
-class StoreError(RuntimeError):
-    """The store cannot go on: a full disk, a failed request, a store of another run. Nothing was lost."""
+__all__ = ["DamagedChunkError", "StoreError"]
 
 
 class DamagedChunkError(StoreError):

@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 
-from udddm.checkpoint import Checkpoints, damage, load_json
+from udddm.checkpoint import load_json
 from udddm.config import RunConfig, resolve
+from udddm.errors import CheckpointError
+from udddm.remote_run import is_local, open_copy
+from udddm.run import Run
 from udddm.store.encoding import Rows
 from udddm.store.errors import StoreError
 from udddm.store.generations import Checksums, Generations, generation_name, open_existing
@@ -27,21 +30,26 @@ class Place:
     name: str
     generations: Generations | None
     """The zarr store, where there is one."""
-    run: Path | None = None
+    run: Run | None = None
     config: RunConfig | None = None
     checkpoints: list[Path] = field(default_factory=list)
 
 
 def find(path: str) -> Place:
     """A run directory (its store and checkpoints) or a store's own path or URL. Raises StoreError for neither."""
-    run = Path(path)
-    if (run / "run.json").exists():
-        config = resolve(load_json(run / "run.json")["config"], str(run / "run.json"))
-        checkpoints = Checkpoints(run).all()
-        objects = open_objects(_url_in_use(checkpoints, config) or run / "state")
+    run = open_copy(path)
+    file = run.path / "run.json"
+    if file.exists():
+        config = resolve(load_json(file)["config"], str(file))
+        kept = run.checkpoints()
+        checkpoints = kept.all()
+        for checkpoint in checkpoints:
+            with suppress(CheckpointError):  # `verify` reports it
+                kept.bring(checkpoint)
+        objects = open_objects(_url_in_use(checkpoints, config) or run.state)
         stored = open_existing(objects) if objects.exists("zarr.json") else None
         return Place(path, stored, run, config, checkpoints)
-    if "://" not in path and not run.exists():
+    if is_local(path) and not run.path.exists():
         raise StoreError(f"{path} does not exist")
     return Place(path, open_existing(open_objects(path)))
 
@@ -124,7 +132,8 @@ def verify(place: Place) -> tuple[int, list[str]]:
                 if problems and lane in stored.complete_lanes(generation):  # else a live run has just removed it
                     damaged += problems
     for path in place.checkpoints:
-        problem = damage(path)
+        assert place.run is not None
+        problem = place.run.checkpoints().damage(path)
         if problem is None:
             try:
                 problems = _check_references(path, place, check)
@@ -142,7 +151,7 @@ def _check_references(
 ) -> list[str]:
     """What is damaged of the generations that a checkpoint refers to, and was not said yet."""
     assert place.run is not None
-    snapshot = Snapshot(path / "state", place.run / "state")
+    snapshot = Snapshot(path / "state", place.run.state)
     problems: list[str] = []
     for lane in range(snapshot.order.lanes) if snapshot.form == "reference" else ():
         try:
@@ -170,7 +179,7 @@ def estimates(place: Place, sample: int) -> list[tuple[str, torch.Tensor]]:
     for path in place.checkpoints:
         header = _header(path)
         assert place.run is not None
-        snapshot = Snapshot(path / "state", place.run / "state")
+        snapshot = Snapshot(path / "state", place.run.state)
         if header["form"] == "full" or not found:
             lane, chunk, row = snapshot.order.locate(sample)
             rows = snapshot.rows(lane, chunk)

@@ -108,7 +108,7 @@ class Lease:
             if time.monotonic() >= deadline:
                 raise StoreError(
                     f"{self.objects.describe('')} is being written by another run: {found.describe()}. Stop that "
-                    "run or choose another store.url; if it has crashed, run the same command again in "
+                    "run or choose another URL; if it has crashed, run the same command again in "
                     f"{max(1, math.ceil(left))} s, when its lease is over"
                 )
             time.sleep(min(1.0, max(0.01, left), max(0.0, deadline - time.monotonic())))

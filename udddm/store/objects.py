@@ -75,6 +75,12 @@ class Objects(ABC):
     @abstractmethod
     def _delete(self, prefix: str) -> None: ...
 
+    def _upload(self, path: Path, key: str) -> None:
+        self._put(key, (path.read_bytes(),))
+
+    def _download(self, key: str, path: Path) -> None:
+        path.write_bytes(self._get(key))
+
     @abstractmethod
     def describe(self, key: str) -> str:
         """What an error message calls the object; of the key "", where all of them are."""
@@ -86,6 +92,14 @@ class Objects(ABC):
     def put(self, key: str, *parts: bytes | memoryview) -> None:
         """Write an object, durably, from consecutive parts. Raises StoreError after bounded retries."""
         self._retrying(f"write {self.describe(key)}", lambda: self._put(key, parts))
+
+    def upload(self, path: Path, key: str) -> None:
+        """Write an object from a local file, of any size, durably. Raises OSError of the file, StoreError."""
+        self._retrying(f"write {self.describe(key)}", lambda: self._upload(path, key))
+
+    def download(self, key: str, path: Path) -> None:
+        """Write an object into a local file. Raises FileNotFoundError, OSError of the file, StoreError."""
+        self._retrying(f"read {self.describe(key)}", lambda: self._download(key, path))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write an object unless there is one; of several clients one gets True. Raises StoreError.

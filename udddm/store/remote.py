@@ -7,6 +7,8 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 from udddm.store.errors import StoreError
@@ -18,6 +20,8 @@ T = TypeVar("T")
 REMOTE_RETRY = Retry(attempts=10, first_pause=0.1, longest_pause=20.0)  # 45 s of pauses, and the requests' own time
 REQUEST_TIMEOUT = 30.0  # seconds for a whole request: a chunk of 8 MB at 280 kB/s
 CONNECT_TIMEOUT = 5.0  # seconds
+PART = 8 << 20
+"""Bytes of a file that a request carries."""
 
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
@@ -98,6 +102,18 @@ class ObstoreObjects(Objects):
     def _put(self, key: str, parts: Iterable[bytes | memoryview]) -> None:
         views = [memoryview(part).cast("B") for part in parts]
         self._asking(lambda: self._obstore.put(self._store, key, iter(views), use_multipart=False))
+
+    def _upload(self, path: Path, key: str) -> None:
+        self._asking(lambda: self._obstore.put(self._store, key, path, chunk_size=PART))  # in parts where it is larger
+
+    def _download(self, key: str, path: Path) -> None:
+        """By ranges, so that the time that a request may take is no limit to what it can read."""
+        size = self._asking(lambda: self._obstore.head(self._store, key), reading=True)["size"]
+        with path.open("wb") as file:
+            for start in range(0, size, PART):
+                end = min(size, start + PART)
+                part = self._asking(partial(self._obstore.get_range, self._store, key, start=start, end=end))
+                file.write(part.to_bytes())
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
         return self._put_on_condition(key, data, "create")
@@ -225,6 +241,20 @@ class FsspecObjects(Objects):
     def _put(self, key: str, parts: Iterable[bytes | memoryview]) -> None:
         data = b"".join(parts)
         self._asking(lambda: self._pipe(key, data, "overwrite"))
+
+    def _upload(self, path: Path, key: str) -> None:
+        def upload() -> None:
+            target = self._path(key)
+            try:
+                self._fs.put_file(str(path), target)
+            except FileNotFoundError:  # a file system with real directories
+                self._fs.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self._fs.put_file(str(path), target)
+
+        self._asking(upload)
+
+    def _download(self, key: str, path: Path) -> None:
+        self._asking(lambda: self._fs.get_file(self._path(key), str(path)))
 
     def _pipe(self, key: str, data: bytes, mode: str) -> None:
         path = self._path(key)

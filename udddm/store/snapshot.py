@@ -91,7 +91,7 @@ def write_reference(
 class Snapshot:
     """A checkpoint's x0-state: a `StateSource` at (epoch, step). The files were verified with the checkpoint."""
 
-    def __init__(self, directory: Path, default_url: Path, repair: Repair | None = None):
+    def __init__(self, directory: Path, default_url: str | Path, repair: Repair | None = None):
         """`default_url` is where a reference without a URL of its own points: `<run>/state`.
 
         `repair` is told of damaged chunks, in whose place `rows` gives generation 0; without it they are an error.

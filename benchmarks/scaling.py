@@ -1,0 +1,169 @@
+"""Images/s at 1 and 2 workers, each pinned to a core, launcher by launcher, and what Ray costs over torchrun.
+
+    python benchmarks/scaling.py --json benchmarks/results/scaling.json
+
+The same run, with the same global batch and so the same samples and result, is started by `udddm-train`'s own
+launcher (`local`: at 1 worker no launcher at all), by `torchrun` and by Ray Train on a cluster of this machine. A round
+runs all of them, in an order that turns with the rounds, so that a change of the machine's speed meets all of them;
+a run's images/s is the median over its log windows after the first, and ratios are medians over rounds.
+
+Ray's own processes share the workers' cores, as they would on a machine that has no others.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from machine import cpu_model
+
+LAUNCHERS = ("local", "torchrun", "ray")
+
+
+def pinned_digits() -> Any:
+    """A data set factory, which runs on the workers: it pins this one to a core."""
+    import contextlib
+    import os
+    from pathlib import Path
+
+    from udddm.data.sources import digits
+
+    core = sorted(os.sched_getaffinity(0))[int(os.environ.get("LOCAL_RANK", "0"))]
+    for thread in Path("/proc/self/task").iterdir():  # those that are made later inherit it from their maker
+        with contextlib.suppress(ProcessLookupError):
+            os.sched_setaffinity(int(thread.name), {core})
+    return digits()
+
+
+def one_run(launcher: str, workers: int, run: Path, steps: int, engine: str) -> None:
+    """What a child process does, under torchrun every rank."""
+    import udddm
+    from udddm import config as configuration
+
+    preset = Path(__file__).parents[1] / "configs" / "digits.yaml"
+    chosen = configuration.load(
+        str(preset),
+        [
+            f"train.steps={steps}",
+            "train.batch_size=128",
+            f"checkpoint.every_steps={steps}",
+            "sample={every_steps: 0, final: 0}",
+            "log_every_steps=20",
+            *(["engine.name=deepspeed"] if engine == "deepspeed" else []),
+        ],
+    )
+    udddm.train(
+        chosen,
+        pinned_digits,
+        run_dir=run,
+        device="cpu",
+        backend="ray" if launcher == "ray" else "auto",
+        workers=workers,
+    )
+
+
+def measure(launcher: str, workers: int, run: Path, arguments: argparse.Namespace) -> float:
+    """Images/s of one run."""
+    command = [sys.executable]
+    if launcher == "torchrun":
+        command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
+    command += [str(Path(__file__).resolve()), "--one-run", launcher, "--workers", str(workers), "--run", str(run)]
+    command += ["--steps", str(arguments.steps), "--engine", arguments.engine]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    if done.returncode:
+        raise SystemExit(f"{launcher} with {workers} workers failed:\n{done.stdout}")
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates: list[float] = [line["images_per_second"] for line in lines[1:]]
+    return statistics.median(rates)
+
+
+def plot(rates: dict[str, dict[int, float]], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    for launcher, by_workers in rates.items():
+        axes.plot(list(by_workers), list(by_workers.values()), marker="o", label=launcher)
+    workers = list(next(iter(rates.values())))
+    ideal = [max(r[workers[0]] for r in rates.values()) * w / workers[0] for w in workers]
+    axes.plot(workers, ideal, linestyle=":", color="grey", label="proportional")
+    axes.set(xlabel="workers, each on a core of its own", ylabel="images/s", xticks=workers, ylim=(0, None))
+    axes.set_title("The digits preset at a global batch of 128")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of a run")
+    parser.add_argument("--max-workers", type=int, default=2)
+    parser.add_argument("--engine", choices=["torch", "deepspeed"], default="torch")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also a table, .txt, and a plot, .png, beside it")
+    parser.add_argument("--one-run", choices=LAUNCHERS, help=argparse.SUPPRESS)
+    parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.one_run:
+        one_run(arguments.one_run, arguments.workers, arguments.run, arguments.steps, arguments.engine)
+        return
+    os.environ["OMP_NUM_THREADS"] = "1"
+    counts = [n for n in (1, 2, 4, 8) if n <= arguments.max_workers]
+    cases = [(launcher, workers) for workers in counts for launcher in LAUNCHERS]
+    found: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    lines = [
+        f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores, Python {platform.python_version()}",
+        f"python benchmarks/scaling.py --rounds {arguments.rounds} --steps {arguments.steps} "
+        f"--max-workers {arguments.max_workers} --engine {arguments.engine}",
+        "",
+        f"{'launcher':10}{'workers':>8}{'images/s':>10}{'of torchrun':>13}{'of 1 worker':>13}",
+    ]
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
+        for number in range(arguments.rounds):
+            turn = number % len(cases)
+            for case in cases[turn:] + cases[:turn]:
+                rate = measure(*case, Path(name) / f"{case[0]}-{case[1]}-{number}", arguments)
+                found[case].append(rate)
+                print(f"round {number}: {case[0]} {case[1]}: {rate:.0f} images/s", file=sys.stderr, flush=True)
+
+    def ratio(case: tuple[str, int], other: tuple[str, int]) -> float:
+        return statistics.median(a / b for a, b in zip(found[case], found[other], strict=True))
+
+    rows = []
+    for launcher, workers in cases:
+        row = {
+            "launcher": launcher,
+            "workers": workers,
+            "images_per_second": round(statistics.median(found[launcher, workers]), 1),
+            "ratio_to_torchrun": round(ratio((launcher, workers), ("torchrun", workers)), 3),
+            "ratio_to_one_worker": round(ratio((launcher, workers), (launcher, 1)), 3),
+            "rounds": [round(rate, 1) for rate in found[launcher, workers]],
+        }
+        rows.append(row)
+        lines.append(
+            f"{launcher:10}{workers:8}{row['images_per_second']:10.0f}{row['ratio_to_torchrun']:13.3f}"
+            f"{row['ratio_to_one_worker']:13.3f}"
+        )
+    print("\n".join(lines))
+    if arguments.json is not None:
+        document = {"date": str(date.today()), "cpu": cpu_model(), "command": lines[1], "rows": rows}
+        arguments.json.parent.mkdir(parents=True, exist_ok=True)
+        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+        rates = {n: {w: statistics.median(found[n, w]) for w in counts} for n in LAUNCHERS}
+        plot(rates, arguments.json.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,248 @@
+"""A run at a URL needs no disk of any machine, survives the loss of all of them, and ends as one in a directory."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import udddm
+from udddm import remote_run
+from udddm.backends.ranks import Ranks
+from udddm.cli import sample as sample_command
+from udddm.cli import store as store_command
+from udddm.config import ConfigError, RunConfig, load
+from udddm.errors import CheckpointError, StoreError
+from udddm.remote_run import RemoteCheckpoints, RemoteRun, open_run
+from udddm.store.objects import Objects, open_objects
+from udddm.store.remote import PART
+from udddm.testing.cluster import free_port
+from udddm.testing.objects import WrappedObjects
+from udddm.testing.s3 import BUCKET, S3Server
+
+SETTINGS = [
+    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.1, condition: none}",
+    "order={lanes: 8, chunk: 32, window: 2}",
+    "train={steps: 60, batch_size: 128, learning_rate: 1.0e-3, ema: [0.9]}",
+    "checkpoint={every_steps: 6, keep: 2}",
+    "sample={every_steps: 30, final: 9}",
+    "log_every_steps=5",
+]
+ALONE = Ranks(0, 1, torch.device("cpu"))
+
+
+def config(*more: str) -> RunConfig:
+    return load(None, [*SETTINGS, "store.kind=zarr", *more])
+
+
+def fingerprints(objects: Objects) -> dict[str, object]:
+    return {k: v for k, v in json.loads(objects.get("result.json")).items() if k.endswith("sha256")}
+
+
+@pytest.fixture
+def url(s3: S3Server) -> str:
+    return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+
+
+@pytest.fixture
+def files() -> Iterator[str]:
+    """A place of fsspec's that lasts as long as this process."""
+    yield f"memory://{uuid.uuid4().hex}"
+
+
+class Machine:
+    """A rank in a process that has a disk of its own."""
+
+    def __init__(self, rank: int, port: int, place: Path, url: str, *more: str, without: tuple[str, ...] = ()):
+        disk = place / f"disk-{rank}-{uuid.uuid4().hex}"
+        disk.mkdir()
+        own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), remote_run.SCRATCH: str(disk)}
+        environment = {k: v for k, v in {**os.environ, **own}.items() if k not in without}
+        command = [sys.executable, "-m", "udddm.cli", f"--run-dir={url}", "--store=zarr", "--device=cpu", *more]
+        command += [f"--set={setting}" for setting in SETTINGS]
+        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=disk)
+
+    def end(self) -> tuple[int, str]:
+        said = self.process.communicate(timeout=120)[1]
+        return self.process.returncode, said
+
+
+def machines(place: Path, url: str, *more: str) -> list[Machine]:
+    port = free_port()
+    return [Machine(rank, port, place, url, *more) for rank in range(2)]
+
+
+def test_two_machines_without_a_shared_disk_are_lost_and_replaced(url: str, tmp_path: Path) -> None:
+    """Killed on their way, they leave nothing; the next two have empty disks. As two processes with a directory."""
+    udddm.train(config(), run_dir=tmp_path / "run", device="cpu", workers=2)
+    objects = open_objects(url)
+    first = machines(tmp_path, url)
+    deadline = time.monotonic() + 120
+    while not objects.exists("checkpoints/step-00000012/manifest.json"):
+        if any(m.process.poll() is not None for m in first) or time.monotonic() > deadline:
+            for machine in first:
+                machine.process.kill()
+            raise AssertionError([m.end() for m in first])
+        time.sleep(0.05)
+    for machine in first:
+        machine.process.send_signal(signal.SIGKILL)
+        machine.end()
+    assert not objects.exists("result.json")
+    second = [machine.end() for machine in machines(tmp_path, url)]
+    assert [code for code, _ in second] == [0, 0], second
+    assert "resuming from step-" in second[0][1] and f"run directory: {url}" in second[0][1]
+    assert fingerprints(objects) == fingerprints(open_objects(tmp_path / "run"))
+    steps = [json.loads(line)["step"] for line in objects.get("metrics.jsonl").splitlines()]
+    assert steps == list(range(5, 61, 5))
+    assert set(objects.list("samples")) == {"step-00000030.png", "step-00000060.png"}
+    assert objects.exists("tensorboard") and objects.exists("samples.png")
+    assert len(list(objects.list("checkpoints"))) == 2
+
+
+def test_the_tools_read_a_run_at_a_url(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for where in (url, str(tmp_path / "run")):
+        udddm.train(config(), run_dir=where, device="cpu")
+    for place in (url, f"{url}/checkpoints/step-00000060"):
+        out = tmp_path / "samples"
+        assert sample_command(["--checkpoint", place, "--seeds", "0-5", "--device", "cpu", "--out", str(out)]) == 0
+        assert np.array_equal(np.load(out / "samples.npy"), udddm.sample(tmp_path / "run", list(range(6))))
+    capsys.readouterr()
+    assert store_command(["info", url]) == 0
+    said = capsys.readouterr().out
+    assert "1797 of 1x8x8" in said and "step-00000060: epoch 4" in said
+    assert store_command(["verify", url]) == 0
+    assert "2 checkpoints are whole" in capsys.readouterr().out
+    assert store_command(["gc", url]) == 0
+    open_objects(url).delete("checkpoints/step-00000060/position.json")
+    assert store_command(["verify", url]) == 1
+    assert "step-00000060/position.json is missing" in capsys.readouterr().out
+
+
+def test_a_finished_run_says_so_and_another_configuration_is_refused(files: str) -> None:
+    first = udddm.train(config(), run_dir=files, device="cpu")
+    assert udddm.train(config(), run_dir=files, device="cpu") == first
+    with pytest.raises(ConfigError, match=r"train.learning_rate: 0.001 -> 0.5"):
+        udddm.train(config("train.learning_rate=0.5"), run_dir=files, device="cpu")
+
+
+def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On this machine by the lock; from another, with another disk, by the lease."""
+    monkeypatch.setattr(remote_run, "LEASE_PATIENCE", 0.0)
+    with open_run(files).held():
+        with pytest.raises(ConfigError, match="another process"):
+            udddm.train(config(), run_dir=files, device="cpu")
+        monkeypatch.setenv(remote_run.SCRATCH, str(tmp_path))
+        with pytest.raises(StoreError, match="being written by another run"):
+            udddm.train(config(), run_dir=files, device="cpu")
+
+
+def fill(directory: Path) -> None:
+    (directory / "state").mkdir()
+    (directory / "model.safetensors").write_bytes(os.urandom(500))
+    (directory / "state" / "rows.bin").write_bytes(os.urandom(300))
+
+
+class Refusing(WrappedObjects):
+    """Refuses the put that comes after `passed` others."""
+
+    passed = 1 << 60
+
+    def _put(self, key: str, parts: tuple[bytes | memoryview, ...]) -> None:
+        self.passed -= 1
+        if self.passed == -1:
+            raise PermissionError("denied")
+        super()._put(key, parts)
+
+
+def checkpoints(files: str, place: Path) -> tuple[RemoteCheckpoints, Refusing]:
+    objects = Refusing(open_objects(f"{files}/checkpoints"))
+    return RemoteCheckpoints(place, objects), objects
+
+
+def test_a_checkpoint_is_whole_or_not_there(files: str, tmp_path: Path) -> None:
+    """Whichever request of writing one is refused, the one before is the newest, and the next attempt succeeds."""
+    kept, objects = checkpoints(files, tmp_path)
+    older = kept.write(1, ALONE, fill)
+    for number in range(3):  # two files and the manifest
+        objects.passed = number
+        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint memory://.*Earlier .* intact"):
+            kept.write(2, ALONE, fill)
+        assert kept.newest_valid(print) == older
+    newer = kept.write(2, ALONE, fill)
+    assert kept.all() == [older, newer]
+    assert not list((tmp_path / "checkpoints").glob(".*"))
+
+
+def test_damage_is_found_and_the_one_before_is_used(files: str, tmp_path: Path) -> None:
+    kept, objects = checkpoints(files, tmp_path)
+    older = kept.write(1, ALONE, fill)
+    for number, (name, change) in enumerate(
+        (name, change) for name in ("model.safetensors", "state/rows.bin") for change in ("flip", "cut", "delete")
+    ):
+        newer = kept.write(2 + number, ALONE, fill)
+        key = f"{newer.name}/{name}"
+        data = objects.get(key)
+        if change == "delete":
+            objects.delete(key)
+        else:
+            objects.put(key, data[:-1] if change == "cut" else bytes([data[0] ^ 1]) + data[1:])
+        said: list[str] = []
+        assert kept.newest_valid(said.append) == older
+        assert f"{files}/checkpoints/{key}" in said[0]
+        kept.discard_after(1)
+        assert kept.all() == [older]
+
+
+def test_what_interrupted_writes_left_is_removed(files: str, tmp_path: Path) -> None:
+    kept, objects = checkpoints(files, tmp_path)
+    objects.put("step-00000001/model.safetensors", b"of a process that was killed")
+    for step in (2, 3, 4):
+        kept.write(step, ALONE, fill)
+    assert [p.name for p in kept.all()] == ["step-00000002", "step-00000003", "step-00000004"]
+    kept.prune(2)
+    assert sorted(objects.list("")) == ["step-00000003", "step-00000004"]
+
+
+@pytest.mark.parametrize("size", [0, 1, PART - 1, PART, 2 * PART + 5])
+@pytest.mark.parametrize("kind", ["s3", "memory", "local"])
+def test_files_go_there_and_back(kind: str, size: int, tmp_path: Path, s3: S3Server) -> None:
+    names = {"s3": f"s3://{BUCKET}/files", "memory": "memory://files", "local": str(tmp_path / "objects")}
+    objects = open_objects(names[kind])
+    data = np.random.default_rng(size).bytes(size)
+    (tmp_path / "file").write_bytes(data)
+    objects.upload(tmp_path / "file", "some/where")
+    objects.download("some/where", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == data
+    with pytest.raises(FileNotFoundError):
+        objects.download("no/where", tmp_path / "none")
+
+
+def test_credentials_missing_on_one_machine_are_told_at_once(url: str, tmp_path: Path) -> None:
+    port = free_port()
+    whole = Machine(0, port, tmp_path, str(tmp_path / "run"), f"--store-url={url}")
+    keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
+    wrong = Machine(1, port, tmp_path, str(tmp_path / "run"), f"--store-url={url}", without=keys)
+    ended = [whole.end(), wrong.end()]
+    assert [code for code, _ in ended] == [1, 1], ended
+    assert "error: rank 1 (" in ended[0][1] and "credentials" in ended[0][1], ended
+    assert "credentials" in ended[1][1]
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_bad_urls_are_refused(tmp_path: Path) -> None:
+    for bad in ("s3://user:secret@bucket/run", "nothing://bucket/run"):
+        with pytest.raises(StoreError):
+            udddm.train(config(), run_dir=bad, device="cpu")
+    assert isinstance(open_run("memory://a/b"), RemoteRun) and str(open_run("memory://a/b/")) == "memory://a/b"
+    assert open_run(f"file://{tmp_path}").path == tmp_path

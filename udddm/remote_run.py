@@ -1,0 +1,185 @@
+"""A run at a URL: `--run-dir s3://bucket/run`. No machine's disk holds anything that the run needs.
+
+What ranks write goes into a directory of their machine, under `UDDDM_SCRATCH` (default: ~/.cache/udddm), and from there
+to the URL: checkpoints when they are made, the manifest last; metrics, TensorBoard and pictures with them. A start
+begins from the URL alone. A lease (udddm/store/lease.py) keeps other machines out, a lock this one's other processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from udddm.backends.ranks import Ranks
+from udddm.checkpoint import NAME, Checkpoints, Entries, damage, step_of, write_json
+from udddm.errors import CheckpointError
+from udddm.run import Run, locked
+from udddm.store.lease import Lease
+from udddm.store.objects import Objects, open_objects
+from udddm.store.zarr import LEASE_PATIENCE
+
+SCRATCH = "UDDDM_SCRATCH"
+"""Environment variable: where files of runs at URLs are on their way."""
+MANIFEST = "manifest.json"
+_FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "result.json")
+
+
+def is_local(where: str | Path) -> bool:
+    return "://" not in str(where) or str(where).startswith("file://")
+
+
+def scratch() -> Path:
+    return Path(os.environ.get(SCRATCH) or "~/.cache/udddm").expanduser()
+
+
+def open_run(where: str | Path) -> Run:
+    """The run in a directory or at a URL, which need not exist yet. Raises StoreError for a malformed URL."""
+    if is_local(where):
+        return Run(Path(str(where).removeprefix("file://")))
+    url = str(where).rstrip("/")
+    return RemoteRun(url, scratch() / f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
+
+
+def open_copy(where: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> Run:
+    """A run to look into: of one at a URL, with what it holds in a temporary directory that lasts as long as the
+    result. `wanted` says which of a checkpoint's files are needed. Raises StoreError."""
+    if is_local(where):
+        return open_run(where)
+    run = RemoteRun(str(where).rstrip("/"), None, wanted)
+    run.fetch()
+    return run
+
+
+class RemoteCheckpoints(Checkpoints):
+    """Under a URL: complete once their manifest is there. The paths are those of the copies on this machine."""
+
+    def __init__(self, run: Path, objects: Objects, wanted: Callable[[str], bool] = lambda name: True):
+        super().__init__(run)
+        self.objects, self.wanted = objects, wanted
+
+    def all(self) -> list[Path]:
+        names = [name for name in self.objects.list("") if NAME.fullmatch(name)]
+        return sorted((self.directory / n for n in names if self.objects.exists(f"{n}/{MANIFEST}")), key=step_of)
+
+    def name(self, path: Path) -> str:
+        return self.objects.describe("" if path == self.directory else path.name)
+
+    def bring(self, path: Path) -> None:
+        """Raises CheckpointError for one that is not there whole, StoreError when it cannot be read."""
+        if (path / MANIFEST).exists() and damage(path) is None:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        key = f"{path.name}/{MANIFEST}"
+        try:
+            entries: Entries = {n: e for n, e in json.loads(self.objects.get(key)).items() if self.wanted(n)}
+            for name in entries:
+                key = f"{path.name}/{name}"
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                self.objects.download(key, path / name)
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.objects.describe(key)} is missing") from None
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(f"{self.objects.describe(key)} cannot be read: {error}") from error
+        write_json(path / MANIFEST, entries)
+
+    def damage(self, path: Path) -> str | None:
+        try:
+            self.bring(path)
+        except CheckpointError as error:
+            return str(error)
+        problem = damage(path)
+        return problem and problem.replace(str(path), self.name(path))
+
+    def _keeps(self, ranks: Ranks) -> bool:
+        return ranks.leads_machine
+
+    def _keep(self, path: Path, key: str) -> None:
+        self.objects.upload(path, key)
+
+    def _publish(self, partial: Path, final: Path, entries: Entries) -> None:
+        self.objects.put(f"{final.name}/{MANIFEST}", json.dumps(entries, indent=1).encode())
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep`, and what interrupted writes left."""
+        found = self.all()
+        unfinished = {self.directory / n for n in self.objects.list("") if NAME.fullmatch(n)} - set(found)
+        for old in [*found[:-keep], *unfinished]:
+            self._remove(old)
+
+    def _remove(self, path: Path) -> None:
+        self.objects.delete(f"{path.name}/{MANIFEST}")
+        self.objects.delete(path.name)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class RemoteRun(Run):
+    """`path` is where this machine keeps what is on its way; None: a temporary directory."""
+
+    def __init__(self, url: str, path: Path | None, wanted: Callable[[str], bool] = lambda name: True):
+        super().__init__(path or Path(tempfile.mkdtemp(prefix="udddm-")))
+        if path is None:
+            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self.url, self.wanted, self.objects = url, wanted, open_objects(url)
+        self._lease: Lease | None = None
+        self._pushed: dict[str, tuple[int, int]] = {}
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def state(self) -> str | Path:
+        return f"{self.url}/state"
+
+    @property
+    def identity(self) -> str:
+        return self.url
+
+    def checkpoints(self) -> Checkpoints:
+        return RemoteCheckpoints(self.path, open_objects(f"{self.url}/checkpoints"), self.wanted)
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        with locked(self.path):
+            self._lease = Lease(self.objects, self.url)
+            self._lease.acquire(patience=LEASE_PATIENCE)
+            try:
+                yield
+            finally:
+                self._lease.release()
+
+    def fetch(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        for left in self.path.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            elif left.name != ".lock":
+                left.unlink()
+        for name in _FETCHED:
+            try:
+                (self.path / name).write_bytes(self.objects.get(name))
+            except FileNotFoundError:
+                (self.path / name).unlink(missing_ok=True)
+
+    def share(self, ranks: Ranks) -> None:
+        if ranks.leads_machine and not ranks.first:
+            self.fetch()
+
+    def push(self) -> None:
+        """The files that have changed since the last time, `result.json` after all others."""
+        if self._lease is not None:
+            self._lease.check()
+        passed = {"checkpoints", ".lock"}
+        files = [p for p in self.path.rglob("*") if p.is_file() and p.relative_to(self.path).parts[0] not in passed]
+        for path in sorted(files, key=lambda p: (p.name == "result.json", p)):
+            name, now = str(path.relative_to(self.path)), path.stat()
+            seen = (now.st_mtime_ns, now.st_size)
+            if path.suffix != ".partial" and self._pushed.get(name) != seen:
+                self.objects.upload(path, name)
+                self._pushed[name] = seen
