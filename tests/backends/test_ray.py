@@ -7,12 +7,16 @@ import os
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from udddm import remote_run
+from udddm.store.objects import open_objects
 from udddm.testing.cluster import BIN, Cluster, running
+from udddm.testing.s3 import BUCKET, S3Server
 
 pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(280)
@@ -32,8 +36,8 @@ def arguments(*more: str) -> list[str]:
     return [*given, *more]
 
 
-def submit(cluster: Cluster, *more: str) -> subprocess.Popen[str]:
-    return cluster.submit(*arguments(*more))
+def submit(cluster: Cluster, *more: str, variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    return cluster.submit(*arguments(*more), variables=variables)
 
 
 @pytest.fixture(scope="module")
@@ -121,3 +125,31 @@ def test_a_stopped_job_checkpoints_first_and_resumes(
     said = again.communicate(timeout=250)[0]
     assert again.returncode == 0 and f"resuming from {checkpoints[0].name}" in said, said
     assert fingerprints(run) == undisturbed
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_replaced_and_no_disk_was_needed(cluster: Cluster, s3_server: S3Server, tmp_path: Path) -> None:
+    """Four workers on two nodes, their run on S3. A node goes, another comes, and the run ends as if undisturbed."""
+    run, url = tmp_path / "local", f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    command = [str(BIN / "udddm-train"), *arguments("--workers", "4", "--run-dir", str(run))[1:]]
+    subprocess.run(command, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    variables = {**s3_server.environment(), remote_run.SCRATCH: str(tmp_path / "scratch")}
+    cluster.add_node(cpus=2)
+    more = ["--workers", "4", "--run-dir", url, "--max-failures", "3", "--timeout", "60"]
+    job = submit(cluster, *more, variables=variables)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in s3_server.environment().items():
+            patch.setenv(name, value)
+        objects = open_objects(url)
+        deadline = time.monotonic() + 150
+        while not objects.exists("checkpoints/step-00000030/manifest.json"):
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.1)
+        cluster.lose_node(0)
+        cluster.add_node(cpus=2)
+        said = job.communicate(timeout=250)[0]
+        assert job.returncode == 0, said
+        assert "failure 1 of 3" in said and "resuming from step-" in said
+        result = json.loads(objects.get("result.json"))
+    assert {key: value for key, value in result.items() if key.endswith("sha256")} == fingerprints(run)
+    cluster.lose_node(1)

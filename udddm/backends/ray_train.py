@@ -196,7 +196,7 @@ class RayTrain(Launcher):
         thread = threading.Thread(target=fit, name="ray train", daemon=True)
         thread.start()
         self._watch(board, thread)
-        gc.collect()  # what is left of the trace: a controller that lives keeps the workers' places for the next attempt
+        gc.collect()  # a trace that is left would keep the controller alive, and the workers' places taken
         outcomes = self._ray.get(board.outcomes.remote())
         self._ray.kill(board)
         errors = [o for o in outcomes.values() if isinstance(o, BaseException)]

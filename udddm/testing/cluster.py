@@ -10,6 +10,7 @@ Only its own processes are ended with it: those whose environment has the token.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -18,7 +19,7 @@ import sys
 import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
@@ -33,9 +34,14 @@ class Cluster:
     directory: Path
     """What is submitted with a job as its working directory."""
 
-    def submit(self, *command: str) -> subprocess.Popen[str]:
-        """`ray job submit` of a command: the process that shows its log and ends with it."""
-        whole = [str(BIN / "ray"), "job", "submit", "--working-dir", str(self.directory), "--", *command]
+    address: str
+    """Of the head, for other nodes."""
+    nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def submit(self, *command: str, variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
+        """`ray job submit` of a command: the process that shows its log and ends with it. `variables` are the job's."""
+        whole = [str(BIN / "ray"), "job", "submit", "--working-dir", str(self.directory)]
+        whole += ["--runtime-env-json", json.dumps({"env_vars": variables or {}}), "--", *command]
         return subprocess.Popen(
             whole, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
@@ -46,6 +52,25 @@ class Cluster:
             [str(BIN / "ray"), *arguments], env=self.environment, capture_output=True, text=True, timeout=120
         )
         return done.stdout
+
+    def add_node(self, cpus: int) -> None:
+        """Another node, as processes of this machine."""
+        command = [str(BIN / "ray"), "start", "--block", f"--address={self.address}", f"--num-cpus={cpus}"]
+        with (self.directory.parent / f"node-{len(self.nodes)}.log").open("wb") as log:
+            environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
+            self.nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
+
+    def lose_node(self, number: int) -> None:
+        """SIGKILL to all processes of a node that was added, as if its machine had lost its power."""
+        pids = [self.nodes[number].pid]
+        for pid in pids:  # grows while it is walked
+            with contextlib.suppress(OSError):
+                for task in Path(f"/proc/{pid}/task").iterdir():
+                    pids += [int(child) for child in (task / "children").read_text().split()]
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.nodes[number].wait()
 
     def workers(self) -> list[int]:
         """The pids of this cluster's training workers."""
@@ -93,8 +118,9 @@ def running(place: Path, cpus: int, **variables: str) -> Iterator[Cluster]:
     head = {k: v for k, v in environment.items() if k != "RAY_ADDRESS"}
     work = place / "work"
     work.mkdir(parents=True)
-    cluster = Cluster(environment, work)
-    command = [str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={free_port()}"]
+    port = free_port()
+    cluster = Cluster(environment, work, f"127.0.0.1:{port}")
+    command = [str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     with (place / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=head, stdout=log, stderr=log, cwd=place)
@@ -112,3 +138,5 @@ def running(place: Path, cpus: int, **variables: str) -> Iterator[Cluster]:
                 process.wait(10)
             cluster.end()
             process.wait()
+            for node in cluster.nodes:
+                node.wait()
