@@ -91,6 +91,22 @@ def test_a_run_may_change_its_engine_and_ranks_on_the_way(
     assert difference(run, reference) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "name", ["torch", *(pytest.param(f"zero{stage}", marks=pytest.mark.slow) for stage in range(4))]
+)
+def test_four_ranks_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
+    """With more than two, the order of sums shows in the bits: it must be the same from the first step on."""
+    run = train(tmp_path / "run", name, 4)
+    undisturbed = json.loads((run / "result.json").read_text())
+    (run / "checkpoints" / "step-00000008" / "manifest.json").unlink()
+    (run / "result.json").unlink()
+    train(run, name, 4)
+    resumed = json.loads((run / "result.json").read_text())
+    assert {k: v for k, v in resumed.items() if "sha256" in k} == {
+        k: v for k, v in undisturbed.items() if "sha256" in k
+    }
+
+
 def test_checkpoints_pass_through_every_engine_bit_for_bit(reference: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

@@ -143,7 +143,9 @@ def test_a_lost_node_is_replaced_and_no_disk_was_needed(cluster: Cluster, s3_ser
         objects = open_objects(url)
         deadline = time.monotonic() + 150
         while not objects.exists("checkpoints/step-00000030/manifest.json"):
-            assert job.poll() is None and time.monotonic() < deadline
+            if job.poll() is not None or time.monotonic() > deadline:
+                job.kill()
+                raise AssertionError(job.communicate()[0])
             time.sleep(0.1)
         cluster.lose_node(0)
         cluster.add_node(cpus=2)

@@ -28,11 +28,21 @@ class TorchEngine(Engine):
                 device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
                 gradient_as_bucket_view=True,
             )
+            self._settle_buckets(network, self._ddp)
         if config.compile:
             self.module = torch.compile(self.module)  # type: ignore[assignment]
         self.adam = torch.optim.Adam(network.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
         self._begun = False
+
+    def _settle_buckets(self, network: nn.Module, ddp: DistributedDataParallel) -> None:
+        """DDP arranges its buckets anew after the first backward pass, in the order in which gradients came. Among more
+        than two ranks the arrangement decides how sums are rounded, so it must not change after the first step, which
+        is another one in a resumed run. This pass, of a sum of the parameters, is the first."""
+        network.forward = lambda: torch.stack([p.sum() for p in self._parameters.values()]).sum()
+        ddp().backward()
+        del network.forward
+        network.zero_grad(set_to_none=True)
 
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if last or self._ddp is None else self._ddp.no_sync()

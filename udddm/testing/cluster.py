@@ -12,10 +12,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -36,6 +38,8 @@ class Cluster:
 
     address: str
     """Of the head, for other nodes."""
+    short: Path
+    """For directories whose sockets' names must not be long."""
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def submit(self, *command: str, variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -56,6 +60,8 @@ class Cluster:
     def add_node(self, cpus: int) -> None:
         """Another node, as processes of this machine."""
         command = [str(BIN / "ray"), "start", "--block", f"--address={self.address}", f"--num-cpus={cpus}"]
+        # A directory of its own, or it would empty the one that the jobs on the head work in.
+        command += [f"--temp-dir={tempfile.mkdtemp(prefix='ray-', dir=self.short)}"]
         with (self.directory.parent / f"node-{len(self.nodes)}.log").open("wb") as log:
             environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
             self.nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
@@ -119,7 +125,8 @@ def running(place: Path, cpus: int, **variables: str) -> Iterator[Cluster]:
     work = place / "work"
     work.mkdir(parents=True)
     port = free_port()
-    cluster = Cluster(environment, work, f"127.0.0.1:{port}")
+    short = Path(tempfile.mkdtemp(prefix="udddm-"))
+    cluster = Cluster(environment, work, f"127.0.0.1:{port}", short)
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     with (place / "head.log").open("wb") as log:
@@ -140,3 +147,4 @@ def running(place: Path, cpus: int, **variables: str) -> Iterator[Cluster]:
             process.wait()
             for node in cluster.nodes:
                 node.wait()
+            shutil.rmtree(short, ignore_errors=True)
