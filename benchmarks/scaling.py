@@ -76,7 +76,7 @@ def measure(launcher: str, workers: int, run: Path, arguments: argparse.Namespac
     command = [sys.executable]
     if launcher == "torchrun":
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
-    command += [str(Path(__file__).resolve()), "--one-run", launcher, "--workers", str(workers), "--run", str(run)]
+    command += [str(Path(__file__).resolve()), "--one-run", launcher, "--workers", str(workers), "--into", str(run)]
     command += ["--steps", str(arguments.steps), "--engine", arguments.engine]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
     if done.returncode:
@@ -113,10 +113,10 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="also a table, .txt, and a plot, .png, beside it")
     parser.add_argument("--one-run", choices=LAUNCHERS, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
-    parser.add_argument("--run", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one_run:
-        one_run(arguments.one_run, arguments.workers, arguments.run, arguments.steps, arguments.engine)
+        one_run(arguments.one_run, arguments.workers, arguments.into, arguments.steps, arguments.engine)
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     counts = [n for n in (1, 2, 4, 8) if n <= arguments.max_workers]

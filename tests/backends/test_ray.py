@@ -15,7 +15,7 @@ import pytest
 
 from udddm import remote_run
 from udddm.store.objects import open_objects
-from udddm.testing.cluster import BIN, Cluster, running
+from udddm.testing.cluster import BIN, Cluster, free_port, running
 from udddm.testing.s3 import BUCKET, S3Server
 
 pytest.importorskip("ray")
@@ -155,3 +155,13 @@ def test_a_lost_node_is_replaced_and_no_disk_was_needed(cluster: Cluster, s3_ser
         result = json.loads(objects.get("result.json"))
     assert {key: value for key, value in result.items() if key.endswith("sha256")} == fingerprints(run)
     cluster.lose_node(1)
+
+
+def test_an_address_where_no_cluster_is_is_refused_at_once(tmp_path: Path) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    given = [*arguments("--backend", "ray", "--run-dir", str(tmp_path / "run"))]
+    done = subprocess.run(
+        [str(BIN / given[0]), *given[1:]], env={**os.environ, "RAY_ADDRESS": address}, stderr=subprocess.PIPE, text=True
+    )
+    assert done.returncode == 2
+    assert f"RAY_ADDRESS={address}: no Ray cluster answers there" in done.stderr

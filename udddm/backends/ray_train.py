@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import socket
 import threading
 import time
 from dataclasses import replace
@@ -44,6 +45,20 @@ def _ray() -> Any:
     except ImportError as error:
         raise ConfigError(f"--backend ray: Ray cannot be imported ({error}); pip install 'udddm[ray]'") from error
     return ray
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConfigError when nobody listens at `host:port`: Ray would wait for minutes."""
+    host, separator, port = address.rpartition(":")
+    if not separator or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it, or unset RAY_ADDRESS to have one "
+            "started here"
+        ) from error
 
 
 class Board:
@@ -126,10 +141,13 @@ class RayTrain(Launcher):
     def __init__(self) -> None:
         self._ray = _ray()
         if not self._ray.is_initialized():
-            local = not os.environ.get("RAY_ADDRESS") and not inside_ray_job()
-            self._ray.init(log_to_driver=True, logging_level="ERROR")
-            address = self._ray.get_runtime_context().gcs_address
-            say(f"Ray {self._ray.__version__}: {'a local cluster' if local else 'the cluster'} at {address}")
+            given = os.environ.get("RAY_ADDRESS", "")
+            local = not given and not inside_ray_job()
+            _check_answers(given)
+            # Ray would else look for a cluster on this machine, and wait for one that has crashed.
+            self._ray.init(address="local" if local else None, log_to_driver=True, logging_level="ERROR")
+            which = "a cluster of its own (RAY_ADDRESS=auto joins one that runs here)" if local else "the cluster"
+            say(f"Ray {self._ray.__version__}: {which} at {self._ray.get_runtime_context().gcs_address}")
 
     def _resources(self, job: Job) -> dict[str, float]:
         """Of one worker. A GPU each where the cluster has any and the CPU was not asked for."""

@@ -128,6 +128,7 @@ def running(place: Path, cpus: int, **variables: str) -> Iterator[Cluster]:
     short = Path(tempfile.mkdtemp(prefix="udddm-"))
     cluster = Cluster(environment, work, f"127.0.0.1:{port}", short)
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}"]
+    command += [f"--temp-dir={short / 'head'}"]
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     with (place / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=head, stdout=log, stderr=log, cwd=place)
