@@ -7,7 +7,8 @@ launcher (`local`: at 1 worker no launcher at all), by `torchrun` and by Ray Tra
 runs all of them, in an order that turns with the rounds, so that a change of the machine's speed meets all of them;
 a run's images/s is the median over its log windows after the first, and ratios are medians over rounds.
 
-Ray's own processes share the workers' cores, as they would on a machine that has no others.
+Ray's own processes share the workers' cores, as they would on a machine that has no others. So that their part shows,
+the largest number of workers is also run with one core kept from them, where the workers share those that are left.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ from typing import Any
 from machine import cpu_model
 
 LAUNCHERS = ("local", "torchrun", "ray")
+Case = tuple[str, int, int]
+"""Launcher, workers, cores that are kept from them."""
 
 
 def pinned_digits() -> Any:
@@ -37,7 +40,10 @@ def pinned_digits() -> Any:
 
     from udddm.data.sources import digits
 
-    core = sorted(os.sched_getaffinity(0))[int(os.environ.get("LOCAL_RANK", "0"))]
+    cores = sorted(os.sched_getaffinity(0))
+    # The last core is kept from the workers with UDDDM_SPARE_CORE, for what the launcher runs beside them.
+    cores = cores[: len(cores) - int(os.environ.get("UDDDM_SPARE_CORE", "0"))]
+    core = cores[int(os.environ.get("LOCAL_RANK", "0")) % len(cores)]
     for thread in Path("/proc/self/task").iterdir():  # those that are made later inherit it from their maker
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread.name), {core})
@@ -71,14 +77,21 @@ def one_run(launcher: str, workers: int, run: Path, steps: int, engine: str) -> 
     )
 
 
-def measure(launcher: str, workers: int, run: Path, arguments: argparse.Namespace) -> float:
-    """Images/s of one run."""
+def measure(launcher: str, workers: int, spare: int, run: Path, arguments: argparse.Namespace) -> float:
+    """Images/s of one run, `spare` cores kept from its workers."""
     command = [sys.executable]
     if launcher == "torchrun":
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
     command += [str(Path(__file__).resolve()), "--one-run", launcher, "--workers", str(workers), "--into", str(run)]
     command += ["--steps", str(arguments.steps), "--engine", arguments.engine]
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600)
+    done = subprocess.run(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=600,
+        env={**os.environ, "UDDDM_SPARE_CORE": str(spare)},
+    )
     if done.returncode:
         raise SystemExit(f"{launcher} with {workers} workers failed:\n{done.stdout}")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -120,39 +133,41 @@ def main() -> None:
         return
     os.environ["OMP_NUM_THREADS"] = "1"
     counts = [n for n in (1, 2, 4, 8) if n <= arguments.max_workers]
-    cases = [(launcher, workers) for workers in counts for launcher in LAUNCHERS]
-    found: dict[tuple[str, int], list[float]] = {case: [] for case in cases}
+    plans = [(workers, 0) for workers in counts] + [(counts[-1], 1)]
+    cases = [(launcher, *plan) for plan in plans for launcher in LAUNCHERS]
+    found: dict[Case, list[float]] = {case: [] for case in cases}
     lines = [
         f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         f"python benchmarks/scaling.py --rounds {arguments.rounds} --steps {arguments.steps} "
         f"--max-workers {arguments.max_workers} --engine {arguments.engine}",
         "",
-        f"{'launcher':10}{'workers':>8}{'images/s':>10}{'of torchrun':>13}{'of 1 worker':>13}",
+        f"{'launcher':10}{'workers':>8}{'spare cores':>13}{'images/s':>10}{'of torchrun':>13}{'of 1 worker':>13}",
     ]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
         for number in range(arguments.rounds):
             turn = number % len(cases)
             for case in cases[turn:] + cases[:turn]:
-                rate = measure(*case, Path(name) / f"{case[0]}-{case[1]}-{number}", arguments)
+                rate = measure(*case, Path(name) / f"{case[0]}-{case[1]}-{case[2]}-{number}", arguments)
                 found[case].append(rate)
-                print(f"round {number}: {case[0]} {case[1]}: {rate:.0f} images/s", file=sys.stderr, flush=True)
+                print(f"round {number}: {case}: {rate:.0f} images/s", file=sys.stderr, flush=True)
 
-    def ratio(case: tuple[str, int], other: tuple[str, int]) -> float:
+    def ratio(case: Case, other: Case) -> float:
         return statistics.median(a / b for a, b in zip(found[case], found[other], strict=True))
 
     rows = []
-    for launcher, workers in cases:
+    for launcher, workers, spare in cases:
         row = {
             "launcher": launcher,
             "workers": workers,
-            "images_per_second": round(statistics.median(found[launcher, workers]), 1),
-            "ratio_to_torchrun": round(ratio((launcher, workers), ("torchrun", workers)), 3),
-            "ratio_to_one_worker": round(ratio((launcher, workers), (launcher, 1)), 3),
-            "rounds": [round(rate, 1) for rate in found[launcher, workers]],
+            "spare_cores": spare,
+            "images_per_second": round(statistics.median(found[launcher, workers, spare]), 1),
+            "ratio_to_torchrun": round(ratio((launcher, workers, spare), ("torchrun", workers, spare)), 3),
+            "ratio_to_one_worker": round(ratio((launcher, workers, spare), (launcher, 1, 0)), 3),
+            "rounds": [round(rate, 1) for rate in found[launcher, workers, spare]],
         }
         rows.append(row)
         lines.append(
-            f"{launcher:10}{workers:8}{row['images_per_second']:10.0f}{row['ratio_to_torchrun']:13.3f}"
+            f"{launcher:10}{workers:8}{spare:13}{row['images_per_second']:10.0f}{row['ratio_to_torchrun']:13.3f}"
             f"{row['ratio_to_one_worker']:13.3f}"
         )
     print("\n".join(lines))
@@ -161,7 +176,7 @@ def main() -> None:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         arguments.json.write_text(json.dumps(document, indent=1) + "\n")
         arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
-        rates = {n: {w: statistics.median(found[n, w]) for w in counts} for n in LAUNCHERS}
+        rates = {n: {w: statistics.median(found[n, w, 0]) for w in counts} for n in LAUNCHERS}
         plot(rates, arguments.json.with_suffix(".png"))
 
 

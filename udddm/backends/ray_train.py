@@ -7,6 +7,7 @@ request to stop, metrics, and each rank's result or error, so that the driver en
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import os
@@ -30,7 +31,8 @@ QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # of Ray Train's controller; ours are `_Watch.metrics`
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for what SIGTERM and `supervise` do
     "RAY_TRAIN_V2_ENABLED": "1",
 }
 
@@ -62,46 +64,51 @@ def _check_answers(address: str) -> None:
 
 
 class Board:
-    """The actor. Methods are remote."""
+    """The actor. Methods are remote; nobody has to ask twice for what is not there yet."""
 
     def __init__(self) -> None:
-        self._stop = 0
-        self._latest: tuple[int, int, dict[str, float]] | None = None
+        self._stop, self._asked = 0, asyncio.Event()
+        self._latest, self._news = (0, 0, dict[str, float]()), asyncio.Event()
         self._outcomes: dict[int, Any] = {}
 
-    def stop(self, signum: int) -> None:
+    async def stop(self, signum: int) -> None:
         self._stop = signum
+        self._asked.set()
 
-    def stopped(self) -> int:
+    async def stopped(self) -> int:
+        """The signal, once somebody asks to stop."""
+        await self._asked.wait()
         return self._stop
 
-    def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
+    async def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
         self._latest = (step, total, values)
+        self._news.set()
 
-    def latest(self) -> tuple[int, int, dict[str, float]] | None:
+    async def latest(self) -> tuple[int, int, dict[str, float]]:
+        """The newest metrics, once there are any that were not given before."""
+        await self._news.wait()
+        self._news.clear()
         return self._latest
 
-    def outcome(self, rank: int, value: Any) -> None:
+    async def outcome(self, rank: int, value: Any) -> None:
         self._outcomes[rank] = value
 
-    def outcomes(self) -> dict[int, Any]:
+    async def outcomes(self) -> dict[int, Any]:
         return self._outcomes
 
 
 class _Watch(Listener):
-    """A worker's side: asks the board in the background, so that a step never waits for it."""
+    """A worker's side: waits for the board in the background, so that a step never does."""
 
     def __init__(self, ray: Any, board: Any, rank: int):
         self._ray, self._board, self._signal = ray, board, 0
         self._gauges: dict[str, Any] = {}
-        self._done = threading.Event()
         if rank == 0:
-            threading.Thread(target=self._poll, name="stop request", daemon=True).start()
+            threading.Thread(target=self._wait, name="stop request", daemon=True).start()
 
-    def _poll(self) -> None:
-        while not self._done.wait(0.5):
-            with contextlib.suppress(Exception):  # the driver is gone: training goes on, or Ray ends this process
-                self._signal = self._ray.get(self._board.stopped.remote(), timeout=10)
+    def _wait(self) -> None:
+        with contextlib.suppress(Exception):  # the board is gone, and this process goes with it or is done
+            self._signal = self._ray.get(self._board.stopped.remote())
 
     def asked(self) -> int:
         return self._signal
@@ -112,9 +119,6 @@ class _Watch(Listener):
             if name not in self._gauges:
                 self._gauges[name] = self._ray.util.metrics.Gauge(f"udddm_{name}", description=f"udddm-train: {name}")
             self._gauges[name].set(value)
-
-    def close(self) -> None:
-        self._done.set()
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -132,8 +136,6 @@ def _worker(settings: dict[str, Any]) -> None:
         value: Any = run_rank(job, listener)
     except KNOWN as error:
         value = sendable(error)
-    finally:
-        listener.close()
     ray.get(board.outcome.remote(rank, value))
 
 
@@ -235,17 +237,16 @@ class RayTrain(Launcher):
                 raise KeyboardInterrupt
             asked.append(signum)
 
-        line, told = Line(), False
+        line, told, news = Line(), False, board.latest.remote()
         with contextlib.closing(line), handled(on_signal):
             while thread.is_alive():
                 thread.join(0.5)
                 if asked and not told:
                     self._ray.get(board.stop.remote(asked[0]))
                     told = True
-                with contextlib.suppress(self._ray.exceptions.RayError):
-                    latest = self._ray.get(board.latest.remote(), timeout=5)
-                    if latest is not None:
-                        line.show(*latest)
+                if self._ray.wait([news], timeout=0)[0]:
+                    line.show(*self._ray.get(news))
+                    news = board.latest.remote()
 
 
 def job_directory(where: str | Path) -> str | Path:
