@@ -147,6 +147,9 @@ def test_a_lost_node_is_replaced_and_no_disk_was_needed(cluster: Cluster, s3_ser
                 job.kill()
                 raise AssertionError(job.communicate()[0])
             time.sleep(0.1)
+        while "udddm_images_per_second" not in cluster.metrics():  # the nodes gather them every ten seconds
+            assert job.poll() is None and time.monotonic() < deadline
+            time.sleep(0.5)
         cluster.lose_node(0)
         cluster.add_node(cpus=2)
         said = job.communicate(timeout=250)[0]

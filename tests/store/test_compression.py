@@ -25,7 +25,7 @@ ORDER = Order(seed=5, samples=61, batch=8, lanes=2, chunk=4, window=2)
 
 def make_with(compression: str, order: Order, lanes: range, encoding: Encoding, directory: Path) -> X0Store:
     config = StoreConfig.model_validate({"kind": "zarr", "compression": compression, "dtype": encoding.name})
-    return build(config, order, lanes, SHAPE, torch.device("cpu"), directory)
+    return build(config, order, lanes, SHAPE, torch.device("cpu"), Run(directory))
 
 
 class TestCompressedStore(StoreConformance):

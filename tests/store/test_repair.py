@@ -12,6 +12,7 @@ import torch
 from udddm import cli
 from udddm.config import StoreConfig
 from udddm.order import Order
+from udddm.run import Run
 from udddm.store import DamagedChunkError, Encoding, StoreError, X0Store, build
 from udddm.store.encoding import generation_zero
 from udddm.store.generations import Generations, open_existing
@@ -26,7 +27,7 @@ def run_at(directory: Path, on_damage: str, kind: str = "zarr") -> ModelledRun:
     config = StoreConfig.model_validate({"kind": kind, "on_damage": on_damage})
 
     def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, where: Path) -> X0Store:
-        return build(config, order, lanes, shape, torch.device("cpu"), where)
+        return build(config, order, lanes, shape, torch.device("cpu"), Run(where))
 
     return ModelledRun(make, ORDER, FP16, directory)
 
@@ -141,7 +142,7 @@ def test_a_later_run_at_the_same_url_is_refused_and_the_own_run_is_not(tmp_path:
         config = StoreConfig(kind="zarr", url=str(url))
 
         def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, where: Path) -> X0Store:
-            return build(config, order, lanes, shape, torch.device("cpu"), where)
+            return build(config, order, lanes, shape, torch.device("cpu"), Run(where))
 
         return ModelledRun(make, ORDER, FP16, directory)
 

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -77,6 +78,19 @@ class Cluster:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.nodes[number].wait()
+
+    def metrics(self) -> str:
+        """What the nodes' Prometheus endpoints say now."""
+        listed = self.short / "head" / "prom_metrics_service_discovery.json"
+        targets = [t for group in json.loads(listed.read_text()) for t in group["targets"]] if listed.exists() else []
+        found = []
+        for target in targets:
+            with (
+                contextlib.suppress(OSError),
+                urllib.request.urlopen(f"http://{target}/metrics", timeout=5) as reply,
+            ):
+                found.append(reply.read().decode())
+        return "\n".join(found)
 
     def workers(self) -> list[int]:
         """The pids of this cluster's training workers."""
