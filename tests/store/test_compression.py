@@ -13,6 +13,7 @@ from hypothesis.extra import numpy as arrays
 
 from udddm.config import StoreConfig
 from udddm.order import Order
+from udddm.run import Run
 from udddm.store import DamagedChunkError, Encoding, X0Store, build
 from udddm.store.compression import Compression, compress, decompress
 from udddm.store.encoding import StateDtype
