@@ -84,7 +84,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return fingerprints(run)
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_costs_one_failure(rank: int, undisturbed: dict[str, str], tmp_path: Path) -> None:
     run = Started(tmp_path / "run", "--workers", "2", "--max-failures", "1").at_step(20)
     os.kill(run.children()[rank], signal.SIGKILL)
