@@ -29,6 +29,8 @@ from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
 
+from machine import cpu_model
+
 from udddm.testing import s3
 
 STORES = ("gpu", "pinned", "zarr", "zarr-s3")
@@ -138,14 +140,6 @@ def measure(directory: Path, store: str, dtype: str, steps: int, kills: int, rng
     return row
 
 
-def hardware() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30, help="for each store")
@@ -167,7 +161,7 @@ def compare(arguments: argparse.Namespace) -> int:
     FORKS.set_forkserver_preload(PRELOADED)
     rng = random.Random(arguments.seed)
     lines = [
-        f"{date.today()}, {hardware()}, 1 thread, Python {platform.python_version()}",
+        f"{date.today()}, {cpu_model()}, 1 thread, Python {platform.python_version()}",
         f"python benchmarks/crash.py --kills {arguments.kills} --stores {' '.join(arguments.stores)} "
         f"--steps {arguments.steps} --dtype {arguments.dtype} --seed {arguments.seed}",
         "",
@@ -196,7 +190,7 @@ def compare(arguments: argparse.Namespace) -> int:
         arguments.json.parent.mkdir(parents=True, exist_ok=True)
         document = {
             "date": str(date.today()),
-            "cpu": hardware(),
+            "cpu": cpu_model(),
             "command": lines[1],
             "stores_agree": same,
             "rows": [asdict(row) for row in rows],

@@ -28,9 +28,9 @@ from udddm.portable import Saved
 from udddm.process import Process
 from udddm.process import build as build_process
 from udddm.progress import say
-from udddm.remote_run import is_local, open_copy, open_run
+from udddm.remote_run import open_copy, open_run
 from udddm.run import Run, claim
-from udddm.store.objects import open_objects
+from udddm.store.objects import local_path, open_objects
 from udddm.trainer import Listener, Trainer, network_for
 
 
@@ -93,10 +93,12 @@ def train_rank(
         ranks.first_only(take, refused)
         ranks.together(lambda: run.share(ranks), refused)
         if config.store.kind == "zarr" and config.store.url:
-            if is_local(config.store.url):
-                ranks.check_shared(Path(config.store.url.removeprefix("file://")), "the x0-state's directory")
+            url = config.store.url
+            directory = local_path(url)
+            if directory is not None:
+                ranks.check_shared(directory, "the x0-state's directory")
             else:  # every rank must get there, with its machine's credentials
-                ranks.together(lambda: open_objects(config.store.url or "").exists("zarr.json"), refused)
+                ranks.together(lambda: open_objects(url).exists("zarr.json"), refused)
         return _train(config, images, run, ranks, listener)
 
 
@@ -158,8 +160,9 @@ class Model:
 def checkpoint_files(where: str | Path) -> Iterator[Path]:
     """The directory of the checkpoint that a run, or the path of a checkpoint itself, means: of a run the newest whole
     one. Either may be at a URL. Raises CheckpointError, StoreError."""
-    if is_local(where):
-        yield _local_checkpoint(Path(str(where).removeprefix("file://")))
+    local = local_path(where)
+    if local is not None:
+        yield _local_checkpoint(local)
         return
     url, _, last = str(where).rstrip("/").rpartition("/")
     one = NAME.fullmatch(last) is not None
@@ -171,7 +174,7 @@ def checkpoint_files(where: str | Path) -> Iterator[Path]:
     path = checkpoints.directory / last if one else checkpoints.newest_valid(say)
     if path is None:
         raise CheckpointError(f"{where} holds no checkpoint")
-    if problem := checkpoints.damage(path):
+    if one and (problem := checkpoints.damage(path)):
         raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
     yield path
 

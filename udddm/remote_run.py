@@ -22,7 +22,7 @@ from udddm.checkpoint import NAME, Checkpoints, Entries, damage, step_of, write_
 from udddm.errors import CheckpointError
 from udddm.run import Run, locked
 from udddm.store.lease import Lease
-from udddm.store.objects import Objects, open_objects
+from udddm.store.objects import Objects, local_path, open_objects
 from udddm.store.zarr import LEASE_PATIENCE
 
 SCRATCH = "UDDDM_SCRATCH"
@@ -31,18 +31,15 @@ MANIFEST = "manifest.json"
 _FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "result.json")
 
 
-def is_local(where: str | Path) -> bool:
-    return "://" not in str(where) or str(where).startswith("file://")
-
-
 def scratch() -> Path:
     return Path(os.environ.get(SCRATCH) or "~/.cache/udddm").expanduser()
 
 
 def open_run(where: str | Path) -> Run:
     """The run in a directory or at a URL, which need not exist yet. Raises StoreError for a malformed URL."""
-    if is_local(where):
-        return Run(Path(str(where).removeprefix("file://")))
+    local = local_path(where)
+    if local is not None:
+        return Run(local)
     url = str(where).rstrip("/")
     return RemoteRun(url, scratch() / f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
 
@@ -50,7 +47,7 @@ def open_run(where: str | Path) -> Run:
 def open_copy(where: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> Run:
     """A run to look into: of one at a URL, with what it holds in a temporary directory that lasts as long as the
     result. `wanted` says which of a checkpoint's files are needed. Raises StoreError."""
-    if is_local(where):
+    if local_path(where) is not None:
         return open_run(where)
     run = RemoteRun(str(where).rstrip("/"), None, wanted)
     run.fetch()

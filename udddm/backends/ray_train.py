@@ -21,8 +21,9 @@ from typing import Any
 from udddm.backends.launch import KNOWN, Job, Launcher, WorkerLost, cause, inside_ray_job, run_rank, sendable
 from udddm.config import ConfigError
 from udddm.progress import Line, say
-from udddm.remote_run import is_local, scratch
+from udddm.remote_run import scratch
 from udddm.signals import handled
+from udddm.store.objects import local_path
 from udddm.trainer import Listener
 
 RUNS = "UDDDM_RUNS"
@@ -252,9 +253,9 @@ class RayTrain(Launcher):
 def job_directory(where: str | Path) -> str | Path:
     """A URL as it is, or an absolute run directory. In a Ray job the working directory is a copy that goes with the
     job, so a relative one is put under `UDDDM_RUNS`."""
-    if not is_local(where):
+    run = local_path(where)
+    if run is None:
         return where
-    run = Path(where)
     if run.is_absolute() or not inside_ray_job():
         return run.absolute()
     return Path(os.environ.get(RUNS, "~/udddm-runs")).expanduser() / run
@@ -262,7 +263,8 @@ def job_directory(where: str | Path) -> str | Path:
 
 def _beside(run: str | Path) -> Path:
     """Where Ray keeps a few bytes about a run of its own."""
-    return scratch() / "ray" if not is_local(run) else Path(run).with_name(f".{Path(run).name}.ray")
+    local = local_path(run)
+    return scratch() / "ray" if local is None else local.with_name(f".{local.name}.ray")
 
 
 def _brief(error: BaseException) -> str:

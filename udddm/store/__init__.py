@@ -11,6 +11,7 @@ from udddm.store.base import StoreCounters, X0Store
 from udddm.store.device import DeviceStore
 from udddm.store.encoding import Encoding
 from udddm.store.errors import DamagedChunkError, StoreError
+from udddm.store.objects import local_path
 from udddm.store.pinned import MemoryTable, PinnedStore
 from udddm.store.repair import Repair
 from udddm.store.snapshot import Snapshot
@@ -54,7 +55,6 @@ def _open(
             memory=memory,
         )
     url, default = (config.url, False) if config.url else (run.state, True)
-    remote = "://" in str(url) and not str(url).startswith("file://")
     return ZarrStore(
         order,
         lanes,
@@ -69,5 +69,5 @@ def _open(
         threads=config.threads,
         prefetch=config.prefetch,
         memory=memory,
-        first_threads=REMOTE_THREADS if remote else 2,
+        first_threads=2 if local_path(url) else REMOTE_THREADS,
     )

@@ -14,12 +14,12 @@ import torch
 from udddm.checkpoint import load_json
 from udddm.config import RunConfig, resolve
 from udddm.errors import CheckpointError
-from udddm.remote_run import is_local, open_copy
+from udddm.remote_run import open_copy
 from udddm.run import Run
 from udddm.store.encoding import Rows
 from udddm.store.errors import StoreError
 from udddm.store.generations import Checksums, Generations, generation_name, open_existing
-from udddm.store.objects import open_objects
+from udddm.store.objects import local_path, open_objects
 from udddm.store.snapshot import Snapshot
 
 
@@ -49,7 +49,7 @@ def find(path: str) -> Place:
         objects = open_objects(_url_in_use(checkpoints, config) or run.state)
         stored = open_existing(objects) if objects.exists("zarr.json") else None
         return Place(path, stored, run, config, checkpoints)
-    if is_local(path) and not run.path.exists():
+    if local_path(path) is not None and not run.path.exists():
         raise StoreError(f"{path} does not exist")
     return Place(path, open_existing(open_objects(path)))
 

@@ -270,6 +270,14 @@ class LocalObjects(Objects):
         return str(self.root / key)
 
 
+def local_path(where: str | Path) -> Path | None:
+    """The path on this machine that a path or a file:// URL means; None for a URL of any other kind."""
+    text = str(where)
+    if isinstance(where, Path) or "://" not in text:
+        return Path(where)
+    return Path(text.removeprefix("file://")) if text.startswith("file://") else None
+
+
 def open_objects(url: str | Path) -> Objects:
     """The objects at a local path or a URL: file://, s3:// (through obstore), or any other that fsspec opens.
 
@@ -278,12 +286,11 @@ def open_objects(url: str | Path) -> Objects:
     """
     text = str(url)
     scheme, separator, rest = text.partition("://")
-    if isinstance(url, Path) or not separator:
-        if not isinstance(url, Path) and re.match(r"(file|memory|s3|gs|gcs|az|abfs|https?):", text):
-            raise StoreError(f"store.url {text}: write two slashes after the scheme, as in s3://bucket/prefix")
-        return LocalObjects(Path(text))
-    if scheme == "file":
-        return LocalObjects(Path(rest))
+    if isinstance(url, str) and not separator and re.match(r"(file|memory|s3|gs|gcs|az|abfs|https?):", text):
+        raise StoreError(f"store.url {text}: write two slashes after the scheme, as in s3://bucket/prefix")
+    local = local_path(url)
+    if local is not None:
+        return LocalObjects(local)
     from udddm.store.remote import open_remote  # which a run on local files need not import
 
     return open_remote(scheme.lower(), rest)
