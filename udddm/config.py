@@ -72,6 +72,7 @@ class ProcessConfig(Section):
 class NetworkConfig(Section):
     """The ADM U-Net (Dhariwal & Nichol 2021) with cross-attention to the conditioning image."""
 
+    patch: Positive = Field(1, description="side of the pixel blocks that become channels (pixel unshuffle); 1: none")
     width: Positive = 128
     multipliers: tuple[Positive, ...] = Field((1, 2, 2, 2), min_length=1)
     blocks: Positive = Field(3, description="residual blocks a stage")

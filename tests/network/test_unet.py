@@ -332,3 +332,24 @@ def test_paper_configuration_trains() -> None:
     assert network.conv_out.weight.grad is not None
     assert network.conv_out.weight.grad.isfinite().all()
     assert network.conv_out.weight.grad.any()
+
+
+@pytest.mark.parametrize("side", [8, 7])
+def test_patches_are_taken_apart_and_put_together_again(side: int) -> None:
+    """Pixel unshuffle: stages are `patch` times smaller, images come out whole, and every pixel can matter to each."""
+    config = NetworkConfig(
+        patch=2, width=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0, condition="cross-attention"
+    )
+    network = build(config, (1, side, side), max_frequency=16.0, seed=0)
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    x = torch.randn(2, 1, side, side, generator=torch.Generator().manual_seed(2))
+    level = torch.zeros(2)
+    out = network(x, level, x)
+    assert out.shape == x.shape
+    moved = x.clone()
+    moved[0, 0, -1, -1] += 1
+    other = network(moved, level, x)
+    assert (other[0] != out[0]).float().mean() > 0.9
+    torch.testing.assert_close(other[1], out[1])

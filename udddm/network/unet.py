@@ -54,7 +54,8 @@ class UNet(nn.Module):
     """F: noisy images, noise levels and conditioning images -> [B, C, H, W].
 
     `shape` is one image's (C, H, W). Any height and width will do: the image is padded, by repeating its edge, to
-    multiples of 2**(stages - 1), and the output cropped. Stage `i` works on sides of 2**-i of the padded ones, and
+    multiples of patch * 2**(stages - 1), and the output cropped. With `config.patch` above 1 the blocks of patch x patch
+    pixels become channels first (pixel unshuffle). Stage `i` works on sides of 2**-i of what that leaves, and
     `config.attention` names stages by their height. The middle block, at the last stage's side, always has attention.
 
     `max_frequency` is the highest frequency at which the noise level is embedded, in radians a unit: 1 for levels in
@@ -70,9 +71,11 @@ class UNet(nn.Module):
         self.config, self.shape = config, (shape[0], shape[1], shape[2])
         image_channels, height, width = self.shape
         stages = len(config.multipliers)
-        down, across = -height % 2 ** (stages - 1), -width % 2 ** (stages - 1)
+        multiple = config.patch * 2 ** (stages - 1)
+        down, across = -height % multiple, -width % multiple
         self._padding = (across // 2, across - across // 2, down // 2, down - down // 2)
-        self._grids = [((height + down) >> i, (width + across) >> i) for i in range(stages)]
+        rows, columns = (height + down) // config.patch, (width + across) // config.patch
+        self._grids = [(rows >> i, columns >> i) for i in range(stages)]
         self._channels = [config.width * multiplier for multiplier in config.multipliers]
         self._embedding_width = 4 * config.width
         self._attended = self._attended_stages()  # the middle block's attention apart
@@ -83,11 +86,12 @@ class UNet(nn.Module):
         if config.condition == "cross-attention":
             for stage in sorted(self._attended | {stages - 1}):
                 self.condition_tokens[str(stage)] = ConditionTokens(
-                    image_channels, self._channels[stage], 2**stage, self._grids[stage]
+                    image_channels, self._channels[stage], config.patch * 2**stage, self._grids[stage]
                 )
 
         channels = self._channels[0]
-        self.stem = nn.Conv2d(image_channels, channels, 3, padding=1)
+        pixels = image_channels * config.patch**2
+        self.stem = nn.Conv2d(pixels, channels, 3, padding=1)
         skips = [channels]
         self.encoder = nn.ModuleList()
         for stage, out_channels in enumerate(self._channels):
@@ -110,7 +114,7 @@ class UNet(nn.Module):
                 self.decoder.append(layer)
         assert not skips
         self.norm_out = group_norm(channels)
-        self.conv_out = zero(nn.Conv2d(channels, image_channels, 3, padding=1))
+        self.conv_out = zero(nn.Conv2d(channels, pixels, 3, padding=1))
 
     def forward(
         self,
@@ -135,7 +139,7 @@ class UNet(nn.Module):
         embedding = F.silu(embedding)
         tokens = self._tokens(condition, len(x))
 
-        x = self.stem(self._pad(x))
+        x = self.stem(F.pixel_unshuffle(self._pad(x), self.config.patch))
         skips = [x]
         for layer in self.encoder:
             x = layer(x, embedding, tokens)
@@ -143,7 +147,7 @@ class UNet(nn.Module):
         x = self.middle_out(self.middle_in(x, embedding, tokens), embedding, tokens)
         for layer in self.decoder:
             x = layer(torch.cat([x, skips.pop()], dim=1), embedding, tokens)
-        x = self.conv_out(F.silu(self.norm_out(x)))
+        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch)
         left, _, top, _ = self._padding
         _, height, width = self.shape
         return x[:, :, top : top + height, left : left + width].float()
