@@ -216,6 +216,12 @@ def load_model(checkpoint: str | Path, *, ema: float | str | None = None, device
     return Model(network, build_process(config.process), config, (channels, height, width))
 
 
+def default_labels(config: RunConfig, seeds: Sequence[int]) -> list[int] | None:
+    """The class of each seed where none is asked for: the classes in turn."""
+    classes = config.network.classes
+    return [seed % classes for seed in seeds] if classes else None
+
+
 def sample(
     model: Model | str | Path,
     seeds: Sequence[int],
@@ -227,7 +233,8 @@ def sample(
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Images [len(seeds), C, H, W], float32 in [-1, 1], by `steps` network evaluations each.
 
-    Each depends on its seed (and label) alone. `model` is a `Model` or the path of a run or checkpoint.
+    Each depends on its seed (and label) alone; a model with classes and no `labels` takes `seed % classes`.
+    `model` is a `Model` or the path of a run or checkpoint.
     """
     loaded = model if isinstance(model, Model) else load_model(model)
     device = next(loaded.network.parameters()).device
@@ -239,7 +246,7 @@ def sample(
         batch=batch,
         steps=steps,
         sampler=sampler_name,
-        labels=None if labels is None else list(labels),
+        labels=default_labels(loaded.config, seeds) if labels is None else list(labels),
         device=device,
     )
     images: np.ndarray[Any, np.dtype[np.float32]] = torch.cat(list(drawn)).clamp(-1, 1).numpy()

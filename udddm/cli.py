@@ -1,4 +1,7 @@
-"""The commands udddm-train, udddm-sample, udddm-store. Heavy imports wait until the arguments are parsed."""
+"""The commands udddm-train, udddm-sample, udddm-store (udddm-evaluate: evaluation/command.py).
+
+Heavy imports wait until the arguments are parsed.
+"""
 
 from __future__ import annotations
 
@@ -161,9 +164,14 @@ def _sample_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoint", metavar="RUN", required=True, help="a run directory or one of its checkpoints")
     parser.add_argument("--steps", type=int, default=1, metavar="N", help="network evaluations an image (default 1)")
-    parser.add_argument("--sampler", choices=["renoise", "algorithm-2"], default="renoise")
+    parser.add_argument("--sampler", choices=["renoise", "algorithm-2", "heun"], default="renoise")
     parser.add_argument("--seeds", type=_seeds, default=list(range(64)), metavar="0-999", help="default 0-63")
-    parser.add_argument("--labels", type=_seeds, metavar="0-9", help="class labels, repeated over the seeds")
+    parser.add_argument(
+        "--labels",
+        type=_seeds,
+        metavar="0-9",
+        help="class labels, repeated over the seeds (default: seed modulo classes)",
+    )
     parser.add_argument("--ema", metavar="DECAY", help="which average of the weights; 'none' for the raw weights")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="samples.npy and samples.png go here")
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="images made at once (default 250)")

@@ -121,13 +121,57 @@ class ChainConfig(Section):
         return stages
 
 
+class ConsistencyConfig(Section):
+    """iCT (Song & Dhariwal 2023): consistency training without a store."""
+
+    first: Positive = Field(10, description="levels at the beginning; they double")
+    last: Positive = Field(1280, description="levels at the end")
+    distribution: Literal["lognormal", "uniform"] = "lognormal"
+    mean: float = Field(-1.1, description="of ln sigma")
+    deviation: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma")
+    weighting: Literal["none", "gap"] = Field("gap", description="1, or 1/(sigma_k - sigma_(k-1))")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> ConsistencyConfig:
+        if self.last < self.first:
+            raise ValueError(f"last ({self.last}) must be at least first ({self.first})")
+        return self
+
+
+class TuningConfig(Section):
+    """Easy Consistency Tuning (Geng et al. 2024): r = sigma (1 - n(sigma)/q^a), n = 1 + k sigmoid(-b sigma)."""
+
+    q: Annotated[float, Field(gt=1)] = 2.0
+    k: Annotated[float, Field(ge=0)] = 8.0
+    b: Annotated[float, Field(ge=0)] = 1.0
+    stages: Positive = Field(8, description="a = 1, 2, ..., stages over the run")
+    mean: float = Field(-1.1, description="of ln sigma")
+    deviation: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma")
+
+
+class DenoiserConfig(Section):
+    """The EDM denoiser (Karras et al. 2022), alone or as a warm-up."""
+
+    mean: float = Field(-1.2, description="of ln sigma")
+    deviation: Annotated[float, Field(gt=0)] = Field(1.2, description="of ln sigma")
+
+
 class ObjectiveConfig(Section):
-    name: Literal["chain", "algorithm-1"] = "chain"
+    name: Literal["chain", "algorithm-1", "consistency", "tuning", "denoiser"] = Field(
+        "chain", description="docs/method.md: chain, the paper's Algorithm 1, iCT, ECT, an EDM denoiser"
+    )
+    warmup: UnderOne | None = Field(
+        None, description="share of the run that trains a denoiser first; unset: 0.4 for tuning, else 0"
+    )
     huber_c: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="c of Eq. 4; unset: 0.19 sqrt(C H W) for chain, the paper's 0.00014 or 0.00015 for Algorithm 1",
+        description="c of Eq. 4; unset: 0.19 sqrt(C H W) for chain, 0.00054 sqrt(C H W) for consistency and tuning, "
+        "the paper's 0.00014 or 0.00015 for Algorithm 1",
     )
     chain: ChainConfig = ChainConfig()
+    consistency: ConsistencyConfig = ConsistencyConfig()
+    tuning: TuningConfig = TuningConfig()
+    denoiser: DenoiserConfig = DenoiserConfig()
 
 
 class OrderConfig(Section):
@@ -215,6 +259,15 @@ class SampleConfig(Section):
         0, description="samples written as samples.npy and samples.png at the end"
     )
     steps: Positive = Field(1, description="network evaluations a sample")
+    sampler: Literal["renoise", "algorithm-2", "heun"] = Field("renoise", description="heun is for denoisers")
+
+
+class EvaluateConfig(Section):
+    """Scores of the first EMA while training (udddm-evaluate scores a finished run)."""
+
+    every_steps: Annotated[int, Field(ge=0)] = Field(0, description="0 is never")
+    count: Annotated[int, Field(ge=2)] = Field(2000, description="samples made for it, between two steps")
+    features: str = Field("inception", description="inception, a TorchScript file, or package.module:function")
 
 
 class RunConfig(Section):
@@ -229,6 +282,10 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    published: dict[Positive, dict[str, float]] = Field(
+        default_factory=dict, description="by evaluations: figures that others report (fid, inception_score)"
+    )
     log_every_steps: Positive = 50
 
     @model_validator(mode="after")
@@ -265,6 +322,8 @@ _CHANGEABLE = frozenset(
     {
         "checkpoint",
         "sample",
+        "evaluate",
+        "published",
         "log_every_steps",
         "store.kind",
         "store.url",
@@ -303,7 +362,7 @@ def load(path: str | Path | None = None, overrides: list[str] | None = None) -> 
             raise ConfigError(f"{path} must hold a mapping of sections, not a {type(loaded).__name__}")
         tree = loaded or {}
     for override in overrides or []:
-        _apply(tree, override)
+        apply(tree, override)
     return resolve(tree, source)
 
 
@@ -316,7 +375,8 @@ def resolve(tree: dict[str, Any], source: str = "the configuration") -> RunConfi
         raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None
 
 
-def _apply(tree: dict[str, Any], override: str) -> None:
+def apply(tree: dict[str, Any], override: str) -> None:
+    """Apply `key=value` to a tree of plain values. Raises ConfigError."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override}: write key=value, such as train.epochs=3")

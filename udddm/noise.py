@@ -67,6 +67,12 @@ def below(limit: npt.NDArray[np.int64] | int, key: Keys) -> npt.NDArray[np.int64
     return ((high * np.asarray(limit).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 
+def uniform(key: Keys) -> npt.NDArray[np.float64]:
+    """A number in (0, 1) from each key: 52 of its bits, in the middle of their interval."""
+    found: npt.NDArray[np.float64] = ((key >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
+    return found
+
+
 def shuffled(count: int, key: int) -> npt.NDArray[np.int64]:
     """A permutation of range(count)."""
     with np.errstate(over="ignore"):

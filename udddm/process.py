@@ -48,6 +48,16 @@ class Process:
     def sigma(self, t: Array) -> Array:
         raise NotImplementedError
 
+    @property
+    def lowest(self) -> float:
+        """sigma at t = 1."""
+        return float(self.sigma(np.array(1.0)))
+
+    @property
+    def highest(self) -> float:
+        """sigma at the highest level, T: at most SIGMA_HIGHEST."""
+        return min(SIGMA_HIGHEST, float(self.sigma(np.array(self.last))))
+
     def signal(self, t: Array) -> Array:
         """The factor of x_0 in x_t."""
         raise NotImplementedError
@@ -62,9 +72,7 @@ class Process:
         Levels nest: level k of `count` is level 2k of `2 * count`.
         """
         rho = self.config.rho
-        lowest = float(self.sigma(np.array(1.0)))
-        highest = min(SIGMA_HIGHEST, float(self.sigma(np.array(self.last))))
-        spaced = np.linspace(lowest ** (1 / rho), highest ** (1 / rho), count + 1) ** rho
+        spaced = np.linspace(self.lowest ** (1 / rho), self.highest ** (1 / rho), count + 1) ** rho
         times = self.time(spaced)
         times[0], times[-1] = 1.0, self.last
         return times

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
@@ -14,7 +14,7 @@ from udddm.noise import Stream
 from udddm.objective.loss import add_noise, denoise
 from udddm.process import Coefficients, Process
 
-SamplerName = Literal["algorithm-2", "renoise"]
+SamplerName = Literal["algorithm-2", "renoise", "heun"]
 
 
 def _at(process: Process, t: float, count: int, device: torch.device) -> Coefficients:
@@ -36,7 +36,9 @@ def sample(
 
     `algorithm-2` keeps x_T and feeds the estimate back as the condition (the paper). `renoise` noises the estimate to
     falling levels and denoises again (multistep consistency sampling, Song et al. 2023, Algorithm 1); its first
-    evaluation is the same. Neither clamps: callers do when they need [-1, 1].
+    evaluation is the same. `heun` is for denoisers: `(steps + 1) // 2` steps of the second-order solver of Karras et
+    al. 2022 (Algorithm 1), whose last is of first order: an odd number of evaluations. None clamps: callers do when
+    they need [-1, 1].
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
@@ -45,6 +47,8 @@ def sample(
     def draw(stream: Stream, *parts: int) -> torch.Tensor:
         return noise.normal(noise.as_tensor(noise.keys(0, stream, host, *parts)).to(seeds.device), shape)
 
+    if sampler == "heun":
+        return _heun(network, process, draw, len(seeds), seeds.device, (steps + 1) // 2, labels)
     at = _at(process, process.last, len(seeds), seeds.device)
     xt = at.noise[:, None, None, None] * draw(Stream.SAMPLE_NOISE)
     estimate = denoise(network, xt, at, draw(Stream.SAMPLE_CONDITION), labels)
@@ -57,6 +61,32 @@ def sample(
         xt = add_noise(estimate, draw(Stream.SAMPLE_RENOISE, step), at)
         estimate = denoise(network, xt, at, draw(Stream.SAMPLE_CONDITION, step), labels)
     return estimate
+
+
+def _heun(
+    network: nn.Module,
+    process: Process,
+    draw: Callable[..., torch.Tensor],
+    count: int,
+    device: torch.device,
+    steps: int,
+    labels: torch.Tensor | None,
+) -> torch.Tensor:
+    """The probability flow of x = x_t / signal, dx/dsigma = (x - f) / sigma, from the highest level down to 0."""
+    rho = process.config.rho
+    sigmas = np.linspace(process.highest ** (1 / rho), process.lowest ** (1 / rho), steps) ** rho
+    condition = draw(Stream.SAMPLE_CONDITION)
+
+    def slope(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        at = _at(process, float(process.time(np.array(sigma))), count, device)
+        return (x - denoise(network, at.signal[:, None, None, None] * x, at, condition, labels)) / sigma
+
+    x = float(sigmas[0]) * draw(Stream.SAMPLE_NOISE)
+    for sigma, following in zip(sigmas.tolist(), [*sigmas[1:].tolist(), 0.0], strict=True):
+        first = slope(x, sigma)
+        moved = x + (following - sigma) * first
+        x = moved if following == 0 else x + (following - sigma) * (first + slope(moved, following)) / 2
+    return x
 
 
 def renoise_times(process: Process, steps: int) -> list[float]:

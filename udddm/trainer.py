@@ -26,6 +26,7 @@ from udddm.data import ImageDataset
 from udddm.data.prefetch import Prefetch
 from udddm.ema import EMA
 from udddm.errors import CheckpointError
+from udddm.evaluation.background import BackgroundEvaluation
 from udddm.network import UNet
 from udddm.network import build as build_network
 from udddm.noise import Stream
@@ -87,6 +88,9 @@ class Trainer:
         self.emas = [EMA(self.engine.weights(), decay, train.ema_warmup) for decay in train.ema]
         self.store = store.build(config.store, self.order, self.lanes, shape, ranks.device, run)
         self.checkpoints = run.checkpoints()
+        self.evaluation: BackgroundEvaluation | None = None
+        if config.evaluate.every_steps and ranks.first:
+            self.evaluation = BackgroundEvaluation(config.evaluate, dataset, ranks.device, run.path)
         self.step = 0
         self._signal: int | None = None
 
@@ -127,6 +131,8 @@ class Trainer:
             stack.callback(self.store.close)
             inputs = self.begin()
             stack.callback(inputs.close)
+            if self.evaluation is not None:
+                stack.callback(self.evaluation.close)
             told = self.listener.metrics if self.listener else None
             progress = Progress(self.run.path, self.step, self.total_steps, told) if self.ranks.first else None
             if progress is not None:
@@ -177,6 +183,10 @@ class Trainer:
                 self.save()
             if config.sample.every_steps and self.step % config.sample.every_steps == 0:
                 self._sample_grid()
+            if config.evaluate.every_steps and self.step % config.evaluate.every_steps == 0:
+                images = self._samples(config.evaluate.count)
+                if self.evaluation is not None:
+                    self.evaluation.submit(self.step, images, config.sample.steps)
             if stop and not last:
                 raise Interrupted(stop, self.step)
         vote.outcome()
@@ -302,6 +312,7 @@ class Trainer:
             self.dataset.shape,
             seeds,
             steps=self.config.sample.steps,
+            sampler=self.config.sample.sampler,
             labels=labels,
             device=self.ranks.device,
         )

@@ -124,6 +124,6 @@ def test_noising_is_signal_times_image_plus_noise_times_eps() -> None:
 
 
 def test_visits_move_whole_to_a_device() -> None:
-    some = Visits(*(torch.tensor([i]) for i in range(7)))
+    some = Visits(*(torch.tensor([i]) for i in range(8)))
     moved = some.to(torch.device("meta"))
-    assert all(value.device.type == "meta" for value in vars(moved).values()) and len(vars(moved)) == 7
+    assert all(value.device.type == "meta" for value in vars(moved).values()) and len(vars(moved)) == 8

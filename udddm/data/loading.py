@@ -63,29 +63,36 @@ def _optional_path(config: DataConfig) -> Path | None:
     return Path(config.path).expanduser() if config.path else None
 
 
-def _from_factory(name: str, arguments: dict[str, Any]) -> MapDataset:
+def named(name: str, what: str) -> Callable[..., Any]:
+    """The function `package.module:function`; `what` it is for is told in messages. Raises DataError."""
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute or module_name.startswith("."):
-        raise DataError(f"data set {name!r}: write package.module:function")
+        raise DataError(f"{what} {name!r}: write package.module:function")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise DataError(
-                f"data set {name!r}: there is no module {error.name}: install it, or name its folder in PYTHONPATH"
+                f"{what} {name!r}: there is no module {error.name}: install it, or name its folder in PYTHONPATH"
             ) from error
-        raise DataError(f"data set {name!r}: importing {module_name} failed: {error}") from error
+        raise DataError(f"{what} {name!r}: importing {module_name} failed: {error}") from error
     except ImportError as error:
-        raise DataError(f"data set {name!r}: importing {module_name} failed: {error}") from error
+        raise DataError(f"{what} {name!r}: importing {module_name} failed: {error}") from error
     try:
         factory = operator.attrgetter(attribute)(module)
     except AttributeError as error:
         names = [each for each in vars(module) if not each.startswith("_")]
         match = difflib.get_close_matches(attribute, names, 1)
         hint = f"; did you mean {match[0]}?" if match else ""
-        raise DataError(f"data set {name!r}: the module {module_name} has no {attribute}{hint}") from error
+        raise DataError(f"{what} {name!r}: the module {module_name} has no {attribute}{hint}") from error
     if not callable(factory):
-        raise DataError(f"data set {name!r} is a {type(factory).__name__}, not a function that returns a data set")
+        raise DataError(f"{what} {name!r} is a {type(factory).__name__}, not a function")
+    found: Callable[..., Any] = factory
+    return found
+
+
+def _from_factory(name: str, arguments: dict[str, Any]) -> MapDataset:
+    factory = named(name, "data set")
     try:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:

@@ -54,9 +54,10 @@ class UNet(nn.Module):
     """F: noisy images, noise levels and conditioning images -> [B, C, H, W].
 
     `shape` is one image's (C, H, W). Any height and width will do: the image is padded, by repeating its edge, to
-    multiples of patch * 2**(stages - 1), and the output cropped. With `config.patch` above 1 the blocks of patch x patch
-    pixels become channels first (pixel unshuffle). Stage `i` works on sides of 2**-i of what that leaves, and
-    `config.attention` names stages by their height. The middle block, at the last stage's side, always has attention.
+    multiples of patch * 2**(stages - 1), and the output cropped. With `config.patch` above 1 the blocks of
+    patch x patch pixels become channels first (pixel unshuffle). Stage `i` works on sides of 2**-i of what that leaves,
+    and `config.attention` names stages by their height. The middle block, at the last stage's side, always has
+    attention.
 
     `max_frequency` is the highest frequency at which the noise level is embedded, in radians a unit: 1 for levels in
     [0, 1000] (as in DDPM), more for levels such as ln(sigma) / 4 that span a few units.

@@ -6,23 +6,56 @@ from udddm.backends.deepspeed_config import zero_stage
 from udddm.config import RunConfig
 from udddm.objective.algorithm1 import AlgorithmOne
 from udddm.objective.chain import Chain
+from udddm.objective.consistency import Consistency, Tuning
+from udddm.objective.denoiser import Denoiser, WarmedUp
 from udddm.objective.loss import Objective, Visits, adaptive_loss, denoise, pseudo_huber
 from udddm.process import Process
 
-__all__ = ["AlgorithmOne", "Chain", "Objective", "Visits", "adaptive_loss", "build", "denoise", "pseudo_huber"]
+__all__ = [
+    "AlgorithmOne",
+    "Chain",
+    "Consistency",
+    "Denoiser",
+    "Objective",
+    "Tuning",
+    "Visits",
+    "WarmedUp",
+    "adaptive_loss",
+    "build",
+    "denoise",
+    "pseudo_huber",
+]
 
 
+CONSISTENCY_HUBER_C = 0.00054
+"""Likewise for consistency training (Song & Dhariwal 2023, section 3.3)."""
+TUNING_WARMUP = 0.4
 CHAIN_HUBER_C = 0.19
 """c of Eq. 4 over sqrt(C H W) for chains: what served best on the digits (docs/method.md, "c")."""
 
 
 def build(config: RunConfig, process: Process, epochs: float, shape: tuple[int, int, int]) -> Objective:
     """The configured objective for a run of `epochs` epochs on images [C, H, W]."""
-    chosen = config.objective
+    chosen, seed, pixels = config.objective, config.seed, math.prod(shape)
+    conditioned = config.network.condition != "none"
+    lockstep = config.engine.name == "deepspeed" and zero_stage(config) == 3
+    denoiser = Denoiser(process, chosen.denoiser, seed, pixels, conditioned, lockstep)
+    if chosen.name == "denoiser":
+        return denoiser
+    warmup = chosen.warmup if chosen.warmup is not None else TUNING_WARMUP if chosen.name == "tuning" else 0.0
+    warm = math.ceil(warmup * epochs)
+    left = max(epochs - warm, 1e-9)
+    then: Objective
     if chosen.name == "algorithm-1":
         paper = 0.00014 if config.process.kind == "vp" else 0.00015
-        return AlgorithmOne(process, chosen.huber_c or paper, config.seed)
-    conditioned = config.network.condition != "none"
-    c = chosen.huber_c or CHAIN_HUBER_C * math.sqrt(math.prod(shape))
-    lockstep = config.engine.name == "deepspeed" and zero_stage(config) == 3
-    return Chain(process, chosen.chain, c, config.seed, epochs, conditioned, lockstep)
+        then = AlgorithmOne(process, chosen.huber_c or paper, seed)
+    elif chosen.name == "chain":
+        c = chosen.huber_c or CHAIN_HUBER_C * math.sqrt(pixels)
+        then = Chain(process, chosen.chain, c, seed, left, conditioned, lockstep)
+    else:
+        c = chosen.huber_c or CONSISTENCY_HUBER_C * math.sqrt(pixels)
+        if chosen.name == "consistency":
+            then = Consistency(process, chosen.consistency, c, seed, left, conditioned, lockstep)
+        else:
+            then = Tuning(process, chosen.tuning, c, seed, left, conditioned, lockstep)
+    return WarmedUp(denoiser, then, warm) if warm else then

@@ -29,6 +29,7 @@ class AlgorithmOne:
             condition_key=torch.empty(0, dtype=torch.int64),
             guide=torch.full((len(ids),), 1 / (epoch + 1)),
             weight=torch.ones(len(ids)),
+            huber_c=torch.full((len(ids),), self.huber_c),
             fresh=torch.empty(0, dtype=torch.int64),
             fresh_coefficients=torch.empty(6, 0),
         )
@@ -44,4 +45,4 @@ class AlgorithmOne:
         at = Coefficients(*visits.coefficients)
         xt = add_noise(x0, noise.normal(visits.noise_key, tuple(x0.shape[1:])), at)
         output = denoise(network, xt, at, state, labels)
-        return adaptive_loss(output, x0, state, visits.guide, self.huber_c), output.detach()
+        return adaptive_loss(output, x0, state, visits.guide, visits.huber_c), output.detach()

@@ -15,26 +15,17 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import numpy.typing as npt
-import torch
-from torch import nn
 
 from udddm import noise
 from udddm.config import ChainConfig
 from udddm.noise import Stream
-from udddm.objective.loss import Visits, adaptive_loss, add_noise, denoise
-from udddm.process import SIGMA_HIGHEST, Coefficients, Process
+from udddm.objective.loss import Visits
+from udddm.objective.matching import Ids, Matching
+from udddm.process import SIGMA_HIGHEST, Process
 
-Ids = npt.NDArray[np.int64]
 
-
-class Chain:
-    """The objective for a run of `epochs` epochs (stages are fractions of it).
-
-    `conditioned` says whether the network takes an image. That image is fresh noise, as in the first step of
-    Algorithm 2: were it the state, the network would copy its target. With `lockstep` the network is called twice in
-    every step, needed or not: where calls exchange weights between ranks (ZeRO 3), all must make the same ones.
-    """
+class Chain(Matching):
+    """The objective for a run of `epochs` epochs (stages are fractions of it)."""
 
     def __init__(
         self,
@@ -46,12 +37,12 @@ class Chain:
         conditioned: bool,
         lockstep: bool = False,
     ):
-        self.process, self.config, self.huber_c = process, config, huber_c
-        self.seed, self.conditioned, self.lockstep = seed, conditioned, lockstep
+        super().__init__(process, huber_c, seed, conditioned, lockstep)
+        self.config = config
         self._starts = [math.ceil(stage.start * epochs) for stage in config.stages]
         self._times = [process.levels(stage.levels) for stage in config.stages]
 
-    def position(self, ids: npt.NDArray[np.int64], epoch: int) -> tuple[int, Ids, Ids, Ids]:
+    def position(self, ids: Ids, epoch: int) -> tuple[int, Ids, Ids, Ids]:
         """(stage, chain number, visit within the chain, level) of samples `ids` in `epoch`."""
         stage = max(j for j, start in enumerate(self._starts) if start <= epoch)
         levels = self.config.stages[stage].levels
@@ -66,7 +57,7 @@ class Chain:
             first = noise.below(levels + 1, noise.keys(self.seed, Stream.CHAIN_LEVEL, ids, stage, chain))
         return stage, chain, visit, (first + visit) % (levels + 1)
 
-    def plan(self, ids: npt.NDArray[np.int64], epoch: int) -> Visits:
+    def plan(self, ids: Ids, epoch: int) -> Visits:
         stage, chain, visit, level = self.position(ids, epoch)
         times = self._times[stage]
         lowest = level == 0
@@ -79,50 +70,13 @@ class Chain:
             sigma = np.minimum(self.process.sigma(times), SIGMA_HIGHEST)
             weight = 1 / np.diff(sigma, prepend=0.0)[level]
         fresh = np.flatnonzero((visit == 0) & ~lowest)
-        return Visits(
-            coefficients=torch.from_numpy(self.process.coefficients(times[level])),
-            noise_key=noise.as_tensor(noise.keys(self.seed, Stream.NOISE, ids, stage, chain)),
-            condition_key=noise.as_tensor(noise.keys(self.seed, Stream.CONDITION, ids, epoch)),
-            guide=torch.from_numpy(guide.astype(np.float32)),
-            weight=torch.from_numpy(weight.astype(np.float32)),
-            fresh=torch.from_numpy(fresh),
-            fresh_coefficients=torch.from_numpy(self.process.coefficients(times[level[fresh] - 1])),
+        return self.visits(
+            ids,
+            epoch,
+            times[level],
+            noise.keys(self.seed, Stream.NOISE, ids, stage, chain),
+            guide=guide,
+            weight=weight,
+            fresh=fresh,
+            fresh_times=times[level[fresh] - 1],
         )
-
-    def __call__(
-        self,
-        network: nn.Module,
-        x0: torch.Tensor,
-        state: torch.Tensor,
-        visits: Visits,
-        labels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        shape = tuple(x0.shape[1:])
-        eps = noise.normal(visits.noise_key, shape)
-        condition = noise.normal(visits.condition_key, shape) if self.conditioned else None
-        target = state
-        if len(visits.fresh):
-            rows = visits.fresh
-            below = Coefficients(*visits.fresh_coefficients)
-            with torch.no_grad():
-                first = denoise(
-                    network,
-                    add_noise(x0[rows], eps[rows], below),
-                    below,
-                    None if condition is None else condition[rows],
-                    None if labels is None else labels[rows],
-                )
-            target = state.index_copy(0, rows, first)
-        elif self.lockstep:
-            at = Coefficients(*visits.coefficients[:, :1])
-            with torch.no_grad():
-                denoise(
-                    network,
-                    x0[:1],
-                    at,
-                    None if condition is None else condition[:1],
-                    None if labels is None else labels[:1],
-                )
-        at = Coefficients(*visits.coefficients)
-        output = denoise(network, add_noise(x0, eps, at), at, condition, labels)
-        return visits.weight * adaptive_loss(output, x0, target, visits.guide, self.huber_c), output.detach()

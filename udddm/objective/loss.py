@@ -18,13 +18,17 @@ from torch import nn
 from udddm.process import Coefficients
 
 
-def pseudo_huber(x: torch.Tensor, y: torch.Tensor, c: float) -> torch.Tensor:
-    """Eq. 4: d(x, y) = sqrt(||x - y||^2 + c^2) - c with the norm over the whole image. [B, C, H, W] twice -> [B]."""
-    return ((x - y).square().flatten(1).sum(1) + c * c).sqrt() - c
+def pseudo_huber(x: torch.Tensor, y: torch.Tensor, c: float | torch.Tensor) -> torch.Tensor:
+    """Eq. 4: d(x, y) = sqrt(||x - y||^2 + c^2) - c with the norm over the whole image. [B, C, H, W] twice -> [B].
+
+    `c` is a number or [B]. Written as ||x - y||^2 / (sqrt(||x - y||^2 + c^2) + c), which a large c does not cancel out.
+    """
+    square = (x - y).square().flatten(1).sum(1)
+    return square / ((square + c * c).sqrt() + c)
 
 
 def adaptive_loss(
-    output: torch.Tensor, x0: torch.Tensor, state: torch.Tensor, guide: torch.Tensor, c: float
+    output: torch.Tensor, x0: torch.Tensor, state: torch.Tensor, guide: torch.Tensor, c: float | torch.Tensor
 ) -> torch.Tensor:
     """Eq. 3 with guide [B] = 1/(n+1): guide * d(f, x0) + (1 - guide) * d(f, state). Returns [B]."""
     return guide * pseudo_huber(output, x0, c) + (1 - guide) * pseudo_huber(output, state, c)
@@ -66,6 +70,8 @@ class Visits:
     """[B]: the weight of x_0 in the target, Eq. 3's 1/(n+1)."""
     weight: torch.Tensor
     """[B]: the weight of the loss."""
+    huber_c: torch.Tensor
+    """[B]: c of Eq. 4."""
     fresh: torch.Tensor
     """[F] int64: the visits whose target is evaluated now, for no state of their chain is stored yet."""
     fresh_coefficients: torch.Tensor

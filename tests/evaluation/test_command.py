@@ -1,0 +1,181 @@
+"""udddm-evaluate: the yardstick's own figures, what is cached, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from udddm import api
+from udddm.config import resolve
+from udddm.data import ImageDataset
+from udddm.evaluation import evaluate
+from udddm.evaluation.command import main
+from udddm.evaluation.features import FeatureNetwork, load_features
+
+YARDSTICK = Path(__file__).parents[2] / "benchmarks" / "yardstick"
+TINY: dict[str, Any] = {
+    "data": {"name": "digits"},
+    "process": {"kind": "ve", "sigma_min": 0.05, "sigma_max": 30.0},
+    "network": {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.0, "condition": "none"},
+    "train": {"steps": 4, "batch_size": 32, "threads": 1},
+    "sample": {"every_steps": 0},
+}
+
+
+@pytest.fixture(autouse=True)
+def _path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(YARDSTICK))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+
+
+def evaluated(tmp_path: Path, *arguments: str) -> dict[str, Any]:
+    out = tmp_path / "figures.json"
+    assert main([*arguments, "--cache", str(tmp_path / "cache"), "--json", str(out), "--device", "cpu"]) == 0
+    return json.loads(out.read_text())
+
+
+def samples(path: Path, count: int = 700, dtype: type = np.float32) -> Path:
+    """Digits with some noise."""
+    from sklearn.datasets import load_digits
+
+    images = load_digits().images[:count, None] / 8 - 1 + 0.3 * np.random.default_rng(0).normal(size=(count, 1, 8, 8))
+    images = images.clip(-1, 1)
+    np.save(path, (images * 127.5 + 127.5).round().astype(np.uint8) if dtype is np.uint8 else images.astype(dtype))
+    return path
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.uint8])
+def test_figures_are_those_of_the_yardstick_on_the_same_file(tmp_path: Path, dtype: type) -> None:
+    import yardstick
+
+    path = samples(tmp_path / "s.npy", dtype=dtype)
+    ours = evaluated(tmp_path, "--samples", str(path), "--set", "data.name=digits", "--features", "features:digits")
+    theirs = yardstick.score("digits", torch.from_numpy(np.load(path)))
+    for key in ("fd", "precision", "recall"):
+        assert ours[key] == pytest.approx(theirs[key], abs=1e-3), key
+    assert ours["n"] == 700 and not ours["collapsed"] and ours["fd"] > 1
+    assert 1 < ours["inception_score"] < 10
+
+
+def test_a_model_is_scored_over_seeds_and_a_collapse_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    api.train(resolve(TINY), run_dir=tmp_path / "run", device="cpu")
+    arguments = ("--checkpoint", str(tmp_path / "run"), "--features", "features:digits", "--count", "60")
+    found = evaluated(tmp_path, *arguments, "--repeat", "3", "--steps", "2", "--batch", "32")
+    assert found["repeat"] == 3 and len(found["each"]) == 3 and found["evaluations"] == 2
+    figures = [one["fd"] for one in found["each"]]
+    assert found["fd"] == pytest.approx(np.mean(figures)) and len(set(figures)) == 3
+    assert found["fd_over_seeds"] == pytest.approx(np.std(figures, ddof=1))
+    images = api.sample(tmp_path / "run", range(60, 120), steps=2, batch=32)
+    np.save(tmp_path / "second.npy", images)
+    second = evaluated(
+        tmp_path,
+        "--samples",
+        str(tmp_path / "second.npy"),
+        "--set",
+        "data.name=digits",
+        "--features",
+        "features:digits",
+    )
+    assert second["fd"] == pytest.approx(found["each"][1]["fd"], rel=1e-5)
+    np.save(tmp_path / "alike.npy", np.zeros((50, 1, 8, 8), np.float32))
+    alike = evaluated(
+        tmp_path, "--samples", str(tmp_path / "alike.npy"), "--set", "data.name=digits", "--features", "features:digits"
+    )
+    assert alike["collapsed"] and "COLLAPSED" in capsys.readouterr().out
+
+
+def mean_and_deviation(images: torch.Tensor) -> torch.Tensor:
+    flat = images.flatten(1)
+    return torch.stack([flat.mean(1), flat.std(1)], 1)
+
+
+def test_statistics_are_kept_for_the_same_images_and_network_only(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).uniform(-1, 1, (300, 1, 6, 6)).astype(np.float32)
+    calls = 0
+
+    def counted(batch: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += len(batch)
+        return mean_and_deviation(batch)
+
+    network = FeatureNetwork("counted", counted, torch.device("cpu"))
+    first = evaluate.reference(ImageDataset(images), network, tmp_path)
+    assert calls == 304
+    again = evaluate.reference(ImageDataset(images), network, tmp_path)
+    assert calls == 308  # four to tell the network by
+    for name in ("mean", "covariance", "probe"):
+        assert np.array_equal(getattr(first, name), getattr(again, name))
+    changed = images.copy()
+    changed[123, 0, 0, 0] *= 0.5  # one pixel of one image
+    evaluate.reference(ImageDataset(changed), network, tmp_path)
+    assert calls == 612
+    other = FeatureNetwork("counted", lambda batch: 2 * mean_and_deviation(batch), torch.device("cpu"))
+    assert np.allclose(evaluate.reference(ImageDataset(images), other, tmp_path).mean, 2 * first.mean)
+    kept = sorted(tmp_path.iterdir())
+    assert len(kept) == 3
+    for path in kept:
+        path.write_bytes(path.read_bytes()[:100])  # half written
+    assert np.array_equal(evaluate.reference(ImageDataset(images), network, tmp_path).mean, first.mean)
+
+
+def test_torchscript_files_are_feature_networks(tmp_path: Path) -> None:
+    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
+    path = tmp_path / "network.pt"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        torch.jit.trace(module, torch.zeros(1, 1, 8, 8)).save(str(path))
+    network = load_features(str(path), torch.device("cpu"))
+    features, logits = network(torch.zeros(7, 1, 8, 8))
+    assert features.shape == (7, 5) and logits is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--features", "nowhere.pt"], "nowhere.pt"),
+        (["--features", "features:digit"], "did you mean digits"),
+        (["--features", "sincere"], "package.module:function"),
+    ],
+)
+def test_a_wrong_feature_network_is_told(
+    tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = samples(tmp_path / "s.npy", 50)
+    assert main(["--samples", str(path), "--set", "data.name=digits", "--device", "cpu", *arguments]) in (1, 2)
+    assert words in capsys.readouterr().err
+
+
+def test_wrong_samples_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "s.npy"
+
+    def refused(array: np.ndarray) -> str:
+        np.save(path, array)
+        arguments = ["--samples", str(path), "--set", "data.name=digits", "--features", "features:digits"]
+        assert main([*arguments, "--cache", str(tmp_path), "--device", "cpu"]) == 1
+        return capsys.readouterr().err
+
+    assert "[5, 1, 9, 9]" in refused(np.zeros((5, 1, 9, 9), np.float32))
+    assert "int64" in refused(np.zeros((5, 1, 8, 8), np.int64))
+    broken = np.zeros((5, 1, 8, 8), np.float32)
+    broken[3, 0, 0, 0] = np.nan
+    assert "sample 3" in refused(broken)
+
+
+def test_training_is_scored_in_the_background(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    plain = api.train(resolve(TINY), run_dir=tmp_path / "plain", device="cpu")
+    settings = {"evaluate": {"every_steps": 2, "count": 40, "features": "features:digits"}}
+    scored = api.train(resolve(TINY | settings), run_dir=tmp_path / "run", device="cpu")
+    assert scored["weights_sha256"] == plain["weights_sha256"]
+    lines = [json.loads(line) for line in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [2, 4]
+    own = evaluated(tmp_path, "--checkpoint", str(tmp_path / "run"), "--features", "features:digits", "--count", "40")
+    assert lines[-1]["fd"] == pytest.approx(own["fd"], rel=1e-5)

@@ -1,0 +1,207 @@
+"""iCT, ECT and the EDM denoiser: what a visit aims at, by their definitions; and warm-up by denoising."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from udddm import api, noise, objective, sampler
+from udddm.config import ConsistencyConfig, DenoiserConfig, ProcessConfig, TuningConfig, resolve
+from udddm.objective import Consistency, Denoiser, Tuning, pseudo_huber
+from udddm.process import Coefficients, Process, build
+
+IDS = np.arange(4000)
+SHAPE = (1, 4, 4)
+PROCESSES = pytest.mark.parametrize("process", [build(ProcessConfig(kind="ve")), build(ProcessConfig(kind="vp"))])
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor(0.7))
+        self.calls: list[tuple[int, bool]] = []
+
+    def forward(self, x: torch.Tensor, level: torch.Tensor, condition: object, labels: object) -> torch.Tensor:
+        self.calls.append((len(x), torch.is_grad_enabled()))
+        return torch.tanh(self.weight * x + level[:, None, None, None])
+
+
+def sigmas(process: Process, coefficients: torch.Tensor) -> np.ndarray:
+    at = Coefficients(*coefficients)
+    return (at.noise / at.signal).double().numpy()
+
+
+@PROCESSES
+def test_ict_levels_double_and_the_teacher_is_one_level_below(process: Process) -> None:
+    config = ConsistencyConfig(first=10, last=1280)
+    one = Consistency(process, config, 0.1, 3, 160, False)
+    counts = [one.levels(epoch) for epoch in range(160)]
+    assert sorted(set(counts)) == [10 * 2**i for i in range(8)]
+    assert all(counts.count(n) == 20 for n in set(counts))  # equal shares of the run
+    for epoch in (0, 50):
+        visits = one.plan(IDS, epoch)
+        levels = np.minimum(process.sigma(process.levels(counts[epoch])), 80)
+        at = sigmas(process, visits.coefficients)
+        k = np.abs(at[:, None].clip(0, 80) - levels[None]).argmin(1)
+        assert k.min() == 1
+        np.testing.assert_allclose(visits.guide.numpy(), k == 1)
+        assert np.array_equal(visits.fresh.numpy(), np.flatnonzero(k > 1))
+        below = sigmas(process, visits.fresh_coefficients)
+        np.testing.assert_allclose(below, levels[k[k > 1] - 1], rtol=1e-4)
+        np.testing.assert_allclose(
+            visits.weight.numpy(), 1 / (levels[k] - np.where(k > 0, levels[k - 1], 0)), rtol=1e-4
+        )
+
+
+def test_ict_draws_levels_lognormally() -> None:
+    """The share of each level is the normal probability of its interval of ln sigma, mean -1.1, deviation 2."""
+    process = build(ProcessConfig(kind="ve", sigma_min=0.002, sigma_max=80))
+    visits = Consistency(process, ConsistencyConfig(first=20, last=20), 0.1, 3, 10, False).plan(np.arange(40_000), 0)
+    log_levels = np.log(process.sigma(process.levels(20)))
+    k = np.abs(np.log(sigmas(process, visits.coefficients))[:, None] - log_levels[None]).argmin(1)
+    seen = np.bincount(k, minlength=21)[1:] / 40_000
+    normal = np.array([0.5 * (1 + math.erf((s + 1.1) / 2 / math.sqrt(2))) for s in log_levels])
+    expected = np.diff(normal) / (normal[-1] - normal[0])
+    np.testing.assert_allclose(seen, expected, atol=0.006)
+
+
+@PROCESSES
+def test_ect_gap_shrinks_by_its_formula(process: Process) -> None:
+    config = TuningConfig(stages=4)
+    one = Tuning(process, config, 0.1, 3, 40, False)
+    gaps = []
+    for epoch, a in ((0, 1), (10, 2), (39, 4)):
+        sigma, r = one.pairs(IDS, epoch)
+        formula = sigma * (1 - (1 + 8 / (1 + np.exp(sigma))) / 2**a)
+        np.testing.assert_allclose(r, np.where(formula < process.lowest, 0, formula), rtol=1e-9)
+        visits = one.plan(IDS, epoch)
+        np.testing.assert_allclose(sigmas(process, visits.coefficients), sigma, rtol=2e-3)
+        np.testing.assert_allclose(sigmas(process, visits.fresh_coefficients), r[r > 0], rtol=2e-3)
+        np.testing.assert_allclose(visits.guide.numpy(), r == 0)
+        np.testing.assert_allclose(visits.weight.numpy(), 1 / (sigma - r), rtol=1e-5)
+        gaps.append((1 - r / sigma).mean())
+    assert gaps[0] > gaps[1] > 1.5 * gaps[2]
+
+
+@PROCESSES
+@pytest.mark.parametrize("name", ["consistency", "tuning", "denoiser"])
+def test_loss_and_next_state_by_definition(process: Process, name: str) -> None:
+    made: dict[str, Any] = {
+        "consistency": Consistency(process, ConsistencyConfig(), 0.3, 3, 40, False),
+        "tuning": Tuning(process, TuningConfig(), 0.3, 3, 40, False),
+        "denoiser": Denoiser(process, DenoiserConfig(), 3, 16, False),
+    }
+    one, network = made[name], Network()
+    ids = np.arange(50)
+    visits = one.plan(ids, 12)
+    g = torch.Generator().manual_seed(0)
+    x0, state = torch.randn(50, *SHAPE, generator=g), torch.randn(50, *SHAPE, generator=g)
+    losses, after = one(network, x0, state, visits)
+    eps = noise.normal(visits.noise_key, SHAPE)
+
+    def f(at: Coefficients, rows: Any) -> torch.Tensor:
+        scale, signal, deviation = (v[:, None, None, None] for v in (at.scale, at.signal, at.noise))
+        xt = signal * x0[rows] + deviation * eps[rows]
+        answer = torch.tanh(0.7 * scale * xt + at.embedding[:, None, None, None])
+        return at.skip[:, None, None, None] * xt + at.out[:, None, None, None] * answer
+
+    output = f(Coefficients(*visits.coefficients), slice(None))
+    torch.testing.assert_close(after, output)
+    assert not after.requires_grad
+    if name == "denoiser":
+        sigma = torch.from_numpy(sigmas(process, visits.coefficients)).float()
+        edm = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
+        torch.testing.assert_close(losses, edm * (output - x0).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-5)
+        assert network.calls == [(50, True)]
+    else:
+        target = x0.clone()
+        target[visits.fresh] = f(Coefficients(*visits.fresh_coefficients), visits.fresh)
+        torch.testing.assert_close(losses, visits.weight * pseudo_huber(output, target, 0.3))
+        assert network.calls == [(len(visits.fresh), False), (50, True)]
+    again, _ = one(network, x0, torch.zeros_like(state), visits)  # the store is not asked
+    torch.testing.assert_close(again, losses)
+
+
+def test_plans_are_functions_of_seed_sample_and_epoch() -> None:
+    process = build(ProcessConfig())
+    for kind in (
+        lambda seed: Consistency(process, ConsistencyConfig(), 0.1, seed, 40, True),
+        lambda seed: Tuning(process, TuningConfig(), 0.1, seed, 40, True),
+        lambda seed: Denoiser(process, DenoiserConfig(), seed, 16, True),
+    ):
+        a, some = kind(3).plan(IDS, 7), kind(3).plan(IDS[[5, 900]], 7)
+        assert torch.equal(a.coefficients[:, [5, 900]], some.coefficients)
+        assert torch.equal(a.noise_key[[5, 900]], some.noise_key)
+        for other in (kind(4).plan(IDS, 7), kind(3).plan(IDS, 8)):
+            assert not torch.equal(a.coefficients, other.coefficients)
+            assert not (a.noise_key == other.noise_key).any()
+
+
+def test_same_units_are_dropped_by_teacher_and_student() -> None:
+    process = build(ProcessConfig())
+    seen: list[torch.Tensor] = []
+
+    class Dropping(nn.Module):
+        def forward(self, x: torch.Tensor, level: object, condition: object, labels: object) -> torch.Tensor:
+            seen.append(torch.rand(3))
+            return x
+
+    one = Consistency(process, ConsistencyConfig(), 0.3, 3, 40, False)
+    images = torch.zeros(50, *SHAPE)
+    one(Dropping(), images, images, one.plan(np.arange(50), 0))
+    assert torch.equal(*seen)
+
+
+@PROCESSES
+def test_heun_reaches_the_data_of_an_exact_denoiser(process: Process) -> None:
+    """With sigma_data the deviation of Gaussian data, EDM's c_skip alone is the exact denoiser: F = 0."""
+
+    class Zero(nn.Module):
+        def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
+            return torch.zeros_like(x)
+
+    def deviation(steps: int) -> float:
+        return float(sampler.sample(Zero(), process, SHAPE, torch.arange(2000), steps=steps, sampler="heun").std())
+
+    assert deviation(79) == pytest.approx(0.5, rel=0.03)
+    assert deviation(1) < 0.1  # one evaluation of a denoiser is the mean
+
+
+TINY: dict[str, Any] = {
+    "data": {"name": "digits"},
+    "process": {"kind": "ve", "sigma_min": 0.05, "sigma_max": 30.0},
+    "network": {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.1, "condition": "none"},
+    "train": {"steps": 24, "batch_size": 256, "threads": 1},
+    "sample": {"every_steps": 0},
+}
+
+
+@pytest.mark.parametrize("name", ["consistency", "tuning", "denoiser"])
+def test_a_run_trains_and_resumes(tmp_path: Path, name: str) -> None:
+    config = resolve(TINY | {"objective": {"name": name, "warmup": 0.5}, "checkpoint": {"every_steps": 10}})
+    whole = api.train(config, run_dir=tmp_path / "whole", device="cpu")
+    assert math.isfinite(whole["epochs"]) and whole["steps"] == 24
+    api.train(config, run_dir=tmp_path / "again", device="cpu")
+    (tmp_path / "again" / "result.json").unlink()
+    newest = max((tmp_path / "again" / "checkpoints").iterdir())
+    (newest / "manifest.json").unlink()  # the last checkpoint is lost: the one before is taken
+    resumed = api.train(config, run_dir=tmp_path / "again", device="cpu")
+    assert resumed["weights_sha256"] == whole["weights_sha256"] and resumed["state_sha256"] == whole["state_sha256"]
+
+
+def test_warm_up_is_a_denoiser_and_then_the_objective_from_its_beginning() -> None:
+    process = build(ProcessConfig())
+    for name in ("chain", "consistency", "tuning", "algorithm-1"):
+        config = resolve({"objective": {"name": name, "warmup": 0.25}})
+        plain = resolve({"objective": {"name": name, "warmup": 0.0}})
+        warmed, after = objective.build(config, process, 40, SHAPE), objective.build(plain, process, 30, SHAPE)
+        assert bool((warmed.plan(IDS, 9).guide == 1).all()) and not len(warmed.plan(IDS, 9).fresh)
+        first, then = warmed.plan(IDS, 10), after.plan(IDS, 0)
+        assert torch.equal(first.coefficients, then.coefficients) and torch.equal(first.guide, then.guide)
+        assert torch.equal(first.huber_c, then.huber_c)

@@ -1,0 +1,61 @@
+"""Evaluation during training: samples are made between two steps; all the rest happens in a background thread."""
+
+from __future__ import annotations
+
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from udddm.config import EvaluateConfig
+from udddm.data import ImageDataset
+from udddm.evaluation import evaluate
+from udddm.evaluation.features import extract, load_features
+from udddm.progress import say
+
+
+class BackgroundEvaluation:
+    """Scores go to `<run>/evaluation.jsonl`, one line a step, and to the run's messages.
+
+    Raises ConfigError for a feature network that cannot be had.
+    """
+
+    def __init__(self, config: EvaluateConfig, dataset: ImageDataset, device: torch.device, run: Path):
+        self._network = load_features(config.features, device)
+        self._dataset, self._path = dataset, run / "evaluation.jsonl"
+        self._reference: evaluate.Reference | None = None
+        self._pool = ThreadPoolExecutor(1, "evaluation")
+        self._pending: list[Future[None]] = []
+
+    def submit(self, step: int, images: torch.Tensor, evaluations: int) -> None:
+        """Returns at once. Raises what an earlier evaluation failed with."""
+        for done in [future for future in self._pending if future.done()]:
+            self._pending.remove(done)
+            done.result()
+        self._pending.append(self._pool.submit(self._score, step, images, evaluations))
+
+    def _score(self, step: int, images: torch.Tensor, evaluations: int) -> None:
+        if self._reference is None:
+            self._reference = evaluate.reference(self._dataset, self._network)
+        rows = extract(self._network, torch.split(images, evaluate.BATCH))
+        found: dict[str, Any] = {"step": step, "evaluations": evaluations}
+        found |= evaluate.score(*rows, self._reference, self._network.name)
+        lines = [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
+        kept = [
+            line for line in lines if (line["step"], line["evaluations"]) != (step, evaluations)
+        ]  # of a resumed run
+        with self._path.open("w" if len(kept) < len(lines) else "a") as file:
+            for line in [*(kept if len(kept) < len(lines) else []), found]:
+                file.write(json.dumps(line) + "\n")
+        distance = "fid" if "fid" in found else "fd"
+        say(f"step {step}: {distance} {found[distance]:.4g} on {found['n']} images, recall {found['recall']:.2f}")
+        for note in evaluate.notes(found):
+            say(note)
+
+    def close(self) -> None:
+        """Wait for what is under way."""
+        self._pool.shutdown()
+        for future in self._pending:
+            future.result()

@@ -1,0 +1,107 @@
+"""Feature networks: the standard Inception network, a TorchScript file, or a function of the user's."""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from udddm.config import ConfigError
+from udddm.data.loading import named
+
+Rows = npt.NDArray[np.float32]
+INCEPTION = "inception"
+
+
+class FeatureNetwork:
+    """Images [B, C, H, W] float32 in [-1, 1] -> features [B, D], and logits [B, K] where the network has them.
+
+    `call` gives either the features or (features, logits).
+    """
+
+    def __init__(self, name: str, call: Callable[[torch.Tensor], Any], device: torch.device):
+        self.name, self._call, self.device = name, call, device
+
+    @torch.no_grad()
+    def __call__(self, images: torch.Tensor) -> tuple[Rows, Rows | None]:
+        """Raises ConfigError when what comes out is not [B, D]."""
+        found = self._call(images.to(self.device, torch.float32).clamp(-1, 1))
+        features, logits = found if isinstance(found, (tuple, list)) else (found, None)
+        for what, rows in (("features", features), ("logits", logits)):
+            if rows is not None and (not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != len(images)):
+                shape = list(rows.shape) if isinstance(rows, torch.Tensor) else type(rows).__name__
+                raise ConfigError(
+                    f"the feature network {self.name} gave {what} {shape} for {len(images)} images: wanted [B, D]"
+                )
+        return _host(features), None if logits is None else _host(logits)
+
+    def fingerprint(self, shape: tuple[int, int, int]) -> str:
+        """A hash of what it answers to fixed images: another network, or other weights, has another."""
+        generator = torch.Generator().manual_seed(0)
+        features, _ = self(torch.randn(4, *shape, generator=generator).clamp(-1, 1))
+        return hashlib.sha256(features.tobytes()).hexdigest()[:16]
+
+
+def _host(rows: torch.Tensor) -> Rows:
+    array: Rows = rows.detach().float().cpu().numpy()
+    return array
+
+
+def load_features(name: str, device: torch.device) -> FeatureNetwork:
+    """`inception`, a TorchScript file, or `package.module:function` that takes the images.
+
+    Raises ConfigError for one that cannot be had, naming what to install or correct.
+    """
+    if name == INCEPTION:
+        return FeatureNetwork(name, _inception(device), device)
+    if Path(name).suffix in (".pt", ".pth", ".ts", ".jit"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript itself is deprecated, and common
+                module = torch.jit.load(name, map_location=device).eval()  # type: ignore[no-untyped-call]
+        except (RuntimeError, ValueError, OSError) as error:
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"cannot load the feature network {name} as TorchScript: {reason}") from error
+        return FeatureNetwork(name, module, device)
+    if ":" in name:
+        return FeatureNetwork(name, named(name, "feature network"), device)
+    raise ConfigError(
+        f"feature network {name!r}: write {INCEPTION}, a TorchScript file (.pt), or package.module:function"
+    )
+
+
+def _inception(device: torch.device) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+    """The network of the TensorFlow FID code, as torch-fidelity ported it: 2,048 features, 1,008 logits."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise ConfigError(
+            "the Inception network comes with torch-fidelity, which is not installed: pip install 'udddm[inception]', "
+            "or name another feature network (--features FILE.pt or package.module:function)"
+        ) from error
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).to(device).eval()
+
+    def call(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pixels = images.add(1).mul(127.5).round().byte()
+        if pixels.shape[1] != 3:
+            pixels = pixels[:, :1].expand(-1, 3, -1, -1)
+        features, logits = network(pixels)
+        return features.flatten(1), logits
+
+    return call
+
+
+def extract(network: FeatureNetwork, batches: Iterable[torch.Tensor]) -> tuple[Rows, Rows | None]:
+    """The features [N, D], and logits [N, K] or None, of all images of `batches`."""
+    found = [network(batch) for batch in batches]
+    if not found:
+        return np.empty((0, 0), np.float32), None
+    features = np.concatenate([rows for rows, _ in found])
+    logits = None if found[0][1] is None else np.concatenate([rows for _, rows in found if rows is not None])
+    return features, logits
