@@ -101,6 +101,9 @@ class ChainConfig(Section):
         min_length=1,
         description="how the number of levels M grows; each a multiple of the one before",
     )
+    distribution: Literal["uniform", "lognormal"] = Field("uniform", description="of the level a chain begins at")
+    mean: float = Field(-1.1, description="of ln sigma, lognormal")
+    deviation: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma, lognormal")
     guiding: Literal["lowest", "visits"] = Field(
         "lowest", description="weight of x0 in the target: only at the lowest level, or Eq. 3's 1/(n+1) with n = level"
     )
@@ -144,6 +147,9 @@ class TuningConfig(Section):
     q: Annotated[float, Field(gt=1)] = 2.0
     k: Annotated[float, Field(ge=0)] = 8.0
     b: Annotated[float, Field(ge=0)] = 1.0
+    length: Positive = Field(
+        1, description="visits a chain lasts: 1 is ECT, above it all targets but the first come from the store"
+    )
     stages: Positive = Field(8, description="a = 1, 2, ..., stages over the run")
     mean: float = Field(-1.1, description="of ln sigma")
     deviation: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma")

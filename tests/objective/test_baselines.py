@@ -77,7 +77,8 @@ def test_ect_gap_shrinks_by_its_formula(process: Process) -> None:
     one = Tuning(process, config, 0.1, 3, 40, False)
     gaps = []
     for epoch, a in ((0, 1), (10, 2), (39, 4)):
-        sigma, r = one.pairs(IDS, epoch)
+        sigma, r, stored, _ = one.visit(IDS, epoch)
+        assert not stored.any()
         formula = sigma * (1 - (1 + 8 / (1 + np.exp(sigma))) / 2**a)
         np.testing.assert_allclose(r, np.where(formula < process.lowest, 0, formula), rtol=1e-9)
         visits = one.plan(IDS, epoch)
@@ -87,6 +88,27 @@ def test_ect_gap_shrinks_by_its_formula(process: Process) -> None:
         np.testing.assert_allclose(visits.weight.numpy(), 1 / (sigma - r), rtol=1e-5)
         gaps.append((1 - r / sigma).mean())
     assert gaps[0] > gaps[1] > 1.5 * gaps[2]
+
+
+@PROCESSES
+@pytest.mark.parametrize("length", [2, 3])
+def test_a_tuned_chain_takes_its_targets_from_the_visit_before(process: Process, length: int) -> None:
+    """A stored target is f at r, with the noise of this visit: what the sample's last visit left in the store."""
+    one = Tuning(process, TuningConfig(stages=2, length=length), 0.1, 3, 20, False)
+    shares = []
+    before = one.visit(IDS, 0)
+    assert not before[2].any()
+    for epoch in range(1, 20):
+        sigma, r, stored, key = one.visit(IDS, epoch)
+        np.testing.assert_allclose(r[stored], before[0][stored], rtol=1e-6)
+        assert (key[stored] == before[3][stored]).all() and sigma.max() <= process.highest
+        visits = one.plan(IDS, epoch)
+        assert not stored[visits.fresh.numpy()].any() and not visits.guide.numpy()[stored].any()
+        shares.append(stored.mean())
+        before = sigma, r, stored, key
+    assert shares[9] == 0  # another stage, other gaps: no state is of use
+    settled = np.array(shares)[[4, 5, 6, 7, 14, 15, 16, 17]].mean()
+    assert (length - 1) / length - 0.1 < settled <= (length - 1) / length + 0.02  # some chains leave at the top
 
 
 @PROCESSES

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+from scipy import special
 
 from udddm import noise
 from udddm.config import ChainConfig
@@ -41,6 +42,7 @@ class Chain(Matching):
         self.config = config
         self._starts = [math.ceil(stage.start * epochs) for stage in config.stages]
         self._times = [process.levels(stage.levels) for stage in config.stages]
+        self._sigmas = [np.minimum(process.sigma(times), SIGMA_HIGHEST) for times in self._times]
 
     def position(self, ids: Ids, epoch: int) -> tuple[int, Ids, Ids, Ids]:
         """(stage, chain number, visit within the chain, level) of samples `ids` in `epoch`."""
@@ -54,8 +56,15 @@ class Chain(Matching):
         if self.config.length == "trajectory":
             first = np.zeros_like(ids)
         else:
-            first = noise.below(levels + 1, noise.keys(self.seed, Stream.CHAIN_LEVEL, ids, stage, chain))
+            first = self._first(stage, noise.keys(self.seed, Stream.CHAIN_LEVEL, ids, stage, chain))
         return stage, chain, visit, (first + visit) % (levels + 1)
+
+    def _first(self, stage: int, keys: noise.Keys) -> Ids:
+        """The level at which a chain begins, by its key."""
+        if self.config.distribution == "uniform":
+            return noise.below(self.config.stages[stage].levels + 1, keys)
+        cumulated = special.ndtr((np.log(self._sigmas[stage]) - self.config.mean) / self.config.deviation)
+        return np.searchsorted(cumulated[:-1] / cumulated[-1], noise.uniform(keys), side="right")
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
         stage, chain, visit, level = self.position(ids, epoch)
@@ -67,8 +76,7 @@ class Chain(Matching):
             guide = lowest.astype(np.float64)
         weight = np.ones(len(ids))
         if self.config.weighting == "gap":
-            sigma = np.minimum(self.process.sigma(times), SIGMA_HIGHEST)
-            weight = 1 / np.diff(sigma, prepend=0.0)[level]
+            weight = 1 / np.diff(self._sigmas[stage], prepend=0.0)[level]
         fresh = np.flatnonzero((visit == 0) & ~lowest)
         return self.visits(
             ids,

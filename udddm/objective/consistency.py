@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import numpy.typing as npt
 from scipy import special
 
 from udddm import noise
@@ -76,6 +77,9 @@ class Tuning(Matching):
 
     a = 1, 2, ..., `stages` over equal shares of a run of `epochs` epochs. Where r is below the lowest level, the target
     is x_0. The weight is 1 / (sigma - r).
+
+    With `length` L above 1, visits come in chains, as in `Chain`: a sample keeps its noise for L visits, and each next
+    one is at the sigma whose r is the sigma of the visit before, so that its target is the x0-state stored then.
     """
 
     def __init__(
@@ -89,34 +93,63 @@ class Tuning(Matching):
         lockstep: bool = False,
     ):
         super().__init__(process, huber_c, seed, conditioned, lockstep, same_dropout=True)
-        self.config, self.epochs = config, epochs
+        self.config = config
+        self._starts = [math.ceil(stage * epochs / config.stages) for stage in range(config.stages)]
 
-    def pairs(self, ids: Ids, epoch: int) -> tuple[Floats, Floats]:
-        """(sigma, r) of each visit; r = 0 stands for the image itself."""
+    def below(self, sigma: Floats, stage: int) -> Floats:
+        """r of `sigma`, which may be negative."""
         c = self.config
-        stage = 1 + min(int(c.stages * epoch / max(self.epochs, 1)), c.stages - 1)
-        sigma = lognormal(self.process, self.seed, ids, epoch, c.mean, c.deviation)
         near = 1 + c.k * special.expit(-c.b * sigma)
-        r = sigma * (1 - near / c.q**stage)
-        return sigma, np.where(r < self.process.lowest, 0.0, r)
+        found: Floats = sigma * (1 - near / c.q ** (stage + 1))
+        return found
+
+    def above(self, r: Floats, stage: int) -> Floats:
+        """The sigma whose r is `r` > 0: by bisection, for `below` rises wherever it is positive."""
+        low, high = r.copy(), r * 2
+        while (self.below(high, stage) < r).any():
+            high *= 2
+        for _ in range(50):
+            middle = (low + high) / 2
+            under = self.below(middle, stage) < r
+            low, high = np.where(under, middle, low), np.where(under, high, middle)
+        return high
+
+    def visit(self, ids: Ids, epoch: int) -> tuple[Floats, Floats, npt.NDArray[np.bool_], noise.Keys]:
+        """(sigma, r, whether the target at r is stored, key of the noise) of each visit; r = 0 stands for the image."""
+        c = self.config
+        stage = max(j for j, start in enumerate(self._starts) if start <= epoch)
+        since = epoch - self._starts[stage]
+        chain, visit = np.divmod(since + noise.below(c.length, self._key(Stream.CHAIN_OFFSET, ids, stage)), c.length)
+        visit = np.where(chain == 0, since, visit)
+        sigma = lognormal(self.process, self._key(Stream.CHAIN_LEVEL, ids, stage, chain), c.mean, c.deviation)
+        stored = visit > 0
+        for step in range(1, int(visit.max(initial=0)) + 1):
+            sigma = np.where(visit >= step, self.above(sigma, stage), sigma)
+        beyond = sigma > self.process.highest  # the chain has left at the top: its visit is one of its own
+        anew = lognormal(self.process, self._key(Stream.TIME, ids, epoch), c.mean, c.deviation)
+        sigma, stored = np.where(beyond, anew, sigma), stored & ~beyond
+        r = self.below(sigma, stage)
+        return sigma, np.where(r < self.process.lowest, 0.0, r), stored, self._key(Stream.NOISE, ids, stage, chain)
+
+    def _key(self, stream: Stream, *parts: noise.Integers) -> noise.Keys:
+        return noise.keys(self.seed, stream, *parts)
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
-        sigma, r = self.pairs(ids, epoch)
-        fresh = np.flatnonzero(r > 0)
+        sigma, r, stored, noise_key = self.visit(ids, epoch)
+        fresh = np.flatnonzero((r > 0) & ~stored)
         return self.visits(
             ids,
             epoch,
             self.process.time(sigma),
-            noise.keys(self.seed, Stream.NOISE, ids, epoch),
-            guide=(r == 0).astype(np.float64),
+            noise_key,
+            guide=((r == 0) & ~stored).astype(np.float64),
             weight=1 / (sigma - r),
             fresh=fresh,
             fresh_times=self.process.time(r[fresh]),
         )
 
 
-def lognormal(process: Process, seed: int, ids: Ids, epoch: int, mean: float, deviation: float) -> Floats:
-    """sigma [B] with ln sigma ~ N(mean, deviation^2), clipped to the process's levels."""
-    u = noise.uniform(noise.keys(seed, Stream.TIME, ids, epoch))
-    drawn: Floats = np.exp(mean + deviation * special.ndtri(u))
+def lognormal(process: Process, key: noise.Keys, mean: float, deviation: float) -> Floats:
+    """sigma [B], one a key, with ln sigma ~ N(mean, deviation^2), clipped to the process's levels."""
+    drawn: Floats = np.exp(mean + deviation * special.ndtri(noise.uniform(key)))
     return drawn.clip(process.lowest, process.highest)

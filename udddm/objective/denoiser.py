@@ -38,7 +38,9 @@ class Denoiser(Matching):
         self.config, self.pixels = config, pixels
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
-        sigma = lognormal(self.process, self.seed, ids, epoch, self.config.mean, self.config.deviation)
+        sigma = lognormal(
+            self.process, noise.keys(self.seed, Stream.TIME, ids, epoch), self.config.mean, self.config.deviation
+        )
         data = self.process.config.sigma_data
         edm = (sigma**2 + data**2) / (sigma * data) ** 2
         return self.visits(
