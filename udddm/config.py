@@ -11,7 +11,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -30,6 +30,14 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+class ExpectConfig(Section):
+    """What a data set is to hold."""
+
+    samples: Positive
+    shape: tuple[Positive, Positive, Positive] = Field(description="channels, height and width of every image")
+    classes: Positive | None = Field(None, description="number of class labels; unset: labels do not matter")
+
+
 class DataConfig(Section):
     name: str = Field(
         "digits",
@@ -38,6 +46,10 @@ class DataConfig(Section):
     path: str | None = Field(None, description="a path or fsspec URL: the archive, folder or array to read")
     size: Positive | None = Field(None, description="side in pixels that a folder's images are resized to")
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for package.module:function")
+    expect: ExpectConfig | None = Field(
+        None,
+        description="what the data are to hold: checked when they are loaded; what --dry-run plans for without them",
+    )
 
 
 class ProcessConfig(Section):
@@ -344,6 +356,7 @@ _CHANGEABLE = frozenset(
         "train.compile",
         "train.threads",
         "data.path",
+        "data.expect",
     }
 )
 
@@ -437,6 +450,7 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _keys(field.annotation, f"{prefix}{name}.")
+        for annotation in (field.annotation, *get_args(field.annotation)):  # a section, or a section that may be unset
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                keys += _keys(annotation, f"{prefix}{name}.")
     return keys

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from udddm.config import DataConfig
-from udddm.data import DataError, ImageDataset, load_dataset
+from udddm.config import DataConfig, ExpectConfig, RunConfig
+from udddm.data import DataError, ImageDataset, expected, load_dataset
 
 MODULE = """
 import numpy as np
@@ -125,3 +125,42 @@ def test_importing_the_package_is_light() -> None:
     code = f"import sys, udddm.data; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+def arrays(path: Path, labels: list[int] | None = None) -> str:
+    images = np.zeros((4, 1, 4, 4), np.uint8)
+    np.savez(path / "data.npz", **({"images": images} if labels is None else {"images": images, "labels": labels}))
+    return str(path / "data.npz")
+
+
+@pytest.mark.parametrize(
+    ("labels", "expect", "message"),
+    [
+        (None, {"samples": 5, "shape": (1, 4, 4)}, "holds 4 samples, not 5"),
+        (None, {"samples": 4, "shape": (3, 4, 4)}, "images are 1x4x4, not 3x4x4"),
+        (None, {"samples": 4, "shape": (1, 4, 4), "classes": 2}, "no labels, not 2 classes"),
+        ([0, 1, 2, 0], {"samples": 4, "shape": (1, 4, 4), "classes": 2}, "has 3 classes, not 2"),
+    ],
+)
+def test_data_other_than_expected_are_refused_naming_both(
+    tmp_path: Path, labels: list[int] | None, expect: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=f"data.expect.*{message}.*data.path"):
+        load("array", path=arrays(tmp_path, labels), expect=ExpectConfig(**expect))
+
+
+@pytest.mark.parametrize(("labels", "classes"), [(None, None), ([0, 1, 2, 0], None), ([0, 1, 2, 0], 3)])
+def test_data_as_expected_are_loaded(tmp_path: Path, labels: list[int] | None, classes: int | None) -> None:
+    expect = ExpectConfig(samples=4, shape=(1, 4, 4), classes=classes)
+    assert len(load("array", path=arrays(tmp_path, labels), expect=expect)) == 4
+
+
+def test_what_is_expected_decides_nothing_about_a_run() -> None:
+    expect = ExpectConfig(samples=4, shape=(1, 4, 4))
+    assert RunConfig(data=DataConfig(expect=expect)).fingerprint() == RunConfig().fingerprint()
+
+
+def test_what_is_known_of_the_digits_without_them_is_true() -> None:
+    known, images = expected(DataConfig(name="digits")), ImageDataset(load("digits"))
+    assert known == ExpectConfig(samples=len(images), shape=images.shape, classes=images.classes)
+    assert expected(DataConfig(name="folder", path="x")) is None

@@ -6,6 +6,15 @@ images, labels = dataset.batch(ids)                 # float32 [n, C, H, W] in [-
 
 from udddm.data.dataset import ImageDataset, check_unchanged
 from udddm.data.images import ArrayImages, BatchSource, DataError, MapDataset
-from udddm.data.loading import load_dataset
+from udddm.data.loading import expected, load_dataset
 
-__all__ = ["ArrayImages", "BatchSource", "DataError", "ImageDataset", "MapDataset", "check_unchanged", "load_dataset"]
+__all__ = [
+    "ArrayImages",
+    "BatchSource",
+    "DataError",
+    "ImageDataset",
+    "MapDataset",
+    "check_unchanged",
+    "expected",
+    "load_dataset",
+]

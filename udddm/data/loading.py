@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from udddm.config import DataConfig
+from udddm.config import DataConfig, ExpectConfig
 from udddm.data import arrays, folder, sources
-from udddm.data.images import DataError, MapDataset, require_map_style
+from udddm.data.dataset import ImageDataset
+from udddm.data.images import DataError, MapDataset, format_shape, require_map_style
 
 BUILT_IN: dict[str, Callable[[DataConfig], MapDataset]] = {
     "digits": lambda config: sources.digits(),
@@ -22,13 +23,50 @@ BUILT_IN: dict[str, Callable[[DataConfig], MapDataset]] = {
     "array": lambda config: arrays.open_array(_path(config)),
 }
 
+_ALWAYS = {
+    "digits": ExpectConfig(samples=1797, shape=(1, 8, 8), classes=10),
+    "fashion-mnist": ExpectConfig(samples=60_000, shape=(1, 28, 28), classes=10),
+    "cifar10": ExpectConfig(samples=50_000, shape=(3, 32, 32), classes=10),
+}
+"""What the data sets that are known by name hold."""
+
+
+def expected(config: DataConfig) -> ExpectConfig | None:
+    """What the data hold as far as it is known without them: `data.expect`, or that of a data set known by name."""
+    return config.expect or _ALWAYS.get(config.name)
+
 
 def load_dataset(config: DataConfig) -> MapDataset:
     """The data set that `config` names: a map-style object of images or (image, label) pairs.
 
     Wrap it in ImageDataset to read batches. Raises DataError for an unknown name, a setting that the data set does not
-    take, and for data that are missing or damaged.
+    take, and for data that are missing, damaged or other than `config.expect`.
     """
+    dataset = _open(config)
+    if config.expect is not None:
+        _check(dataset, config.name, config.expect)
+    return dataset
+
+
+def _check(dataset: MapDataset, name: str, expect: ExpectConfig) -> None:
+    images = ImageDataset(dataset)
+    differing = []
+    if len(images) != expect.samples:
+        differing.append(f"it holds {len(images)} samples, not {expect.samples}")
+    if images.shape != expect.shape:
+        differing.append(f"its images are {format_shape(images.shape)}, not {format_shape(expect.shape)}")
+    if expect.classes is not None and not images.labelled:
+        differing.append(f"it has no labels, not {expect.classes} classes")
+    elif expect.classes is not None and images.classes not in (None, expect.classes):
+        differing.append(f"it has {images.classes} classes, not {expect.classes}")
+    if differing:
+        raise DataError(
+            f"the data set {name} is not what data.expect says: {'; '.join(differing)}. "
+            "Correct data.path, or set data.expect to what you mean to train on"
+        )
+
+
+def _open(config: DataConfig) -> MapDataset:
     if ":" in config.name:
         _refuse(config, path=config.path, size=config.size)
         return _from_factory(config.name, config.arguments)
