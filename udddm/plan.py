@@ -1,100 +1,109 @@
-"""`udddm-train --dry-run`: what a run would do and need, from one measured step, with nothing written."""
+"""`udddm-train --dry-run`: what a run would do and need, counted and measured, with nothing written or downloaded."""
 
 from __future__ import annotations
 
-import time
+import math
 
 import torch
 
 from udddm import objective, process
-from udddm.backends.engine import build as build_engine
 from udddm.backends.ranks import join
-from udddm.config import RunConfig
-from udddm.data import ImageDataset, MapDataset, load_dataset
-from udddm.ema import EMA
+from udddm.config import ConfigError, ExpectConfig, RunConfig
+from udddm.data import ImageDataset, MapDataset, expected, load_dataset
+from udddm.network.cost import cost as network_cost
 from udddm.order import Order
+from udddm.speed import GPUS, an_image, measure, on_h100s, teacher_share
 from udddm.store import Encoding
-from udddm.trainer import network_for
-
-_MEASURED = 3
 
 
 def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = None) -> list[str]:
-    """Lines that say what a run of `config` is: parameters, state, memory, bandwidth, steps and time."""
+    """Lines that say what a run of `config` is: parameters, operations, state, memory, bandwidth, steps and time.
+
+    Without `dataset` the data are loaded if `data.path` says where they are, or if nothing else tells what they hold.
+    Raises ConfigError and DataError as a run would.
+    """
     ranks = join(device, config.order.lanes, group=config.engine.name == "deepspeed")
     if config.train.threads is not None:
         torch.set_num_threads(config.train.threads)
-    images = ImageDataset(dataset if dataset is not None else _dataset(config))
-    order = Order.build(config.order, config.seed, len(images), config.train.batch_size, images.shape)
+    train = config.train
+    data, origin = _data(config, dataset)
+    order = Order.build(config.order, config.seed, data.samples, train.batch_size, data.shape)
     lanes = order.lanes_of(ranks.rank, ranks.world)
-    steps = config.train.steps or max(1, round((config.train.epochs or 0) * order.steps))
-    sample_bytes = int(torch.tensor(images.shape).prod()) * Encoding(config.store.dtype).array.itemsize
-    network = network_for(config, images.shape)
-    parameters = sum(p.numel() for p in network.parameters())
+    steps = train.steps or max(1, round((train.epochs or 0) * order.steps))
+    sample_bytes = math.prod(data.shape) * Encoding(config.store.dtype).array.itemsize
+    visit = objective.build(config, process.build(config.process), steps / order.steps, data.shape)
+    cost = network_cost(config.network, data.shape)
+    teacher = teacher_share(visit, data.samples, steps / order.steps)
+    operations = train.batch_size * an_image(cost, teacher)
 
-    engine = build_engine(network, config, ranks, steps)
-    emas = [EMA(engine.weights(), decay) for decay in config.train.ema]
-    visit = objective.build(config, process.build(config.process), steps / order.steps, images.shape)
-    batch = order.batch_of(lanes, 0, 0)
-    x0, labels = images.batch(batch.ids)
-    x0 = x0.to(ranks.device)
-    chosen = torch.from_numpy(labels).to(ranks.device) if config.network.classes and labels is not None else None
-    state = torch.zeros_like(x0)
-    seconds = []
-    for i in range(_MEASURED):
-        began = time.perf_counter()
-        visits = visit.plan(batch.ids, 0).to(ranks.device)
-        with engine.autocast():
-            losses, _ = visit(engine.module, x0, state, visits, chosen)
-        engine.backward_and_step(losses.mean(), i)
-        for ema in emas:
-            ema.update(1)
-        if ranks.device.type == "cuda":
-            torch.cuda.synchronize(ranks.device)
-        seconds.append(time.perf_counter() - began)
-    step = min(seconds)
-    rate = config.train.batch_size / step
+    speed = measure(config, data, order, ranks, steps, visit, cost)
+    step = speed.step(operations / ranks.world)
+    rate = train.batch_size / step
+    gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
+
     window = order.window_chunks * order.chunk * sample_bytes
+    generation = data.samples * sample_bytes
     resident = {
-        "gpu": f"{_size(len(images) * sample_bytes / ranks.world)} on {ranks.device.type}",
-        "pinned": f"{_size(len(images) * sample_bytes / ranks.world)} of host memory",
+        "gpu": f"{_size(generation / ranks.world)} on {ranks.device.type}",
+        "pinned": f"{_size(generation / ranks.world)} of host memory",
         "zarr": f"at most {_size(3 * len(lanes) * min(window, order.longest_lane * sample_bytes))} of host memory",
     }
-    hours = steps * step / 3600
+    averages = len(train.ema)
     return [
-        f"data: {len(images)} images {'x'.join(map(str, images.shape))}, batches of {config.train.batch_size}",
-        f"network: {parameters:,} parameters; objective: {config.objective.name}; "
+        f"data: {data.samples} images {'x'.join(map(str, data.shape))} ({origin}), batches of {train.batch_size}",
+        f"network: {cost.parameters:,} parameters; objective: {config.objective.name}; "
         f"process: {config.process.kind} ({config.process.preconditioning})",
-        f"memory: {_size(parameters * 4 * (4 + len(emas)))} for weights, gradients, Adam's moments and "
-        f"{len(emas)} EMA, and activations",
-        f"x0-state: {_size(len(images) * sample_bytes)} a generation in {config.store.dtype}; "
+        f"compute: {an_image(cost, teacher) / 1e9:.4g} GFLOP an image and step: {cost.training / 1e9:.4g} forward and "
+        f"backward, and {cost.forward / 1e9:.4g} forward at the {teacher:.1%} of visits whose target is not stored",
+        f"memory: {_size(cost.parameters * 4 * (4 + averages))} for weights, gradients, Adam's moments and "
+        f"{averages} EMA, and activations",
+        f"x0-state: {_size(generation)} a generation in {config.store.dtype}; "
         f"{order.lanes} lanes of {order.chunks(0)} chunks of {order.chunk} samples "
         f"({_size(order.chunk * sample_bytes)})",
         f"store {config.store.kind}: a rank holds {resident[config.store.kind]}",
         f"bandwidth: {_size(rate * sample_bytes)}/s read and as much written, at the measured speed",
         f"length: {steps:,} steps, {steps / order.steps:.1f} epochs of {order.steps} steps",
-        f"time: {hours:.2f} h at {step * 1000:.0f} ms a step, {rate:.0f} images/s (measured here, {ranks.world} rank"
-        f"{'s' if ranks.world > 1 else ''}, {ranks.device.type}, best of {_MEASURED} steps)",
+        f"time: {_duration(steps * step)} at {_duration(step)} a step, {rate:.4g} images/s (measured here, "
+        f"{_count(ranks.world, 'rank')}, {ranks.device.type}: {_count(speed.images, 'image')} forward and backward in "
+        f"{_duration(speed.passes)}, scaled in proportion to a step's {train.batch_size}, and "
+        f"{_duration(speed.update)} for the optimizer and EMA)",
+        _h100s(*on_h100s(speed, operations, train.precision, gpu), steps, train.batch_size, sample_bytes),
     ]
 
 
-class _Blank:
-    """Black images of a data set's number and shape: a plan downloads nothing."""
+def _data(config: RunConfig, dataset: MapDataset | None) -> tuple[ExpectConfig, str]:
+    """What the data hold, and how that is known."""
+    known = expected(config.data)
+    if dataset is None and config.data.path is None and known is not None:
+        data, origin = known, "not loaded"
+    else:
+        images = ImageDataset(dataset if dataset is not None else load_dataset(config.data))
+        classes = (images.classes or config.network.classes or None) if images.labelled else None
+        data, origin = ExpectConfig(samples=len(images), shape=images.shape, classes=classes), "loaded"
+    if config.network.classes and data.classes is None:
+        raise ConfigError("network.classes is set, but the data set has no labels")
+    return data, origin
 
-    def __init__(self, length: int, shape: tuple[int, int, int]):
-        self._length, self._shape = length, shape
 
-    def __len__(self) -> int:
-        return self._length
+def _h100s(step: float | None, how: str, steps: int, batch: int, sample_bytes: int) -> str:
+    if step is None:
+        return f"on {GPUS} H100: {how}"
+    rate = batch / step
+    return (
+        f"on {GPUS} H100: {steps * step / 86400:.2f} days at {_duration(step)} a step, {rate:.0f} images/s ({how}; "
+        f"communication left out); the node then reads {_size(rate * sample_bytes)}/s of state and writes as much"
+    )
 
-    def __getitem__(self, index: int, /) -> tuple[torch.Tensor, int]:
-        return torch.zeros(self._shape), 0
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
 
 
-def _dataset(config: RunConfig) -> MapDataset:
-    if config.data.name == "cifar10" and config.data.path is None:
-        return _Blank(50_000, (3, 32, 32))
-    return load_dataset(config.data)
+def _duration(seconds: float) -> str:
+    for unit, length in (("years", 365.25 * 86400), ("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds * 1000:.3g} ms"
 
 
 def _size(count: float) -> str:

@@ -1,0 +1,145 @@
+"""Dry runs: what they say of every preset without its data, and how they scale what they measure."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from udddm import objective, plan, process, speed
+from udddm.config import ConfigError, RunConfig, load
+from udddm.data import DataError, expected
+from udddm.network.cost import cost
+from udddm.speed import Speed
+
+PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+TINY = [
+    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0, condition: none}",
+    "train={steps: 6, batch_size: 64, learning_rate: 1.0e-3, ema: [0.9]}",
+]
+BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
+
+
+def teacher(config: RunConfig, samples: int, epochs: float, shape: tuple[int, int, int]) -> float:
+    visit = objective.build(config, process.build(config.process), epochs, shape)
+    return speed.teacher_share(visit, samples, epochs)
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_every_preset_is_planned_without_its_data_as_its_header_says(
+    preset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured = Speed(images=2, operations=1e12, passes=1.0, update=0.5)
+    monkeypatch.setattr(plan, "measure", lambda *_: measured)  # which needs gigabytes, and a minute
+    monkeypatch.setattr(plan, "load_dataset", lambda _: pytest.fail("a plan loaded data"))
+    config = load(preset)
+    lines = "\n".join(plan.plan(config, "cpu"))
+    header = " ".join(line.lstrip("# ") for line in preset.read_text().splitlines() if line.startswith("#"))
+
+    data = expected(config.data)
+    assert data is not None
+    stated = re.search(r"x0-state ([\d.]+) (kB|MB|GB) in fp16", header)
+    assert stated, header
+    assert data.samples * np.prod(data.shape) * 2 == pytest.approx(float(stated[1]) * BYTES[stated[2]], rel=5e-3)
+    found = re.search(r"network: ([\d,]+) parameters", lines)
+    assert found
+    if "parameters" in header:
+        stated = re.search(r"([\d.]+) M parameters", header)
+        assert stated and f"{int(found[1].replace(',', '')) / 1e6:.1f}" == stated[1]
+    assert f"{data.samples} images {'x'.join(map(str, data.shape))}" in lines
+
+
+def test_the_state_is_samples_times_pixels_times_bytes() -> None:
+    for dtype, size in (("fp32", "1.0 GiB"), ("fp16", "512.0 MiB"), ("uint8", "256.0 MiB")):
+        settings = ["data={name: array, expect: {samples: 1048576, shape: [1, 16, 16]}}", f"store.dtype={dtype}"]
+        lines = plan.plan(load(None, [*TINY, *settings]), "cpu")
+        assert any(line.startswith(f"x0-state: {size} a generation in {dtype}") for line in lines)
+
+
+def test_a_step_is_scaled_in_proportion_to_its_operations() -> None:
+    measured = Speed(images=4, operations=100.0, passes=2.0, update=0.5)
+    assert measured.step(100.0) == 2.5
+    assert measured.step(1000.0) - measured.step(500.0) == pytest.approx(10.0)
+
+
+def test_gpus_are_scaled_by_their_peak_and_others_by_the_assumption() -> None:
+    measured = Speed(images=4, operations=1e15, passes=2.0, update=0.5)
+    assert speed.on_h100s(measured, 8e15, "bf16", "NVIDIA H100 80GB HBM3")[0] == pytest.approx(2.5)
+    seconds, how = speed.on_h100s(measured, 8e15, "bf16", "NVIDIA A100-SXM4-80GB")
+    assert seconds == pytest.approx(2.5 * 312 / 989) and "scaled" in how
+    for gpu in (None, "NVIDIA L40S"):
+        seconds, how = speed.on_h100s(measured, 8e15, "bf16", gpu)
+        assert seconds == pytest.approx(1e15 / (989e12 * speed.UTILISATION)) and "assumed" in how
+    assert speed.on_h100s(measured, 8e9, "bf16", None)[0] is None
+
+
+@pytest.mark.parametrize(
+    ("settings", "low", "high"),
+    [
+        (["objective.name=denoiser"], 0.0, 0.0),
+        (["objective.chain.length=trajectory", "objective.chain.stages=[{start: 0, levels: 8}]"], 0.0, 0.0),
+        (["objective.chain.length=1", "objective.chain.stages=[{start: 0, levels: 8}]"], 0.86, 0.92),
+        (
+            ["objective.chain.length=1", "objective.chain.stages=[{start: 0, levels: 8}]", "objective.warmup=0.5"],
+            0.4,
+            0.5,
+        ),
+        (["objective.chain.length=4", "objective.chain.stages=[{start: 0, levels: 8}]"], 0.2, 0.3),
+    ],
+)
+def test_the_teachers_share_is_that_of_the_whole_run(settings: list[str], low: float, high: float) -> None:
+    config = load(None, [*TINY, *settings])
+    assert low <= teacher(config, 5000, 100.0, (1, 8, 8)) <= high
+
+
+def test_a_measured_step_counts_the_teachers_passes_it_made() -> None:
+    config = load(None, [*TINY, "data.name=digits", "objective.chain.length=1"])
+    known = cost(config.network, (1, 8, 8))
+    data = expected(config.data)
+    assert data is not None
+    order = plan.Order.build(config.order, 0, data.samples, 64, data.shape)
+    visit = objective.build(config, process.build(config.process), 10.0, data.shape)
+    ranks = plan.join("cpu", 8)
+    found = speed.measure(config, data, order, ranks, 6, visit, known)
+    assert found.images == 64
+    fresh = len(visit.plan(order.batch_of(range(8), 0, 0).ids, 0).fresh)
+    assert found.operations == 64 * known.training + fresh * known.forward
+    assert found.passes > 0 and found.update > 0
+
+
+def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(None, [*TINY, "data.name=digits"])
+    data = expected(config.data)
+    assert data is not None
+    order = plan.Order.build(config.order, 0, data.samples, 64, data.shape)
+    visit = objective.build(config, process.build(config.process), 10.0, data.shape)
+    taken = type(visit).__call__
+
+    def small(self: objective.Objective, network: nn.Module, x0: torch.Tensor, *rest: Any) -> Any:
+        if len(x0) > 20:
+            raise torch.OutOfMemoryError
+        return taken(self, network, x0, *rest)
+
+    monkeypatch.setattr(type(visit), "__call__", small)
+    known = cost(config.network, (1, 8, 8))
+    assert speed.measure(config, data, order, plan.join("cpu", 8), 6, visit, known).images == 16
+
+
+def test_a_dry_run_reads_the_data_that_it_is_pointed_to(tmp_path: Path) -> None:
+    np.save(tmp_path / "images.npy", np.zeros((64, 1, 8, 8), np.uint8))
+    where = f"data={{name: array, path: {tmp_path / 'images.npy'}, expect: {{samples: SAMPLES, shape: [1, 8, 8]}}}}"
+    assert "64 images 1x8x8 (loaded)" in plan.plan(load(None, [*TINY, where.replace("SAMPLES", "64")]), "cpu")[0]
+    with pytest.raises(DataError, match="holds 64 samples, not 65"):
+        plan.plan(load(None, [*TINY, where.replace("SAMPLES", "65")]), "cpu")
+    with pytest.raises(ConfigError, match="no labels"):
+        plan.plan(load(None, [*TINY, where.replace("SAMPLES", "64"), "network.classes=3"]), "cpu")
+
+
+def test_an_unknown_key_of_what_is_expected_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"data.expect.sampels: unknown key; did you mean data.expect.samples\?"):
+        load(None, ["data.expect={sampels: 3, samples: 3, shape: [1, 8, 8]}"])
