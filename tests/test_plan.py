@@ -54,6 +54,13 @@ def test_every_preset_is_planned_without_its_data_as_its_header_says(
     assert f"{data.samples} images {'x'.join(map(str, data.shape))}" in lines
 
 
+def test_own_presets_say_that_they_were_not_trained() -> None:
+    for name in ("cifar10", "ffhq-64", "imagenet-64", "imagenet-256-latents"):
+        path = next(p for p in PRESETS if p.stem == name)
+        assert "has not been trained" in path.read_text()
+        assert load(path).objective.name == "chain"
+
+
 def test_the_state_is_samples_times_pixels_times_bytes() -> None:
     for dtype, size in (("fp32", "1.0 GiB"), ("fp16", "512.0 MiB"), ("uint8", "256.0 MiB")):
         settings = ["data={name: array, expect: {samples: 1048576, shape: [1, 16, 16]}}", f"store.dtype={dtype}"]
