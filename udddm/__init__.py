@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from udddm.api import Model, load_model, sample, train
     from udddm.config import ConfigError, RunConfig, load
+    from udddm.evaluation.evaluate import evaluate
     from udddm.store import X0Store
 
 _HOMES = {
@@ -23,10 +24,11 @@ _HOMES = {
     "ConfigError": "udddm.config",
     "RunConfig": "udddm.config",
     "load": "udddm.config",
+    "evaluate": "udddm.evaluation.evaluate",
     "X0Store": "udddm.store",
 }
 
-__all__ = ["ConfigError", "Model", "RunConfig", "X0Store", "load", "load_model", "sample", "train"]
+__all__ = ["ConfigError", "Model", "RunConfig", "X0Store", "evaluate", "load", "load_model", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:

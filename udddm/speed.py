@@ -27,10 +27,10 @@ GPUS = 8
 PEAK = {"fp32": 494e12, "bf16": 989e12, "fp16": 989e12}
 """FLOP/s of an H100 SXM by `train.precision`, without sparsity; fp32 is TF32, which cuDNN's convolutions use. (NVIDIA
 H100 Tensor Core GPU data sheet.)"""
-UTILISATION = 0.35
-"""The share of `PEAK` that training is assumed to reach where no GPU was measured. An assumption, and no careful one:
-EDM's ImageNet-64 run (github.com/NVlabs/edm: 2,500 M images in 13 days on 32 A100, of a network that costs what that of
-configs/imagenet-64.yaml does) comes to 0.15."""
+UTILISATION = 0.15
+"""The share of `PEAK` that training is assumed to reach where no GPU was measured: what EDM's ImageNet-64 run comes to
+(github.com/NVlabs/edm: 2,500 M images in 13 days on 32 A100, of a network that costs what that of
+configs/imagenet-64.yaml does)."""
 PEAKS = {
     ("H100", "PCIe"): 756e12,
     ("H100",): 989e12,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -90,6 +93,41 @@ def test_a_model_is_scored_over_seeds_and_a_collapse_is_told(
         tmp_path, "--samples", str(tmp_path / "alike.npy"), "--set", "data.name=digits", "--features", "features:digits"
     )
     assert alike["collapsed"] and "COLLAPSED" in capsys.readouterr().out
+
+
+def test_two_ranks_make_the_samples_that_one_makes(tmp_path: Path) -> None:
+    api.train(resolve(TINY), run_dir=tmp_path / "run", device="cpu")
+    arguments = ["--checkpoint", str(tmp_path / "run"), "--features", "features:digits", "--count", "70"]
+    one = evaluated(tmp_path, *arguments, "--batch", "20", "--repeat", "2")
+    out = tmp_path / "two.json"
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "udddm.evaluation.command",
+    ]
+    rest = ["--batch", "20", "--repeat", "2", "--cache", str(tmp_path / "cache"), "--json", str(out), "--device", "cpu"]
+    paths = os.pathsep.join([str(YARDSTICK), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *launcher, *arguments, *rest], check=True, env=environment, timeout=200)
+    two = json.loads(out.read_text())
+    assert two["n"] == 70 and [e["fd"] for e in two["each"]] == pytest.approx([e["fd"] for e in one["each"]], rel=1e-5)
+
+
+def test_samples_are_scored_from_python(tmp_path: Path) -> None:
+    import udddm
+    from udddm.data import DataError, load_dataset
+
+    path = samples(tmp_path / "s.npy")
+    command = evaluated(tmp_path, "--samples", str(path), "--set", "data.name=digits", "--features", "features:digits")
+    dataset = load_dataset(resolve(TINY).data)
+    found = udddm.evaluate(np.load(path), dataset, features="features:digits", device="cpu", cache=tmp_path / "cache")
+    assert found["fd"] == command["fd"]
+    with pytest.raises(DataError, match=r"1, 9, 9"):
+        udddm.evaluate(np.zeros((5, 1, 9, 9)), dataset, features="features:digits")
 
 
 def mean_and_deviation(images: torch.Tensor) -> torch.Tensor:

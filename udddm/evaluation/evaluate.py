@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from udddm.data import ImageDataset
+from udddm.backends.ranks import choose_device
+from udddm.data import DataError, ImageDataset, MapDataset
 from udddm.data.download import cache_directory
 from udddm.evaluation import measures
-from udddm.evaluation.features import INCEPTION, FeatureNetwork, Rows, extract
+from udddm.evaluation.features import INCEPTION, FeatureNetwork, Rows, extract, load_features
 
 T = TypeVar("T")
 BATCH = 256
@@ -107,6 +109,27 @@ def score(features: Rows, logits: Rows | None, real: Reference, name: str) -> di
     if logits is not None:
         found["inception_score"], found["inception_score_deviation"] = measures.inception_score(logits)
     return found
+
+
+def evaluate(
+    images: npt.NDArray[np.floating[Any]] | torch.Tensor,
+    dataset: MapDataset,
+    *,
+    features: str = INCEPTION,
+    device: str = "auto",
+    cache: Path | None = None,
+) -> dict[str, Any]:
+    """Score `images` [N, C, H, W] in [-1, 1] against `dataset`: what `udddm-evaluate --samples` says, as a dict.
+
+    Keys: n, fid (fd in another feature space than Inception's), kid, precision, recall, spread, collapsed, and
+    inception_score where the network has logits. Raises ConfigError for a feature network that cannot be had, and
+    DataError for images of another shape than the data set's.
+    """
+    real, rows = ImageDataset(dataset), torch.as_tensor(images)
+    if tuple(rows.shape[1:]) != real.shape or len(rows) < 2:
+        raise DataError(f"the images are {list(rows.shape)}: wanted two or more [N, {', '.join(map(str, real.shape))}]")
+    network = load_features(features, choose_device(device))
+    return score(*extract(network, torch.split(rows, BATCH)), reference(real, network, cache), network.name)
 
 
 def summarize(scores: list[dict[str, Any]]) -> dict[str, Any]:
