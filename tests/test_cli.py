@@ -187,11 +187,13 @@ def test_sampling_from_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.
     assert cli.sample(["--checkpoint", str(tmp_path)]) == cli.FAILED
     assert cli.sample(["--checkpoint", str(run), "--ema", "0.5"]) == cli.FAILED
     assert cli.sample(["--checkpoint", str(run), "--labels", "3"]) == cli.USAGE
+    assert cli.sample(["--checkpoint", str(run), "--guidance", "2"]) == cli.USAGE
     message = capsys.readouterr().err
     assert "none does not exist" in message
     assert "holds no checkpoint" in message
     assert "0.5" in message and "0.9" in message
     assert "0 classes" in message
+    assert "guidance 2: the network takes no labels" in message
 
 
 @pytest.mark.parametrize("seeds", ["5-2", "x", "1,,2", ""])

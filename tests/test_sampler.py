@@ -173,6 +173,65 @@ def test_labels_go_with_their_seeds_through_padding() -> None:
     assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
 
 
+class Labelled(nn.Module):
+    """Answers by label, class 5 where there is none, and counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(
+        self, x: torch.Tensor, level: torch.Tensor, condition: torch.Tensor, labels: torch.Tensor | None
+    ) -> torch.Tensor:
+        self.calls += 1
+        chosen = torch.full((len(x),), 5) if labels is None else labels
+        return torch.tanh(0.3 * x + 0.5 * condition + (level + chosen)[:, None, None, None])
+
+
+@PROCESSES
+@pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 3.0])
+def test_guidance_goes_from_no_label_through_the_label(process: Process, weight: float) -> None:
+    network, seeds, labels = Labelled(), torch.tensor([3, 1, 4]), torch.tensor([0, 2, 1])
+    guided = sampler.sample(network, process, SHAPE, seeds, labels=labels, guidance=weight)
+    assert network.calls == (1 if weight == 1 else 2)
+    noise_scale, scale, level = process.coefficients(np.array([process.last]))[[1, 4, 5], 0].tolist()
+    xt, condition = noise_scale * draw(Stream.SAMPLE_NOISE, seeds), draw(Stream.SAMPLE_CONDITION, seeds)
+
+    def f(label: torch.Tensor) -> torch.Tensor:
+        answer = torch.tanh(0.3 * scale * xt + 0.5 * condition + (level + label)[:, None, None, None])
+        return combine(process, process.last, xt, answer)
+
+    none = f(torch.tensor([5, 5, 5]))
+    torch.testing.assert_close(guided, none + weight * (f(labels) - none), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["algorithm-2", "renoise", "heun"])
+def test_every_evaluation_of_every_sampler_is_guided(name: sampler.SamplerName) -> None:
+    """Weight 1 is plain sampling in its bits and its calls, 0 is sampling without labels; else two calls each."""
+    process, network, seeds = build(ProcessConfig()), Labelled(), [1, 2, 3, 4, 5]
+
+    def drawn(guidance: float, labels: list[int] | None) -> torch.Tensor:
+        network.calls = 0
+        made = sampler.batches(
+            network, process, SHAPE, seeds, batch=5, steps=3, sampler=name, labels=labels, guidance=guidance
+        )
+        return torch.cat(list(made))
+
+    labels = [0, 1, 2, 0, 1]
+    plain = torch.cat(
+        list(sampler.batches(network, process, SHAPE, seeds, batch=5, steps=3, sampler=name, labels=labels))
+    )
+    assert network.calls == 3
+    assert torch.equal(drawn(1.0, labels), plain) and network.calls == 3
+    torch.testing.assert_close(drawn(0.0, labels), drawn(1.0, None))
+    assert not torch.allclose(drawn(2.0, labels), plain) and network.calls == 6
+
+
+def test_guidance_without_labels_is_refused() -> None:
+    with pytest.raises(ValueError, match="guidance 2 needs labels"):
+        sampler.sample(Recorder(), build(ProcessConfig()), SHAPE, torch.arange(2), guidance=2)
+
+
 @SAMPLERS
 def test_fewer_than_one_step_is_refused(name: Sampler) -> None:
     with pytest.raises(ValueError, match="steps must be at least 1, not 0"):

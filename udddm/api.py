@@ -229,14 +229,17 @@ def sample(
     steps: int = 1,
     sampler_name: sampler.SamplerName = "renoise",
     labels: Sequence[int] | None = None,
+    guidance: float = 1.0,
     batch: int = 250,
 ) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Images [len(seeds), C, H, W], float32 in [-1, 1], by `steps` network evaluations each.
 
     Each depends on its seed (and label) alone; a model with classes and no `labels` takes `seed % classes`.
-    `model` is a `Model` or the path of a run or checkpoint.
+    `guidance` other than 1 weighs the labels (docs/method.md), with two calls of the network an evaluation; ConfigError
+    for a model that was not trained for it. `model` is a `Model` or the path of a run or checkpoint.
     """
     loaded = model if isinstance(model, Model) else load_model(model)
+    loaded.config.check_guidance(guidance, "guidance")
     device = next(loaded.network.parameters()).device
     drawn = sampler.batches(
         loaded.network,
@@ -247,6 +250,7 @@ def sample(
         steps=steps,
         sampler=sampler_name,
         labels=default_labels(loaded.config, seeds) if labels is None else list(labels),
+        guidance=guidance,
         device=device,
     )
     images: np.ndarray[Any, np.dtype[np.float32]] = torch.cat(list(drawn)).clamp(-1, 1).numpy()

@@ -172,6 +172,9 @@ def _sample_parser() -> argparse.ArgumentParser:
         metavar="0-9",
         help="class labels, repeated over the seeds (default: seed modulo classes)",
     )
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, metavar="W", help="weight of the labels (default 1: plain sampling)"
+    )
     parser.add_argument("--ema", metavar="DECAY", help="which average of the weights; 'none' for the raw weights")
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="samples.npy and samples.png go here")
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="images made at once (default 250)")
@@ -209,6 +212,7 @@ def sample(argv: list[str] | None = None) -> int:
             steps=arguments.steps,
             sampler_name=arguments.sampler,
             labels=labels,
+            guidance=arguments.guidance,
             batch=arguments.batch,
         )
         out: Path = arguments.out

@@ -10,6 +10,7 @@ import difflib
 import hashlib
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -93,6 +94,17 @@ class NetworkConfig(Section):
     dropout: UnderOne = 0.3
     condition: Literal["cross-attention", "none"] = "cross-attention"
     classes: Annotated[int, Field(ge=0)] = Field(0, description="number of class labels; 0 is unconditional")
+    label_dropout: UnderOne = Field(
+        0.0, description="share of the visits that see no label: what guidance needs (docs/method.md)"
+    )
+
+    @model_validator(mode="after")
+    def _labels_to_drop(self) -> NetworkConfig:
+        if self.label_dropout and not self.classes:
+            raise ValueError(
+                f"label_dropout {self.label_dropout} has no labels to drop: set network.classes, or label_dropout to 0"
+            )
+        return self
 
 
 class Stage(Section):
@@ -278,6 +290,7 @@ class SampleConfig(Section):
     )
     steps: Positive = Field(1, description="network evaluations a sample")
     sampler: Literal["renoise", "algorithm-2", "heun"] = Field("renoise", description="heun is for denoisers")
+    guidance: float = Field(1.0, description="weight of the label, f_none + w (f_label - f_none); 1 is plain sampling")
 
 
 class EvaluateConfig(Section):
@@ -317,7 +330,22 @@ class RunConfig(Section):
             raise ValueError(
                 "Algorithm 1 conditions the network on the x0-state: set network.condition=cross-attention"
             )
+        self.check_guidance(self.sample.guidance, "sample.guidance")
         return self
+
+    def check_guidance(self, weight: float, key: str) -> None:
+        """Raise ConfigError, naming `key`, unless a network trained with this configuration can be guided so."""
+        if weight == 1:
+            return
+        if not math.isfinite(weight):
+            raise ConfigError(f"{key} {weight}: give a finite number; 1 is plain sampling")
+        if not self.network.classes:
+            raise ConfigError(f"{key} {weight:g}: the network takes no labels (network.classes is 0); leave it at 1")
+        if not self.network.label_dropout:
+            raise ConfigError(
+                f"{key} {weight:g}: the network never learned to go without a label; train one with "
+                "network.label_dropout (such as 0.1), or leave it at 1"
+            )
 
     @staticmethod
     def changeable() -> frozenset[str]:
@@ -333,6 +361,10 @@ class RunConfig(Section):
                 settings[section].pop(leaf)
             else:
                 settings.pop(section)
+        for key, off in _LATER.items():
+            section, _, leaf = key.partition(".")
+            if settings[section][leaf] == off:
+                settings[section].pop(leaf)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -359,6 +391,8 @@ _CHANGEABLE = frozenset(
         "data.expect",
     }
 )
+_LATER: dict[str, Any] = {"network.label_dropout": 0.0}
+"""Keys that runs may have been begun without, and the value that is the same as their absence."""
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:

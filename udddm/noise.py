@@ -40,6 +40,7 @@ class Stream(IntEnum):
     SAMPLE_RENOISE = 13
     INITIAL_WEIGHTS = 14
     SAMPLE_LABEL = 15
+    LABEL_DROPOUT = 16
 
 
 def mix(z: Keys) -> Keys:

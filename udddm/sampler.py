@@ -11,7 +11,8 @@ from torch import nn
 
 from udddm import noise
 from udddm.noise import Stream
-from udddm.objective.loss import add_noise, denoise
+from udddm.objective.loss import add_noise
+from udddm.objective.loss import denoise as denoise_once
 from udddm.process import Coefficients, Process
 
 SamplerName = Literal["algorithm-2", "renoise", "heun"]
@@ -31,6 +32,7 @@ def sample(
     steps: int = 1,
     sampler: SamplerName = "renoise",
     labels: torch.Tensor | None = None,
+    guidance: float = 1.0,
 ) -> torch.Tensor:
     """Images [B, C, H, W], float32, for `seeds` [B] int64, by `steps` network evaluations each.
 
@@ -39,38 +41,50 @@ def sample(
     evaluation is the same. `heun` is for denoisers: `(steps + 1) // 2` steps of the second-order solver of Karras et
     al. 2022 (Algorithm 1), whose last is of first order: an odd number of evaluations. None clamps: callers do when
     they need [-1, 1].
+
+    `guidance` w is classifier-free guidance (Ho & Salimans 2022): where w is not 1, every evaluation is f_none +
+    w (f_label - f_none), two calls of the network. It needs `labels`, and a network trained with label dropout.
     """
     if steps < 1:
         raise ValueError(f"steps must be at least 1, not {steps}")
+    if guidance != 1 and labels is None:
+        raise ValueError(f"guidance {guidance:g} needs labels to guide towards")
+
+    def denoise(xt: torch.Tensor, at: Coefficients, condition: torch.Tensor) -> torch.Tensor:
+        labelled = denoise_once(network, xt, at, condition, labels)
+        if guidance == 1:
+            return labelled
+        none = denoise_once(network, xt, at, condition, None)
+        return none + guidance * (labelled - none)
+
     host = seeds.cpu().numpy()
 
     def draw(stream: Stream, *parts: int) -> torch.Tensor:
         return noise.normal(noise.as_tensor(noise.keys(0, stream, host, *parts)).to(seeds.device), shape)
 
     if sampler == "heun":
-        return _heun(network, process, draw, len(seeds), seeds.device, (steps + 1) // 2, labels)
+        return _heun(denoise, process, draw, len(seeds), seeds.device, (steps + 1) // 2)
     at = _at(process, process.last, len(seeds), seeds.device)
     xt = at.noise[:, None, None, None] * draw(Stream.SAMPLE_NOISE)
-    estimate = denoise(network, xt, at, draw(Stream.SAMPLE_CONDITION), labels)
+    estimate = denoise(xt, at, draw(Stream.SAMPLE_CONDITION))
     if sampler == "algorithm-2":
         for _ in range(steps - 1):
-            estimate = denoise(network, xt, at, estimate, labels)
+            estimate = denoise(xt, at, estimate)
         return estimate
     for step, t in enumerate(renoise_times(process, steps), start=1):
         at = _at(process, t, len(seeds), seeds.device)
         xt = add_noise(estimate, draw(Stream.SAMPLE_RENOISE, step), at)
-        estimate = denoise(network, xt, at, draw(Stream.SAMPLE_CONDITION, step), labels)
+        estimate = denoise(xt, at, draw(Stream.SAMPLE_CONDITION, step))
     return estimate
 
 
 def _heun(
-    network: nn.Module,
+    denoise: Callable[[torch.Tensor, Coefficients, torch.Tensor], torch.Tensor],
     process: Process,
     draw: Callable[..., torch.Tensor],
     count: int,
     device: torch.device,
     steps: int,
-    labels: torch.Tensor | None,
 ) -> torch.Tensor:
     """The probability flow of x = x_t / signal, dx/dsigma = (x - f) / sigma, from the highest level down to 0."""
     rho = process.config.rho
@@ -79,7 +93,7 @@ def _heun(
 
     def slope(x: torch.Tensor, sigma: float) -> torch.Tensor:
         at = _at(process, float(process.time(np.array(sigma))), count, device)
-        return (x - denoise(network, at.signal[:, None, None, None] * x, at, condition, labels)) / sigma
+        return (x - denoise(at.signal[:, None, None, None] * x, at, condition)) / sigma
 
     x = float(sigmas[0]) * draw(Stream.SAMPLE_NOISE)
     for sigma, following in zip(sigmas.tolist(), [*sigmas[1:].tolist(), 0.0], strict=True):
@@ -109,6 +123,7 @@ def batches(
     steps: int = 1,
     sampler: SamplerName = "renoise",
     labels: list[int] | None = None,
+    guidance: float = 1.0,
     device: torch.device | None = None,
 ) -> Iterator[torch.Tensor]:
     """`sample` over many seeds, `batch` at a time, yielding [<= batch, C, H, W] on the host.
@@ -125,4 +140,5 @@ def batches(
         if labels is not None:
             some = labels[start : start + batch]
             chosen = torch.tensor(some + some[:1] * padding, dtype=torch.int64, device=device)
-        yield sample(network, process, shape, ids, steps=steps, sampler=sampler, labels=chosen)[: len(wanted)].cpu()
+        drawn = sample(network, process, shape, ids, steps=steps, sampler=sampler, labels=chosen, guidance=guidance)
+        yield drawn[: len(wanted)].cpu()

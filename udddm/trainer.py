@@ -157,7 +157,7 @@ class Trainer:
             self.ranks.device,
             step=self.step,
             depth=self.config.store.prefetch or 4,
-            labelled=self.config.network.classes > 0,
+            labels=objective.LabelDropout.of(self.config) if self.config.network.classes else None,
             parts=self.config.train.accumulation,
         )
 
@@ -314,6 +314,7 @@ class Trainer:
             steps=self.config.sample.steps,
             sampler=self.config.sample.sampler,
             labels=labels,
+            guidance=self.config.sample.guidance,
             device=self.ranks.device,
         )
         own = torch.cat([torch.empty(0, *self.dataset.shape), *drawn]).clamp(-1, 1)

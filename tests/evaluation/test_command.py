@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from udddm import api
+from udddm.cli import sample as sample_command
 from udddm.config import resolve
 from udddm.data import ImageDataset
 from udddm.evaluation import evaluate
@@ -128,6 +129,26 @@ def test_samples_are_scored_from_python(tmp_path: Path) -> None:
     assert found["fd"] == command["fd"]
     with pytest.raises(DataError, match=r"1, 9, 9"):
         udddm.evaluate(np.zeros((5, 1, 9, 9)), dataset, features="features:digits")
+
+
+def test_a_guided_model_is_scored_as_it_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    labelled = {**TINY["network"], "classes": 10, "label_dropout": 0.3}
+    run, out = tmp_path / "run", tmp_path / "samples"
+    api.train(resolve({**TINY, "network": labelled}), run_dir=run, device="cpu")
+    arguments = ("--checkpoint", str(run), "--features", "features:digits", "--count", "60", "--ema", "none")
+    guided = evaluated(tmp_path, *arguments, "--guidance", "3")
+    assert guided["guidance"] == 3 and "1 evaluation, guidance 3;" in capsys.readouterr().out
+    plain = evaluated(tmp_path, *arguments)
+    assert plain["guidance"] == 1 and plain["fd"] != guided["fd"]
+    command = ["--checkpoint", str(run), "--ema", "none", "--seeds", "0-59", "--guidance", "3", "--batch", "60"]
+    assert sample_command([*command, "--device", "cpu", "--out", str(out)]) == 0
+    file = evaluated(
+        tmp_path, "--samples", str(out / "samples.npy"), "--set", "data.name=digits", "--features", "features:digits"
+    )
+    assert file["fd"] == pytest.approx(guided["fd"], rel=1e-4) and file["guidance"] is None
+    api.train(resolve(TINY), run_dir=tmp_path / "plain", device="cpu")
+    assert main(["--checkpoint", str(tmp_path / "plain"), *arguments[2:], "--guidance", "3", "--device", "cpu"]) == 2
+    assert "--guidance 3: the network takes no labels" in capsys.readouterr().err
 
 
 def mean_and_deviation(images: torch.Tensor) -> torch.Tensor:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from udddm.data.dataset import ImageDataset
-from udddm.objective import Objective, Visits
+from udddm.objective import LabelDropout, Objective, Visits
 from udddm.order import Order
 
 
@@ -20,7 +20,7 @@ class StepInput:
     images: torch.Tensor
     """[b, C, H, W] float32 in [-1, 1]."""
     labels: torch.Tensor | None
-    """[b] int64."""
+    """[b] int64, after label dropout."""
     weights: torch.Tensor
     """[b]: 1 / (samples of the step over all ranks) for samples, 0 for padding."""
     visits: Visits
@@ -39,12 +39,13 @@ class Prefetch:
         *,
         step: int,
         depth: int,
-        labelled: bool,
+        labels: LabelDropout | None,
         parts: int = 1,
     ):
-        """`parts` is the number of equal micro-batches that a step is cut into."""
+        """`labels` says which visits keep theirs; None: the network takes none. `parts` is the number of equal
+        micro-batches that a step is cut into."""
         self.order, self.lanes, self.dataset, self.objective = order, lanes, dataset, objective
-        self.device, self.labelled, self.parts = device, labelled, parts
+        self.device, self.labels, self.parts = device, labels, parts
         self._pool = ThreadPoolExecutor(1, "data")
         self._next = step
         self._pending: deque[Future[list[StepInput]]] = deque()
@@ -60,18 +61,19 @@ class Prefetch:
         batch = self.order.batch_of(self.lanes, epoch, step)
         images, labels = self.dataset.batch(batch.ids)
         weights = torch.from_numpy(batch.weights / batch.total)
-        tensor = torch.from_numpy(labels) if self.labelled and labels is not None else None
         if self.device.type == "cuda":
             images, weights = images.pin_memory(), weights.pin_memory()
-            tensor = None if tensor is None else tensor.pin_memory()
         size = len(batch.ids) // self.parts
         made = []
         for first in range(0, len(batch.ids), size):
             part = slice(first, first + size)
             visits = self.objective.plan(batch.ids[part], epoch)
+            given = None
+            if self.labels is not None and labels is not None:
+                given = self.labels(torch.from_numpy(labels[part]), visits)
             if self.device.type == "cuda":
-                visits = visits.pinned()
-            made.append(StepInput(images[part], None if tensor is None else tensor[part], weights[part], visits))
+                visits, given = visits.pinned(), None if given is None else given.pin_memory()
+            made.append(StepInput(images[part], given, weights[part], visits))
         return made
 
     def next(self) -> list[StepInput]:

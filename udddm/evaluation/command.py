@@ -38,6 +38,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--count", type=_positive, default=50_000, metavar="N", help="samples to make (default 50,000)")
     parser.add_argument("--steps", type=_positive, default=1, metavar="N", help="network evaluations a sample")
     parser.add_argument("--sampler", choices=["renoise", "algorithm-2", "heun"], default="renoise")
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, metavar="W", help="weight of the labels (default 1: plain sampling)"
+    )
     parser.add_argument("--repeat", type=_positive, default=1, metavar="R", help="times, each with other seeds")
     parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="seeds from here on (default 0)")
     parser.add_argument("--ema", metavar="DECAY", help="which average of the weights; 'none' for the raw weights")
@@ -95,6 +98,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
         device = ranks.device.type
         model = ranks.together(lambda: load_model(arguments.checkpoint, ema=arguments.ema, device=device), refused)
         config: RunConfig = model.config
+        config.check_guidance(arguments.guidance, "--guidance")
         if arguments.set:
             tree = config.model_dump(mode="json")
             for override in arguments.set:
@@ -131,6 +135,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
         "data": config.data.name,
         "features": network.name,
         "evaluations": arguments.steps if model else None,
+        "guidance": arguments.guidance if model else None,
         "repeat": len(scores),
         **found,
         "published": published,
@@ -157,6 +162,7 @@ def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, r
         steps=arguments.steps,
         sampler=arguments.sampler,
         labels=default_labels(model.config, seeds),
+        guidance=arguments.guidance,
         device=ranks.device,
     )
     pieces = [piece for piece in ranks.gather_first(extract(network, ahead(drawn))) if len(piece[0])]
@@ -206,7 +212,8 @@ def _table(found: dict[str, Any]) -> list[str]:
     evaluations = (
         f", {found['evaluations']} evaluation{'s' if found['evaluations'] != 1 else ''}" if found["evaluations"] else ""
     )
-    head = f"{found['of']} ({found['n']} images{times}{evaluations}; {found['features']})"
+    guided = f", guidance {found['guidance']:g}" if found["guidance"] not in (None, 1) else ""
+    head = f"{found['of']} ({found['n']} images{times}{evaluations}{guided}; {found['features']})"
     return [f"{head}: {'  '.join(cells)}", *notes(found)]
 
 

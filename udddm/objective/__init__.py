@@ -8,6 +8,7 @@ from udddm.objective.algorithm1 import AlgorithmOne
 from udddm.objective.chain import Chain
 from udddm.objective.consistency import Consistency, Tuning
 from udddm.objective.denoiser import Denoiser, WarmedUp
+from udddm.objective.labels import LabelDropout
 from udddm.objective.loss import Objective, Visits, adaptive_loss, denoise, pseudo_huber
 from udddm.process import Process
 
@@ -16,6 +17,7 @@ __all__ = [
     "Chain",
     "Consistency",
     "Denoiser",
+    "LabelDropout",
     "Objective",
     "Tuning",
     "Visits",

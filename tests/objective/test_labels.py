@@ -1,0 +1,143 @@
+"""Label dropout: which visits see no label, that chains agree on it, and that a run with it resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from udddm import api, objective
+from udddm.config import ConfigError, RunConfig, resolve
+from udddm.data import ImageDataset
+from udddm.data.prefetch import Prefetch
+from udddm.objective import LabelDropout
+from udddm.order import Order
+from udddm.process import build
+
+SHAPE = (1, 8, 8)
+IDS = np.arange(3000)
+NAMES = ["chain", "algorithm-1", "consistency", "tuning", "denoiser"]
+
+
+def config(name: str = "chain", share: float = 0.2, seed: int = 0, **sections: Any) -> RunConfig:
+    tree: dict[str, Any] = {
+        "seed": seed,
+        "network": {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.1, "classes": 10},
+        "objective": {"name": name},
+        "train": {"steps": 24, "batch_size": 256, "threads": 1},
+        "sample": {"every_steps": 0},
+    }
+    for key, values in sections.items():
+        tree[key] = {**tree.get(key, {}), **values}
+    tree["network"]["label_dropout"] = share
+    return resolve(tree)
+
+
+def dropped(ids: np.ndarray, epoch: int, chosen: RunConfig) -> np.ndarray:
+    planned = objective.build(chosen, build(chosen.process), 40, SHAPE).plan(ids, epoch)
+    return LabelDropout.of(chosen).drops(planned)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("share", [0.1, 0.5])
+def test_the_share_is_the_configured_one_and_changes_with_epoch_and_seed(name: str, share: float) -> None:
+    first = dropped(IDS, 3, config(name, share))
+    assert abs(first.mean() - share) < 4.5 * np.sqrt(share * (1 - share) / len(IDS))
+    for other in (dropped(IDS, 9, config(name, share)), dropped(IDS, 3, config(name, share, seed=1))):
+        both = (first & other).mean()  # independent: p squared
+        assert abs(both - share**2) < 0.03
+
+
+@pytest.mark.parametrize("length", [2, 5, "trajectory"])
+def test_a_chain_keeps_its_label_or_goes_without_to_its_end(length: int | str) -> None:
+    chosen = config(share=0.4, objective={"chain": {"length": length}})
+    chain = objective.build(chosen, build(chosen.process), 40, SHAPE)
+    assert isinstance(chain, objective.Chain)
+    without: dict[tuple[int, int, int], set[bool]] = {}
+    for epoch in range(40):
+        stage, number, *_ = chain.position(IDS, epoch)
+        for sample, link, drop in zip(IDS, number, dropped(IDS, epoch, chosen), strict=True):
+            without.setdefault((int(sample), stage, int(link)), set()).add(bool(drop))
+    assert all(len(seen) == 1 for seen in without.values())
+    assert abs(np.mean([True in seen for seen in without.values()]) - 0.4) < 0.03
+
+
+@given(st.lists(st.integers(0, 10**12), min_size=1, max_size=40), st.integers(0, 39), st.sampled_from(NAMES), st.data())
+def test_any_split_of_the_samples_decides_the_same(ids: list[int], epoch: int, name: str, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(0, len(ids)))
+    chosen, array = config(name, 0.5), np.array(ids)
+    parts = [dropped(part, epoch, chosen) for part in (array[:cut], array[cut:]) if len(part)]
+    assert np.array_equal(np.concatenate(parts), dropped(array, epoch, chosen))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3])
+def test_a_step_gets_the_label_that_stands_for_none_and_else_its_own(share: float) -> None:
+    images = np.zeros((64, 1, 8, 8), np.float32)
+    labels = np.arange(64) % 10
+    dataset = ImageDataset([(image, label) for image, label in zip(images, labels, strict=True)])
+    chosen = config(share=share, train={"batch_size": 64})
+    order = Order.build(chosen.order, 0, 64, 64, SHAPE)
+    lanes = order.lanes_of(0, 1)
+    made = objective.build(chosen, build(chosen.process), 40, SHAPE)
+    device = torch.device("cpu")
+    inputs = Prefetch(order, lanes, dataset, made, device, step=0, depth=1, labels=LabelDropout.of(chosen), parts=2)
+    seen = torch.cat([part.labels for part in inputs.next() if part.labels is not None])
+    inputs.close()
+    ids = order.batch_of(lanes, 0, 0).ids
+    drop = dropped(ids, 0, chosen)
+    assert np.array_equal(seen.numpy(), np.where(drop, 10, labels[ids]))
+    assert bool(drop.any()) == (share > 0)
+    assert dataset.batch(ids)[1].tolist() == labels[ids].tolist()  # the data set's own labels are left alone
+
+
+def test_a_run_with_label_dropout_resumes_and_differs_from_one_without(tmp_path: Path) -> None:
+    chosen = config(network={"condition": "none"}, checkpoint={"every_steps": 10})
+    whole = api.train(chosen, run_dir=tmp_path / "whole", device="cpu")
+    api.train(chosen, run_dir=tmp_path / "again", device="cpu")
+    (tmp_path / "again" / "result.json").unlink()
+    (max((tmp_path / "again" / "checkpoints").iterdir()) / "manifest.json").unlink()
+    resumed = api.train(chosen, run_dir=tmp_path / "again", device="cpu")
+    for key in ("weights_sha256", "ema_sha256", "state_sha256"):
+        assert resumed[key] == whole[key]
+    plain = api.train(config(share=0, network={"condition": "none"}), run_dir=tmp_path / "plain", device="cpu")
+    assert plain["weights_sha256"] != whole["weights_sha256"]
+
+    model = api.load_model(tmp_path / "whole", ema="none")
+    one, two, three = (api.sample(model, range(6), labels=[3] * 6, guidance=w) for w in (1.0, 2.0, 3.0))
+    np.testing.assert_allclose((three - two)[abs(three) < 1], (two - one)[abs(three) < 1], atol=1e-4)
+    assert not np.array_equal(one, two)
+    with pytest.raises(ConfigError, match=r"guidance 2: the network never learned.*network.label_dropout"):
+        api.sample(tmp_path / "plain", [0], guidance=2)
+
+
+def test_labels_that_are_not_there_cannot_be_dropped_nor_guided_towards() -> None:
+    with pytest.raises(ConfigError, match=r"label_dropout 0.1.*set network.classes"):
+        resolve({"network": {"label_dropout": 0.1}})
+    with pytest.raises(ConfigError, match=r"network.label_dropout"):
+        resolve({"network": {"classes": 10, "label_dropout": 1.0}})
+    with pytest.raises(ConfigError, match=r"sample.guidance 2: .*network.classes is 0"):
+        resolve({"sample": {"guidance": 2}})
+    with pytest.raises(ConfigError, match=r"sample.guidance 2: .*network.label_dropout"):
+        resolve({"sample": {"guidance": 2}, "network": {"classes": 10}})
+    guided = resolve({"sample": {"guidance": 2}, "network": {"classes": 10, "label_dropout": 0.1}})
+    with pytest.raises(ConfigError, match=r"--guidance nan: give a finite number"):
+        guided.check_guidance(float("nan"), "--guidance")
+
+
+def test_a_run_begun_before_there_was_label_dropout_is_still_the_same_run() -> None:
+    """Left out of the fingerprint where it is off, and decisive where it is on."""
+    settings = RunConfig().model_dump(mode="json")
+    for key in RunConfig.changeable():
+        section, _, leaf = key.partition(".")
+        settings.pop(section) if not leaf else settings[section].pop(leaf)
+    del settings["network"]["label_dropout"]
+    before = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
+    assert RunConfig().fingerprint() == before
+    assert config(share=0.0).fingerprint() != config(share=0.1).fingerprint()
