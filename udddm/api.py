@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 
 import udddm
 from udddm import config as configuration
-from udddm import sampler
+from udddm import posthoc, sampler
 from udddm.backends.deepspeed_config import resolve as resolve_deepspeed
 from udddm.backends.deepspeed_config import zero_stage
 from udddm.backends.ranks import TIMEOUT, Ranks, choose_device
@@ -157,9 +157,10 @@ class Model:
 
 
 @contextmanager
-def checkpoint_files(where: str | Path) -> Iterator[Path]:
+def checkpoint_files(where: str | Path, wanted: tuple[str, ...] = ("config", "model", "ema")) -> Iterator[Path]:
     """The directory of the checkpoint that a run, or the path of a checkpoint itself, means: of a run the newest whole
-    one. Either may be at a URL. Raises CheckpointError, StoreError."""
+    one. Either may be at a URL, from which files come whose names begin with one of `wanted`. Raises CheckpointError,
+    StoreError."""
     local = local_path(where)
     if local is not None:
         yield _local_checkpoint(local)
@@ -168,7 +169,7 @@ def checkpoint_files(where: str | Path) -> Iterator[Path]:
     one = NAME.fullmatch(last) is not None
     run = open_copy(
         url.removesuffix("/checkpoints") if one else where,
-        wanted=lambda name: name.startswith(("config", "model", "ema")),
+        wanted=lambda name: name.startswith(wanted),
     )
     checkpoints = run.checkpoints()
     path = checkpoints.directory / last if one else checkpoints.newest_valid(say)
@@ -192,28 +193,47 @@ def _local_checkpoint(where: Path) -> Path:
     return newest
 
 
-def load_model(checkpoint: str | Path, *, ema: float | str | None = None, device: str = "auto") -> Model:
-    """The model of a run or checkpoint. `ema`: a decay that the run kept, "none" for the raw weights, None: the first.
+def load_model(
+    checkpoint: str | Path, *, ema: float | str | None = None, ema_length: float | None = None, device: str = "auto"
+) -> Model:
+    """The model of a run or checkpoint.
 
-    Raises CheckpointError for a checkpoint that is damaged, of another network, or without that EMA.
+    `ema`: a decay that the run kept, "power-<length>", "none" for the raw weights, None for the first average.
+    `ema_length`: of a run (not of one checkpoint), the average of this relative length, made of its stored ones.
+
+    Raises CheckpointError for a checkpoint that is damaged, of another network, or without that average.
     """
-    with checkpoint_files(checkpoint) as path:
+    if ema is not None and ema_length is not None:
+        raise ConfigError("ema names an average that the run kept, ema_length makes another: give one of them")
+    with checkpoint_files(checkpoint, ("config",) if ema_length is not None else ("config", "model", "ema")) as path:
         saved = load_json(path / "config.json")
         config = configuration.resolve(saved["config"], str(path / "config.json"))
         channels, height, width = saved["shape"]
-        decays = [f"{decay:g}" for decay in config.train.ema]
-        chosen = "none" if ema == "none" or not decays else f"{float(ema):g}" if ema is not None else decays[0]
-        if chosen not in [*decays, "none"]:
-            raise CheckpointError(f"{path} has no EMA of decay {chosen}; it has {', '.join([*decays, 'none'])}")
-        weights = Saved(path, "model" if chosen == "none" else f"ema-{chosen}")
         network = network_for(config, (channels, height, width))
         parameters = dict(network.named_parameters())
-        weights.check_network({name: p.shape for name, p in parameters.items()})
+        shapes = {name: p.shape for name, p in parameters.items()}
+        weights: Mapping[str, torch.Tensor]
+        if ema_length is not None:
+            weights = posthoc.average(_run_of(checkpoint), ema_length, shapes)
+        else:
+            weights = kept = Saved.average(path, config.train.averages, ema)
+            kept.check_network(shapes)
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
     network.to(choose_device(device)).eval()
     return Model(network, build_process(config.process), config, (channels, height, width))
+
+
+def _run_of(where: str | Path) -> Run:
+    """The run itself, to choose the length of an average in."""
+    local = local_path(where)
+    name = local.resolve().name if local is not None else str(where).rstrip("/").rpartition("/")[2]
+    if NAME.fullmatch(name) or (local is not None and (local / "config.json").exists()):
+        raise CheckpointError(
+            f"{where} is one checkpoint: the length of an average is chosen from all that a run stored; give the run"
+        )
+    return open_copy(where)
 
 
 def default_labels(config: RunConfig, seeds: Sequence[int]) -> list[int] | None:

@@ -1,6 +1,6 @@
 """Checkpoints: `<run>/checkpoints/step-00012000/`, complete or absent, verified before they are used.
 
-    model.safetensors  ema-<decay>.safetensors  optimizer.safetensors   weights, averages, moments (udddm/portable.py)
+    model.safetensors  ema-<name>.safetensors  optimizer.safetensors    weights, averages, moments (udddm/portable.py)
     config.json        the resolved configuration and the image shape: with the weights, all that sampling needs
     position.json      the step
     state/             the x0-state snapshot (udddm/store/snapshot.py); never inside a model file

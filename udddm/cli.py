@@ -175,7 +175,13 @@ def _sample_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="W", help="weight of the labels (default 1: plain sampling)"
     )
-    parser.add_argument("--ema", metavar="DECAY", help="which average of the weights; 'none' for the raw weights")
+    average = parser.add_mutually_exclusive_group()
+    average.add_argument(
+        "--ema", metavar="NAME", help="which average of the weights: a decay, power-LENGTH, or 'none' for no average"
+    )
+    average.add_argument(
+        "--ema-length", type=float, metavar="S", help="make the average of this relative length, of train.power_ema's"
+    )
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="samples.npy and samples.png go here")
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="images made at once (default 250)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -200,7 +206,9 @@ def sample(argv: list[str] | None = None) -> int:
         from udddm.config import ConfigError
         from udddm.pictures import grid
 
-        model = load_model(arguments.checkpoint, ema=arguments.ema, device=arguments.device)
+        model = load_model(
+            arguments.checkpoint, ema=arguments.ema, ema_length=arguments.ema_length, device=arguments.device
+        )
         labels = None
         if arguments.labels is not None:
             if max(arguments.labels) >= model.config.network.classes:

@@ -266,6 +266,12 @@ class TrainConfig(Section):
     clip: Annotated[float, Field(gt=0)] | None = Field(None, description="gradient norm limit")
     ema: tuple[UnderOne, ...] = Field((0.9999,), description="decay of each exponential moving average")
     ema_warmup: bool = Field(False, description="limit the decay to (1 + step) / (10 + step)")
+    power_ema: tuple[Annotated[float, Field(gt=0, lt=0.288)], ...] = Field(
+        (), description="relative length of each average with a power-function profile (docs/method.md)"
+    )
+    power_ema_every_steps: Positive = Field(
+        1000, description="steps between their snapshots, from which a length is chosen after training"
+    )
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     threads: Positive | None = Field(None, description="CPU threads of a tensor operation; unset: torch's choice")
     compile: bool = False
@@ -276,6 +282,18 @@ class TrainConfig(Section):
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("give either train.epochs or train.steps, and not both")
         return self
+
+    @field_validator("power_ema")
+    @classmethod
+    def _different(cls, lengths: tuple[float, ...]) -> tuple[float, ...]:
+        if len({f"{length:g}" for length in lengths}) < len(lengths):
+            raise ValueError("two of the lengths are the same")
+        return lengths
+
+    @property
+    def averages(self) -> list[str]:
+        """What checkpoints call the averages of the weights; the first is what samples are made of."""
+        return [*(f"{decay:g}" for decay in self.ema), *(f"power-{length:g}" for length in self.power_ema)]
 
 
 class CheckpointConfig(Section):
@@ -386,12 +404,13 @@ _CHANGEABLE = frozenset(
         "engine",
         "train.accumulation",
         "train.compile",
+        "train.power_ema_every_steps",
         "train.threads",
         "data.path",
         "data.expect",
     }
 )
-_LATER: dict[str, Any] = {"network.label_dropout": 0.0}
+_LATER: dict[str, Any] = {"network.label_dropout": 0.0, "train.power_ema": []}
 """Keys that runs may have been begun without, and the value that is the same as their absence."""
 
 

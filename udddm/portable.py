@@ -2,7 +2,7 @@
 
     model.safetensors                                    one rank
     model-00001-of-00004.safetensors ...                 four ranks: each holds whole tensors, and each tensor once
-    ema-<decay>..., optimizer...                         likewise: `exp_avg/<name>`, `exp_avg_sq/<name>`, `step`
+    ema-<name>..., optimizer...                          likewise: `exp_avg/<name>`, `exp_avg_sq/<name>`, `step`
 
 A rank gathers and writes its own share of the parameters, one at a time, and reads them one at a time: none holds all
 of a large network. Whole tensors, because then a file is of use without knowing how it was trained.
@@ -10,6 +10,7 @@ of a large network. Whole tensors, because then a file is of use without knowing
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from udddm.backends.engine import MOMENTS, Engine, Pieces
-from udddm.ema import EMA
+from udddm.ema import Average
 from udddm.errors import CheckpointError
 
 
@@ -38,7 +39,7 @@ def file_name(kind: str, rank: int, world: int) -> str:
     return f"{kind}.safetensors" if world == 1 else f"{kind}-{rank + 1:05d}-of-{world:05d}.safetensors"
 
 
-def save(directory: Path, engine: Engine, emas: Sequence[EMA]) -> None:
+def save(directory: Path, engine: Engine, emas: Sequence[Average]) -> None:
     """Write this rank's share. Every rank must call it."""
     rank, world = engine.ranks.rank, engine.ranks.world
     owners = share_out(engine.shapes, world)
@@ -56,7 +57,7 @@ def save(directory: Path, engine: Engine, emas: Sequence[EMA]) -> None:
 
     write("model", gathered(engine.weights()))
     for ema in emas:
-        write(f"ema-{ema.decay:g}", gathered(ema.weights))
+        write(f"ema-{ema.name}", gathered(ema.weights))
     moments = engine.moments()
     optimizer = {k: v for key in MOMENTS for k, v in gathered(moments[key], f"{key}/").items()}
     if rank == 0:
@@ -83,6 +84,19 @@ class Saved(Mapping[str, torch.Tensor]):
                     self._files.update(dict.fromkeys(file.keys(), path))
             except (OSError, SafetensorError) as error:
                 raise CheckpointError(f"cannot read {path}: {error}") from error
+
+    @classmethod
+    def average(cls, directory: Path, names: Sequence[str], chosen: float | str | None) -> Saved:
+        """The average of this name among `names`; None for the first, "none" for the weights themselves, which is also
+        what there is where nothing was averaged."""
+        known = [*names, "none"]
+        name = known[0] if chosen is None else str(chosen)
+        if name not in known:
+            with contextlib.suppress(ValueError):  # 0.99990 is 0.9999
+                name = f"{float(name):g}"
+        if name not in known:
+            raise CheckpointError(f"{directory} has no average {name}; it has {', '.join(known)}")
+        return cls(directory, "model" if name == "none" else f"ema-{name}")
 
     def __getitem__(self, name: str) -> torch.Tensor:
         path = self._files[name]
@@ -115,13 +129,13 @@ class Saved(Mapping[str, torch.Tensor]):
                 )
 
 
-def load(directory: Path, engine: Engine, emas: Sequence[EMA]) -> None:
+def load(directory: Path, engine: Engine, emas: Sequence[Average]) -> None:
     """Take up a checkpoint, whatever engine and number of ranks wrote it. Raises CheckpointError."""
     weights = Saved(directory, "model")
     weights.check_network(engine.shapes)
     engine.load(weights, Saved(directory, "optimizer"))
     for ema in emas:
-        saved = Saved(directory, f"ema-{ema.decay:g}")
+        saved = Saved(directory, f"ema-{ema.name}")
         for name in engine.shapes:
             engine.fill(ema.weights, name, saved[name])
 

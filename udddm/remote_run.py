@@ -20,7 +20,7 @@ from pathlib import Path
 from udddm.backends.ranks import Ranks
 from udddm.checkpoint import NAME, Checkpoints, Entries, damage, step_of, write_json
 from udddm.errors import CheckpointError
-from udddm.run import Run, locked
+from udddm.run import AVERAGES, Run, locked
 from udddm.store.lease import Lease
 from udddm.store.objects import Objects, local_path, open_objects
 from udddm.store.zarr import LEASE_PATIENCE
@@ -140,6 +140,14 @@ class RemoteRun(Run):
 
     def checkpoints(self) -> Checkpoints:
         return RemoteCheckpoints(self.path, open_objects(f"{self.url}/checkpoints"), self.wanted)
+
+    def averages(self) -> Path:
+        for step in self.objects.list(AVERAGES):
+            for name in self.objects.list(f"{AVERAGES}/{step}"):
+                key = f"{AVERAGES}/{step}/{name}"
+                (self.path / key).parent.mkdir(parents=True, exist_ok=True)
+                self.objects.download(key, self.path / key)
+        return self.path / AVERAGES
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -17,6 +17,9 @@ from udddm.checkpoint import Checkpoints, load_json, write_json
 from udddm.config import ConfigError, RunConfig
 from udddm.data import ImageDataset, check_unchanged
 
+AVERAGES = "ema"
+"""Where in a run the averages of the weights are put down (udddm/posthoc.py)."""
+
 
 class Run:
     """A run directory. `udddm.remote_run.RemoteRun` is one that is at a URL."""
@@ -40,6 +43,10 @@ class Run:
 
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.path)
+
+    def averages(self) -> Path:
+        """A directory of this machine with what the run holds under AVERAGES. Raises StoreError."""
+        return self.path / AVERAGES
 
     @contextmanager
     def held(self) -> Iterator[None]:

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from udddm import noise, objective, pictures, portable, process, sampler, store
+from udddm import ema, noise, objective, pictures, portable, posthoc, process, sampler, store
 from udddm.backends import engine
 from udddm.backends.ranks import Ranks, Vote
 from udddm.checkpoint import load_json, step_of, write_json
 from udddm.config import RunConfig
 from udddm.data import ImageDataset
 from udddm.data.prefetch import Prefetch
-from udddm.ema import EMA
+from udddm.ema import PowerEMA
 from udddm.errors import CheckpointError
 from udddm.evaluation.background import BackgroundEvaluation
 from udddm.network import UNet
@@ -85,7 +85,8 @@ class Trainer:
         self.process = process.build(config.process)
         self.objective = objective.build(config, self.process, self.total_steps / self.order.steps, shape)
         self.engine = engine.build(network_for(config, shape), config, ranks, self.total_steps)
-        self.emas = [EMA(self.engine.weights(), decay, train.ema_warmup) for decay in train.ema]
+        self.emas = ema.build(train, self.engine.weights())
+        self.powers = [average for average in self.emas if isinstance(average, PowerEMA)]
         self.store = store.build(config.store, self.order, self.lanes, shape, ranks.device, run)
         self.checkpoints = run.checkpoints()
         self.evaluation: BackgroundEvaluation | None = None
@@ -113,8 +114,8 @@ class Trainer:
             new_states.append(new)
         self.engine.step(self.step)
         self.step += 1
-        for ema in self.emas:
-            ema.update(self.step)
+        for average in self.emas:
+            average.update(self.step)
         self.store.write(new_states[0] if len(new_states) == 1 else torch.cat(new_states))
         return total
 
@@ -177,9 +178,13 @@ class Trainer:
                 window = self._report(progress, losses, window)
                 losses.zero_()
             stop = vote.cast(self._signal or (self.listener.asked() if self.listener else 0))
-            if self.step % config.checkpoint.every_steps == 0 or last or stop:
-                if not math.isfinite(self.ranks.sum(losses)):
-                    raise Diverged(self._diverged())
+            saves = self.step % config.checkpoint.every_steps == 0 or last or bool(stop)
+            averages = bool(self.powers) and (self.step % config.train.power_ema_every_steps == 0 or last)
+            if (saves or averages) and not math.isfinite(self.ranks.sum(losses)):
+                raise Diverged(self._diverged())
+            if averages:  # before the checkpoint: a run that resumes from it has them
+                posthoc.write(self.run.path, self.step, self.powers, self.engine)
+            if saves:
                 self.save()
             if config.sample.every_steps and self.step % config.sample.every_steps == 0:
                 self._sample_grid()
@@ -338,7 +343,7 @@ class Trainer:
             "store_wait_fraction": (counters.read_wait + counters.write_wait) / elapsed,
             "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             "weights_sha256": portable.digest(self.engine, {"": self.engine.weights()}),
-            "ema_sha256": portable.digest(self.engine, {f"{e.decay:g}/": e.weights for e in self.emas}),
+            "ema_sha256": portable.digest(self.engine, {f"{e.name}/": e.weights for e in self.emas}),
             "state_sha256": hashlib.sha256("".join(state).encode()).hexdigest(),
         }
 

@@ -43,7 +43,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--repeat", type=_positive, default=1, metavar="R", help="times, each with other seeds")
     parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="seeds from here on (default 0)")
-    parser.add_argument("--ema", metavar="DECAY", help="which average of the weights; 'none' for the raw weights")
+    average = parser.add_mutually_exclusive_group()
+    average.add_argument(
+        "--ema", metavar="NAME", help="which average of the weights: a decay, power-LENGTH, or 'none' for no average"
+    )
+    average.add_argument(
+        "--ema-length", type=float, metavar="S", help="make the average of this relative length, of train.power_ema's"
+    )
     parser.add_argument("--batch", type=_positive, default=250, metavar="N", help="images made at once (default 250)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where the data set's statistics are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
@@ -96,7 +102,8 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     model, published = None, {}
     if arguments.checkpoint:
         device = ranks.device.type
-        model = ranks.together(lambda: load_model(arguments.checkpoint, ema=arguments.ema, device=device), refused)
+        chosen = {"ema": arguments.ema, "ema_length": arguments.ema_length}
+        model = ranks.together(lambda: load_model(arguments.checkpoint, **chosen, device=device), refused)
         config: RunConfig = model.config
         config.check_guidance(arguments.guidance, "--guidance")
         if arguments.set:

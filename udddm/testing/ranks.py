@@ -9,11 +9,10 @@ from pathlib import Path
 
 import torch
 
-from udddm import portable
+from udddm import ema, portable
 from udddm.backends import engine
 from udddm.backends.ranks import RENDEZVOUS, Ranks, join
 from udddm.config import RunConfig
-from udddm.ema import EMA
 from udddm.trainer import network_for
 
 
@@ -47,7 +46,7 @@ class Copy:
 
     def __call__(self, ranks: Ranks) -> None:
         built = engine.build(network_for(self.config, self.shape), self.config, ranks, 8)
-        emas = [EMA(built.weights(), decay) for decay in self.config.train.ema]
+        emas = ema.build(self.config.train, built.weights())
         portable.load(self.source, built, emas)
         if ranks.first:
             self.target.mkdir()
