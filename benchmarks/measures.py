@@ -47,7 +47,7 @@ def torchmetrics_fid(real: torch.Tensor, fake: torch.Tensor, features: str) -> f
 
     metric = FrechetInceptionDistance(feature=Wrapped()).set_dtype(torch.float64)
     for images, is_real in ((real, True), (fake, False)):
-        for batch in images.split(500):
+        for batch in torch.split(images, 500):
             metric.update(batch, real=is_real)
     return float(metric.compute())
 

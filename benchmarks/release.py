@@ -31,7 +31,8 @@ STEPS = (1, 2, 4)
 
 def pixels(images: np.ndarray[Any, np.dtype[np.float32]]) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """float in [-1, 1] -> uint8."""
-    return np.rint((images + 1) * 127.5).astype(np.uint8)
+    found: np.ndarray[Any, np.dtype[np.uint8]] = np.rint((images + 1) * 127.5).astype(np.uint8)
+    return found
 
 
 def main() -> None:

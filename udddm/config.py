@@ -379,10 +379,6 @@ class RunConfig(Section):
                 settings[section].pop(leaf)
             else:
                 settings.pop(section)
-        for key, off in _LATER.items():
-            section, _, leaf = key.partition(".")
-            if settings[section][leaf] == off:
-                settings[section].pop(leaf)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -410,8 +406,6 @@ _CHANGEABLE = frozenset(
         "data.expect",
     }
 )
-_LATER: dict[str, Any] = {"network.label_dropout": 0.0, "train.power_ema": []}
-"""Keys that runs may have been begun without, and the value that is the same as their absence."""
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -129,15 +127,3 @@ def test_labels_that_are_not_there_cannot_be_dropped_nor_guided_towards() -> Non
     guided = resolve({"sample": {"guidance": 2}, "network": {"classes": 10, "label_dropout": 0.1}})
     with pytest.raises(ConfigError, match=r"--guidance nan: give a finite number"):
         guided.check_guidance(float("nan"), "--guidance")
-
-
-def test_a_run_begun_before_there_was_label_dropout_is_still_the_same_run() -> None:
-    """Left out of the fingerprint where it is off, and decisive where it is on."""
-    settings = RunConfig().model_dump(mode="json")
-    for key in RunConfig.changeable():
-        section, _, leaf = key.partition(".")
-        settings.pop(section) if not leaf else settings[section].pop(leaf)
-    del settings["network"]["label_dropout"]
-    before = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
-    assert RunConfig().fingerprint() == before
-    assert config(share=0.0).fingerprint() != config(share=0.1).fingerprint()
