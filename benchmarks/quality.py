@@ -121,6 +121,8 @@ class Data:
     preset: str
     overrides: tuple[str, ...]
     features: str
+    samples: int
+    """Images of the data set, from the first on, that are trained on. All are what samples are scored against."""
     count: int
     """Samples that are scored."""
     images: int
@@ -130,26 +132,28 @@ class Data:
 
 
 DATA = {
-    "digits": Data("digits", (), "features:digits", 1000, 56_000, 40_000),
+    "digits": Data("digits", (), "features:digits", 1797, 1000, 56_000, 40_000),
     "fashion-mnist": Data(
         "fashion-mnist",
         ("network.patch=4", "network.width=64", "network.multipliers=[1]", "network.blocks=1", "train.ema=[0.999]"),
         "features:fashion_mnist",
+        6000,
         2000,
-        60_000,
-        30_000,
+        40_000,
+        20_000,
     ),
 }
 
 
-class Repeated:
-    """A data set `times` times over: as many images between a state's writing and its reading, times `times`."""
+class Resized:
+    """`count` images: the first ones of a data set, or all of it over and over. The more there are, the longer it is
+    between a state's writing and its reading."""
 
-    def __init__(self, dataset: MapDataset, times: int):
-        self._dataset, self._times = dataset, times
+    def __init__(self, dataset: MapDataset, count: int):
+        self._dataset, self._count = dataset, count
 
     def __len__(self) -> int:
-        return len(self._dataset) * self._times
+        return self._count
 
     def __getitem__(self, index: int, /) -> Any:
         return self._dataset[index % len(self._dataset)]
@@ -173,11 +177,12 @@ def configured(data: Data, overrides: list[str], steps: int, seed: int) -> tuple
     return udddm.load(ROOT / "configs" / f"{data.preset}.yaml", [*data.overrides, *fixed, *sets]), repeat
 
 
-def run(data: Data, overrides: list[str], images: int, seed: int, directory: Path) -> dict[str, Any]:
-    """Train and score one run; `directory` keeps what it made."""
-    config, repeat = configured(data, overrides, max(8, images // BATCH), seed)
+def run(data: Data, overrides: list[str], length: int, seed: int, directory: Path) -> dict[str, Any]:
+    """Train on `length` images and score; `directory` keeps what it made."""
+    config, repeat = configured(data, overrides, max(8, length // BATCH), seed)
     dataset = load_dataset(config.data)
-    result = udddm.train(config, Repeated(dataset, repeat) if repeat > 1 else dataset, run_dir=directory, device="cpu")
+    images = Resized(dataset, data.samples * repeat)
+    result = udddm.train(config, images, run_dir=directory, device="cpu")
     network = load_features(data.features, torch.device("cpu"))
     real = evaluate.reference(ImageDataset(dataset), network)
     heun = config.sample.sampler == "heun"
