@@ -58,7 +58,7 @@ def test_own_presets_say_that_they_were_not_trained() -> None:
     for name in ("cifar10", "ffhq-64", "imagenet-64", "imagenet-256-latents"):
         path = next(p for p in PRESETS if p.stem == name)
         assert "has not been trained" in path.read_text()
-        assert load(path).objective.name == "chain"
+        assert load(path).objective.name == "tuning"
 
 
 def test_the_state_is_samples_times_pixels_times_bytes() -> None:

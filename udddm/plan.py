@@ -12,7 +12,7 @@ from udddm.config import ConfigError, ExpectConfig, RunConfig
 from udddm.data import ImageDataset, MapDataset, expected, load_dataset
 from udddm.network.cost import cost as network_cost
 from udddm.order import Order
-from udddm.speed import GPUS, an_image, measure, on_h100s, teacher_share
+from udddm.speed import GPUS, an_image, emulated, measure, on_h100s, teacher_share
 from udddm.store import Encoding
 
 
@@ -48,7 +48,8 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
         "pinned": f"{_size(generation / ranks.world)} of host memory",
         "zarr": f"at most {_size(3 * len(lanes) * min(window, order.longest_lane * sample_bytes))} of host memory",
     }
-    averages = len(train.ema)
+    averages = len(train.averages)
+    device = f"{ranks.device.type} in fp32" if emulated(config, ranks) else ranks.device.type
     return [
         f"data: {data.samples} images {'x'.join(map(str, data.shape))} ({origin}), batches of {train.batch_size}",
         f"network: {cost.parameters:,} parameters; objective: {config.objective.name}; "
@@ -64,7 +65,7 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
         f"bandwidth: {_size(rate * sample_bytes)}/s read and as much written, at the measured speed",
         f"length: {steps:,} steps, {steps / order.steps:.1f} epochs of {order.steps} steps",
         f"time: {_duration(steps * step)} at {_duration(step)} a step, {rate:.4g} images/s (measured here, "
-        f"{_count(ranks.world, 'rank')}, {ranks.device.type}: {_count(speed.images, 'image')} forward and backward in "
+        f"{_count(ranks.world, 'rank')}, {device}: {_count(speed.images, 'image')} forward and backward in "
         f"{_duration(speed.passes)}, scaled in proportion to a step's {train.batch_size}, and "
         f"{_duration(speed.update)} for the optimizer and EMA)",
         _h100s(*on_h100s(speed, operations, train.precision, gpu), steps, train.batch_size, sample_bytes),

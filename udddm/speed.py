@@ -78,13 +78,21 @@ def teacher_share(visit: Objective, samples: int, epochs: float) -> float:
     return float(np.mean([len(visit.plan(ids, int(epoch)).fresh) / len(ids) for epoch in chosen]))
 
 
+def emulated(config: RunConfig, ranks: Ranks) -> bool:
+    """Whether the run's precision is too slow here to be measured."""
+    return ranks.device.type == "cpu" and config.train.precision == "fp16"
+
+
 def measure(
     config: RunConfig, data: ExpectConfig, order: Order, ranks: Ranks, steps: int, visit: Objective, cost: Cost
 ) -> Speed:
     """Take some steps of a micro-batch on black images, whose speed is that of any others, and keep the best.
 
     The micro-batch is as large as a rank's part of a step, or less: what fits the device's memory and a few seconds.
+    On a CPU it is fp32 where the run is fp16, for which most CPUs have no instructions.
     """
+    if emulated(config, ranks):
+        config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
     engine = build_engine(network_for(config, data.shape), config, ranks, steps)
     emas = [EMA(engine.weights(), decay) for decay in config.train.ema]
     every = order.batch_of(order.lanes_of(ranks.rank, ranks.world), 0, 0).ids
