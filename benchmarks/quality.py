@@ -76,16 +76,13 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
     "levels M at the end": {
         "8": ["objective.chain.stages=[{start: 0, levels: 8}]"],
         "32": ["objective.chain.stages=[{start: 0, levels: 8}, {start: 0.3, levels: 16}, {start: 0.6, levels: 32}]"],
-        "64": [f"objective.chain.stages={STAGES}]"],
     },
     "chain length L": {
         "1": ["objective.chain.length=1"],
         "4": ["objective.chain.length=4"],
-        "8": ["objective.chain.length=8"],
     },
     "coefficients": {
         "paper's kappa": ["process.preconditioning=paper"],
-        "linear kappa": ["process.preconditioning=linear"],
         "quadratic kappa": ["process.preconditioning=quadratic"],
     },
     "c": {"0.04 sqrt(d)": ["objective.huber_c=0.32"], "0.19 sqrt(d)": ["objective.huber_c=1.5"]},
@@ -98,14 +95,14 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
     "iCT": {
         "as published": ["objective={name: consistency}"],
         "levels 10 to 160": ["objective={name: consistency, consistency: {last: 160}}"],
-        "c = 0.19 sqrt(d)": ["objective={name: consistency, huber_c: 1.5}"],
         "warm-up 0.4": ["objective={name: consistency, warmup: 0.4}"],
     },
     "ECT": {
         "as published": [ECT],
         "warm-up 0.2": [ECT, "objective.warmup=0.2"],
         "no warm-up": [ECT, "objective.warmup=0"],
-        "4 stages": [ECT, "objective.tuning.stages=4"],
+        "stored teacher, L = 2": [ECT, "objective.tuning.length=2"],
+        "stored teacher, L = 2, state in fp32": [ECT, "objective.tuning.length=2", "store.dtype=fp32"],
     },
 }
 """Each changes one thing of "chain L=2, tuned", VE: L = 2, M to 128, c = 0.00054 sqrt(d), warm-up 0.4, learning rate
