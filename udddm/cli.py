@@ -14,13 +14,13 @@ FAILED = 1
 USAGE = 2
 
 
-def _version() -> str:
+def version() -> str:
     from udddm import __version__
 
     return __version__
 
 
-def _reported(body: Callable[[], int]) -> int:
+def reported(body: Callable[[], int]) -> int:
     """Turn the errors that are for the user into one message and an exit code; let the others show their trace."""
     from udddm.config import ConfigError
 
@@ -90,7 +90,7 @@ def _train_parser() -> argparse.ArgumentParser:
         "--timeout", type=float, default=600, metavar="SECONDS", help="a collective that takes longer is hung (600)"
     )
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and what it needs, and stop")
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=version())
     return parser
 
 
@@ -139,7 +139,7 @@ def train(argv: list[str] | None = None) -> int:
         )
         return 0
 
-    return _reported(body)
+    return reported(body)
 
 
 def _seeds(text: str) -> list[int]:
@@ -185,7 +185,7 @@ def _sample_parser() -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="samples.npy and samples.png go here")
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="images made at once (default 250)")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=version())
     return parser
 
 
@@ -233,7 +233,7 @@ def sample(argv: list[str] | None = None) -> int:
         )
         return 0
 
-    return _reported(body)
+    return reported(body)
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -246,7 +246,7 @@ def _shape(text: str) -> tuple[int, ...]:
     return sides
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
@@ -257,7 +257,7 @@ def _store_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="udddm-store", description="Look into x0-state stores, copy, clean, plan and measure them."
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=version())
     commands = parser.add_subparsers(dest="command", required=True)
     dtypes = ["fp32", "fp16", "bf16", "uint8"]
     for name, text in (
@@ -279,14 +279,14 @@ def _store_parser() -> argparse.ArgumentParser:
             command.add_argument("destination", metavar="URL")
             command.add_argument("--dtype", choices=dtypes)
         if name in ("plan", "bench"):
-            command.add_argument("--samples", type=_positive, required=name == "plan", default=50_000, metavar="N")
+            command.add_argument("--samples", type=positive, required=name == "plan", default=50_000, metavar="N")
             command.add_argument("--shape", type=_shape, default=(3, 32, 32), metavar="3x32x32")
             command.add_argument("--dtype", choices=dtypes, default="fp16")
-            command.add_argument("--images-per-second", type=_positive, default=5000, metavar="R")
-            command.add_argument("--workers", type=_positive, default=1)
-            command.add_argument("--batch", type=_positive, default=1024, help="samples of a step, over all workers")
+            command.add_argument("--images-per-second", type=positive, default=5000, metavar="R")
+            command.add_argument("--workers", type=positive, default=1)
+            command.add_argument("--batch", type=positive, default=1024, help="samples of a step, over all workers")
         if name == "bench":
-            command.add_argument("--threads", type=_positive, default=8)
+            command.add_argument("--threads", type=positive, default=8)
     return parser
 
 
@@ -316,7 +316,7 @@ def store(argv: list[str] | None = None) -> int:
             _view(place, arguments.sample, arguments.out)
         return 0
 
-    return _reported(body)
+    return reported(body)
 
 
 def _plan_store(arguments: argparse.Namespace) -> int:

@@ -43,12 +43,11 @@ class BackgroundEvaluation:
         found: dict[str, Any] = {"step": step, "evaluations": evaluations}
         found |= evaluate.score(*rows, self._reference, self._network.name)
         lines = [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
-        kept = [
-            line for line in lines if (line["step"], line["evaluations"]) != (step, evaluations)
-        ]  # of a resumed run
-        with self._path.open("w" if len(kept) < len(lines) else "a") as file:
-            for line in [*(kept if len(kept) < len(lines) else []), found]:
-                file.write(json.dumps(line) + "\n")
+        same = (step, evaluations)  # of a run that was resumed from before it
+        kept = [line for line in lines if (line["step"], line["evaluations"]) != same]
+        temporary = self._path.with_name(self._path.name + ".partial")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in [*kept, found]))
+        temporary.replace(self._path)
         distance = "fid" if "fid" in found else "fd"
         say(f"step {step}: {distance} {found[distance]:.4g} on {found['n']} images, recall {found['recall']:.2f}")
         for note in evaluate.notes(found):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from udddm.cli import _positive, _reported, _version
+from udddm.cli import positive, reported, version
 
 if TYPE_CHECKING:
     import torch
@@ -35,13 +35,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NET",
         help="inception, a TorchScript file, or package.module:function",
     )
-    parser.add_argument("--count", type=_positive, default=50_000, metavar="N", help="samples to make (default 50,000)")
-    parser.add_argument("--steps", type=_positive, default=1, metavar="N", help="network evaluations a sample")
+    parser.add_argument("--count", type=positive, default=50_000, metavar="N", help="samples to make (default 50,000)")
+    parser.add_argument("--steps", type=positive, default=1, metavar="N", help="network evaluations a sample")
     parser.add_argument("--sampler", choices=["renoise", "algorithm-2", "heun"], default="renoise")
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="W", help="weight of the labels (default 1: plain sampling)"
     )
-    parser.add_argument("--repeat", type=_positive, default=1, metavar="R", help="times, each with other seeds")
+    parser.add_argument("--repeat", type=positive, default=1, metavar="R", help="times, each with other seeds")
     parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="seeds from here on (default 0)")
     average = parser.add_mutually_exclusive_group()
     average.add_argument(
@@ -50,11 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     average.add_argument(
         "--ema-length", type=float, metavar="S", help="make the average of this relative length, of train.power_ema's"
     )
-    parser.add_argument("--batch", type=_positive, default=250, metavar="N", help="images made at once (default 250)")
+    parser.add_argument("--batch", type=positive, default=250, metavar="N", help="images made at once (default 250)")
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where the data set's statistics are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=version())
     return parser
 
 
@@ -82,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(_table(found)))
         return 0
 
-    return _reported(body)
+    return reported(body)
 
 
 def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
