@@ -21,8 +21,8 @@ from udddm import ema, noise, objective, pictures, portable, posthoc, process, s
 from udddm.backends import engine
 from udddm.backends.ranks import Ranks, Vote
 from udddm.checkpoint import load_json, step_of, write_json
-from udddm.config import RunConfig
-from udddm.data import ImageDataset
+from udddm.config import ConfigError, RunConfig
+from udddm.data import DataError, ImageDataset
 from udddm.data.prefetch import Prefetch
 from udddm.ema import PowerEMA
 from udddm.errors import CheckpointError
@@ -90,8 +90,11 @@ class Trainer:
         self.store = store.build(config.store, self.order, self.lanes, shape, ranks.device, run)
         self.checkpoints = run.checkpoints()
         self.evaluation: BackgroundEvaluation | None = None
-        if config.evaluate.every_steps and ranks.first:
-            self.evaluation = BackgroundEvaluation(config.evaluate, dataset, ranks.device, run.path)
+        if config.evaluate.every_steps:  # on one rank; where it cannot be had, all must know
+            self.evaluation = ranks.together(
+                lambda: BackgroundEvaluation(config.evaluate, dataset, ranks.device, run.path) if ranks.first else None,
+                (ConfigError, DataError),
+            )
         self.step = 0
         self._signal: int | None = None
 
