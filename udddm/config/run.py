@@ -1,34 +1,16 @@
-"""The run configuration: a YAML preset plus dotted overrides, resolved into one typed, frozen object.
-
-This module imports neither torch nor numpy: it is what `udddm-train --help` and a configuration error pay for.
-"""
+"""The other sections, and the run configuration of all of them."""
 
 from __future__ import annotations
 
-import contextlib
-import difflib
 import hashlib
-import itertools
 import json
 import math
-from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import Field, field_validator, model_validator
 
-Positive = Annotated[int, Field(gt=0)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-UnderOne = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ConfigError(ValueError):
-    """A configuration the user has to correct; the message names the key and the cure."""
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
+from udddm.config.base import ConfigError, Positive, Section, UnderOne
+from udddm.config.objective import ObjectiveConfig
 
 
 class ExpectConfig(Section):
@@ -105,103 +87,6 @@ class NetworkConfig(Section):
                 f"label_dropout {self.label_dropout} has no labels to drop: set network.classes, or label_dropout to 0"
             )
         return self
-
-
-class Stage(Section):
-    """From `start` (a fraction of the run) on, new chains use `levels` noise levels above the lowest."""
-
-    start: Fraction
-    levels: Annotated[int, Field(ge=1)]
-
-
-class ChainConfig(Section):
-    """The chain objective (docs/method.md): consistency training whose teacher is the x0-state store."""
-
-    length: Positive | Literal["trajectory"] = Field(
-        2, description="visits a chain lasts: 1 is consistency training, 'trajectory' climbs all levels from the lowest"
-    )
-    stages: tuple[Stage, ...] = Field(
-        (Stage(start=0, levels=8), Stage(start=0.2, levels=16), Stage(start=0.5, levels=32)),
-        min_length=1,
-        description="how the number of levels M grows; each a multiple of the one before",
-    )
-    distribution: Literal["uniform", "lognormal"] = Field("uniform", description="of the level a chain begins at")
-    mean: float = Field(-1.1, description="of ln sigma, lognormal")
-    deviation: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma, lognormal")
-    guiding: Literal["lowest", "visits"] = Field(
-        "lowest", description="weight of x0 in the target: only at the lowest level, or Eq. 3's 1/(n+1) with n = level"
-    )
-    weighting: Literal["none", "gap"] = Field(
-        "none", description="loss weight of a level: 1, or 1/(sigma_k - sigma_(k-1))"
-    )
-
-    @field_validator("stages")
-    @classmethod
-    def _nested(cls, stages: tuple[Stage, ...]) -> tuple[Stage, ...]:
-        if stages[0].start != 0:
-            raise ValueError("the first stage must start at 0")
-        for before, after in itertools.pairwise(stages):
-            if after.start <= before.start:
-                raise ValueError("stages must be in order of their start")
-            if after.levels % before.levels:
-                raise ValueError(f"levels must nest: {after.levels} is no multiple of {before.levels}")
-        return stages
-
-
-class ConsistencyConfig(Section):
-    """iCT (Song & Dhariwal 2023): consistency training without a store."""
-
-    first: Positive = Field(10, description="levels at the beginning; they double")
-    last: Positive = Field(1280, description="levels at the end")
-    distribution: Literal["lognormal", "uniform"] = "lognormal"
-    mean: float = Field(-1.1, description="of ln sigma")
-    deviation: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma")
-    weighting: Literal["none", "gap"] = Field("gap", description="1, or 1/(sigma_k - sigma_(k-1))")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> ConsistencyConfig:
-        if self.last < self.first:
-            raise ValueError(f"last ({self.last}) must be at least first ({self.first})")
-        return self
-
-
-class TuningConfig(Section):
-    """Easy Consistency Tuning (Geng et al. 2024): r = sigma (1 - n(sigma)/q^a), n = 1 + k sigmoid(-b sigma)."""
-
-    q: Annotated[float, Field(gt=1)] = 2.0
-    k: Annotated[float, Field(ge=0)] = 8.0
-    b: Annotated[float, Field(ge=0)] = 1.0
-    length: Positive = Field(
-        1, description="visits a chain lasts: 1 is ECT, above it all targets but the first come from the store"
-    )
-    stages: Positive = Field(8, description="a = 1, 2, ..., stages over the run")
-    mean: float = Field(-1.1, description="of ln sigma")
-    deviation: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma")
-
-
-class DenoiserConfig(Section):
-    """The EDM denoiser (Karras et al. 2022), alone or as a warm-up."""
-
-    mean: float = Field(-1.2, description="of ln sigma")
-    deviation: Annotated[float, Field(gt=0)] = Field(1.2, description="of ln sigma")
-
-
-class ObjectiveConfig(Section):
-    name: Literal["chain", "algorithm-1", "consistency", "tuning", "denoiser"] = Field(
-        "chain", description="docs/method.md: chain, the paper's Algorithm 1, iCT, ECT, an EDM denoiser"
-    )
-    warmup: UnderOne | None = Field(
-        None, description="share of the run that trains a denoiser first; unset: 0.4 for tuning, else 0"
-    )
-    huber_c: Annotated[float, Field(gt=0)] | None = Field(
-        None,
-        description="c of Eq. 4; unset: 0.19 sqrt(C H W) for chain, 0.00054 sqrt(C H W) for consistency and tuning, "
-        "the paper's 0.00014 or 0.00015 for Algorithm 1",
-    )
-    chain: ChainConfig = ChainConfig()
-    consistency: ConsistencyConfig = ConsistencyConfig()
-    tuning: TuningConfig = TuningConfig()
-    denoiser: DenoiserConfig = DenoiserConfig()
 
 
 class OrderConfig(Section):
@@ -406,98 +291,3 @@ _CHANGEABLE = frozenset(
         "data.expect",
     }
 )
-
-
-def load(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML preset (`None`: the defaults), apply overrides such as `train.epochs=3`, and validate.
-
-    Raises ConfigError for a file that cannot be read or is no mapping, an unknown key (the nearest is suggested),
-    a wrong type or a value out of range.
-    """
-    tree: dict[str, Any] = {}
-    source = "the defaults"
-    if path is not None:
-        source = str(path)
-        try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"{path} must hold a mapping of sections, not a {type(loaded).__name__}")
-        tree = loaded or {}
-    for override in overrides or []:
-        apply(tree, override)
-    return resolve(tree, source)
-
-
-def resolve(tree: dict[str, Any], source: str = "the configuration") -> RunConfig:
-    """Validate a tree of plain values. Raises ConfigError with every mistake, each naming its key."""
-    try:
-        return RunConfig.model_validate(tree)
-    except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None
-
-
-def apply(tree: dict[str, Any], override: str) -> None:
-    """Apply `key=value` to a tree of plain values. Raises ConfigError."""
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set {override}: write key=value, such as train.epochs=3")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
-    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a string
-        with contextlib.suppress(ValueError):
-            value = float(value)
-    *parents, leaf = key.split(".")
-    node = tree
-    for depth, name in enumerate(parents):
-        child = node.setdefault(name, {})
-        if not isinstance(child, dict):
-            raise ConfigError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
-        node = child
-    node[leaf] = value
-    if (
-        key == "train.steps" and value is not None
-    ):  # the two lengths exclude each other; an override replaces the preset's
-        node.pop("epochs", None)
-    elif key == "train.epochs" and value is not None:
-        node.pop("steps", None)
-
-
-def _explain(detail: ErrorDetails) -> str:
-    location = [str(part) for part in detail["loc"]]
-    key = ".".join(location) or "configuration"
-    if detail["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(location)}"
-    message = detail["msg"].removeprefix("Value error, ")
-    given = detail["input"]
-    shown = "" if isinstance(given, dict | BaseModel) else f" (got {given!r})"
-    return f"{key}: {message}{shown}"
-
-
-def _nearest(location: list[str]) -> str:
-    """The known key closest to a mistyped one, looked for in its own section first."""
-    keys = list(_keys(RunConfig))
-    key = ".".join(location)
-    parent = key.rpartition(".")[0]
-    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
-    by_leaf = {k.rpartition(".")[2]: k for k in keys}
-    match = difflib.get_close_matches(key, siblings, 1, 0.6) or difflib.get_close_matches(key, keys, 1, 0.7)
-    if not match and (leaf := difflib.get_close_matches(location[-1], by_leaf, 1, 0.6)):
-        match = [by_leaf[leaf[0]]]
-    return f"; did you mean {match[0]}?" if match else f"; {parent or 'the top level'} has: {', '.join(siblings)}"
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        for annotation in (field.annotation, *get_args(field.annotation)):  # a section, or a section that may be unset
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                keys += _keys(annotation, f"{prefix}{name}.")
-    return keys

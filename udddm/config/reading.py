@@ -1,0 +1,110 @@
+"""YAML presets and overrides, read and validated; mistakes explained by their keys."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from udddm.config.base import ConfigError
+from udddm.config.run import RunConfig
+
+
+def load(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:
+    """Read a YAML preset (`None`: the defaults), apply overrides such as `train.epochs=3`, and validate.
+
+    Raises ConfigError for a file that cannot be read or is no mapping, an unknown key (the nearest is suggested),
+    a wrong type or a value out of range.
+    """
+    tree: dict[str, Any] = {}
+    source = "the defaults"
+    if path is not None:
+        source = str(path)
+        try:
+            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"cannot read the configuration {path}: {error}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        if loaded is not None and not isinstance(loaded, dict):
+            raise ConfigError(f"{path} must hold a mapping of sections, not a {type(loaded).__name__}")
+        tree = loaded or {}
+    for override in overrides or []:
+        apply(tree, override)
+    return resolve(tree, source)
+
+
+def resolve(tree: dict[str, Any], source: str = "the configuration") -> RunConfig:
+    """Validate a tree of plain values. Raises ConfigError with every mistake, each naming its key."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(detail) for detail in error.errors()]
+        raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None
+
+
+def apply(tree: dict[str, Any], override: str) -> None:
+    """Apply `key=value` to a tree of plain values. Raises ConfigError."""
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"--set {override}: write key=value, such as train.epochs=3")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
+    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a string
+        with contextlib.suppress(ValueError):
+            value = float(value)
+    *parents, leaf = key.split(".")
+    node = tree
+    for depth, name in enumerate(parents):
+        child = node.setdefault(name, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+        node = child
+    node[leaf] = value
+    if (
+        key == "train.steps" and value is not None
+    ):  # the two lengths exclude each other; an override replaces the preset's
+        node.pop("epochs", None)
+    elif key == "train.epochs" and value is not None:
+        node.pop("steps", None)
+
+
+def _explain(detail: ErrorDetails) -> str:
+    location = [str(part) for part in detail["loc"]]
+    key = ".".join(location) or "configuration"
+    if detail["type"] == "extra_forbidden":
+        return f"{key}: unknown key{_nearest(location)}"
+    message = detail["msg"].removeprefix("Value error, ")
+    given = detail["input"]
+    shown = "" if isinstance(given, dict | BaseModel) else f" (got {given!r})"
+    return f"{key}: {message}{shown}"
+
+
+def _nearest(location: list[str]) -> str:
+    """The known key closest to a mistyped one, looked for in its own section first."""
+    keys = list(_keys(RunConfig))
+    key = ".".join(location)
+    parent = key.rpartition(".")[0]
+    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
+    by_leaf = {k.rpartition(".")[2]: k for k in keys}
+    match = difflib.get_close_matches(key, siblings, 1, 0.6) or difflib.get_close_matches(key, keys, 1, 0.7)
+    if not match and (leaf := difflib.get_close_matches(location[-1], by_leaf, 1, 0.6)):
+        match = [by_leaf[leaf[0]]]
+    return f"; did you mean {match[0]}?" if match else f"; {parent or 'the top level'} has: {', '.join(siblings)}"
+
+
+def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in model.model_fields.items():
+        keys.append(prefix + name)
+        for annotation in (field.annotation, *get_args(field.annotation)):  # a section, or a section that may be unset
+            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+                keys += _keys(annotation, f"{prefix}{name}.")
+    return keys
