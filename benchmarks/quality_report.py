@@ -87,15 +87,14 @@ def _curves(rows: dict[tuple[str, ...], Row], out: Path, book: Books) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    kinds = sorted({key[1] for key in rows}, reverse=True)
+    kinds = sorted({key[1] for key in rows})
     figure, axes = pyplot.subplots(1, len(kinds), figsize=(7 * len(kinds), 5), sharey=True, squeeze=False)
     for axis, kind in zip(axes[0], kinds, strict=True):
         for (name, of, *_), row in rows.items():
             if of == kind:
                 label = f"{name} (9 evaluations)" if "Heun" in name else name
-                axis.plot(
-                    [p["minutes"] for p in row["curve"]], [p["fd"] for p in row["curve"]], "o-", ms=3, label=label
-                )
+                minutes = [_minutes(p["images"], book["speed"][name]) for p in row["curve"]]
+                axis.plot(minutes, [p["fd"] for p in row["curve"]], "o-", ms=3, label=label)
         axis.set(title=f"{data}, {kind.upper()}", xlabel="minutes of training, one core", yscale="log")
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("fd of the EMA, 1 evaluation")
@@ -125,8 +124,9 @@ def _grids(rows: dict[tuple[str, ...], Row], runs: Path, out: Path, data: str) -
     for axis in axes.flat:
         axis.axis("off")
     for axis, ((name, kind, *_), images) in zip(axes.flat, kept.items(), strict=False):
-        side = images.shape[-1]
-        tiled = images[:64, 0].reshape(8, 8, side, side).transpose(0, 2, 1, 3).reshape(8 * side, 8 * side)
+        framed = np.pad(images[:36, 0], ((0, 0), (1, 1), (1, 1)))  # grey, between black and white
+        side = framed.shape[-1]
+        tiled = framed.reshape(6, 6, side, side).transpose(0, 2, 1, 3).reshape(6 * side, 6 * side)
         axis.imshow(tiled, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
         evaluations = "35 evaluations" if "Heun" in name else "1 evaluation"
         axis.set_title(f"{name}, {kind.upper()}: {evaluations}", fontsize=8)
