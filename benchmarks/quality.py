@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import sys
 import time
 from collections.abc import Iterator
@@ -328,10 +327,10 @@ def main() -> None:
         book = json.loads(path.read_text()) if path.exists() else book  # another process may add rows of its own
         book["rows"][key] = row
         keep()
-        minutes = row["images"] / book["speed"][name]["run_images_per_second"] / 60 if name else math.nan
+        minutes = f"{row['images'] / book['speed'][name]['run_images_per_second'] / 60:.1f} min" if name else ""
         fds = "  ".join(f"{n}: {s['fd']:.1f}" for n, s in row["evaluations"].items())
         collapsed = "  COLLAPSED" if any(s["collapsed"] for s in row["evaluations"].values()) else ""
-        print(f"{key:55} {row['steps']:6} steps {minutes:5.1f} min  fd {fds}{collapsed}", flush=True)
+        print(f"{key:55} {row['steps']:6} steps {minutes:8}  fd {fds}{collapsed}", flush=True)
 
 
 if __name__ == "__main__":
