@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from udddm import ema
 from udddm.backends.engine import build as build_engine
 from udddm.backends.engine import samples_a_part
 from udddm.backends.ranks import Ranks
 from udddm.config import ExpectConfig, RunConfig
-from udddm.ema import EMA
 from udddm.network.cost import Cost
 from udddm.objective import Objective
 from udddm.order import Order
@@ -94,7 +94,7 @@ def measure(
     if emulated(config, ranks):
         config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
     engine = build_engine(network_for(config, data.shape), config, ranks, steps)
-    emas = [EMA(engine.weights(), decay) for decay in config.train.ema]
+    averages = ema.build(config.train, engine.weights())
     every = order.batch_of(order.lanes_of(ranks.rank, ranks.world), 0, 0).ids
     most = int(_OPERATIONS[ranks.device.type] / an_image(cost, 1))
     images = max(1, min(most, samples_a_part(config, ranks.world)))
@@ -118,8 +118,8 @@ def measure(
             continue
         passed = _now(ranks.device)
         engine.step(len(passes))
-        for ema in emas:
-            ema.update(1)
+        for average in averages:
+            average.update(1)
         passes.append(passed - began)
         updates.append(_now(ranks.device) - passed)
     return Speed(images, operations, min(passes), min(updates))
