@@ -89,7 +89,10 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
     "guiding weight": {"1/(n+1), n the level": ["objective.chain.guiding=visits"]},
     "warm-up": {"0": ["objective.warmup=0"], "0.2": ["objective.warmup=0.2"], "0.6": ["objective.warmup=0.6"]},
     "learning rate": {"3.5e-4": ["train.learning_rate=3.5e-4"], "1.4e-3": ["train.learning_rate=1.4e-3"]},
-    "state's age": {"449 steps": ["repeat=16"]},
+    "state's age": {
+        "28 steps, ten times the images": ["longer=10"],
+        "449 steps, ten times the images": ["longer=10", "repeat=16"],
+    },
     "iCT": {
         "as published": ["objective={name: consistency}"],
         "levels 10 to 160": ["objective={name: consistency, consistency: {last: 160}}"],
@@ -134,7 +137,7 @@ DATA = {
         "features:fashion_mnist",
         6000,
         2000,
-        40_000,
+        60_000,
         20_000,
     ),
 }
@@ -154,10 +157,13 @@ class Resized:
         return self._dataset[index % len(self._dataset)]
 
 
-def configured(data: Data, overrides: list[str], steps: int, seed: int) -> tuple[RunConfig, int]:
-    """A run's configuration, and how often its data set is repeated."""
-    repeat = next((int(o.removeprefix("repeat=")) for o in overrides if o.startswith("repeat=")), 1)
-    sets = [o for o in overrides if not o.startswith("repeat=")]
+def factor(overrides: list[str], name: str) -> int:
+    """Of a setting of the study's own: `repeat` the data set, train on so many times the images (`longer`)."""
+    return next((int(o.removeprefix(f"{name}=")) for o in overrides if o.startswith(f"{name}=")), 1)
+
+
+def configured(data: Data, overrides: list[str], steps: int, seed: int) -> RunConfig:
+    sets = [o for o in overrides if not o.startswith(("repeat=", "longer="))]
     fixed = [
         f"seed={seed}",
         f"train.steps={steps}",
@@ -169,14 +175,15 @@ def configured(data: Data, overrides: list[str], steps: int, seed: int) -> tuple
         "sample.final=0",
         f"evaluate={{every_steps: {max(1, steps // 5)}, count: 1000, features: '{data.features}'}}",
     ]
-    return udddm.load(ROOT / "configs" / f"{data.preset}.yaml", [*data.overrides, *fixed, *sets]), repeat
+    return udddm.load(ROOT / "configs" / f"{data.preset}.yaml", [*data.overrides, *fixed, *sets])
 
 
 def run(data: Data, overrides: list[str], length: int, seed: int, directory: Path) -> dict[str, Any]:
     """Train on `length` images and score; `directory` keeps what it made."""
-    config, repeat = configured(data, overrides, max(8, length // BATCH), seed)
+    steps = max(8, length * factor(overrides, "longer") // BATCH)
+    config = configured(data, overrides, steps, seed)
     dataset = load_dataset(config.data)
-    images = Resized(dataset, data.samples * repeat)
+    images = Resized(dataset, data.samples * factor(overrides, "repeat"))
     result = udddm.train(config, images, run_dir=directory, device="cpu")
     network = load_features(data.features, torch.device("cpu"))
     real = evaluate.reference(ImageDataset(dataset), network)
@@ -233,7 +240,7 @@ def speeds(data: Data, rounds: int, seconds: float = 1.0) -> dict[str, Any]:
 
 def _steps(data: Data, overrides: list[str], ranks: Any) -> Iterator[int]:
     """Each `next` is a training step in the middle of a run; gives its images."""
-    config, _ = configured(data, overrides, 10_000, 0)
+    config = configured(data, overrides, 10_000, 0)
     images = ImageDataset(load_dataset(config.data))
     epochs = 60
     visit = objective.build(config, process.build(config.process), epochs, images.shape)

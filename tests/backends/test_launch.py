@@ -228,3 +228,22 @@ def test_a_data_set_factory_runs_in_the_workers(tmp_path: Path) -> None:
         for i, given in enumerate([Squares, Squares()])
     ]
     assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+
+
+LEAVES = """
+import os, torch
+os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
+from pathlib import Path
+from udddm.backends.ranks import join
+ranks = join("cpu", group=True)
+torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3))(torch.ones(1, 3)).sum().backward()
+ranks.close()
+threads = [task.joinpath("comm").read_text() for task in Path("/proc/self/task").iterdir()]
+print([name for name in threads if "gloo" in name])
+"""
+
+
+def test_a_closed_group_leaves_no_thread() -> None:
+    """A thread of gloo's that frees a tensor while the interpreter ends would abort a rank that has done its work."""
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout == "[]\n"

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # see `join`
 from torch._C._distributed_c10d import HashStore
 
 from udddm.config import ConfigError
@@ -170,6 +171,9 @@ def join(device: str = "auto", lanes: int | None = None, *, group: bool = False,
     only one, which has a process group only if `group`. A collective of more than `timeout` seconds is an error.
 
     `lanes` is checked before anything waits: raises ConfigError when the number of ranks does not divide it.
+
+    torch.distributed.nn takes the default group as its functions' default, and so is imported before there is one: a
+    group still held when the interpreter ends has threads, and one that then frees a tensor aborts the process.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if lanes is not None:

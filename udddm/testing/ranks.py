@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +23,8 @@ def _rank(rank: int, world: int, meeting: str, work: Callable[[Ranks], None]) ->
     ranks = join("cpu", group=True, timeout=200)
     work(ranks)
     ranks.close()
+    sys.stdout.flush()
+    os._exit(0)  # DeepSpeed's engines keep their groups, whose threads may abort a process that ends in the usual way
 
 
 def on_ranks(world: int, place: Path, work: Callable[[Ranks], None]) -> None:
