@@ -50,13 +50,17 @@ TUNED = [
     f"objective.chain.stages={STAGES}, {{start: 0.8, levels: 128}}]",
 ]
 """A chain with the baselines' loss weights, distance, distribution of levels, number of levels and warm-up."""
+MANY = f"objective.chain.stages=[{', '.join(f'{{start: {i / 8}, levels: {8 << i}}}' for i in range(8))}]"
+"""As many levels as iCT has, at about the same times."""
 PLAIN = "objective={name: chain, huber_c: 1.5}"
 ECT = f"objective={{name: tuning, warmup: {WARMUP}}}"
 OBJECTIVES: dict[str, list[str]] = {
     "chain L=2, tuned": TUNED,
+    "chain L=2, tuned, M to 1024": [*TUNED, MANY],
     "ECT, stored teacher L=2": [ECT, "objective.tuning.length=2"],
     "iCT": ["objective={name: consistency}"],
     "ECT": [ECT],
+    "iCT, warm-up 0.4": [f"objective={{name: consistency, warmup: {WARMUP}}}"],
     "chain L=1, tuned (no store)": [*TUNED, "objective.chain.length=1"],
     "chain L=2": [PLAIN],
     "chain L=1 (no store)": [PLAIN, "objective.chain.length=1"],
@@ -64,8 +68,15 @@ OBJECTIVES: dict[str, list[str]] = {
     "denoiser, Heun": ["objective={name: denoiser}", "sample.sampler=heun", "sample.steps=9"],
     "Algorithm 1": ["objective={name: algorithm-1}", *CONDITIONED],
 }
-"""iCT and ECT as published; the learning rate, batch, EMA and network are the preset's for all."""
-COMPARED = ("chain L=2, tuned", "ECT, stored teacher L=2", "iCT", "ECT")
+"""iCT and ECT as published, and iCT after a denoiser; learning rate, batch, EMA and network are the preset's."""
+COMPARED = (
+    "chain L=2, tuned",
+    "chain L=2, tuned, M to 1024",
+    "ECT, stored teacher L=2",
+    "iCT",
+    "ECT",
+    "iCT, warm-up 0.4",
+)
 """Over several seeds; the others once."""
 PROCESSES = {
     "ve": [],
@@ -74,6 +85,8 @@ PROCESSES = {
 ABLATIONS: dict[str, dict[str, list[str]]] = {
     "levels M at the end": {
         "8": ["objective.chain.stages=[{start: 0, levels: 8}]"],
+        "1024": [MANY],
+        "1024, L = 1": [MANY, "objective.chain.length=1"],
     },
     "chain length L": {
         "1": ["objective.chain.length=1"],
@@ -96,7 +109,16 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
     "iCT": {
         "as published": ["objective={name: consistency}"],
         "levels 10 to 160": ["objective={name: consistency, consistency: {last: 160}}"],
+        "warm-up 0.2": ["objective={name: consistency, warmup: 0.2}"],
         "warm-up 0.4": ["objective={name: consistency, warmup: 0.4}"],
+        "warm-up 0.4, uniformly": ["objective={name: consistency, warmup: 0.4, consistency: {distribution: uniform}}"],
+    },
+    "ten times the images": {
+        "iCT": ["objective={name: consistency}", "longer=10"],
+        "iCT, warm-up 0.4": ["objective={name: consistency, warmup: 0.4}", "longer=10"],
+        "ECT": [ECT, "longer=10"],
+        "ECT, warm-up 0.2": [ECT, "objective.warmup=0.2", "longer=10"],
+        "chain L=2, tuned, M to 1024": [*TUNED, MANY, "longer=10"],
     },
     "ECT": {
         "as published": [ECT],
@@ -205,12 +227,14 @@ def run(data: Data, overrides: list[str], length: int, seed: int, directory: Pat
     }
 
 
-def speeds(data: Data, rounds: int, seconds: float = 1.0) -> dict[str, Any]:
+def speeds(data: Data, names: list[str], rounds: int, ict: float | None, seconds: float = 1.0) -> dict[str, Any]:
     """Images/s of a training step (plan, passes, Adam, EMA), objectives in turn within every round; `run_` is over a
-    whole run, a share of which is a denoiser's where there is a warm-up."""
+    whole run, a share of which is a denoiser's where there is a warm-up. iCT and the denoiser are measured in any case;
+    ratios become images/s by `ict`, iCT's of another time."""
     ranks = join("cpu")
     torch.set_num_threads(1)
-    stepped = {name: _steps(data, sets, ranks) for name, sets in OBJECTIVES.items()}
+    beside = dict.fromkeys(["iCT", "denoiser, Heun", *names])
+    stepped = {name: _steps(data, OBJECTIVES[name], ranks) for name in OBJECTIVES if name in beside}
     found: dict[str, list[float]] = {name: [] for name in stepped}
     for step in stepped.values():
         for _ in range(3):
@@ -221,12 +245,12 @@ def speeds(data: Data, rounds: int, seconds: float = 1.0) -> dict[str, Any]:
             while (spent := time.perf_counter() - began) < seconds or done % 2:
                 done += next(step)
             found[name].append(done / spent)
-    ict = float(np.median(found["iCT"]))
+    ict = ict or float(np.median(found["iCT"]))
     ratios = {name: np.array(rates) / np.array(found["iCT"]) for name, rates in found.items()}
     denoiser = float(np.median(ratios["denoiser, Heun"]))
     result = {}
     for name, ratio in ratios.items():
-        over, warmup = float(np.median(ratio)), WARMUP if {*OBJECTIVES[name]} & {ECT, *TUNED} else 0.0
+        over, warmup = float(np.median(ratio)), configured(data, OBJECTIVES[name], 100, 0).objective.warmup or 0.0
         run = 1 / (warmup / denoiser + (1 - warmup) / over)
         result[name] = {
             "images_per_second": ict * over,
@@ -269,7 +293,7 @@ def planned(suite: str, seeds: list[int], only: list[str] | None) -> Iterator[tu
         for setting, values in ABLATIONS.items():
             for value, sets in values.items():
                 if not only or setting in only:
-                    base = [] if setting in ("iCT", "ECT") else TUNED
+                    base = [] if setting in ("iCT", "ECT", "ten times the images") else TUNED
                     yield f"{setting} = {value} | ve | ablation", [*base, *sets], "", 0, "ablation"
         paper = [*TUNED, *PROCESSES["vp"], "process.preconditioning=paper"]
         yield "coefficients = paper's, VP | vp | ablation", paper, "", 0, "ablation"
@@ -281,7 +305,7 @@ def planned(suite: str, seeds: list[int], only: list[str] | None) -> Iterator[tu
                     continue
                 yield f"{name} | {kind} | time | {seed}", [*process_sets, *sets], name, seed, "time"
     for kind, process_sets in PROCESSES.items():
-        for name in COMPARED[:2]:
+        for name in COMPARED[:3]:
             if not only or name in only:
                 yield f"{name} | {kind} | images | 0", [*process_sets, *OBJECTIVES[name]], name, 0, "images"
 
@@ -315,8 +339,11 @@ def main() -> None:
 
         report(book, arguments.runs / arguments.data, path.parent)
         return
-    if arguments.suite == "speed" or "speed" not in book:
-        book["speed"] = speeds(data, arguments.rounds)
+    known = {} if arguments.suite == "speed" else book.get("speed", {})
+    if missing := [name for name in OBJECTIVES if name not in known]:
+        ict = known["iCT"]["images_per_second"] if known else None
+        measured = speeds(data, missing, arguments.rounds, ict) | known
+        book["speed"] = {name: measured[name] for name in OBJECTIVES}
         keep()
         for name, row in book["speed"].items():
             low, high = row["over_ict_range"]
