@@ -295,8 +295,11 @@ def planned(suite: str, seeds: list[int], only: list[str] | None) -> Iterator[tu
                 if not only or setting in only:
                     base = [] if setting in ("iCT", "ECT", "ten times the images") else TUNED
                     yield f"{setting} = {value} | ve | ablation", [*base, *sets], "", 0, "ablation"
-        paper = [*TUNED, *PROCESSES["vp"], "process.preconditioning=paper"]
-        yield "coefficients = paper's, VP | vp | ablation", paper, "", 0, "ablation"
+        if not only or "coefficients" in only:
+            vp = [*TUNED, *PROCESSES["vp"]]
+            yield "coefficients = EDM's, VP | vp | ablation", vp, "", 0, "ablation"
+            paper = [*vp, "process.preconditioning=paper"]
+            yield "coefficients = paper's, VP | vp | ablation", paper, "", 0, "ablation"
         return
     for seed in seeds:
         for kind, process_sets in PROCESSES.items():

@@ -51,7 +51,8 @@ def _objectives(rows: dict[tuple[str, ...], Row], budget: str, speed: dict[str, 
     groups: dict[tuple[str, str], list[Row]] = {}
     for (name, kind, _, _), row in rows.items():
         groups.setdefault((kind, name), []).append(row)
-    for (kind, name), found in sorted(groups.items(), key=lambda item: item[0][0]):
+    place = {name: number for number, name in enumerate(speed)}
+    for (kind, name), found in sorted(groups.items(), key=lambda item: (item[0][0], place[item[0][1]])):
         counts = list(found[0]["evaluations"])
         fds = [
             _spread([row["evaluations"][n]["fd"] for row in found]) + (f" ({n})" if n not in "124" else "")
@@ -70,7 +71,8 @@ def _ablations(rows: dict[tuple[str, ...], Row]) -> None:
     if not rows:
         return
     print("| setting | process | fd, 1 | fd, 2 | fd, 4 | recall, 1 | collapsed |\n|---|---|---|---|---|---|---|")
-    for (name, kind, *_), row in rows.items():
+    settings = [name.split(" = ")[0] for name, *_ in rows]
+    for (name, kind, *_), row in sorted(rows.items(), key=lambda item: settings.index(item[0][0].split(" = ")[0])):
         scores = row["evaluations"]
         fds = " | ".join(f"{score['fd']:.1f}" for score in scores.values())
         one = scores["1"]
