@@ -19,6 +19,7 @@ from udddm.backends.ranks import Ranks
 from udddm.backends.torch_engine import TorchEngine
 from udddm.config import TrainConfig, resolve
 from udddm.data import DataError
+from udddm.errors import CheckpointError
 from udddm.portable import Saved
 from udddm.trainer import Diverged
 
@@ -65,6 +66,44 @@ def test_every_precision_trains_and_keeps_float32_weights(precision: str, tmp_pa
         weights = Saved(directory, name)
         assert all(w.dtype == torch.float32 and torch.isfinite(w).all() for w in weights.values())
     assert ("scaler" in Saved(directory, "optimizer")) == (precision == "fp16")
+
+
+def test_a_run_begins_with_another_runs_average(tmp_path: Path) -> None:
+    """Weights and averages; where it is resumed, what it began with is of no account any more."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    train(tiny(), first)
+    config = tiny(train={"initial": str(first), "learning_rate": 1e-12, "ema": [0.5, 0.9]})
+    train(config, second)
+    begun = Saved(first / "checkpoints" / "step-00000006", "ema-0.9")
+    for kind in ("model", "ema-0.5", "ema-0.9"):
+        weights = Saved(second / "checkpoints" / "step-00000006", kind)
+        assert max(float((weights[n] - begun[n]).abs().max()) for n in begun) < 1e-9, kind
+    result = json.loads((second / "result.json").read_text())
+    (second / "checkpoints" / "step-00000006" / "manifest.json").unlink()
+    (second / "result.json").unlink()
+    first.rename(tmp_path / "elsewhere")
+    assert train(config, second)["weights_sha256"] == result["weights_sha256"]
+
+
+def test_a_run_does_not_begin_with_another_network(tmp_path: Path) -> None:
+    train(tiny(), tmp_path / "first")
+    config = tiny(network={"width": 16}, train={"initial": str(tmp_path / "first")})
+    with pytest.raises(CheckpointError, match="is of another network"):
+        train(config, tmp_path / "second")
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        train(tiny(train={"initial": str(tmp_path / "nowhere")}), tmp_path / "third")
+
+
+def test_a_run_of_an_older_version_resumes(tmp_path: Path) -> None:
+    """Its run.json lacks the settings that came later: it did as their defaults do."""
+    result = train(tiny(), tmp_path)
+    path = tmp_path / "run.json"
+    recorded = json.loads(path.read_text())
+    del recorded["config"]["train"]["initial"]
+    path.write_text(json.dumps(recorded))
+    (tmp_path / "checkpoints" / "step-00000006" / "manifest.json").unlink()
+    (tmp_path / "result.json").unlink()
+    assert train(tiny(), tmp_path)["weights_sha256"] == result["weights_sha256"]
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])

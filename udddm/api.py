@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from udddm import posthoc, sampler
 from udddm.backends.deepspeed_config import resolve as resolve_deepspeed
 from udddm.backends.deepspeed_config import zero_stage
 from udddm.backends.ranks import TIMEOUT, Ranks, choose_device
-from udddm.checkpoint import NAME, damage, load_json
+from udddm.checkpoint import NAME, load_json
 from udddm.config import ConfigError, RunConfig
 from udddm.data import DataError, ImageDataset, MapDataset, load_dataset
 from udddm.errors import CheckpointError, StoreError
 from udddm.network import UNet
 from udddm.portable import Saved
+from udddm.pretrained import checkpoint_files
 from udddm.process import Process
 from udddm.process import build as build_process
 from udddm.progress import say
@@ -154,43 +155,6 @@ class Model:
     process: Process
     config: RunConfig
     shape: tuple[int, int, int]
-
-
-@contextmanager
-def checkpoint_files(where: str | Path, wanted: tuple[str, ...] = ("config", "model", "ema")) -> Iterator[Path]:
-    """The directory of the checkpoint that a run, or the path of a checkpoint itself, means: of a run the newest whole
-    one. Either may be at a URL, from which files come whose names begin with one of `wanted`. Raises CheckpointError,
-    StoreError."""
-    local = local_path(where)
-    if local is not None:
-        yield _local_checkpoint(local)
-        return
-    url, _, last = str(where).rstrip("/").rpartition("/")
-    one = NAME.fullmatch(last) is not None
-    run = open_copy(
-        url.removesuffix("/checkpoints") if one else where,
-        wanted=lambda name: name.startswith(wanted),
-    )
-    checkpoints = run.checkpoints()
-    path = checkpoints.directory / last if one else checkpoints.newest_valid(say)
-    if path is None:
-        raise CheckpointError(f"{where} holds no checkpoint")
-    if one and (problem := checkpoints.damage(path)):
-        raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
-    yield path
-
-
-def _local_checkpoint(where: Path) -> Path:
-    if not where.exists():
-        raise CheckpointError(f"{where} does not exist")
-    if (where / "config.json").exists() or (where / "manifest.json").exists():
-        if (where / "manifest.json").exists() and (problem := damage(where)):
-            raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
-        return where
-    newest = Run(where).checkpoints().newest_valid(say)
-    if newest is None:
-        raise CheckpointError(f"{where} holds no checkpoint")
-    return newest
 
 
 def load_model(

@@ -14,7 +14,7 @@ import yaml
 
 from udddm.backends.ranks import Ranks
 from udddm.checkpoint import Checkpoints, load_json, write_json
-from udddm.config import ConfigError, RunConfig
+from udddm.config import ConfigError, RunConfig, resolve
 from udddm.data import ImageDataset, check_unchanged
 
 AVERAGES = "ema"
@@ -111,7 +111,8 @@ def claim(run: Path, config: RunConfig, dataset: ImageDataset) -> None:
     resolved = config.model_dump(mode="json")
     if path.exists():
         recorded = load_json(path)
-        if recorded["fingerprint"] != config.fingerprint():
+        begun = resolve(recorded["config"], str(path))  # a version that lacked a setting did as its default does
+        if begun.fingerprint() != config.fingerprint():
             decisive = [
                 line
                 for line in differences(recorded["config"], resolved)
@@ -130,7 +131,6 @@ def claim(run: Path, config: RunConfig, dataset: ImageDataset) -> None:
         path,
         {
             "id": uuid.uuid4().hex,
-            "fingerprint": config.fingerprint(),
             "config": resolved,
             "dataset": dataset.fingerprint(),
         },

@@ -31,6 +31,7 @@ from udddm.network import UNet
 from udddm.network import build as build_network
 from udddm.noise import Stream
 from udddm.order import Order
+from udddm.pretrained import begin_from
 from udddm.progress import Progress, say
 from udddm.run import Run
 from udddm.signals import handled
@@ -287,6 +288,11 @@ class Trainer:
         name = self.ranks.first_only(newest, errors)
         self._retain()
         if name is None:
+            if initial := self.config.train.initial:
+                refused = (ConfigError, CheckpointError, StoreError)
+                self.ranks.together(lambda: begin_from(initial, self.engine, self.emas), refused)
+                if self.ranks.first:
+                    say(f"beginning from the weights in {initial}")
             self.store.start(0, 0, None)
             return
         path = self.checkpoints.directory / name

@@ -154,6 +154,14 @@ def test_bf16_keeps_unrounded_master_weights(tmp_path: Path) -> None:
         assert max(float((saved[n] - p.detach()).abs().max()) for n, p in initial.items()) < 1e-9
 
 
+def test_a_sharded_run_begins_with_another_engines_average(reference: Path, tmp_path: Path) -> None:
+    run = train(tmp_path / "run", "zero1", 2, precision="bf16", learning_rate=1e-12, initial=str(reference))
+    begun = Saved(reference / "checkpoints" / "step-00000008", "ema-0.9")
+    for kind in ("model", "ema-0.9"):
+        saved = Saved(run / "checkpoints" / "step-00000008", kind)
+        assert max(float((saved[n] - begun[n]).abs().max()) for n in begun) < 1e-9
+
+
 def test_the_share_out_is_even_and_complete() -> None:
     shapes = {str(i): torch.Size([i % 7 + 1, 10]) for i in range(100)}
     owners = share_out(shapes, 8)

@@ -146,12 +146,18 @@ class Engine(ABC):
     @abstractmethod
     def _load_scale(self, scale: float, since: int) -> None: ...
 
-    def load(self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]) -> None:
-        """Take up whole tensors by parameter, and `exp_avg/<name>`, `exp_avg_sq/<name>`, `step`, `scaler`."""
-        self._materialize()
-        pieces, moments = self.weights(), self.moments()
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take up whole tensors by parameter."""
+        pieces = self.weights()
         for name in self.shapes:
             self.fill(pieces, name, weights[name])
+        self._loaded()
+
+    def load(self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]) -> None:
+        """Take up whole tensors by parameter, and `exp_avg/<name>`, `exp_avg_sq/<name>`, `step`, `scaler`."""
+        self.load_weights(weights)
+        moments = self.moments()
+        for name in self.shapes:
             for key in MOMENTS:
                 self.fill(moments[key], name, optimizer[f"{key}/{name}"])
         for state in self.adam.state.values():
@@ -160,7 +166,6 @@ class Engine(ABC):
         if self.config.precision == "fp16" and "scaler" in optimizer:
             scale, since = optimizer["scaler"].tolist()
             self._load_scale(scale, int(since))
-        self._loaded()
 
     def _loaded(self) -> None:
         """The master weights were set: bring what the forward pass uses in line."""

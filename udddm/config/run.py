@@ -142,6 +142,10 @@ class EngineConfig(Section):
 class TrainConfig(Section):
     epochs: Annotated[float, Field(gt=0)] | None = None
     steps: Positive | None = Field(None, description="optimizer steps; give either this or epochs")
+    initial: str | None = Field(
+        None,
+        description="begin with the first average of this run, checkpoint or release (a path or URL); unset: at random",
+    )
     batch_size: Positive = Field(128, description="samples of one step, over all ranks")
     accumulation: Positive = Field(1, description="micro-batches of a step on each rank: less memory, the same result")
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
