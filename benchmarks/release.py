@@ -21,7 +21,7 @@ import torch
 from machine import cpu_model
 
 import udddm
-from udddm import api
+from udddm import pretrained
 from udddm.data import load_dataset
 from udddm.pictures import grid
 
@@ -62,7 +62,7 @@ def main() -> None:
     best = min(by_decay, key=lambda decay: by_decay[decay]["1"]["fd"])
 
     destination.mkdir(parents=True, exist_ok=True)
-    with api.checkpoint_files(arguments.run) as checkpoint:
+    with pretrained.checkpoint_files(arguments.run) as checkpoint:
         shutil.copyfile(checkpoint / f"ema-{best}.safetensors", destination / f"ema-{best}.safetensors")
         saved = json.loads((checkpoint / "config.json").read_text())
         position = json.loads((checkpoint / "position.json").read_text())

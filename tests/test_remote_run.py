@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -134,6 +135,24 @@ def test_a_finished_run_says_so_and_another_configuration_is_refused(files: str)
     assert udddm.train(config(), run_dir=files, device="cpu") == first
     with pytest.raises(ConfigError, match=r"train.learning_rate: 0.001 -> 0.5"):
         udddm.train(config("train.learning_rate=0.5"), run_dir=files, device="cpu")
+
+
+def test_a_checkpoint_comes_after_the_metrics_before_it(files: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lost as soon as its checkpoint is whole, a run that goes on from it has the metrics of the steps before it."""
+    write = RemoteCheckpoints.write
+
+    def lost(*given: Any) -> None:
+        write(*given)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RemoteCheckpoints, "write", lost)
+        with pytest.raises(KeyboardInterrupt):
+            udddm.train(config(), run_dir=files, device="cpu")
+    assert open_objects(files).exists("checkpoints/step-00000006/manifest.json")
+    udddm.train(config(), run_dir=files, device="cpu")
+    steps = [json.loads(line)["step"] for line in open_objects(files).get("metrics.jsonl").splitlines()]
+    assert steps == list(range(5, 61, 5))
 
 
 def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

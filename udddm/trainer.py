@@ -254,13 +254,10 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this position and remove those that `checkpoint.keep` lets go."""
+        errors = (StoreError, OSError)
+        self.ranks.first_only(self.run.push, errors)  # first: a run that resumes from it has its metrics
         path = self.checkpoints.write(self.step, self.ranks, self._fill)
-
-        def tidy() -> None:
-            self.run.push()
-            self.checkpoints.prune(self.config.checkpoint.keep)
-
-        self.ranks.first_only(tidy, (StoreError, OSError))
+        self.ranks.first_only(lambda: self.checkpoints.prune(self.config.checkpoint.keep), errors)
         self._retain()
         return path
 
