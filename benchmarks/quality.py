@@ -118,6 +118,7 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "iCT, warm-up 0.4": ["objective={name: consistency, warmup: 0.4}", "longer=10"],
         "ECT": [ECT, "longer=10"],
         "ECT, warm-up 0.2": [ECT, "objective.warmup=0.2", "longer=10"],
+        "ECT, stored teacher L=2": [ECT, "objective.tuning.length=2", "longer=10"],
         "chain L=2, tuned, M to 1024": [*TUNED, MANY, "longer=10"],
     },
     "ECT": {
