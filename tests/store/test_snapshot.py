@@ -5,6 +5,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -142,8 +143,13 @@ def generations(run: ModelledRun) -> list[int]:
 
 
 def settle(run: ModelledRun) -> None:
-    for store in run.stores:
-        store.settle()  # type: ignore[attr-defined]
+    """Wait for all writes, and let go of what was being written when the last turn wanted to remove it."""
+    stores = cast("list[ZarrStore]", run.stores)
+    for store in stores:
+        store.settle()
+    for store in stores:
+        store.retain(store._table.retained)
+        store.settle()
 
 
 @pytest.mark.parametrize("world", [1, 4])
