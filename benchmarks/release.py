@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 import sys
 from datetime import date
 from pathlib import Path
@@ -19,11 +18,13 @@ from typing import Any
 import numpy as np
 import torch
 from machine import cpu_model
+from safetensors.torch import save_file
 
 import udddm
 from udddm import pretrained
 from udddm.data import load_dataset
 from udddm.pictures import grid
+from udddm.portable import Saved
 
 sys.path.insert(0, str(Path(__file__).parent / "yardstick"))
 STEPS = (1, 2, 4)
@@ -63,7 +64,8 @@ def main() -> None:
 
     destination.mkdir(parents=True, exist_ok=True)
     with pretrained.checkpoint_files(arguments.run) as checkpoint:
-        shutil.copyfile(checkpoint / f"ema-{best}.safetensors", destination / f"ema-{best}.safetensors")
+        # Whole again where several ranks had each written a share.
+        save_file(dict(Saved(checkpoint, f"ema-{best}")), destination / f"ema-{best}.safetensors")
         saved = json.loads((checkpoint / "config.json").read_text())
         position = json.loads((checkpoint / "position.json").read_text())
     saved["config"]["train"]["ema"] = [float(best)]
