@@ -140,7 +140,7 @@ def describe(config: RunConfig, images: ImageDataset, run: Run, ranks: Ranks) ->
         f"udddm {udddm.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
         f"device: {name}, {ranks.world} {'ranks' if ranks.world > 1 else 'rank'}; engine: {engine}; "
         f"precision: {config.train.precision} ({precision})",
-        f"data: {len(images)} images {'x'.join(map(str, images.shape))}; objective: {config.objective.name}; "
+        f"data: {len(images)} images {'x'.join(map(str, images.shape))}; objective: {config.objective_in_words}; "
         f"seed: {config.seed}",
         f"x0-state store: {config.store.kind}, {config.store.dtype} ({reasons[config.store.kind]})",
         f"run directory: {run}; the same command resumes it",

@@ -52,7 +52,7 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
     device = f"{ranks.device.type} in fp32" if emulated(config, ranks) else ranks.device.type
     return [
         f"data: {data.samples} images {'x'.join(map(str, data.shape))} ({origin}), batches of {train.batch_size}",
-        f"network: {cost.parameters:,} parameters; objective: {config.objective.name}; "
+        f"network: {cost.parameters:,} parameters; objective: {config.objective_in_words}; "
         f"process: {config.process.kind} ({config.process.preconditioning})",
         f"compute: {an_image(cost, teacher) / 1e9:.4g} GFLOP an image and step: {cost.training / 1e9:.4g} forward and "
         f"backward, and {cost.forward / 1e9:.4g} forward at the {teacher:.1%} of visits whose target is not stored",

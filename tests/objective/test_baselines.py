@@ -227,3 +227,24 @@ def test_warm_up_is_a_denoiser_and_then_the_objective_from_its_beginning() -> No
         first, then = warmed.plan(IDS, 10), after.plan(IDS, 0)
         assert torch.equal(first.coefficients, then.coefficients) and torch.equal(first.guide, then.guide)
         assert torch.equal(first.huber_c, then.huber_c)
+
+
+@pytest.mark.parametrize(
+    ("settings", "share"),
+    [
+        ({"objective": {"name": "tuning"}}, 0.4),
+        ({"objective": {"name": "tuning"}, "train": {"epochs": 40, "initial": "runs/denoiser"}}, 0.0),
+        ({"objective": {"name": "tuning", "warmup": 0.2}, "train": {"epochs": 40, "initial": "runs/denoiser"}}, 0.2),
+        ({"objective": {"name": "consistency"}}, 0.0),
+        ({"objective": {"name": "denoiser", "warmup": 0.2}}, 0.0),
+    ],
+)
+def test_what_begins_with_a_denoiser(settings: dict[str, Any], share: float) -> None:
+    config = resolve(settings)
+    assert config.warmup == share
+    assert config.objective_in_words.startswith(config.objective.name)
+    assert ("after a denoiser" in config.objective_in_words) == (share > 0)
+    built = objective.build(config, build(config.process), 40, SHAPE)
+    assert isinstance(built, objective.WarmedUp) == (share > 0)
+    if isinstance(built, objective.WarmedUp):
+        assert built.epochs == share * 40

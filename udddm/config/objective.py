@@ -89,12 +89,16 @@ class DenoiserConfig(Section):
     deviation: Annotated[float, Field(gt=0)] = Field(1.2, description="of ln sigma")
 
 
+TUNING_WARMUP = 0.4
+
+
 class ObjectiveConfig(Section):
     name: Literal["chain", "algorithm-1", "consistency", "tuning", "denoiser"] = Field(
         "chain", description="docs/method.md: chain, the paper's Algorithm 1, iCT, ECT, an EDM denoiser"
     )
     warmup: UnderOne | None = Field(
-        None, description="share of the run that trains a denoiser first; unset: 0.4 for tuning, else 0"
+        None,
+        description="share of the run that trains a denoiser first; unset: 0.4 for tuning without train.initial, or 0",
     )
     huber_c: Annotated[float, Field(gt=0)] | None = Field(
         None,

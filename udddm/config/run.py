@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from udddm.config.base import ConfigError, Positive, Section, UnderOne
-from udddm.config.objective import ObjectiveConfig
+from udddm.config.objective import TUNING_WARMUP, ObjectiveConfig
 
 
 class ExpectConfig(Section):
@@ -239,6 +239,20 @@ class RunConfig(Section):
             )
         self.check_guidance(self.sample.guidance, "sample.guidance")
         return self
+
+    @property
+    def warmup(self) -> float:
+        """The share of the run that trains a denoiser before its objective."""
+        if self.objective.name == "denoiser":
+            return 0.0
+        if self.objective.warmup is not None:
+            return self.objective.warmup
+        return TUNING_WARMUP if self.objective.name == "tuning" and self.train.initial is None else 0.0
+
+    @property
+    def objective_in_words(self) -> str:
+        first = f", after a denoiser for {self.warmup:.0%} of the run" if self.warmup else ""
+        return self.objective.name + first
 
     def check_guidance(self, weight: float, key: str) -> None:
         """Raise ConfigError, naming `key`, unless a network trained with this configuration can be guided so."""

@@ -29,11 +29,10 @@ __all__ = [
 ]
 
 
-CONSISTENCY_HUBER_C = 0.00054
-"""Likewise for consistency training (Song & Dhariwal 2023, section 3.3)."""
-TUNING_WARMUP = 0.4
 CHAIN_HUBER_C = 0.19
 """c of Eq. 4 over sqrt(C H W) for chains: what served best on the digits (docs/method.md, "c")."""
+CONSISTENCY_HUBER_C = 0.00054
+"""Likewise for consistency training (Song & Dhariwal 2023, section 3.3)."""
 
 
 def build(config: RunConfig, process: Process, epochs: float, shape: tuple[int, int, int]) -> Objective:
@@ -44,8 +43,7 @@ def build(config: RunConfig, process: Process, epochs: float, shape: tuple[int, 
     denoiser = Denoiser(process, chosen.denoiser, seed, pixels, conditioned, lockstep)
     if chosen.name == "denoiser":
         return denoiser
-    warmup = chosen.warmup if chosen.warmup is not None else TUNING_WARMUP if chosen.name == "tuning" else 0.0
-    warm = math.ceil(warmup * epochs)
+    warm = math.ceil(config.warmup * epochs)
     left = max(epochs - warm, 1e-9)
     then: Objective
     if chosen.name == "algorithm-1":
