@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# test files run at a time
+JOBS ?= 2
 READY := $(VENV)/.ready
 
 .PHONY: demo test test-all lint format clean
@@ -16,7 +18,7 @@ demo: $(READY)
 	@echo "one network evaluation a picture: runs/demo/samples.png"
 
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
 test-all: $(READY)
 	$(BIN)/python -m pytest
