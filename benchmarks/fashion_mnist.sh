@@ -1,0 +1,44 @@
+#!/usr/bin/env bash
+# The release of Fashion-MNIST, in three runs (about 4 hours of two cores), and the last of them with two other
+# objectives: ECT's last stage with a fresh teacher, and with a stored one. Needs .venv (`make test` sets it up).
+#     bash benchmarks/fashion_mnist.sh
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export OMP_NUM_THREADS=1 PYTHONPATH=benchmarks/yardstick
+results=benchmarks/results/fashion-mnist
+
+train() {  # name, epochs, learning rate, averages, then options
+  .venv/bin/udddm-train --config configs/fashion-mnist.yaml --run-dir "runs/$1" \
+    --set train.epochs="$2" --set train.learning_rate="$3" --set train.ema="$4" --set train.ema_warmup=false \
+    --set evaluate.every_steps=938 --set evaluate.count=1000 --set evaluate.features=features:fashion_mnist \
+    --set sample.every_steps=0 "${@:5}"
+}
+release() {
+  .venv/bin/python benchmarks/release.py "runs/$1" "$2"
+}
+
+ict="objective={name: consistency, warmup: 0, consistency: {first: 640, last: 640}}"
+ect="objective={name: tuning, warmup: 0, tuning: {q: 256, stages: 1, length: 1}}"
+stored="objective={name: tuning, warmup: 0, tuning: {q: 256, stages: 1, length: 2}}"
+
+# 1. The preset: 10 epochs of ECT.
+.venv/bin/udddm-train --config configs/fashion-mnist.yaml
+release fashion-mnist $results/tuning
+
+# 2. 12 epochs of iCT at 640 levels.
+train second 12 3.0e-4 "[0.999, 0.9997]" --workers 2 --set train.initial=$results/tuning --set "$ict"
+release second $results/continued
+
+# 3. 5 epochs of the same, up to sigma 80; beside it the two others, each on a core.
+third=(5 2.0e-4 "[0.9998, 0.9995, 0.9999]" --set process.sigma_max=80 --set train.initial=$results/continued)
+train third "${third[@]}" --set "$ict" &
+train third-ect "${third[@]}" --set "$ect"
+wait
+train third-stored "${third[@]}" --set "$stored"
+release third $results/consistency
+
+# Where one evaluation starts from.
+for model in tuning continued consistency; do
+  PYTHONPATH=benchmarks:benchmarks/yardstick .venv/bin/python benchmarks/start_level.py $results/$model \
+    --json benchmarks/results/start-level-$model.json
+done
