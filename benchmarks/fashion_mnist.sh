@@ -32,13 +32,16 @@ release second $results/continued
 # 3. 5 epochs of the same, up to sigma 80; beside it the two others, each on a core.
 third=(5 2.0e-4 "[0.9998, 0.9995, 0.9999]" --set process.sigma_max=80 --set train.initial=$results/continued)
 train third "${third[@]}" --set "$ict" &
+ict_run=$!
 train third-ect "${third[@]}" --set "$ect"
-wait
+wait "$ict_run"
 train third-stored "${third[@]}" --set "$stored"
 release third $results/consistency
+.venv/bin/python benchmarks/epochs.py runs/third runs/third-ect runs/third-stored \
+  --json benchmarks/results/fashion-mnist-third.json | tee benchmarks/results/fashion-mnist-third.txt
 
 # Where one evaluation starts from.
 for model in tuning continued consistency; do
   PYTHONPATH=benchmarks:benchmarks/yardstick .venv/bin/python benchmarks/start_level.py $results/$model \
     --json benchmarks/results/start-level-$model.json
-done
+done | tee benchmarks/results/start-level.txt

@@ -39,7 +39,8 @@ def main() -> None:
     mean = np.mean([np.asarray(dataset[i][0], np.float32) / 127.5 - 1 for i in range(len(dataset))], axis=0)
     offset = float(np.linalg.norm(mean))
     rows = []
-    print(f"trained up to sigma {model.config.process.sigma_max:g}\nsigma  |mean|/sigma      fd  precision  recall")
+    print(f"{arguments.checkpoint.name}, trained up to sigma {model.config.process.sigma_max:g}")
+    print("sigma  |mean|/sigma      fd  precision  recall")
     for sigma in arguments.sigma:
         up_to = process.build(model.config.process.model_copy(update={"sigma_max": sigma}))
         images = udddm.sample(replace(model, process=up_to), range(arguments.count))

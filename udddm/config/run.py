@@ -251,6 +251,7 @@ class RunConfig(Section):
 
     @property
     def objective_in_words(self) -> str:
+        """The objective's name, and the warm-up where there is one, as a run and its plan tell them."""
         first = f", after a denoiser for {self.warmup:.0%} of the run" if self.warmup else ""
         return self.objective.name + first
 
