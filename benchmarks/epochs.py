@@ -2,7 +2,7 @@
 
     python benchmarks/epochs.py runs/third runs/third-ect runs/third-stored --json FILE
 
-Loss and images/s are medians over the epoch's log lines. An epoch without a score (an interrupted run's last) is left out.
+Loss and images/s are medians over the log lines of an epoch. One without a score (a stopped run's last) is left out.
 """
 
 from __future__ import annotations
