@@ -13,6 +13,8 @@ from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
 from udddm import api, noise, objective, sampler
+from udddm.backends.ranks import Ranks
+from udddm.backends.torch_engine import TorchEngine
 from udddm.config import ConsistencyConfig, DenoiserConfig, ProcessConfig, TuningConfig, resolve
 from udddm.objective import Consistency, Denoiser, Tuning, pseudo_huber
 from udddm.process import Coefficients, Process, build
@@ -253,6 +255,23 @@ def test_the_network_is_compiled_whole_and_once_for_each_of_two_passes(settings:
         x0 = torch.zeros(16, *SHAPE)
         one(compiled, x0, x0, one.plan(ids, epoch), torch.from_numpy(ids % 3))[0].sum().backward()
     assert len(graphs) == (1 if settings["name"] == "denoiser" else 2)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["chain", "consistency", "tuning"])
+def test_every_parameter_has_a_gradient_after_a_teachers_call_under_autocast(name: str, dropout: float) -> None:
+    """Torch before 2.11 would give the trained call the casts that the teacher's made, which have none."""
+    network = {"width": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "dropout": dropout}
+    train = {"steps": 8, "precision": "bf16"}
+    config = resolve({"objective": {"name": name, "warmup": 0}, "network": network, "train": train})
+    one = objective.build(config, build(config.process), 40, SHAPE)
+    built = TorchEngine(network_for(config, SHAPE), config.train, Ranks(0, 1, torch.device("cpu")), 8)
+    x0, visits = torch.zeros(16, *SHAPE), one.plan(np.arange(16), 30)
+    assert len(visits.fresh)
+    with built.autocast():
+        losses, _ = one(built.module, x0, x0, visits)
+    built.backward(losses.mean())
+    assert not [n for n, p in built.module.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
 
 def test_where_calls_exchange_weights_every_step_has_two() -> None:

@@ -116,11 +116,15 @@ class Matching(ABC):
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             if not rows:
                 f(Coefficients(*visits.coefficients[:, :1]), slice(1))
-                return state
-            if rows == len(fresh):
-                return state.index_copy(0, fresh, f(Coefficients(*visits.fresh_coefficients), fresh))
-            at = visits.coefficients.index_copy(1, fresh, visits.fresh_coefficients)
-            return state.index_copy(0, fresh, f(Coefficients(*at), _ALL)[fresh])
+            elif rows == len(fresh):
+                state = state.index_copy(0, fresh, f(Coefficients(*visits.fresh_coefficients), fresh))
+            else:
+                at = visits.coefficients.index_copy(1, fresh, visits.fresh_coefficients)
+                state = state.index_copy(0, fresh, f(Coefficients(*at), _ALL)[fresh])
+        if torch.is_autocast_enabled(device.type):
+            # Torch before 2.11 keeps the weights' casts that were made without gradient for the call that trains.
+            torch.clear_autocast_cache()
+        return state
 
 
 def _rows(tensor: torch.Tensor | None, rows: slice | torch.Tensor) -> torch.Tensor | None:
