@@ -100,6 +100,7 @@ def measure(
     images = max(1, min(most, samples_a_part(config, ranks.world)))
     passes: list[float] = []
     updates: list[float] = []
+    warm = False  # the first pass compiles, chooses kernels and makes room, and is not a step's time
     while len(passes) < _PASSES and sum(passes) + sum(updates) < _ENOUGH:
         visits = visit.plan(every[:images], 0)
         operations = images * cost.training + visit.evaluated(visits) * cost.forward
@@ -114,14 +115,16 @@ def measure(
         except torch.OutOfMemoryError:
             if images == 1:
                 raise
-            images, passes, updates = images // 2, [], []
+            images, passes, updates, warm = images // 2, [], [], False
             continue
         passed = _now(ranks.device)
         engine.step(len(passes))
         for average in averages:
             average.update(1)
-        passes.append(passed - began)
-        updates.append(_now(ranks.device) - passed)
+        if warm:
+            passes.append(passed - began)
+            updates.append(_now(ranks.device) - passed)
+        warm = True
     return Speed(images, operations, min(passes), min(updates))
 
 

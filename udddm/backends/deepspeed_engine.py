@@ -30,7 +30,8 @@ def _import(device: torch.device) -> Any:
         raise ConfigError(
             f"engine.name=deepspeed: DeepSpeed cannot be imported ({error}); pip install 'udddm[deepspeed]'"
         ) from error
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled at first use
+    if device.type == "cpu":  # only there is it used; to read the table, DeepSpeed tries compilers and GPUs
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled at first use
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
