@@ -114,9 +114,28 @@ def test_a_measured_step_counts_the_teachers_passes_it_made() -> None:
     ranks = plan.join("cpu", 8)
     found = speed.measure(config, data, order, ranks, 6, visit, known)
     assert found.images == 64
-    fresh = len(visit.plan(order.batch_of(range(8), 0, 0).ids, 0).fresh)
-    assert found.operations == 64 * known.training + fresh * known.forward
+    evaluated = visit.evaluated(visit.plan(order.batch_of(range(8), 0, 0).ids, 0))
+    assert evaluated > 40 and found.operations == 64 * known.training + evaluated * known.forward
     assert found.passes > 0 and found.update > 0
+
+
+def test_the_first_pass_is_not_a_steps_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It compiles, for minutes where train.compile is set."""
+    config = load(None, [*TINY, "data.name=digits"])
+    data = expected(config.data)
+    assert data is not None
+    order = plan.Order.build(config.order, 0, data.samples, 64, data.shape)
+    visit = objective.build(config, process.build(config.process), 10.0, data.shape)
+    taken, clock = type(visit).__call__, [0.0]
+
+    def slow(self: objective.Objective, *arguments: Any) -> Any:
+        clock[0] += 1.0 if clock[0] else 100.0
+        return taken(self, *arguments)
+
+    monkeypatch.setattr(type(visit), "__call__", slow)
+    monkeypatch.setattr(speed, "_now", lambda device: clock[0])
+    ranks = plan.join("cpu", 8)
+    assert speed.measure(config, data, order, ranks, 6, visit, cost(config.network, (1, 8, 8))).passes == 1.0
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:

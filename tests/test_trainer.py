@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +20,12 @@ from udddm import ConfigError, RunConfig
 from udddm.backends.ranks import Ranks
 from udddm.backends.torch_engine import TorchEngine
 from udddm.config import TrainConfig, resolve
-from udddm.data import DataError
+from udddm.data import DataError, ImageDataset
 from udddm.errors import CheckpointError
 from udddm.portable import Saved
-from udddm.trainer import Diverged
+from udddm.run import Run
+from udddm.store import StoreCounters
+from udddm.trainer import Diverged, Trainer
 
 NETWORK = {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.0, "condition": "none"}
 
@@ -197,6 +201,40 @@ def test_a_diverged_run_says_so_and_keeps_its_checkpoint(tmp_path: Path) -> None
     with pytest.raises(Diverged, match="learning_rate"):
         train(tiny(train={"learning_rate": 1e18, "steps": 60}, checkpoint={"every_steps": 1}), tmp_path)
     assert not (tmp_path / "result.json").exists()
+
+
+@pytest.mark.parametrize("kind", ["gpu", "pinned"])
+@pytest.mark.parametrize("dtype", ["fp32", "fp16", "uint8"])
+def test_a_row_that_is_not_finite_leaves_its_state_as_it_was(kind: str, dtype: str, tmp_path: Path) -> None:
+    config = tiny(store={"kind": kind, "dtype": dtype}, order={"lanes": 1}, log_every_steps=1)
+    dataset = ImageDataset(Squares(64))
+    trainer = Trainer(config, dataset, Run(tmp_path), Ranks(0, 1, torch.device("cpu")))
+    inputs = trainer.begin()
+    ids = trainer.order.batch_of(range(1), 0, 0).ids
+
+    def states() -> dict[int, bytes]:
+        chunks = range(trainer.order.chunks(0))
+        samples = [int(i) for chunk in chunks for i in trainer.order.chunk_samples(0, chunk)]
+        rows = np.concatenate([trainer.store.rows(0, chunk) for chunk in chunks])
+        return {sample: row.tobytes() for sample, row in zip(samples, rows, strict=False)}
+
+    def spoil(module: object, inputs: object, output: torch.Tensor) -> torch.Tensor:
+        output = output.clone()
+        output[3, 0, 2, 1] = math.nan
+        output[5] = math.inf
+        return output
+
+    before = states()
+    hook = trainer.engine.module.register_forward_hook(spoil)
+    trainer.train_step(inputs)
+    hook.remove()
+    after = states()
+    visited = {int(i) for i in ids}
+    assert {i for i in visited if before[i] == after[i]} == {int(ids[3]), int(ids[5])}
+    trainer._report(None, torch.zeros(()), (time.perf_counter(), 0, StoreCounters()))
+    assert trainer.store.counters.kept == 2
+    inputs.close()
+    trainer.store.close()
 
 
 def test_one_run_at_a_time_in_a_directory(tmp_path: Path) -> None:

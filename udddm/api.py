@@ -158,12 +158,17 @@ class Model:
 
 
 def load_model(
-    checkpoint: str | Path, *, ema: float | str | None = None, ema_length: float | None = None, device: str = "auto"
+    checkpoint: str | Path,
+    *,
+    ema: float | str | None = None,
+    ema_length: float | None = None,
+    device: str | torch.device = "auto",
 ) -> Model:
     """The model of a run or checkpoint.
 
     `ema`: a decay that the run kept, "power-<length>", "none" for the raw weights, None for the first average.
     `ema_length`: of a run (not of one checkpoint), the average of this relative length, made of its stored ones.
+    `device`: auto, cpu, cuda (the first one), or the device itself.
 
     Raises CheckpointError for a checkpoint that is damaged, of another network, or without that average.
     """
@@ -185,7 +190,7 @@ def load_model(
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
-    network.to(choose_device(device)).eval()
+    network.to(device if isinstance(device, torch.device) else choose_device(device)).eval()
     return Model(network, build_process(config.process), config, (channels, height, width))
 
 

@@ -54,8 +54,9 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
         f"data: {data.samples} images {'x'.join(map(str, data.shape))} ({origin}), batches of {train.batch_size}",
         f"network: {cost.parameters:,} parameters; objective: {config.objective_in_words}; "
         f"process: {config.process.kind} ({config.process.preconditioning})",
-        f"compute: {an_image(cost, teacher) / 1e9:.4g} GFLOP an image and step: {cost.training / 1e9:.4g} forward and "
-        f"backward, and {cost.forward / 1e9:.4g} forward at the {teacher:.1%} of visits whose target is not stored",
+        f"compute: {an_image(cost, teacher) / 1e9:.4g} GFLOP an image and step: {cost.training / 1e9:.4g} forward "
+        f"and backward, and {cost.forward / 1e9:.4g} forward for targets that are not stored, at {teacher:.1%} of the "
+        "visits",
         f"memory: {_size(cost.parameters * 4 * (4 + averages))} for weights, gradients, Adam's moments and "
         f"{averages} EMA, and activations",
         f"x0-state: {_size(generation)} a generation in {config.store.dtype}; "

@@ -48,7 +48,7 @@ _OPERATIONS = {"cpu": 3e11, "cuda": 1e14}
 """A micro-batch has about so many: seconds on a slow core, a fraction of one on a GPU."""
 _ENOUGH = 5.0  # seconds of measuring, after which no further pass is begun
 _PASSES = 3
-_EPOCHS, _VISITS = 16, 1024  # of which the share of visits with a teacher's pass is averaged
+_EPOCHS, _VISITS = 16, 1024  # over which the teacher's share is averaged
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,10 @@ def an_image(cost: Cost, teacher: float) -> float:
 
 
 def teacher_share(visit: Objective, samples: int, epochs: float) -> float:
-    """The share of visits whose target the network evaluates on the spot, averaged over a run of `epochs` epochs."""
+    """Rows that the network evaluates for targets, as a share of the visits, averaged over a run of `epochs` epochs."""
     ids = np.unique(np.linspace(0, samples - 1, _VISITS).astype(np.int64))
     chosen = np.unique(np.linspace(0, max(0.0, np.ceil(epochs) - 1), _EPOCHS).astype(np.int64))
-    return float(np.mean([len(visit.plan(ids, int(epoch)).fresh) / len(ids) for epoch in chosen]))
+    return float(np.mean([visit.evaluated(visit.plan(ids, int(epoch))) / len(ids) for epoch in chosen]))
 
 
 def emulated(config: RunConfig, ranks: Ranks) -> bool:
@@ -100,9 +100,10 @@ def measure(
     images = max(1, min(most, samples_a_part(config, ranks.world)))
     passes: list[float] = []
     updates: list[float] = []
+    warm = False  # the first pass compiles, chooses kernels and makes room, and is not a step's time
     while len(passes) < _PASSES and sum(passes) + sum(updates) < _ENOUGH:
         visits = visit.plan(every[:images], 0)
-        operations = images * cost.training + len(visits.fresh) * cost.forward
+        operations = images * cost.training + visit.evaluated(visits) * cost.forward
         x0 = torch.zeros(images, *data.shape, device=ranks.device)
         labels = torch.zeros(images, dtype=torch.int64, device=ranks.device) if config.network.classes else None
         began = _now(ranks.device)
@@ -114,14 +115,16 @@ def measure(
         except torch.OutOfMemoryError:
             if images == 1:
                 raise
-            images, passes, updates = images // 2, [], []
+            images, passes, updates, warm = images // 2, [], [], False
             continue
         passed = _now(ranks.device)
         engine.step(len(passes))
         for average in averages:
             average.update(1)
-        passes.append(passed - began)
-        updates.append(_now(ranks.device) - passed)
+        if warm:
+            passes.append(passed - began)
+            updates.append(_now(ranks.device) - passed)
+        warm = True
     return Speed(images, operations, min(passes), min(updates))
 
 

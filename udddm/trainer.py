@@ -35,7 +35,7 @@ from udddm.pretrained import begin_from
 from udddm.progress import Progress, say
 from udddm.run import Run
 from udddm.signals import handled
-from udddm.store import Snapshot, StoreCounters, StoreError
+from udddm.store import Snapshot, StoreCounters, StoreError, finite_rows
 
 
 class Interrupted(RuntimeError):
@@ -97,6 +97,7 @@ class Trainer:
                 (ConfigError, DataError),
             )
         self.step = 0
+        self._kept = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._signal: int | None = None
 
     # One step.
@@ -115,6 +116,8 @@ class Trainer:
                 loss = (losses * part.weights).sum()
                 self.engine.backward(loss)
             total += loss.detach()
+            new, kept = finite_rows(new, state)
+            self._kept += kept
             new_states.append(new)
         self.engine.step(self.step)
         self.step += 1
@@ -207,6 +210,7 @@ class Trainer:
         loss = self.ranks.sum(losses) / (self.step - first)  # waits for the device: once every log_every_steps
         if not math.isfinite(loss):
             raise Diverged(self._diverged())
+        self.store.counters.kept = int(self._kept)
         now = time.perf_counter()
         counters, seconds = replace(self.store.counters), now - since
         read_wait, write_wait = counters.read_wait - before.read_wait, counters.write_wait - before.write_wait
@@ -232,6 +236,7 @@ class Trainer:
                     "store_bytes_written": counters.bytes_written,
                     "store_retries": counters.retries,
                     "store_reinitialized": counters.reinitialized,
+                    "store_kept": counters.kept,
                     **{f"store_{name}": value for name, value in self.store.gauges().items()},
                     "eta_seconds": (self.total_steps - self.step) / rate,
                 },

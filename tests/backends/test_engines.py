@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch.nn.parallel import DistributedDataParallel
 
 import udddm
 from udddm import ConfigError, RunConfig
-from udddm.backends import deepspeed_config
+from udddm.backends import deepspeed_config, engine, torch_engine
+from udddm.backends.ranks import Ranks
+from udddm.backends.torch_engine import TorchEngine
 from udddm.config import resolve
 from udddm.portable import Saved, share_out
 from udddm.testing.ranks import Copy, on_ranks
@@ -142,6 +145,100 @@ def test_checkpoints_pass_through_every_engine_bit_for_bit(reference: Path, tmp_
             assert set(a) == set(b)
             for tensor in a:
                 assert a[tensor].numpy().tobytes() == b[tensor].numpy().tobytes(), (name, world, tensor)
+
+
+class HalfSteps:
+    """Some steps in fp16, on a CPU that is declared able to do it: DeepSpeed asks, and torch has the kernels.
+    The first rank writes the moments and the loss scale."""
+
+    def __init__(self, config: RunConfig, target: Path, good: int = 0):
+        self.config, self.target, self.good = config, target, good
+
+    def __call__(self, ranks: Ranks) -> None:
+        from deepspeed.accelerator import get_accelerator
+
+        kind = type(get_accelerator())
+        kind.is_fp16_supported = lambda self: True
+        built = engine.build(network_for(self.config, SHAPE), self.config, ranks, 8)
+        if self.good:
+            built._load_scale(2.0**10, self.good)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            x = torch.randn(32, *SHAPE, generator=generator)
+            with built.micro_batch(last=True):
+                with built.autocast():
+                    loss = (built.module(x, torch.ones(32), x, None) - x).square().mean() * 0.1
+                built.backward(loss / ranks.world)
+            built.step(step)
+        saved = {f"{key}/{name}": m for key, pieces in built.moments().items() for name, m in pieces.items()}
+        whole = {n: built.whole({n.partition("/")[2]: m}, n.partition("/")[2], to=0) for n, m in saved.items()}
+        if ranks.first:
+            save_file({n: m for n, m in whole.items() if m is not None} | built.scalars(), self.target)
+
+
+def half_steps(place: Path, name: str, world: int = 1, good: int = 0, **settings: Any) -> dict[str, torch.Tensor]:
+    (place / name).mkdir()
+    target = place / name / "saved.safetensors"
+    on_ranks(world, place / name, HalfSteps(config(name, precision="fp16", **settings), target, good))
+    return load_file(target)
+
+
+@pytest.mark.parametrize(
+    ("name", "clip"),
+    [
+        ("zero0", None),
+        ("zero0", 1e-3),
+        pytest.param("zero1", 1e-3, marks=pytest.mark.slow),
+        pytest.param("zero2", 1e-3, marks=pytest.mark.slow),
+        pytest.param("zero3", 1e-3, marks=pytest.mark.slow),
+    ],
+)
+def test_fp16_gradients_are_scaled_and_unscaled_at_every_stage(name: str, clip: float | None, tmp_path: Path) -> None:
+    """Adam hides a constant factor in its updates, but not in its moments."""
+    expected, found = half_steps(tmp_path, "torch", clip=clip), half_steps(tmp_path, name, clip=clip)
+    assert set(expected) == set(found)
+    assert torch.equal(expected["scaler"], found["scaler"])
+    for moment in ("exp_avg/", "exp_avg_sq/"):
+        a, b = (
+            torch.cat([m.flatten() for n, m in sorted(saved.items()) if n.startswith(moment)])
+            for saved in (expected, found)
+        )
+        assert float((a - b).norm() / a.norm()) < 0.02, moment
+
+
+@pytest.mark.parametrize("name", ["zero0", pytest.param("zero2", marks=pytest.mark.slow)])
+def test_the_loss_scale_grows_in_torch_after_many_good_steps_in_deepspeed(name: str, tmp_path: Path) -> None:
+    """DeepSpeed counts good steps on; torch raises the scale when its count equals 2000."""
+    scale, good = half_steps(tmp_path, name, good=4500)["scaler"].tolist()
+    assert (scale, good) == (1024, 503)
+
+
+class OnAGPU(DistributedDataParallel):
+    """DDP as it is on a GPU, where it knows its device and looks for inputs to move there: here a CPU."""
+
+    def __init__(self, module: torch.nn.Module, device_ids: list[int] | None = None, **settings: Any):
+        super().__init__(module, **settings)
+        self.device_ids = device_ids
+
+
+class Stays(torch.nn.Linear):
+    """A network that is on its device already, whichever that is."""
+
+    def to(self, *arguments: Any, **settings: Any) -> Stays:
+        return self
+
+
+class StartsOnAGPU:
+    def __call__(self, ranks: Ranks) -> None:
+        torch_engine.DistributedDataParallel = OnAGPU
+        there = Ranks(ranks.rank, ranks.world, torch.device("cuda", 0))
+        built = TorchEngine(Stays(3, 2), config().train, there, 8)
+        built.backward_and_step(built.module(torch.ones(4, 3)).square().mean(), 0)
+        assert all(bool(moment.any()) for moment in built.moments()["exp_avg"].values())
+
+
+def test_several_ranks_start_where_ddp_knows_their_gpu(tmp_path: Path) -> None:
+    on_ranks(2, tmp_path, StartsOnAGPU())
 
 
 def test_bf16_keeps_unrounded_master_weights(tmp_path: Path) -> None:

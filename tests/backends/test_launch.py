@@ -18,7 +18,7 @@ import torch
 import udddm
 from udddm import ConfigError
 from udddm.backends.launch import Job, WorkerLost, cause, check_versions, sendable, versions
-from udddm.backends.ranks import RankError, Ranks, Vote
+from udddm.backends.ranks import RENDEZVOUS, RankError, Ranks, Vote, _gpu
 from udddm.config import resolve
 from udddm.data import DataError
 from udddm.trainer import Interrupted
@@ -247,3 +247,16 @@ def test_a_closed_group_leaves_no_thread() -> None:
     """A thread of gloo's that frees a tensor while the interpreter ends would abort a rank that has done its work."""
     done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, check=True, timeout=100)
     assert done.stdout == "[]\n"
+
+
+def test_a_rank_that_is_shown_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(RENDEZVOUS, raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    assert _gpu(3, 1) == 0
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2,3")
+    assert [_gpu(rank, 4) for rank in range(4)] == [0, 1, 2, 3]
+    with pytest.raises(ConfigError, match="use fewer workers"):
+        _gpu(4, 4)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    with pytest.raises(ConfigError, match="rank 1 of this machine has no GPU"):
+        _gpu(1, 1)

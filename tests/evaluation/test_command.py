@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from udddm import api
+from udddm.backends.ranks import Ranks
 from udddm.cli import sample as sample_command
 from udddm.config import resolve
 from udddm.data import ImageDataset
@@ -116,6 +117,33 @@ def test_two_ranks_make_the_samples_that_one_makes(tmp_path: Path) -> None:
     subprocess.run([sys.executable, *launcher, *arguments, *rest], check=True, env=environment, timeout=200)
     two = json.loads(out.read_text())
     assert two["n"] == 70 and [e["fd"] for e in two["each"]] == pytest.approx([e["fd"] for e in one["each"]], rel=1e-5)
+
+
+def test_the_statistics_are_made_when_no_rank_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of a large data set take longer than a collective may."""
+    api.train(resolve(TINY), run_dir=tmp_path / "run", device="cpu")
+    calls: list[str] = []
+
+    def noted(name: str, taken: Any) -> Any:
+        return lambda *arguments: [calls.append(name), taken(*arguments)][1]
+
+    for name in ("gather", "gather_first"):
+        monkeypatch.setattr(Ranks, name, noted("exchange", getattr(Ranks, name)))
+    monkeypatch.setattr(evaluate, "reference", noted("statistics", evaluate.reference))
+    arguments = ("--checkpoint", str(tmp_path / "run"), "--features", "features:digits", "--count", "60")
+    evaluated(tmp_path, *arguments, "--repeat", "2")
+    assert calls.count("exchange") > 2 and calls.index("statistics") == len(calls) - 1
+
+
+def test_a_model_goes_to_the_device_of_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    api.train(resolve(TINY), run_dir=tmp_path / "run", device="cpu")
+    model = api.load_model(tmp_path / "run", device=torch.device("meta"))
+    assert {p.device.type for p in model.network.parameters()} == {"meta"}
+    devices: list[object] = []
+    taken = api.load_model
+    monkeypatch.setattr(api, "load_model", lambda *a, **k: [devices.append(k["device"]), taken(*a, **k)][1])
+    evaluated(tmp_path, "--checkpoint", str(tmp_path / "run"), "--features", "features:digits", "--count", "60")
+    assert devices == [torch.device("cpu")]  # not the name of a kind, which would be the first of them
 
 
 def test_samples_are_scored_from_python(tmp_path: Path) -> None:

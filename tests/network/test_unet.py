@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from udddm.config import NetworkConfig
 from udddm.network import UNet, build
@@ -353,3 +354,36 @@ def test_patches_are_taken_apart_and_put_together_again(side: int) -> None:
     other = network(moved, level, x)
     assert (other[0] != out[0]).float().mean() > 0.9
     torch.testing.assert_close(other[1], out[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_norm_of_half_precision_stays_in_it_and_sums_in_float32(dtype: torch.dtype) -> None:
+    norm = group_norm(64)
+    with torch.no_grad():
+        norm.weight.normal_()
+        norm.bias.normal_()
+    x = (torch.randn(2, 64, 16, 16) + 300).to(dtype)  # a sum of squares that float16 cannot hold
+    given: list[Any] = []
+
+    class Recorded(TorchDispatchMode):
+        def __torch_dispatch__(self, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if op is torch.ops.aten.native_group_norm.default:
+                given.append([tensor.dtype for tensor in args[:3]])
+            return op(*args, **(kwargs or {}))
+
+    with torch.autocast("cpu", dtype), Recorded():
+        found = norm(x)
+        assert norm(x.float()).dtype == torch.float32
+    assert given == [[dtype] * 3, [torch.float32] * 3]
+    assert found.dtype == dtype
+    exact = torch.nn.functional.group_norm(x.double(), norm.num_groups, norm.weight.double(), norm.bias.double())
+    exact = exact.detach()
+    assert float((found.detach() - exact).norm() / exact.norm()) < 2 * torch.finfo(dtype).eps
+    found.sum().backward()
+    assert norm.weight.grad is not None and norm.weight.grad.dtype == torch.float32
+
+
+def test_a_norm_without_autocast_is_that_of_torch() -> None:
+    norm, x = group_norm(64), torch.randn(2, 64, 8, 8)
+    plain = torch.nn.GroupNorm(norm.num_groups, 64)
+    assert torch.equal(norm(x), plain(x)) and list(norm.state_dict()) == list(plain.state_dict())

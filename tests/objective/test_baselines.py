@@ -10,11 +10,15 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
 
 from udddm import api, noise, objective, sampler
+from udddm.backends.ranks import Ranks
+from udddm.backends.torch_engine import TorchEngine
 from udddm.config import ConsistencyConfig, DenoiserConfig, ProcessConfig, TuningConfig, resolve
 from udddm.objective import Consistency, Denoiser, Tuning, pseudo_huber
 from udddm.process import Coefficients, Process, build
+from udddm.trainer import network_for
 
 IDS = np.arange(4000)
 SHAPE = (1, 4, 4)
@@ -145,7 +149,7 @@ def test_loss_and_next_state_by_definition(process: Process, name: str) -> None:
         target = x0.clone()
         target[visits.fresh] = f(Coefficients(*visits.fresh_coefficients), visits.fresh)
         torch.testing.assert_close(losses, visits.weight * pseudo_huber(output, target, 0.3))
-        assert network.calls == [(len(visits.fresh), False), (50, True)]
+        assert network.calls == [(50, False), (50, True)]
     again, _ = one(network, x0, torch.zeros_like(state), visits)  # the store is not asked
     torch.testing.assert_close(again, losses)
 
@@ -165,19 +169,121 @@ def test_plans_are_functions_of_seed_sample_and_epoch() -> None:
             assert not (a.noise_key == other.noise_key).any()
 
 
-def test_same_units_are_dropped_by_teacher_and_student() -> None:
+class Probe(nn.Module):
+    """A network with dropout at two of its layers. Records the units that each call drops, and the noise levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(0.3)
+        self.calls: list[tuple[torch.Tensor, list[torch.Tensor]]] = []
+
+    def forward(self, x: torch.Tensor, level: torch.Tensor, condition: object, labels: object) -> torch.Tensor:
+        masks = [self.dropout(torch.ones(len(x), width)) for width in (5, 300)]
+        self.calls.append((level, masks))
+        return x * masks[0][:, :1, None, None]
+
+
+DROPPING: dict[str, dict[str, Any]] = {
+    "consistency": {"name": "consistency"},
+    "tuning": {"name": "tuning", "warmup": 0.0},
+    "tuning in chains": {"name": "tuning", "warmup": 0.0, "tuning": {"length": 3}},
+    "chain": {"name": "chain"},
+    "long chain": {"name": "chain", "chain": {"length": 8}},
+}
+
+
+@pytest.mark.parametrize("settings", DROPPING.values(), ids=DROPPING)
+def test_teacher_and_student_drop_the_same_units_of_every_row(settings: dict[str, Any]) -> None:
+    config = resolve({"objective": settings, "network": {"dropout": 0.3}})
+    process = build(config.process)
+    one, network = objective.build(config, process, 40, SHAPE), Probe()
+    images, ids = torch.zeros(64, *SHAPE), np.arange(64)
+    partly = 0
+    for epoch in (0, 9, 25):
+        visits = one.plan(ids, epoch)
+        network.calls.clear()
+        torch.manual_seed(epoch)
+        one(network, images, images, visits)
+        if not len(visits.fresh):
+            assert len(network.calls) == 1
+            continue
+        partly += len(visits.fresh) < 64
+        (below, first), (level, second) = network.calls
+        for a, b in zip(first, second, strict=True):
+            assert a.shape == b.shape and torch.equal(a, b) and not a.all()
+        assert torch.equal(level, visits.coefficients[5])
+        assert torch.equal(below[visits.fresh], visits.fresh_coefficients[5])
+    assert partly
+
+
+@pytest.mark.parametrize("name", ["consistency", "tuning", "chain"])
+def test_without_dropout_only_the_rows_that_need_it_are_evaluated(name: str) -> None:
+    """With the targets of a teacher that evaluates every row."""
+    tree = {"objective": {"name": name, "warmup": 0.0}, "network": {"dropout": 0.0}, "train": {"steps": 1}}
+    config, compiled = resolve(tree), resolve({**tree, "train": {"steps": 1, "compile": True}})
+    one, other = (objective.build(c, build(c.process), 40, SHAPE) for c in (config, compiled))
+    g = torch.Generator().manual_seed(0)
+    for epoch in range(40):
+        for batch in (50, 7, 1):
+            ids = np.arange(batch) + 100 * epoch
+            images, state = torch.randn(batch, *SHAPE, generator=g), torch.randn(batch, *SHAPE, generator=g)
+            visits, network = one.plan(ids, epoch), Network()
+            losses, _ = one(network, images, state, visits)
+            torch.testing.assert_close(losses, other(Network(), images, state, visits)[0])
+            fresh = len(visits.fresh)
+            assert network.calls == [*([(fresh, False)] if fresh else []), (batch, True)]
+            assert one.evaluated(visits) == fresh and other.evaluated(visits) == (batch if fresh else 0)
+
+
+@pytest.mark.parametrize("settings", [*DROPPING.values(), {"name": "denoiser"}], ids=[*DROPPING, "denoiser"])
+def test_the_network_is_compiled_whole_and_once_for_each_of_two_passes(settings: dict[str, Any]) -> None:
+    """Whatever the number of rows that need a teacher, the epoch, the levels and the classes."""
+    graphs: list[object] = []
+
+    def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return lookup_backend("aot_eager")(graph, inputs)
+
+    network = {"width": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "dropout": 0.1, "classes": 3}
+    config = resolve({"objective": settings, "network": network, "train": {"steps": 1, "compile": True}})
+    process = build(config.process)
+    one = objective.build(config, process, 40, SHAPE)
+    torch._dynamo.reset()
+    compiled = torch.compile(network_for(config, SHAPE), backend=compiler, fullgraph=True)
+    for epoch in range(0, 40, 2):
+        ids = np.arange(16) + 16 * epoch
+        x0 = torch.zeros(16, *SHAPE)
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings["name"] == "consistency"):
+            losses, _ = one(compiled, x0, x0, one.plan(ids, epoch), torch.from_numpy(ids % 3))
+        losses.sum().backward()
+    assert len(graphs) == (1 if settings["name"] == "denoiser" else 2)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("name", ["chain", "consistency", "tuning"])
+def test_every_parameter_has_a_gradient_after_a_teachers_call_under_autocast(name: str, dropout: float) -> None:
+    """Torch before 2.11 would give the trained call the casts that the teacher's made, which have none."""
+    network = {"width": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "dropout": dropout}
+    train = {"steps": 8, "precision": "bf16"}
+    config = resolve({"objective": {"name": name, "warmup": 0}, "network": network, "train": train})
+    one = objective.build(config, build(config.process), 40, SHAPE)
+    built = TorchEngine(network_for(config, SHAPE), config.train, Ranks(0, 1, torch.device("cpu")), 8)
+    x0, visits = torch.zeros(16, *SHAPE), one.plan(np.arange(16), 30)
+    assert len(visits.fresh)
+    with built.autocast():
+        losses, _ = one(built.module, x0, x0, visits)
+    built.backward(losses.mean())
+    assert not [n for n, p in built.module.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+
+
+def test_where_calls_exchange_weights_every_step_has_two() -> None:
     process = build(ProcessConfig())
-    seen: list[torch.Tensor] = []
-
-    class Dropping(nn.Module):
-        def forward(self, x: torch.Tensor, level: object, condition: object, labels: object) -> torch.Tensor:
-            seen.append(torch.rand(3))
-            return x
-
-    one = Consistency(process, ConsistencyConfig(), 0.3, 3, 40, False)
-    images = torch.zeros(50, *SHAPE)
-    one(Dropping(), images, images, one.plan(np.arange(50), 0))
-    assert torch.equal(*seen)
+    for every_row in (False, True):
+        teacher = objective.Teacher(every_row=every_row, lockstep=True)
+        one, network = Denoiser(process, DenoiserConfig(), 3, 16, False, teacher), Network()
+        images = torch.zeros(50, *SHAPE)
+        one(network, images, images, one.plan(np.arange(50), 0))
+        assert network.calls == [(1, False), (50, True)]
 
 
 @PROCESSES

@@ -291,7 +291,7 @@ def test_the_condition_is_fresh_noise_and_not_the_state() -> None:
         (_, first, _), (_, second, _) = network.calls[-2:]  # the target's evaluation, then the one that learns
         assert first is not None and second is not None
         torch.testing.assert_close(second, noise.normal(visits.condition_key, SHAPE))
-        torch.testing.assert_close(first, second[visits.fresh])  # one condition a visit
+        torch.testing.assert_close(first, second)  # one condition a visit
         eps = noise.normal(visits.noise_key, SHAPE)
         assert abs(np.corrcoef(second.flatten(), eps.flatten())[0, 1]) < 4.5 / np.sqrt(eps.numel())
         seen.append(second)
@@ -360,4 +360,4 @@ def test_labels_reach_both_evaluations() -> None:
     chosen = chain(2)
     visits, labels = chosen.plan(IDS, 4), torch.arange(300)
     chosen(Labelled(), data(300), data(300), visits, labels)
-    assert torch.equal(seen[0], visits.fresh) and torch.equal(seen[1], labels)
+    assert torch.equal(seen[0], labels) and torch.equal(seen[1], labels)

@@ -30,7 +30,8 @@ def _import(device: torch.device) -> Any:
         raise ConfigError(
             f"engine.name=deepspeed: DeepSpeed cannot be imported ({error}); pip install 'udddm[deepspeed]'"
         ) from error
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled at first use
+    if device.type == "cpu":  # only there is it used; to read the table, DeepSpeed tries compilers and GPUs
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled at first use
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
@@ -43,8 +44,11 @@ class DeepSpeedEngine(Engine):
             raise ConfigError("train.compile is for engine.name=torch: set it to false")
         settings = deepspeed_config.resolve(config, ranks.world)
         deepspeed = _import(ranks.device)
-        if train.precision == "fp16" and ranks.device.type == "cpu":
-            raise ConfigError("train.precision=fp16: DeepSpeed has no fp16 on a CPU; use bf16, or engine.name=torch")
+        if train.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
+            raise ConfigError(
+                f"train.precision=fp16: DeepSpeed has no fp16 on this {ranks.device.type}; use bf16, or "
+                "engine.name=torch"
+            )
         self.stage = deepspeed_config.zero_stage(config)
         initial = {name: p.detach().clone() for name, p in network.named_parameters()}
         network.to(ranks.device)
@@ -70,7 +74,11 @@ class DeepSpeedEngine(Engine):
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._engine.backward(loss * self.ranks.world, scale_wrt_gas=False)  # it averages over ranks what is a sum
+        loss = loss * self.ranks.world  # DeepSpeed averages over ranks what should be summed
+        if self.stage == 0 and self.config.precision == "fp16":
+            # Without ZeRO, `engine.backward` does not scale the loss, and the optimizer divides by the scale anyway.
+            loss = loss * self._scaler().cur_scale
+        self._engine.backward(loss, scale_wrt_gas=False)
         if not self._last:
             self._engine.step()  # counts micro-batches; takes no step
 
@@ -136,8 +144,10 @@ class DeepSpeedEngine(Engine):
         return getattr(self._optimizer, "loss_scaler", None) or self._optimizer.loss_scale_config
 
     def _scale(self) -> list[float]:
+        """DeepSpeed counts the steps since the last overflow, and raises the scale at multiples of the window. Torch
+        counts those since the scale changed, and raises it when they equal the window: more would never be equal."""
         scaler = self._scaler()
-        return [scaler.cur_scale, scaler.cur_iter - scaler.last_overflow_iter - 1]
+        return [scaler.cur_scale, (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window]
 
     def _load_scale(self, scale: float, since: int) -> None:
         scaler = self._scaler()

@@ -154,16 +154,21 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
     if name == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError("--device cuda: no CUDA device is available; use --device cpu")
-        if local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                f"rank {local_rank} of this machine has no GPU: there are {torch.cuda.device_count()}; "
-                "use fewer workers"
-            )
-        torch.cuda.set_device(local_rank)
-        return torch.device("cuda", local_rank)
+        device = torch.device("cuda", _gpu(local_rank, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+        return device
     if name != "cpu":
         raise ConfigError(f"--device {name}: choose auto, cpu or cuda")
     return torch.device("cpu")
+
+
+def _gpu(local_rank: int, visible: int) -> int:
+    """The index of a rank's GPU. Where launchers show each rank its own one, that is the only one it sees."""
+    if visible == 1 and os.environ.get("CUDA_VISIBLE_DEVICES") and RENDEZVOUS not in os.environ:
+        return 0
+    if local_rank >= visible:
+        raise ConfigError(f"rank {local_rank} of this machine has no GPU: there are {visible}; use fewer workers")
+    return local_rank
 
 
 def join(device: str = "auto", lanes: int | None = None, *, group: bool = False, timeout: float = TIMEOUT) -> Ranks:

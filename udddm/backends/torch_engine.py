@@ -23,11 +23,8 @@ class TorchEngine(Engine):
         self.module = network
         self._ddp: DistributedDataParallel | None = None
         if ranks.world > 1:
-            self.module = self._ddp = DistributedDataParallel(
-                network,
-                device_ids=[ranks.device.index] if ranks.device.type == "cuda" else None,
-                gradient_as_bucket_view=True,
-            )
+            # No device_ids: inputs are on the device, and with them DDP refuses `_settle_buckets`'s call without any.
+            self.module = self._ddp = DistributedDataParallel(network, gradient_as_bucket_view=True)
             self._settle_buckets(network, self._ddp)
         if config.compile:
             self.module = torch.compile(self.module)  # type: ignore[assignment]

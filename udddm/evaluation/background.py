@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ class BackgroundEvaluation:
         self._network = load_features(config.features, device)
         self._dataset, self._path = dataset, run / "evaluation.jsonl"
         self._reference: evaluate.Reference | None = None
-        self._pool = ThreadPoolExecutor(1, "evaluation")
+        choose = (
+            partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        )  # else a thread's is the first
+        self._pool = ThreadPoolExecutor(1, "evaluation", initializer=choose)
         self._pending: list[Future[None]] = []
 
     def submit(self, step: int, images: torch.Tensor, evaluations: int) -> None:

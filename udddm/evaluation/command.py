@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from udddm.backends.ranks import Ranks
     from udddm.config import RunConfig
-    from udddm.evaluation.evaluate import Reference
     from udddm.evaluation.features import FeatureNetwork
 
 
@@ -101,9 +100,8 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     network = ranks.together(lambda: load_features(arguments.features, ranks.device), refused)
     model, published = None, {}
     if arguments.checkpoint:
-        device = ranks.device.type
         chosen = {"ema": arguments.ema, "ema_length": arguments.ema_length}
-        model = ranks.together(lambda: load_model(arguments.checkpoint, **chosen, device=device), refused)
+        model = ranks.together(lambda: load_model(arguments.checkpoint, **chosen, device=ranks.device), refused)
         config: RunConfig = model.config
         config.check_guidance(arguments.guidance, "--guidance")
         if arguments.set:
@@ -115,27 +113,20 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     else:
         config = configuration.load(arguments.config, list(arguments.set))
 
-    def load() -> tuple[ImageDataset, Reference] | None:
-        if not ranks.first:
-            return None
-        dataset = ImageDataset(load_dataset(config.data))
-        return dataset, evaluate.reference(dataset, network, arguments.cache)
-
-    loaded = ranks.together(load, refused)
+    dataset = ranks.together(lambda: ImageDataset(load_dataset(config.data)) if ranks.first else None, refused)
+    rows = []
     if model is None:
-        assert loaded is not None
-        images = read_samples(arguments.samples, loaded[0].shape)
-        scores = [evaluate.score(*extract(network, torch.split(images, evaluate.BATCH)), loaded[1], network.name)]
+        if dataset is not None:
+            images = read_samples(arguments.samples, dataset.shape)
+            rows.append(extract(network, torch.split(images, evaluate.BATCH)))
     else:
-        scores = []
         for repetition in range(arguments.repeat):
-            first = arguments.first_seed + repetition * arguments.count
-            mine = _share(arguments, model, network, ranks, first)
-            if loaded is not None:
-                features, logits = mine
-                scores.append(evaluate.score(features, logits, loaded[1], network.name))
-    if not ranks.first:
+            rows.append(_share(arguments, model, network, ranks, arguments.first_seed + repetition * arguments.count))
+    if dataset is None:
         return None
+    # After the last exchange: the statistics of a large data set take longer than ranks wait for each other.
+    real = evaluate.reference(dataset, network, arguments.cache)
+    scores = [evaluate.score(features, logits, real, network.name) for features, logits in rows]
     found = evaluate.summarize(scores)
     return {
         "of": str(arguments.checkpoint or arguments.samples),

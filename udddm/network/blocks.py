@@ -22,12 +22,26 @@ def divisor(number: int, limit: int) -> int:
     return next((d for d in range(min(number, limit), 1, -1) if number % d == 0), 1)
 
 
+class GroupNorm(nn.GroupNorm):
+    """Under autocast, of half-precision numbers in half precision; its sums are float32 all the same.
+
+    Autocast on a GPU runs `group_norm` in float32, and what follows then moves and keeps four bytes a number. EDM casts
+    its weights likewise (github.com/NVlabs/edm, training/networks.py).
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
 def group_norm(channels: int) -> nn.GroupNorm:
     """At most 32 groups, of at least four channels each where there are four.
 
     Groups of a single channel would erase the channel's mean, which at a stage of 1x1 pixels is all there is.
     """
-    return nn.GroupNorm(divisor(channels, min(32, channels // 4)), channels)
+    return GroupNorm(divisor(channels, min(32, channels // 4)), channels)
 
 
 def zero(module: Module) -> Module:

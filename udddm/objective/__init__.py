@@ -10,6 +10,7 @@ from udddm.objective.consistency import Consistency, Tuning
 from udddm.objective.denoiser import Denoiser, WarmedUp
 from udddm.objective.labels import LabelDropout
 from udddm.objective.loss import Objective, Visits, adaptive_loss, denoise, pseudo_huber
+from udddm.objective.matching import Teacher
 from udddm.process import Process
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Denoiser",
     "LabelDropout",
     "Objective",
+    "Teacher",
     "Tuning",
     "Visits",
     "WarmedUp",
@@ -39,8 +41,11 @@ def build(config: RunConfig, process: Process, epochs: float, shape: tuple[int, 
     """The configured objective for a run of `epochs` epochs on images [C, H, W]."""
     chosen, seed, pixels = config.objective, config.seed, math.prod(shape)
     conditioned = config.network.condition != "none"
-    lockstep = config.engine.name == "deepspeed" and zero_stage(config) == 3
-    denoiser = Denoiser(process, chosen.denoiser, seed, pixels, conditioned, lockstep)
+    teacher = Teacher(
+        every_row=config.network.dropout > 0 or config.train.compile,
+        lockstep=config.engine.name == "deepspeed" and zero_stage(config) == 3,
+    )
+    denoiser = Denoiser(process, chosen.denoiser, seed, pixels, conditioned, teacher)
     if chosen.name == "denoiser":
         return denoiser
     warm = math.ceil(config.warmup * epochs)
@@ -51,11 +56,11 @@ def build(config: RunConfig, process: Process, epochs: float, shape: tuple[int, 
         then = AlgorithmOne(process, chosen.huber_c or paper, seed)
     elif chosen.name == "chain":
         c = chosen.huber_c or CHAIN_HUBER_C * math.sqrt(pixels)
-        then = Chain(process, chosen.chain, c, seed, left, conditioned, lockstep)
+        then = Chain(process, chosen.chain, c, seed, left, conditioned, teacher)
     else:
         c = chosen.huber_c or CONSISTENCY_HUBER_C * math.sqrt(pixels)
         if chosen.name == "consistency":
-            then = Consistency(process, chosen.consistency, c, seed, left, conditioned, lockstep)
+            then = Consistency(process, chosen.consistency, c, seed, left, conditioned, teacher)
         else:
-            then = Tuning(process, chosen.tuning, c, seed, left, conditioned, lockstep)
+            then = Tuning(process, chosen.tuning, c, seed, left, conditioned, teacher)
     return WarmedUp(denoiser, then, warm) if warm else then

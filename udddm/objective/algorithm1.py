@@ -34,6 +34,9 @@ class AlgorithmOne:
             fresh_coefficients=torch.empty(6, 0),
         )
 
+    def evaluated(self, visits: Visits) -> int:
+        return 0
+
     def __call__(
         self,
         network: nn.Module,

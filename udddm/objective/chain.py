@@ -21,7 +21,7 @@ from udddm import noise
 from udddm.config import ChainConfig
 from udddm.noise import Stream
 from udddm.objective.loss import Visits
-from udddm.objective.matching import Ids, Matching
+from udddm.objective.matching import EVERY_ROW, Ids, Matching, Teacher
 from udddm.process import SIGMA_HIGHEST, Process
 
 
@@ -36,9 +36,9 @@ class Chain(Matching):
         seed: int,
         epochs: float,
         conditioned: bool,
-        lockstep: bool = False,
+        teacher: Teacher = EVERY_ROW,
     ):
-        super().__init__(process, huber_c, seed, conditioned, lockstep)
+        super().__init__(process, huber_c, seed, conditioned, teacher)
         self.config = config
         self._starts = [math.ceil(stage.start * epochs) for stage in config.stages]
         self._times = [process.levels(stage.levels) for stage in config.stages]

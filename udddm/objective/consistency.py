@@ -16,7 +16,7 @@ from udddm import noise
 from udddm.config import ConsistencyConfig, TuningConfig
 from udddm.noise import Stream
 from udddm.objective.loss import Visits
-from udddm.objective.matching import Floats, Ids, Matching
+from udddm.objective.matching import EVERY_ROW, Floats, Ids, Matching, Teacher
 from udddm.process import SIGMA_HIGHEST, Process
 
 
@@ -35,9 +35,9 @@ class Consistency(Matching):
         seed: int,
         epochs: float,
         conditioned: bool,
-        lockstep: bool = False,
+        teacher: Teacher = EVERY_ROW,
     ):
-        super().__init__(process, huber_c, seed, conditioned, lockstep, same_dropout=True)
+        super().__init__(process, huber_c, seed, conditioned, teacher)
         self.config, self.epochs = config, epochs
 
     def levels(self, epoch: int) -> int:
@@ -90,9 +90,9 @@ class Tuning(Matching):
         seed: int,
         epochs: float,
         conditioned: bool,
-        lockstep: bool = False,
+        teacher: Teacher = EVERY_ROW,
     ):
-        super().__init__(process, huber_c, seed, conditioned, lockstep, same_dropout=True)
+        super().__init__(process, huber_c, seed, conditioned, teacher)
         self.config = config
         self._starts = [math.ceil(stage * epochs / config.stages) for stage in range(config.stages)]
 

@@ -13,7 +13,7 @@ from udddm.config import DenoiserConfig
 from udddm.noise import Stream
 from udddm.objective.consistency import lognormal
 from udddm.objective.loss import Objective, Visits
-from udddm.objective.matching import Ids, Matching
+from udddm.objective.matching import EVERY_ROW, Ids, Matching, Teacher
 from udddm.process import Process
 
 _NONE = np.empty(0, np.int64)
@@ -32,9 +32,9 @@ class Denoiser(Matching):
         seed: int,
         pixels: int,
         conditioned: bool,
-        lockstep: bool = False,
+        teacher: Teacher = EVERY_ROW,
     ):
-        super().__init__(process, 1e4 * math.sqrt(pixels), seed, conditioned, lockstep)
+        super().__init__(process, 1e4 * math.sqrt(pixels), seed, conditioned, teacher)
         self.config, self.pixels = config, pixels
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
@@ -65,6 +65,9 @@ class WarmedUp:
         if epoch < self.epochs:
             return self.first.plan(ids, epoch)
         return self.then.plan(ids, epoch - self.epochs)
+
+    def evaluated(self, visits: Visits) -> int:
+        return self.then.evaluated(visits)  # of a denoiser's visits none is fresh
 
     def __call__(
         self,

@@ -89,6 +89,9 @@ class Objective(Protocol):
     def plan(self, ids: npt.NDArray[np.int64], epoch: int) -> Visits:
         """The visits of samples `ids` [B] in `epoch`."""
 
+    def evaluated(self, visits: Visits) -> int:
+        """How many rows the network evaluates for targets, without gradient."""
+
     def __call__(
         self,
         network: nn.Module,

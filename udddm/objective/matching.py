@@ -6,8 +6,9 @@ is the stored x0-state or an estimate made on the spot (`fresh`), and how the lo
 
 from __future__ import annotations
 
-import contextlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -21,25 +22,43 @@ from udddm.process import Coefficients, Process
 
 Ids = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float64]
+Estimate = Callable[[Coefficients, slice | torch.Tensor], torch.Tensor]
+_ALL = slice(None)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """How the network is called for targets, before the call that trains it.
+
+    With dropout both calls drop the same units of a row (Song & Dhariwal 2023, section 3.2; Geng et al. 2024): the
+    generator starts both in the same state. A row's place in its sequence depends on the shape of the batch, so that
+    both calls need all rows. A compiled network needs them too, or it would be compiled for each number of rows.
+    """
+
+    every_row: bool = True
+    """Evaluate all rows wherever one needs it. Otherwise those that do."""
+    lockstep: bool = False
+    """Call the network in every step, needed or not: where calls exchange weights between ranks (ZeRO 3), all must
+    make the same ones."""
+
+    def rows(self, fresh: int, batch: int) -> int:
+        """How many rows of a batch are evaluated if `fresh` of them need it."""
+        return batch if fresh and self.every_row else fresh
+
+
+EVERY_ROW = Teacher()
 
 
 class Matching(ABC):
     """`conditioned` says whether the network takes an image. That image is fresh noise, as in the first step of
-    Algorithm 2: were it the state, the network would copy its target. With `lockstep` the network is called twice in
-    every step, needed or not: where calls exchange weights between ranks (ZeRO 3), all must make the same ones. With
-    `same_dropout` both calls drop the same units (Song & Dhariwal 2023, section 3.2)."""
+    Algorithm 2: were it the state, the network would copy its target."""
 
-    def __init__(
-        self,
-        process: Process,
-        huber_c: float,
-        seed: int,
-        conditioned: bool,
-        lockstep: bool = False,
-        same_dropout: bool = False,
-    ):
+    def __init__(self, process: Process, huber_c: float, seed: int, conditioned: bool, teacher: Teacher = EVERY_ROW):
         self.process, self.huber_c, self.seed = process, huber_c, seed
-        self.conditioned, self.lockstep, self.same_dropout = conditioned, lockstep, same_dropout
+        self.conditioned, self.teacher = conditioned, teacher
+
+    def evaluated(self, visits: Visits) -> int:
+        return self.teacher.rows(len(visits.fresh), len(visits.guide))
 
     @abstractmethod
     def plan(self, ids: Ids, epoch: int) -> Visits: ...
@@ -78,26 +97,35 @@ class Matching(ABC):
         eps = noise.normal(visits.noise_key, shape)
         condition = noise.normal(visits.condition_key, shape) if self.conditioned else None
 
-        def estimate(rows: torch.Tensor, at: Coefficients) -> torch.Tensor:
-            with torch.no_grad(), self._teacher_dropout(x0.device):
-                xt = add_noise(x0[rows], eps[rows], at)
-                return denoise(network, xt, at, _rows(condition, rows), _rows(labels, rows))
+        def f(at: Coefficients, rows: slice | torch.Tensor) -> torch.Tensor:
+            xt = add_noise(x0[rows], eps[rows], at)
+            return denoise(network, xt, at, _rows(condition, rows), _rows(labels, rows))
 
-        target = state
-        if len(visits.fresh):
-            target = state.index_copy(0, visits.fresh, estimate(visits.fresh, Coefficients(*visits.fresh_coefficients)))
-        elif self.lockstep:
-            estimate(torch.zeros(1, dtype=torch.int64, device=x0.device), Coefficients(*visits.coefficients[:, :1]))
-        at = Coefficients(*visits.coefficients)
-        output = denoise(network, add_noise(x0, eps, at), at, condition, labels)
+        target = self._target(f, state, visits)
+        output = f(Coefficients(*visits.coefficients), _ALL)
         return visits.weight * adaptive_loss(output, x0, target, visits.guide, visits.huber_c), output.detach()
 
-    def _teacher_dropout(self, device: torch.device) -> contextlib.AbstractContextManager[None]:
-        """Leave the generator where the trained pass begins, so that it draws what this one drew."""
-        if not self.same_dropout:
-            return contextlib.nullcontext()
-        return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    @torch.no_grad()
+    def _target(self, f: Estimate, state: torch.Tensor, visits: Visits) -> torch.Tensor:
+        """The x0-states, with f at the level below in the rows that are fresh. Leaves the generator as it was, so that
+        the call that trains draws what this one drew."""
+        fresh, rows = visits.fresh, self.evaluated(visits)
+        if not rows and not self.teacher.lockstep:
+            return state
+        device = state.device
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            if not rows:
+                f(Coefficients(*visits.coefficients[:, :1]), slice(1))
+            elif rows == len(fresh):
+                state = state.index_copy(0, fresh, f(Coefficients(*visits.fresh_coefficients), fresh))
+            else:
+                at = visits.coefficients.index_copy(1, fresh, visits.fresh_coefficients)
+                state = state.index_copy(0, fresh, f(Coefficients(*at), _ALL)[fresh])
+        if torch.is_autocast_enabled(device.type):
+            # Torch before 2.11 keeps the weights' casts that were made without gradient for the call that trains.
+            torch.clear_autocast_cache()
+        return state
 
 
-def _rows(tensor: torch.Tensor | None, rows: torch.Tensor) -> torch.Tensor | None:
+def _rows(tensor: torch.Tensor | None, rows: slice | torch.Tensor) -> torch.Tensor | None:
     return None if tensor is None else tensor[rows]

@@ -7,7 +7,7 @@ import torch
 from udddm.config import StoreConfig
 from udddm.order import Order
 from udddm.run import Run, run_id
-from udddm.store.base import StoreCounters, X0Store
+from udddm.store.base import StoreCounters, X0Store, finite_rows
 from udddm.store.device import DeviceStore
 from udddm.store.encoding import Encoding
 from udddm.store.errors import DamagedChunkError, StoreError
@@ -17,7 +17,16 @@ from udddm.store.repair import Repair
 from udddm.store.snapshot import Snapshot
 from udddm.store.zarr import ZarrStore
 
-__all__ = ["DamagedChunkError", "Encoding", "Snapshot", "StoreCounters", "StoreError", "X0Store", "build"]
+__all__ = [
+    "DamagedChunkError",
+    "Encoding",
+    "Snapshot",
+    "StoreCounters",
+    "StoreError",
+    "X0Store",
+    "build",
+    "finite_rows",
+]
 
 
 REMOTE_THREADS = 8

@@ -44,6 +44,15 @@ class StoreCounters:
     """Samples of damaged chunks that began again (`Repair`)."""
     queued: int = 0
     """Batches that were ready when the step asked for the next, summed over the reads."""
+    kept: int = 0
+    """Rows that stayed as they were, for their successors were not finite (`finite_rows`)."""
+
+
+def finite_rows(values: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`values` [b, C, H, W], with the rows of `before` where a row is not finite, and how many these are: a scalar on
+    the device, which nothing waits for. A state that is not a number would spoil its sample at every later visit."""
+    finite = values.flatten(1).isfinite().all(1)
+    return torch.where(finite[:, None, None, None], values, before), (~finite).sum()
 
 
 class StateSource(Protocol):

@@ -128,7 +128,9 @@ class HostStore(X0Store):
         self._cleaner = Pool("x0-state-clean", 1)  # so that removals never hold up a write
         self._threads: list[threading.Thread] = []
         self._last_read: tuple[float, float] | None = None  # when `read` returned, and the write wait by then
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        # A stream each way: on one, copies of coming batches would queue behind the step whose results it waits for.
+        self._reading = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._writing = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
     # The step's side.
 
@@ -138,7 +140,7 @@ class HostStore(X0Store):
         for lane in self.lanes:
             self._resume_lane(lane, source)
         self._threads = [
-            threading.Thread(target=self._guarded, args=(body,), name=name, daemon=True)
+            threading.Thread(target=self._guarded, args=(partial(self._on_device, body),), name=name, daemon=True)
             for name, body in (("x0-state-gather", self._gather), ("x0-state-scatter", self._scatter))
         ]
         for thread in self._threads:
@@ -168,13 +170,14 @@ class HostStore(X0Store):
         if encoded.data_ptr() == values.data_ptr():  # float32: the caller may change its tensor before it is written
             encoded = encoded.clone()
         copied = None
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream(self.device))
-            with torch.cuda.stream(self._stream):
+        if self._writing is not None:
+            self._writing.wait_stream(torch.cuda.current_stream(self.device))
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # or waiting for it takes a core
+            with torch.cuda.stream(self._writing):
                 host = torch.empty(encoded.shape, dtype=encoded.dtype, pin_memory=True)
                 host.copy_(encoded, non_blocking=True)
-                copied = self._stream.record_event()
-            encoded.record_stream(self._stream)
+                copied.record(self._writing)
+            encoded.record_stream(self._writing)
             encoded = host
         with self._changed:
             self._in_progress += 1
@@ -279,6 +282,13 @@ class HostStore(X0Store):
                 self._failure = self._failure or error
                 self._changed.notify_all()
 
+    def _on_device(self, body: Callable[[], None]) -> None:
+        """A thread's current GPU is the first one, where leaving a stream or waiting for an event would open a context
+        in every rank."""
+        if self.device.type == "cuda":
+            torch.cuda.set_device(self.device)
+        body()
+
     def _submit(self, pool: Pool, task: Callable[[], None]) -> None:
         """Run a task in a pool; a failure is kept for the next step, and the work counts as in progress."""
 
@@ -301,14 +311,14 @@ class HostStore(X0Store):
         while not self._stopping:
             batch = self.order.batch_of(self.lanes, epoch, step)
             stored = torch.zeros(
-                len(batch.ids), *self.shape, dtype=self.encoding.tensor, pin_memory=self._stream is not None
+                len(batch.ids), *self.shape, dtype=self.encoding.tensor, pin_memory=self._reading is not None
             )
             self._copy_out(batch, epoch, self.encoding.to_array(stored))
             copied = None
-            if self._stream is not None:
-                with torch.cuda.stream(self._stream):
+            if self._reading is not None:
+                with torch.cuda.stream(self._reading):
                     stored = stored.to(self.device, non_blocking=True)
-                    copied = self._stream.record_event()
+                    copied = self._reading.record_event()
             while not self._stopping:
                 try:
                     self._ready.put((epoch, step, stored, copied), timeout=_POLL)
