@@ -12,6 +12,8 @@ from pathlib import Path
 
 FAILED = 1
 USAGE = 2
+TRUST = "import and open what the checkpoint's own configuration names, such as its data set: for files that you trust"
+"""Help for `--trust` (udddm/data/trust.py)."""
 
 
 def version() -> str:
@@ -275,6 +277,7 @@ def _store_parser() -> argparse.ArgumentParser:
         if name == "view":
             command.add_argument("--sample", type=int, required=True, metavar="I")
             command.add_argument("--out", type=Path, default=Path("view.png"), metavar="FILE")
+            command.add_argument("--trust", action="store_true", help=TRUST)
         if name == "convert":
             command.add_argument("destination", metavar="URL")
             command.add_argument("--dtype", choices=dtypes)
@@ -313,7 +316,7 @@ def store(argv: list[str] | None = None) -> int:
             removed = convert.collect(place)
             print(f"removed {', '.join(map(str, removed)) or 'nothing'}" + (" (generations)" if removed else ""))
         else:
-            _view(place, arguments.sample, arguments.out)
+            _view(place, arguments.sample, arguments.out, arguments.trust)
         return 0
 
     return reported(body)
@@ -338,18 +341,26 @@ def _plan_store(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _view(place: object, sample: int, out: Path) -> None:
+def _view(place: object, sample: int, out: Path, trust: bool) -> None:
     import numpy as np
     import torch
 
     from udddm.data import ImageDataset, load_dataset
+    from udddm.data.trust import reaching
     from udddm.pictures import grid
     from udddm.store import inspect
 
     assert isinstance(place, inspect.Place)
     found = inspect.estimates(place, sample)
     names, images = [name for name, _ in found], [image for _, image in found]
-    if place.config is not None:
+    unasked = reaching(place.config.data) if place.config is not None and not trust else []
+    if unasked:
+        print(
+            f"the image is left out: the configuration of {place.name} names its data set by {', '.join(unasked)}, and "
+            "nothing of it is imported or opened unless --trust is given",
+            file=sys.stderr,
+        )
+    elif place.config is not None:
         image, _ = ImageDataset(load_dataset(place.config.data)).batch(np.array([sample]))
         names.insert(0, "the image")
         images.insert(0, image[0])
