@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import http.server
 import json
+import os
 import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +18,15 @@ import pytest
 
 import udddm
 from udddm import cli
+from udddm.checkpoint import damage
 from udddm.config import load
 from udddm.data import DataError
 from udddm.data.loading import named
 from udddm.evaluation.command import main as evaluate
+from udddm.manifest import parse
+from udddm.remote_run import RemoteCheckpoints
+from udddm.store.objects import Oversized, open_objects
+from udddm.testing.s3 import BUCKET, S3Server
 
 SETTINGS = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.0, condition: none}",
@@ -126,3 +136,177 @@ def test_a_run_evaluates_with_the_function_of_its_own_configuration(ran: Path, t
 def test_only_a_function_of_the_module_itself_is_named(name: str, ran: Path) -> None:
     with pytest.raises(DataError, match=r"write package\.module:function"):
         named(name, "data set")
+
+
+OUTSIDE = [
+    "config/../../../../outside",
+    "../outside",
+    "state/../../outside",
+    "/tmp/outside",
+    "model.safetensors/../../outside",
+    "..",
+    ".",
+    "",
+    "state/",
+    "state//rows",
+    "state/./rows",
+    "state\\..\\rows",
+    "other/file",
+    ".hidden",
+    "manifest.json",
+]
+
+
+def entry(data: bytes) -> dict[str, int]:
+    return {"bytes": len(data), "crc32c": int(google_crc32c.value(data))}
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_a_manifest_names_files_of_its_checkpoint_only(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "c" / "step-00000001"
+    path.mkdir(parents=True)
+    (path / "manifest.json").write_text(json.dumps({"config.json": entry(b"{}"), name: entry(b"")}))
+    (path / "config.json").write_bytes(b"{}")
+    problem = damage(path)
+    assert problem is not None and "manifest.json cannot be read: it names" in problem and repr(name) in problem
+    objects = open_objects(f"memory://{uuid.uuid4().hex}")
+    objects.put("step-00000001/manifest.json", (path / "manifest.json").read_bytes())
+    copies = tmp_path / "x" / "y" / "copies"
+    kept = RemoteCheckpoints(copies, objects)
+    problem = kept.damage(kept.directory / "step-00000001")
+    assert problem is not None and "it names" in problem
+    assert {p.name for p in copies.rglob("*")} == {"checkpoints", "step-00000001", "manifest.json"}
+    assert [p.name for p in (tmp_path / "x").iterdir()] == ["y"]
+
+
+@pytest.mark.parametrize(
+    "bad", [b"[]", b"{", b'{"a": 3}', b'{"a": {"bytes": -1, "crc32c": 0}}', b'{"a": {"bytes": true, "crc32c": 0}}']
+)
+def test_a_malformed_manifest_is_an_error_and_no_trace(bad: bytes) -> None:
+    with pytest.raises(ValueError):
+        parse(bad)
+    with pytest.raises(ValueError, match="too deeply"):
+        parse(b"[" * 100_000)
+    with pytest.raises(ValueError, match="as a file and as the directory"):
+        parse(json.dumps({"state/a": entry(b""), "state/a/b": entry(b"")}).encode())
+
+
+def test_every_file_that_a_run_writes_is_a_name_that_a_manifest_may_hold(theirs: Path) -> None:
+    names = parse((next(theirs.glob("checkpoints/*")) / "manifest.json").read_bytes())
+    assert {"config.json", "model.safetensors", "state/snapshot.json", "state/lane-0000.json"} <= set(names)
+
+
+@pytest.mark.parametrize("what", ["link", "linked directory", "pipe"])
+def test_links_and_devices_in_a_checkpoint_are_damage(theirs: Path, tmp_path: Path, what: str) -> None:
+    path = next(theirs.glob("checkpoints/*"))
+    assert damage(path) is None
+    target = path / ("state" if what == "linked directory" else "config.json")
+    target.rename(tmp_path / "elsewhere")
+    if what == "pipe":
+        os.mkfifo(target)
+    else:
+        target.symlink_to(tmp_path / "elsewhere")
+    problem = damage(path)
+    assert problem is not None and target.name in problem and "plain file" in problem
+
+
+class Site:
+    """A web server of a stranger, who answers each path as `pages` says and announces what `announced` does."""
+
+    def __init__(self) -> None:
+        self.pages: dict[str, bytes] = {}
+        self.announced: dict[str, int] = {}
+        site = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def log_message(self, *_: object) -> None:
+                return
+
+            def do_HEAD(self) -> None:
+                self._head()
+
+            def do_GET(self) -> None:
+                data = self._head()
+                self.wfile.write(data)
+
+            def _head(self) -> bytes:
+                data = site.pages.get(self.path)
+                self.send_response(404 if data is None else 200)
+                if self.command == "HEAD":
+                    self.send_header("Content-Length", str(site.announced.get(self.path, len(data or b""))))
+                self.end_headers()
+                return data or b""
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        self.thread = threading.Thread(target=self.server.serve_forever)
+        self.thread.start()
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.thread.join()
+        self.server.server_close()
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    found = Site()
+    yield found
+    found.close()
+
+
+def put_at(site: Site, run: Path, change: Callable[[dict[str, Any]], None]) -> str:
+    """A checkpoint of `run` on the web server, with a changed manifest; its URL."""
+    path = next(run.glob("checkpoints/*"))
+    for file in path.rglob("*"):
+        if file.is_file():
+            site.pages[f"/run/checkpoints/{path.name}/{file.relative_to(path)}"] = file.read_bytes()
+    manifest = json.loads((path / "manifest.json").read_text())
+    change(manifest)
+    site.pages[f"/run/checkpoints/{path.name}/manifest.json"] = json.dumps(manifest).encode()
+    listing = f'<a href="{path.name}/">{path.name}</a>'.encode()
+    site.pages |= {"/run/checkpoints": listing, "/run/checkpoints/": listing}
+    site.pages[f"/run/checkpoints/{path.name}"] = b'<a href="manifest.json">manifest.json</a>'
+    return f"{site.url}/run/checkpoints/{path.name}"
+
+
+def test_a_web_server_writes_nothing_elsewhere(
+    site: Site, theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    sampling = ["--seeds", "0-3", "--device", "cpu", "--out", str(tmp_path / "out")]
+    whole = put_at(site, theirs, lambda manifest: None)
+    assert cli.sample(["--checkpoint", whole, *sampling]) == 0
+    name = f"config/../../../../{tmp_path.name}/bashrc"
+    url = put_at(site, theirs, lambda manifest: manifest.update({name: entry(b"owned")}))
+    site.pages["/run/checkpoints/bashrc"] = b"owned"
+    assert cli.sample(["--checkpoint", url, *sampling]) == cli.FAILED
+    assert name in capsys.readouterr().err
+    assert not list(tmp_path.rglob("bashrc"))
+
+
+def test_a_web_server_sends_no_more_than_its_manifest_says(
+    site: Site, theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = put_at(site, theirs, lambda manifest: None)
+    key = url.removeprefix(site.url) + "/model.safetensors"
+    size = len(site.pages[key])
+    site.announced[key] = size  # what it announces is not what it sends
+    site.pages[key] = bytes(40 << 20)
+    for _ in range(2):
+        assert cli.sample(["--checkpoint", url, "--device", "cpu", "--out", str(tmp_path / "out")]) == cli.FAILED
+        assert f"model.safetensors cannot be read: it has more than its {size} bytes" in capsys.readouterr().err
+        site.announced = {}
+
+
+@pytest.mark.parametrize("kind", ["s3", "memory", "local"])
+def test_a_download_ends_at_its_limit(kind: str, s3: S3Server, tmp_path: Path) -> None:
+    names = {"s3": f"s3://{BUCKET}/limits", "memory": "memory://limits", "local": str(tmp_path / "objects")}
+    objects = open_objects(names[kind])
+    objects.put("key", bytes(1000))
+    objects.download("key", tmp_path / "file", 1000)
+    assert (tmp_path / "file").stat().st_size == 1000
+    with pytest.raises(Oversized, match="999"):
+        objects.download("key", tmp_path / "other", 999)
+    assert not (tmp_path / "other").exists()

@@ -23,11 +23,10 @@ from typing import Any
 import google_crc32c
 from safetensors import SafetensorError
 
+from udddm import manifest
 from udddm.backends.ranks import RankError, Ranks
 from udddm.errors import CheckpointError, StoreError
-
-Entries = dict[str, dict[str, int]]
-"""A manifest: of every file its size in bytes and its CRC32C."""
+from udddm.manifest import MANIFEST, Entries
 
 NAME = re.compile(r"step-(\d{8,})")
 _BLOCK = 16 << 20
@@ -148,7 +147,7 @@ class Checkpoints:
         sync_file(path)
 
     def _publish(self, partial: Path, final: Path, entries: Entries) -> None:
-        write_json(partial / "manifest.json", entries)
+        write_json(partial / MANIFEST, entries)
         if final.exists():  # left there by a run that did not resume from it: it was not whole
             shutil.rmtree(final)
         partial.rename(final)
@@ -188,18 +187,23 @@ def _sync_directory(path: Path) -> None:
 def damage(path: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None when every file is as its manifest says."""
     try:
-        entries = json.loads((path / "manifest.json").read_text())
+        entries = manifest.read(path)
+    except FileNotFoundError:
+        return f"{path / MANIFEST} is missing"
+    except (OSError, ValueError) as error:
+        return f"{path / MANIFEST} cannot be read: {error}"
+    try:
         for name, entry in entries.items():
             file = path / name
-            if not file.is_file():
-                return f"{file} is missing"
+            if problem := manifest.not_plain(path, name):
+                return problem
             if file.stat().st_size != entry["bytes"]:
                 return f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}"
             if _crc(file) != entry["crc32c"]:
                 return f"{file} does not match its checksum"
-    except FileNotFoundError:
-        return f"{path / 'manifest.json'} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path / name} is missing"
+    except OSError as error:
         return f"{path} cannot be read: {error!r}"
     return None
 

@@ -17,9 +17,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from udddm import manifest
 from udddm.backends.ranks import Ranks
-from udddm.checkpoint import NAME, Checkpoints, Entries, damage, step_of, write_json
+from udddm.checkpoint import NAME, Checkpoints, damage, step_of, write_json
 from udddm.errors import CheckpointError
+from udddm.manifest import MANIFEST, Entries
 from udddm.run import AVERAGES, Run, locked
 from udddm.store.lease import Lease
 from udddm.store.objects import Objects, local_path, open_objects
@@ -27,7 +29,6 @@ from udddm.store.zarr import LEASE_PATIENCE
 
 SCRATCH = "UDDDM_SCRATCH"
 """Environment variable: where files of runs at URLs are on their way."""
-MANIFEST = "manifest.json"
 _FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "result.json")
 
 
@@ -75,14 +76,16 @@ class RemoteCheckpoints(Checkpoints):
         shutil.rmtree(path, ignore_errors=True)
         key = f"{path.name}/{MANIFEST}"
         try:
-            entries: Entries = {n: e for n, e in json.loads(self.objects.get(key)).items() if self.wanted(n)}
-            for name in entries:
+            path.mkdir(parents=True)
+            self.objects.download(key, path / MANIFEST, manifest.LARGEST)
+            entries = {n: e for n, e in manifest.read(path).items() if self.wanted(n)}
+            for name, entry in entries.items():
                 key = f"{path.name}/{name}"
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
-                self.objects.download(key, path / name)
+                self.objects.download(key, path / name, entry["bytes"])
         except FileNotFoundError:
             raise CheckpointError(f"{self.objects.describe(key)} is missing") from None
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{self.objects.describe(key)} cannot be read: {error}") from error
         write_json(path / MANIFEST, entries)
 
