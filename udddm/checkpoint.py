@@ -101,29 +101,34 @@ class Checkpoints:
     def write(self, step: int, ranks: Ranks, fill: Callable[[Path], None]) -> Path:
         """Make the checkpoint of `step`: every rank's `fill(directory)` adds its files, then it becomes visible.
 
-        Raises CheckpointError on a full or read-only disk; what was there before is untouched.
+        Each rank fills a directory of its own and reports what it wrote there: its listing of a directory that several
+        machines share may be a minute old. Raises CheckpointError on a full or read-only disk; what was there before is
+        untouched.
         """
-        keeps = self._keeps(ranks)
         final = self.directory / f"step-{step:08d}"
-        partial = self.directory / f".{final.name}.partial"
+        partial = _hidden(final)
+        own = self.directory / f".{final.name}.rank-{ranks.rank}.partial"
 
         def make() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-        def seal() -> Entries:
-            files = sorted(p for p in partial.rglob("*") if p.is_file())
-            entries = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "crc32c": _crc(p)} for p in files}
-            for path in files:
-                self._keep(path, f"{final.name}/{path.relative_to(partial)}")
+        def add() -> Entries:
+            shutil.rmtree(own, ignore_errors=True)
+            own.mkdir(parents=True)
+            fill(own)
+            entries = {}
+            for path in sorted(p for p in own.rglob("*") if p.is_file()):
+                name = path.relative_to(own).as_posix()
+                entries[name] = {"bytes": path.stat().st_size, "crc32c": _crc(path)}
+                self._keep(path, f"{final.name}/{name}")
             return entries
 
         errors = (OSError, SafetensorError, StoreError)  # safetensors wraps a full disk in its own
         try:
-            ranks.together(lambda: make() if keeps else None, errors)
-            ranks.together(lambda: fill(partial), errors)
-            sealed = ranks.gather(ranks.together(lambda: seal() if keeps else {}, errors))
-            entries = {name: entry for part in sealed for name, entry in part.items()}
+            ranks.first_only(make, errors)
+            added = ranks.gather(ranks.together(add, errors))
+            entries = {name: entry for part in added for name, entry in part.items()}
             ranks.first_only(lambda: self._publish(partial, final, entries), errors)
         except (*errors, RankError) as error:
             raise CheckpointError(
@@ -131,7 +136,8 @@ class Checkpoints:
                 "make room or restore access, then run the same command again to resume"
             ) from error
         finally:
-            if keeps:
+            shutil.rmtree(own, ignore_errors=True)
+            if ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
         return final
 
@@ -139,12 +145,13 @@ class Checkpoints:
         """What a message calls a checkpoint."""
         return str(path)
 
-    def _keeps(self, ranks: Ranks) -> bool:
-        """Whether this rank makes a directory, and puts away what the ranks that see it write there."""
-        return ranks.first
-
     def _keep(self, path: Path, key: str) -> None:
+        """Put a file that this rank wrote where the checkpoint is made, under `<checkpoint>/<name>`."""
         sync_file(path)
+        checkpoint, _, name = key.partition("/")
+        target = _hidden(self.directory / checkpoint) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
 
     def _publish(self, partial: Path, final: Path, entries: Entries) -> None:
         write_json(partial / MANIFEST, entries)
@@ -170,10 +177,15 @@ class Checkpoints:
 
     def _remove(self, path: Path) -> None:
         """Make a checkpoint invisible at once, then remove it."""
-        hidden = path.with_name(f".{path.name}.partial")
+        hidden = _hidden(path)
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
+
+
+def _hidden(path: Path) -> Path:
+    """A checkpoint's name while it is made or removed."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def _sync_directory(path: Path) -> None:

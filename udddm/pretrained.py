@@ -55,9 +55,9 @@ def _local_checkpoint(where: Path) -> Path:
     return newest
 
 
-def begin_from(where: str | Path, engine: Engine, emas: Sequence[Average]) -> None:
+def begin_from(where: str | Path, engine: Engine, emas: Sequence[Average]) -> str:
     """Give a run that has not begun the first average of `where`, as its weights and as each of its averages; Adam
-    begins anew. Raises CheckpointError, StoreError, ConfigError."""
+    begins with zeros. Returns the checkpoint's name. Raises CheckpointError, StoreError, ConfigError."""
     with checkpoint_files(where) as directory:
         saved = load_json(directory / "config.json")
         trained = configuration.resolve(saved["config"], str(directory / "config.json"))
@@ -67,3 +67,4 @@ def begin_from(where: str | Path, engine: Engine, emas: Sequence[Average]) -> No
         for average in emas:
             for name in engine.shapes:
                 engine.fill(average.weights, name, weights[name])
+        return directory.resolve().name

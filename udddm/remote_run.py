@@ -97,9 +97,6 @@ class RemoteCheckpoints(Checkpoints):
         problem = damage(path)
         return problem and problem.replace(str(path), self.name(path))
 
-    def _keeps(self, ranks: Ranks) -> bool:
-        return ranks.leads_machine
-
     def _keep(self, path: Path, key: str) -> None:
         self.objects.upload(path, key)
 

@@ -257,12 +257,22 @@ class Trainer:
         errors = (StoreError, OSError)
         self.ranks.first_only(self.run.push, errors)  # first: a run that resumes from it has its metrics
         path = self.checkpoints.write(self.step, self.ranks, self._fill)
-        self.ranks.first_only(lambda: self.checkpoints.prune(self.config.checkpoint.keep), errors)
-        self._retain()
+
+        def kept() -> list[int]:
+            self.checkpoints.prune(self.config.checkpoint.keep)
+            return self._kept()
+
+        self._retain(self.ranks.first_only(kept, errors))
         return path
 
-    def _retain(self) -> None:
-        epochs = {step_of(p) // self.order.steps for p in self.checkpoints.all()}
+    def _kept(self) -> list[int]:
+        """The steps of the checkpoints that there are, as the first rank sees them: another machine's listing of a
+        shared directory may be a minute old, and would let go of generations that the newest checkpoint refers to."""
+        assert self.ranks.first
+        return [step_of(p) for p in self.checkpoints.all()]
+
+    def _retain(self, steps: list[int]) -> None:
+        epochs = {step // self.order.steps for step in steps}
         self.store.retain(epochs | {e + 1 for e in epochs})
 
     def _fill(self, directory: Path) -> None:
@@ -277,17 +287,22 @@ class Trainer:
     def _resume(self) -> None:
         """Take up the newest whole checkpoint, or begin."""
 
-        def newest() -> str | None:
+        def newest() -> tuple[str | None, list[int]]:
             found = self.checkpoints.newest_valid(say)
-            return found.name if found else None
+            return found.name if found else None, self._kept()
 
         errors = (CheckpointError, StoreError)
-        name = self.ranks.first_only(newest, errors)
-        self._retain()
+        name, kept = self.ranks.first_only(newest, errors)
+        self._retain(kept)
         if name is None:
             if initial := self.config.train.initial:
                 refused = (ConfigError, CheckpointError, StoreError)
-                self.ranks.together(lambda: begin_from(initial, self.engine, self.emas), refused)
+                begun = self.ranks.together(lambda: begin_from(initial, self.engine, self.emas), refused)
+                if len(seen := set(self.ranks.gather(begun))) > 1:
+                    raise CheckpointError(
+                        f"the ranks see different checkpoints as the newest of {initial} ({', '.join(sorted(seen))}): "
+                        "name one of them in train.initial"
+                    )
                 if self.ranks.first:
                     say(f"beginning from the weights in {initial}")
             self.store.start(0, 0, None)
