@@ -62,7 +62,7 @@ class Listener(ABC):
 
 
 class Diverged(RuntimeError):
-    """The loss is not a number any more."""
+    """The loss, the weights or what is kept with them are not finite any more; no checkpoint holds such values."""
 
 
 def network_for(config: RunConfig, shape: tuple[int, int, int]) -> UNet:
@@ -97,6 +97,8 @@ class Trainer:
                 (ConfigError, DataError),
             )
         self.step = 0
+        self._newest: Path | None = None
+        """The newest checkpoint that this process wrote or resumed from."""
         self._signal: int | None = None
 
     # One step.
@@ -184,8 +186,10 @@ class Trainer:
             stop = vote.cast(self._signal or (self.listener.asked() if self.listener else 0))
             saves = self.step % config.checkpoint.every_steps == 0 or last or bool(stop)
             averages = bool(self.powers) and (self.step % config.train.power_ema_every_steps == 0 or last)
-            if (saves or averages) and not math.isfinite(self.ranks.sum(losses)):
-                raise Diverged(self._diverged())
+            if saves or averages:  # the losses say nothing about what the last step made of the weights
+                finite = math.isfinite(self.ranks.sum(losses + portable.not_finite(self.engine, self.emas)))
+                if not finite:
+                    raise Diverged(self._diverged("the loss, a weight, one of Adam's moments or an average"))
             if averages:  # before the checkpoint: a run that resumes from it has them
                 posthoc.write(self.run.path, self.step, self.powers, self.engine)
             if saves:
@@ -206,7 +210,7 @@ class Trainer:
         since, first, before = window
         loss = self.ranks.sum(losses) / (self.step - first)  # waits for the device: once every log_every_steps
         if not math.isfinite(loss):
-            raise Diverged(self._diverged())
+            raise Diverged(self._diverged("the loss"))
         now = time.perf_counter()
         counters, seconds = replace(self.store.counters), now - since
         read_wait, write_wait = counters.read_wait - before.read_wait, counters.write_wait - before.write_wait
@@ -238,10 +242,15 @@ class Trainer:
             )
         return now, self.step, counters
 
-    def _diverged(self) -> str:
+    def _diverged(self, what: str) -> str:
+        cure = "a lower train.learning_rate, train.clip or another train.precision needs a new run: another --run-dir"
+        if self._newest is None:
+            return f"{what} is not finite after step {self.step}, and there is no checkpoint yet: {cure}"
+        newest = self.checkpoints.name(self._newest)
         return (
-            f"the loss is not finite at step {self.step}: lower train.learning_rate, set train.clip, or use another "
-            "train.precision. The last checkpoint is from before"
+            f"{what} is not finite after step {self.step}. The newest checkpoint is kept and is from step "
+            f"{step_of(self._newest)}; the same command resumes from it, which helps if the machine was at fault. Else "
+            f"{cure}, with train.initial={newest} to begin with that checkpoint's weights"
         )
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -256,7 +265,7 @@ class Trainer:
         """Write a checkpoint of this position and remove those that `checkpoint.keep` lets go."""
         errors = (StoreError, OSError)
         self.ranks.first_only(self.run.push, errors)  # first: a run that resumes from it has its metrics
-        path = self.checkpoints.write(self.step, self.ranks, self._fill)
+        path = self._newest = self.checkpoints.write(self.step, self.ranks, self._fill)
 
         def kept() -> list[int]:
             self.checkpoints.prune(self.config.checkpoint.keep)
@@ -307,7 +316,7 @@ class Trainer:
                     say(f"beginning from the weights in {initial}")
             self.store.start(0, 0, None)
             return
-        path = self.checkpoints.directory / name
+        path = self._newest = self.checkpoints.directory / name
         self.ranks.together(lambda: self.checkpoints.bring(path) if self.ranks.leads_machine else None, errors)
         self.step = int(load_json(path / "position.json")["step"])
         portable.load(path, self.engine, self.emas)
