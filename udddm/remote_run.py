@@ -29,7 +29,8 @@ from udddm.store.zarr import LEASE_PATIENCE
 
 SCRATCH = "UDDDM_SCRATCH"
 """Environment variable: where files of runs at URLs are on their way."""
-_FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "result.json")
+FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json")
+"""What a run appends to or reads again: all that it writes at the top of its directory except for its final samples."""
 
 
 def scratch() -> Path:
@@ -166,7 +167,7 @@ class RemoteRun(Run):
                 shutil.rmtree(left, ignore_errors=True)
             elif left.name != ".lock":
                 left.unlink()
-        for name in _FETCHED:
+        for name in FETCHED:
             try:
                 (self.path / name).write_bytes(self.objects.get(name))
             except FileNotFoundError:
