@@ -11,14 +11,16 @@ A checkpoint is written under a temporary name and renamed when its manifest is 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 from safetensors import SafetensorError
@@ -28,8 +30,15 @@ from udddm.backends.ranks import RankError, Ranks
 from udddm.errors import CheckpointError, StoreError
 from udddm.manifest import MANIFEST, Entries
 
+T = TypeVar("T")
 NAME = re.compile(r"step-(\d{8,})")
 _BLOCK = 16 << 20
+_PAUSES = (0.2, 1.0, 3.0)
+"""Seconds between attempts to read what cannot be read."""
+
+
+class Unreadable(CheckpointError):
+    """A checkpoint could not be read, which says nothing about whether it is whole."""
 
 
 def sync_file(path: Path) -> None:
@@ -66,15 +75,19 @@ class Checkpoints:
         self.directory = run / "checkpoints"
 
     def all(self) -> list[Path]:
-        """Named checkpoints, oldest first, valid or not."""
-        if not self.directory.is_dir():
-            return []
-        return sorted((p for p in self.directory.iterdir() if NAME.fullmatch(p.name)), key=step_of)
+        """Named checkpoints, oldest first, valid or not. Raises Unreadable, StoreError."""
+
+        def listed() -> list[Path]:
+            if not self.directory.is_dir():
+                return []
+            return sorted((p for p in self.directory.iterdir() if NAME.fullmatch(p.name)), key=step_of)
+
+        return _patiently(self.directory, listed)
 
     def newest_valid(self, say: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that verifies; says which newer ones do not, and why. None when there is none at all.
 
-        Raises CheckpointError when there are checkpoints but none is whole.
+        Raises CheckpointError when there are checkpoints but none is whole, and when one cannot be read.
         """
         found = self.all()
         problems = []
@@ -92,7 +105,7 @@ class Checkpoints:
         return None
 
     def damage(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint; None when it is whole."""
+        """What is wrong with a checkpoint; None when it is whole. Raises Unreadable, StoreError."""
         return damage(path)
 
     def bring(self, path: Path) -> None:
@@ -162,18 +175,26 @@ class Checkpoints:
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep`, once the newest verifies; and leftovers of interrupted writes."""
-        found = self.all()
-        if found and damage(found[-1]) is None:
-            for old in found[:-keep]:
+        with suppress(Unreadable):  # then at the next checkpoint
+            found = self.all()
+            whole = bool(found) and damage(found[-1]) is None
+            for old in found[:-keep] if whole else ():
                 self._remove(old)
-        for leftover in self.directory.glob(".*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(OSError):
+            for leftover in self.directory.glob(".*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
-    def discard_after(self, step: int) -> None:
-        """Remove checkpoints newer than the one that is resumed: they are not whole, and training passes them again."""
-        for path in self.all():
-            if step_of(path) > step:
-                self._remove(path)
+    def discard_after(self, step: int) -> list[str]:
+        """Set aside the checkpoints newer than the one that is resumed: they are not whole, and training passes them
+        again. Returns what became of them, for a message."""
+        return [self._set_aside(path) for path in self.all() if step_of(path) > step]
+
+    def _set_aside(self, path: Path) -> str:
+        """Under a name that is no checkpoint's: somebody may want to know what happened to it."""
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        return f"{path.name} is kept as {aside}; remove it when you do not need it"
 
     def _remove(self, path: Path) -> None:
         """Make a checkpoint invisible at once, then remove it."""
@@ -197,14 +218,34 @@ def _sync_directory(path: Path) -> None:
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None when every file is as its manifest says."""
+    """What is wrong with a checkpoint, naming the file; None when every file is as its manifest says.
+
+    A file that is missing or has other contents is damage. One that cannot be read (a network file system that does not
+    answer, missing rights, no more file descriptors) is not: raises Unreadable after a few attempts.
+    """
+    return _patiently(path, lambda: _damage(path))
+
+
+def _patiently(path: Path, action: Callable[[], T]) -> T:
+    """The result of reading something under `path`, at one of a few attempts. Raises Unreadable."""
+    for pause in (*_PAUSES, None):
+        try:
+            return action()
+        except OSError as error:
+            if pause is None:
+                raise Unreadable(
+                    f"cannot read {path}: {error}. It need not be damaged, and nothing was removed: restore access to "
+                    "it, then run the same command again"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _damage(path: Path) -> str | None:
+    """`damage`, at the first attempt. Raises OSError for a file that is there and cannot be read."""
+    name = MANIFEST
     try:
         entries = manifest.read(path)
-    except FileNotFoundError:
-        return f"{path / MANIFEST} is missing"
-    except (OSError, ValueError) as error:
-        return f"{path / MANIFEST} cannot be read: {error}"
-    try:
         for name, entry in entries.items():
             file = path / name
             if problem := manifest.not_plain(path, name):
@@ -215,8 +256,12 @@ def damage(path: Path) -> str | None:
                 return f"{file} does not match its checksum"
     except (FileNotFoundError, NotADirectoryError):
         return f"{path / name} is missing"
+    except ValueError as error:
+        return f"{path / MANIFEST} cannot be read: {error}"
     except OSError as error:
-        return f"{path} cannot be read: {error!r}"
+        if error.errno == errno.ELOOP:
+            return f"{path / name} is a link to itself"
+        raise
     return None
 
 

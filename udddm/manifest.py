@@ -60,6 +60,6 @@ def not_plain(directory: Path, name: str) -> str:
     """
     path = directory / name
     mode = path.lstat().st_mode
-    if path.resolve() != directory.resolve() / name:
+    if stat.S_ISLNK(mode) or path.resolve() != directory.resolve() / name:
         return f"{path} is a link or in a linked directory; a checkpoint holds plain files"
     return "" if stat.S_ISREG(mode) else f"{path} is not a plain file"

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from udddm import manifest
 from udddm.backends.ranks import Ranks
-from udddm.checkpoint import NAME, Checkpoints, damage, step_of, write_json
+from udddm.checkpoint import NAME, Checkpoints, Unreadable, damage, step_of, write_json
 from udddm.errors import CheckpointError
 from udddm.manifest import MANIFEST, Entries
 from udddm.run import AVERAGES, Run, locked
@@ -93,6 +93,8 @@ class RemoteCheckpoints(Checkpoints):
     def damage(self, path: Path) -> str | None:
         try:
             self.bring(path)
+        except Unreadable:
+            raise
         except CheckpointError as error:
             return str(error)
         problem = damage(path)
@@ -110,6 +112,10 @@ class RemoteCheckpoints(Checkpoints):
         unfinished = {self.directory / n for n in self.objects.list("") if NAME.fullmatch(n)} - set(found)
         for old in [*found[:-keep], *unfinished]:
             self._remove(old)
+
+    def _set_aside(self, path: Path) -> str:
+        self._remove(path)  # an object cannot be renamed
+        return f"{path.name} is removed"
 
     def _remove(self, path: Path) -> None:
         self.objects.delete(f"{path.name}/{MANIFEST}")

@@ -263,7 +263,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this position and remove those that `checkpoint.keep` lets go."""
-        errors = (StoreError, OSError)
+        errors = (StoreError, CheckpointError, OSError)
         self.ranks.first_only(self.run.push, errors)  # first: a run that resumes from it has its metrics
         path = self._newest = self.checkpoints.write(self.step, self.ranks, self._fill)
 
@@ -325,7 +325,8 @@ class Trainer:
             raise StoreError(f"the x0-state in {path} was made with another order or image shape")
         self.store.start(*divmod(self.step, self.order.steps), snapshot)
         if self.ranks.first:
-            self.checkpoints.discard_after(self.step)
+            for line in self.checkpoints.discard_after(self.step):
+                say(line)
             say(f"resuming from {path.name}")
 
     # Samples and the result.

@@ -133,7 +133,10 @@ def verify(place: Place) -> tuple[int, list[str]]:
                     damaged += problems
     for path in place.checkpoints:
         assert place.run is not None
-        problem = place.run.checkpoints().damage(path)
+        try:
+            problem = place.run.checkpoints().damage(path)
+        except CheckpointError as error:
+            problem = str(error)
         if problem is None:
             try:
                 problems = _check_references(path, place, check)
