@@ -19,14 +19,16 @@ import pytest
 import udddm
 from udddm import cli
 from udddm.checkpoint import damage
-from udddm.config import load
+from udddm.config import ConfigError, load
 from udddm.data import DataError
 from udddm.data.loading import named
+from udddm.errors import CheckpointError, StoreError
 from udddm.evaluation.command import main as evaluate
 from udddm.manifest import parse
 from udddm.remote_run import RemoteCheckpoints
 from udddm.store.objects import Oversized, open_objects
 from udddm.testing.s3 import BUCKET, S3Server
+from udddm.urls import secret_in
 
 SETTINGS = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.0, condition: none}",
@@ -310,3 +312,65 @@ def test_a_download_ends_at_its_limit(kind: str, s3: S3Server, tmp_path: Path) -
     with pytest.raises(Oversized, match="999"):
         objects.download("key", tmp_path / "other", 999)
     assert not (tmp_path / "other").exists()
+
+
+SECRET = "wJalr/XUtnF/bPxRfiCY"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        f"s3://AKIA:{SECRET}@bucket/run",
+        f"s3:/AKIA:{SECRET}@bucket/run",
+        f"https://user:{SECRET}@host/x.npy",
+        f"https://host/x.npy?X-Amz-Signature={SECRET}",
+        f"https://host/x.npy#token={SECRET}",
+        f"simplecache::ftp://user:{SECRET}@host/x.npy",
+        f"S3://AKIA:p@{SECRET}@bucket/run",
+    ],
+)
+@pytest.mark.parametrize("key", ["store.url", "data.path", "train.initial", "run_dir"])
+def test_a_secret_in_a_url_is_refused_before_anything_is_written_and_not_shown(
+    url: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("UDDDM_SCRATCH", str(tmp_path / "scratch"))
+    arguments = [f"--set={one}" for one in SETTINGS] + ["--device=cpu"]
+    arguments += [f"--run-dir={url}"] if key == "run_dir" else ["--run-dir=run", f"--set={key}={url}"]
+    if key == "data.path":
+        arguments.append("--set=data.name=array")
+    assert cli.train(arguments) == cli.USAGE
+    said = "".join(capsys.readouterr())
+    assert key.replace("run_dir", "the run directory") in said and not list(tmp_path.iterdir())
+    assert not any(part in said for part in SECRET.split("/"))
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        (f"https://user:{SECRET}@host/x.npy?a={SECRET}", "https://***@host/x.npy?***"),
+        (f"s3://AKIA:{SECRET}@bucket", "s3://***@bucket"),
+        (f"s3://{SECRET.replace('/', '')}@bucket/a", "s3://***@bucket/a"),
+        ("abfs://container@account.dfs.core.windows.net/run", None),
+        ("s3://bucket/run@2024/x", None),
+        ("sftp://user@host/run", None),
+        ("/data/a?b#c@d:e", None),
+        ("file:///data/a:b@c?d", None),
+        ("https://host:8080/x.npy", None),
+    ],
+)
+def test_messages_show_urls_without_their_secrets(url: str, shown: str | None) -> None:
+    assert secret_in(url) == "" if shown is None else secret_in(url)
+    for error in (ConfigError, DataError, StoreError, CheckpointError):
+        assert str(error(f"cannot read '{url}' now")) == f"cannot read '{shown or url}' now"
+
+
+def test_a_message_about_a_path_with_a_secret_does_not_show_it(
+    site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = f"{site.url}/nothing.npy?signature={SECRET}"
+    assert cli.train([f"--set=data={{name: array, path: '{path}'}}", "--dry-run"]) != 0
+    said = "".join(capsys.readouterr())
+    assert "nothing.npy" in said and "XUtnF" not in said
+    assert cli.sample(["--checkpoint", f"s3://AKIA:{SECRET}@bucket/run", "--out", str(tmp_path)]) == cli.FAILED
+    assert "XUtnF" not in "".join(capsys.readouterr())

@@ -33,6 +33,7 @@ from udddm.remote_run import open_copy, open_run
 from udddm.run import Run, claim
 from udddm.store.objects import local_path, open_objects
 from udddm.trainer import Listener, Trainer, network_for
+from udddm.urls import secret_in
 
 
 def train(
@@ -59,6 +60,7 @@ def train(
     """
     from udddm.backends import launch
 
+    _refuse_secrets(config, run_dir)
     wanted = (workers, workers) if isinstance(workers, int) else workers
     if not 1 <= wanted[0] <= wanted[1]:
         raise ConfigError(f"workers {wanted}: give a positive number, or the least and the most")
@@ -67,6 +69,22 @@ def train(
         world = os.environ.get("WORLD_SIZE")  # another launcher's
         resolve_deepspeed(config, int(world) if world else job.fitting(wanted[1]))
     return launch.run(job, backend)
+
+
+def _refuse_secrets(config: RunConfig, run_dir: str | Path) -> None:
+    """Raise ConfigError for a URL with a secret in it, before it is written into run.json and every checkpoint."""
+    urls = {
+        "the run directory": str(run_dir),
+        "store.url": config.store.url,
+        "data.path": config.data.path,
+        "train.initial": config.train.initial,
+    }
+    for key, url in urls.items():
+        if url is not None and (what := secret_in(url)):
+            raise ConfigError(
+                f"{key}: leave the {what} out of the URL, which is written into run.json and every checkpoint. Give "
+                "credentials by the environment or by fsspec's configuration files, or copy the files to a local disk"
+            )
 
 
 def train_rank(

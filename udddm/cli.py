@@ -349,14 +349,16 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
     from udddm.data.trust import reaching
     from udddm.pictures import grid
     from udddm.store import inspect
+    from udddm.urls import redact
 
     assert isinstance(place, inspect.Place)
     found = inspect.estimates(place, sample)
     names, images = [name for name, _ in found], [image for _, image in found]
     unasked = reaching(place.config.data) if place.config is not None and not trust else []
     if unasked:
+        named = redact(", ".join(unasked))
         print(
-            f"the image is left out: the configuration of {place.name} names its data set by {', '.join(unasked)}, and "
+            f"the image is left out: the configuration of {place.name} names its data set by {named}, and "
             "nothing of it is imported or opened unless --trust is given",
             file=sys.stderr,
         )

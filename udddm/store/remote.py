@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from udddm.store.errors import StoreError
 from udddm.store.failures import of_fsspec, of_obstore, refusal
 from udddm.store.objects import Objects, Oversized, Retry
+from udddm.urls import secret_in
 
 T = TypeVar("T")
 
@@ -28,9 +29,7 @@ _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 def open_remote(scheme: str, rest: str) -> Objects:
     """The objects at `scheme://rest`. Raises StoreError for a malformed URL or a missing package."""
-    user, at, _ = rest.partition("/")[0].rpartition("@")  # abfs://container@account is no user
-    if (at and (":" in user or scheme == "s3")) or "?" in rest or "#" in rest:
-        # Neither may stand in a URL that is written into run.json and every checkpoint; so it is not shown here either.
+    if secret_in(f"{scheme}://{rest}") or "?" in rest or "#" in rest:
         raise StoreError(
             f"store.url {scheme}://...: leave user, password and query out of it; give credentials by the environment"
         )
