@@ -15,6 +15,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 import udddm
 from udddm import cli
@@ -24,7 +25,7 @@ from udddm.data import DataError
 from udddm.data.loading import named
 from udddm.errors import CheckpointError, StoreError
 from udddm.evaluation.command import main as evaluate
-from udddm.manifest import parse
+from udddm.manifest import dumps, parse
 from udddm.remote_run import RemoteCheckpoints
 from udddm.store.objects import Oversized, open_objects
 from udddm.testing.s3 import BUCKET, S3Server
@@ -70,8 +71,7 @@ def rewrite(run: Path, **sections: Any) -> None:
         manifest = path.parent / "manifest.json"
         if manifest.exists():
             data = path.read_bytes()
-            entry = {"bytes": len(data), "crc32c": int(google_crc32c.value(data))}
-            manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"config.json": entry}))
+            manifest.write_text(dumps(parse(manifest.read_bytes()) | {"config.json": entry(data)}))
 
 
 def test_looking_into_a_strangers_run_imports_nothing(
@@ -155,7 +155,6 @@ OUTSIDE = [
     "state\\..\\rows",
     "other/file",
     ".hidden",
-    "manifest.json",
 ]
 
 
@@ -263,9 +262,9 @@ def put_at(site: Site, run: Path, change: Callable[[dict[str, Any]], None]) -> s
     for file in path.rglob("*"):
         if file.is_file():
             site.pages[f"/run/checkpoints/{path.name}/{file.relative_to(path)}"] = file.read_bytes()
-    manifest = json.loads((path / "manifest.json").read_text())
+    manifest: dict[str, Any] = parse((path / "manifest.json").read_bytes())
     change(manifest)
-    site.pages[f"/run/checkpoints/{path.name}/manifest.json"] = json.dumps(manifest).encode()
+    site.pages[f"/run/checkpoints/{path.name}/manifest.json"] = dumps(manifest).encode()
     listing = f'<a href="{path.name}/">{path.name}</a>'.encode()
     site.pages |= {"/run/checkpoints": listing, "/run/checkpoints/": listing}
     site.pages[f"/run/checkpoints/{path.name}"] = b'<a href="manifest.json">manifest.json</a>'
@@ -374,3 +373,106 @@ def test_a_message_about_a_path_with_a_secret_does_not_show_it(
     assert "nothing.npy" in said and "XUtnF" not in said
     assert cli.sample(["--checkpoint", f"s3://AKIA:{SECRET}@bucket/run", "--out", str(tmp_path)]) == cli.FAILED
     assert "XUtnF" not in "".join(capsys.readouterr())
+
+
+def test_a_manifest_that_lost_or_renamed_an_entry_is_damage(theirs: Path) -> None:
+    path = next(theirs.glob("checkpoints/*"))
+    manifest = path / "manifest.json"
+    text = manifest.read_text()
+    entries = json.loads(text)
+    assert len(entries) > 5
+    for name in [name for name in entries if name != "manifest.json"]:
+        for other in ({}, {"config.json" if name != "config.json" else "model.safetensors": entries[name]}):
+            kept = {k: v for k, v in entries.items() if k != name} | other
+            manifest.write_text(json.dumps(kept))
+            assert "its own checksum" in str(damage(path)), name
+    manifest.write_text("{}")
+    assert "names no file" in str(damage(path))
+    manifest.write_text(text)
+    assert damage(path) is None
+    manifest.write_text(json.dumps(parse(text.encode())))  # of a version whose manifests had no checksum
+    assert damage(path) is None
+
+
+HEADERS: dict[str, list[object]] = {
+    "form": ["forn", None, []],
+    "url": [3],
+    "epoch": [-1, "1", None, 1.5],
+    "step": [True, -1],
+    "dtype": ["fp8", None],
+    "shape": [[], [0], "1x8x8", [1, 8, 8.0]],
+    "order": [None, {}, {"lanes": 0}, {"chunk": "x"}],
+}
+
+
+@pytest.mark.parametrize("key", HEADERS)
+def test_a_malformed_snapshot_is_an_error_that_names_it(
+    key: str, theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = next(theirs.glob("checkpoints/*/state")) / "snapshot.json"
+    header = json.loads(path.read_text())
+    for value in HEADERS[key]:
+        changed = value if not (key == "order" and value) else header["order"] | value  # type: ignore[operator]
+        path.write_text(json.dumps(header | {key: changed}))
+        for command in (["info"], ["verify"], ["view", "--sample=1", f"--out={tmp_path}/x.png"]):
+            code = cli.store([command[0], str(theirs), *command[1:]])
+            said = "".join(capsys.readouterr())
+            passes = command[0] != "verify" and (key == "order" or command[0] == "view")  # the store itself suffices
+            assert code == cli.FAILED or passes, (command, value, said)
+            assert "snapshot.json" in said or passes, (command, value, said)
+        assert cli.store(["convert", str(theirs), str(tmp_path / "copy")]) == cli.FAILED
+        assert "snapshot.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attributes", [{"order": {"lanes": 0}}, {"order": 3}, {"dtype": "x"}, {"shape": 3}])
+def test_a_malformed_store_is_an_error_that_names_it(
+    attributes: dict[str, Any], theirs: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = theirs / "state" / "zarr.json"
+    found = json.loads(path.read_text())
+    for key, value in attributes.items():
+        old = found["attributes"][key]
+        found["attributes"][key] = old | value if isinstance(value, dict) else value
+    path.write_text(json.dumps(found))
+    assert cli.store(["info", str(theirs / "state")]) == cli.FAILED
+    assert "zarr.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", "3", "null", "[" * 100_000, '{"config": {}}', "{"])
+@pytest.mark.parametrize("name", ["config.json", "run.json", "position.json"])
+def test_malformed_json_is_an_error_that_names_its_file(
+    name: str, text: str, theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = next(theirs.glob("checkpoints/*"))
+    path = theirs / name if name == "run.json" else checkpoint / name
+    path.write_text(text)
+    (checkpoint / "manifest.json").write_text(
+        dumps(parse((checkpoint / "manifest.json").read_bytes()) | {name: entry(text.encode())})
+    ) if name != "run.json" else None
+    (theirs / "result.json").unlink()
+    if name == "config.json":
+        code = cli.sample(["--checkpoint", str(theirs), "--out", str(tmp_path / "out"), "--device", "cpu"])
+    else:
+        code = cli.train([f"--run-dir={theirs}", "--device=cpu", *[f"--set={one}" for one in SETTINGS]])
+    assert code in (cli.FAILED, cli.USAGE)
+    assert name in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("shape", [[], [1, 8], [1, 8, 0], [1, 8, "8"], None, [1, 8, 10**9], [1, 8, True]])
+def test_a_shape_that_no_image_has_is_an_error(shape: object, theirs: Path) -> None:
+    path = next(theirs.glob("checkpoints/*")) / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"shape": shape}))
+    (path.parent / "manifest.json").unlink()  # as in a release
+    with pytest.raises(CheckpointError, match=r"config.json: its shape is"):
+        udddm.load_model(path.parent)
+
+
+def test_weights_that_are_not_finite_are_not_sampled(theirs: Path) -> None:
+    path = next(theirs.glob("checkpoints/*"))
+    weights = load_file(path / "ema-0.9.safetensors")
+    list(weights.values())[3].view(-1)[0] = float("nan")
+    save_file(weights, path / "ema-0.9.safetensors")
+    (path / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="are not all finite"):
+        udddm.load_model(path)
+    assert np.isfinite(udddm.sample(udddm.load_model(path, ema="none"), [0])).all()

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 
 import udddm
-from udddm import config as configuration
 from udddm import posthoc, sampler
 from udddm.backends.deepspeed_config import resolve as resolve_deepspeed
 from udddm.backends.deepspeed_config import zero_stage
 from udddm.backends.ranks import TIMEOUT, Ranks, choose_device
-from udddm.checkpoint import NAME, load_json
+from udddm.checkpoint import NAME, load_config, load_json
 from udddm.config import ConfigError, RunConfig
 from udddm.data import DataError, ImageDataset, MapDataset, load_dataset
 from udddm.errors import CheckpointError, StoreError
@@ -188,10 +187,8 @@ def load_model(
     if ema is not None and ema_length is not None:
         raise ConfigError("ema names an average that the run kept, ema_length makes another: give one of them")
     with checkpoint_files(checkpoint, ("config",) if ema_length is not None else ("config", "model", "ema")) as path:
-        saved = load_json(path / "config.json")
-        config = configuration.resolve(saved["config"], str(path / "config.json"))
-        channels, height, width = saved["shape"]
-        network = network_for(config, (channels, height, width))
+        config, shape = load_config(path)
+        network = network_for(config, shape)
         parameters = dict(network.named_parameters())
         shapes = {name: p.shape for name, p in parameters.items()}
         weights: Mapping[str, torch.Tensor]
@@ -203,8 +200,12 @@ def load_model(
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
+                if not parameter.isfinite().all():
+                    raise CheckpointError(
+                        f"{checkpoint}: the weights of {name} are not all finite; use another checkpoint"
+                    )
     network.to(choose_device(device)).eval()
-    return Model(network, build_process(config.process), config, (channels, height, width))
+    return Model(network, build_process(config.process), config, shape)
 
 
 def _run_of(where: str | Path) -> Run:

@@ -27,12 +27,15 @@ from safetensors import SafetensorError
 
 from udddm import manifest
 from udddm.backends.ranks import RankError, Ranks
+from udddm.config import RunConfig, resolve
 from udddm.errors import CheckpointError, StoreError
 from udddm.manifest import MANIFEST, Entries
 
 T = TypeVar("T")
 NAME = re.compile(r"step-(\d{8,})")
 _BLOCK = 16 << 20
+LARGEST_SIDE = 1 << 16
+"""Of the images that a checkpoint may say it makes."""
 _PAUSES = (0.2, 1.0, 3.0)
 """Seconds between attempts to read what cannot be read."""
 
@@ -48,8 +51,13 @@ def sync_file(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write durably and atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write durably and atomically."""
     temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    temporary.write_text(text)
     sync_file(temporary)
     temporary.replace(path)
 
@@ -167,7 +175,7 @@ class Checkpoints:
         path.replace(target)
 
     def _publish(self, partial: Path, final: Path, entries: Entries) -> None:
-        write_json(partial / MANIFEST, entries)
+        write_text(partial / MANIFEST, manifest.dumps(entries))
         if final.exists():  # left there by a run that did not resume from it: it was not whole
             shutil.rmtree(final)
         partial.rename(final)
@@ -271,11 +279,39 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
+    except RecursionError:
+        raise CheckpointError(f"cannot read {path}: it is nested too deeply") from None
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def load_json(path: Path) -> Any:
-    """Raises CheckpointError."""
+def load_json(path: Path, *keys: str) -> Any:
+    """What a JSON file holds; with `keys`, a mapping that has them. Raises CheckpointError."""
     with _explained(path):
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if keys and not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not a mapping")
+        if missing := [key for key in keys if key not in found]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return found
+
+
+def load_step(directory: Path) -> int:
+    """The step of a checkpoint. Raises CheckpointError."""
+    path = directory / "position.json"
+    step = load_json(path, "step")["step"]
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise CheckpointError(f"cannot read {path}: its step is {step!r}, not a number of steps")
+    return step
+
+
+def load_config(directory: Path) -> tuple[RunConfig, tuple[int, int, int]]:
+    """The configuration of a checkpoint and the shape of its images. Raises CheckpointError, ConfigError."""
+    path = directory / "config.json"
+    found = load_json(path, "config", "shape")
+    shape = found["shape"]
+    numbers = isinstance(shape, list) and [side for side in shape if type(side) is int and 0 < side <= LARGEST_SIDE]
+    if not numbers or numbers != shape or len(shape) != 3:
+        raise CheckpointError(f"cannot read {path}: its shape is {shape!r}, not [channels, height, width]")
+    channels, height, width = shape
+    return resolve(found["config"], str(path)), (channels, height, width)

@@ -7,6 +7,8 @@ import re
 import stat
 from pathlib import Path
 
+import google_crc32c
+
 Entries = dict[str, dict[str, int]]
 """Of every file, by its path in the checkpoint, its size `bytes` and its `crc32c`."""
 
@@ -20,16 +22,32 @@ _NAME = re.compile(rf"{_PART}|state(/{_PART})+")
 backslash is among them."""
 
 
+def dumps(entries: Entries) -> str:
+    """The manifest's text. Its own entry is the number of the others and their checksum."""
+    return json.dumps({**entries, MANIFEST: _own(entries)}, indent=1) + "\n"
+
+
+def _own(entries: Entries) -> dict[str, int]:
+    body = json.dumps(entries, sort_keys=True).encode()
+    return {"bytes": len(entries), "crc32c": int(google_crc32c.value(body))}
+
+
 def parse(data: bytes) -> Entries:
-    """Raises ValueError for what is no manifest, and for one with a name that this package does not write."""
+    """The entries of all other files. Raises ValueError for what is no manifest, for one that does not match its own
+    checksum (those of older versions have none), and for one with a name that this package does not write."""
     try:
         entries = json.loads(data)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(entries, dict):
         raise ValueError(f"it is a {type(entries).__name__}, not a mapping of files")  # noqa: TRY004
+    own = entries.pop(MANIFEST, None)
+    if not entries:
+        raise ValueError("it names no file")
+    if own is not None and own != _own(entries):
+        raise ValueError("it does not match its own checksum")
     for name, entry in entries.items():
-        if not _NAME.fullmatch(name) or name == MANIFEST:
+        if not _NAME.fullmatch(name):
             raise ValueError(f"it names {name!r}, which is no file of a checkpoint: do not use it")
         if not isinstance(entry, dict) or not all(_is_number(entry.get(key)) for key in ("bytes", "crc32c")):
             raise ValueError(f"its entry for {name} lacks a number for bytes or crc32c")

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from udddm import config as configuration
 from udddm.backends.engine import Engine
-from udddm.checkpoint import NAME, damage, load_json
+from udddm.checkpoint import NAME, damage, load_config
 from udddm.ema import Average
 from udddm.errors import CheckpointError
 from udddm.portable import Saved
@@ -59,8 +58,7 @@ def begin_from(where: str | Path, engine: Engine, emas: Sequence[Average]) -> st
     """Give a run that has not begun the first average of `where`, as its weights and as each of its averages; Adam
     begins with zeros. Returns the checkpoint's name. Raises CheckpointError, StoreError, ConfigError."""
     with checkpoint_files(where) as directory:
-        saved = load_json(directory / "config.json")
-        trained = configuration.resolve(saved["config"], str(directory / "config.json"))
+        trained, _ = load_config(directory)
         weights = Saved.average(directory, trained.train.averages, None)
         weights.check_network(engine.shapes)
         engine.load_weights(weights)

@@ -8,7 +8,6 @@ begins from the URL alone. A lease (udddm/store/lease.py) keeps other machines o
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -104,7 +103,7 @@ class RemoteCheckpoints(Checkpoints):
         self.objects.upload(path, key)
 
     def _publish(self, partial: Path, final: Path, entries: Entries) -> None:
-        self.objects.put(f"{final.name}/{MANIFEST}", json.dumps(entries, indent=1).encode())
+        self.objects.put(f"{final.name}/{MANIFEST}", manifest.dumps(entries).encode())
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep`, and what interrupted writes left."""

@@ -20,7 +20,7 @@ import torch
 from udddm import ema, noise, objective, pictures, portable, posthoc, process, sampler, store
 from udddm.backends import engine
 from udddm.backends.ranks import Ranks, Vote
-from udddm.checkpoint import load_json, step_of, write_json
+from udddm.checkpoint import load_step, step_of, write_json
 from udddm.config import ConfigError, RunConfig
 from udddm.data import DataError, ImageDataset
 from udddm.data.prefetch import Prefetch
@@ -318,7 +318,7 @@ class Trainer:
             return
         path = self._newest = self.checkpoints.directory / name
         self.ranks.together(lambda: self.checkpoints.bring(path) if self.ranks.leads_machine else None, errors)
-        self.step = int(load_json(path / "position.json")["step"])
+        self.step = load_step(path)
         portable.load(path, self.engine, self.emas)
         snapshot = Snapshot(path / "state", self.run.state, self.store.repair)
         if snapshot.order.fingerprint() != self.order.fingerprint() or snapshot.shape != self.dataset.shape:
