@@ -29,6 +29,7 @@ from udddm import manifest
 from udddm.backends.ranks import RankError, Ranks
 from udddm.config import RunConfig, resolve
 from udddm.errors import CheckpointError, StoreError
+from udddm.files import atomic_write, sync_directory
 from udddm.manifest import MANIFEST, Entries
 
 T = TypeVar("T")
@@ -56,10 +57,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write durably and atomically."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(text)
-    sync_file(temporary)
-    temporary.replace(path)
+    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def _crc(path: Path) -> int:
@@ -178,8 +176,10 @@ class Checkpoints:
         write_text(partial / MANIFEST, manifest.dumps(entries))
         if final.exists():  # left there by a run that did not resume from it: it was not whole
             shutil.rmtree(final)
+        for directory in [p for p in partial.rglob("*") if p.is_dir()]:
+            sync_directory(directory)
         partial.rename(final)
-        _sync_directory(self.directory)
+        sync_directory(self.directory)
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep`, once the newest verifies; and leftovers of interrupted writes."""
@@ -215,14 +215,6 @@ class Checkpoints:
 def _hidden(path: Path) -> Path:
     """A checkpoint's name while it is made or removed."""
     return path.with_name(f".{path.name}.partial")
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def damage(path: Path) -> str | None:

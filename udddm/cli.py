@@ -6,11 +6,14 @@ Heavy imports wait until the arguments are parsed.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 FAILED = 1
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+"""Errors of a disk, which are for the user."""
 USAGE = 2
 TRUST = "import and open what the checkpoint's own configuration names, such as its data set: for files that you trust"
 """Help for `--trust` (udddm/data/trust.py)."""
@@ -40,6 +43,14 @@ def reported(body: Callable[[], int]) -> int:
             return error.exit_code
         if isinstance(error, (*KNOWN, WorkerLost)):
             print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+            return FAILED
+        if isinstance(error, OSError) and error.errno in _DISK:
+            where = f" ({error.filename})" if error.filename else ""
+            print(
+                f"error: {error.strerror}{where}. Checkpoints and earlier files are intact; make room or restore "
+                "access, then run the same command again",
+                file=sys.stderr,
+            )
             return FAILED
         raise
     except KeyboardInterrupt:
@@ -200,12 +211,12 @@ def sample(argv: list[str] | None = None) -> int:
     def body() -> int:
         import itertools
 
-        import numpy as np
         import torch
 
         from udddm.api import load_model
         from udddm.api import sample as draw
         from udddm.config import ConfigError
+        from udddm.files import write_array
         from udddm.pictures import grid
 
         model = load_model(
@@ -227,8 +238,7 @@ def sample(argv: list[str] | None = None) -> int:
         )
         out: Path = arguments.out
         out.mkdir(parents=True, exist_ok=True)
-        with (out / "samples.npy").open("wb") as file:
-            np.save(file, images)
+        write_array(out / "samples.npy", images)
         grid(torch.from_numpy(images[:400]), out / "samples.png")
         print(
             f"{len(images)} images in {out / 'samples.npy'}, the first {min(400, len(images))} in {out / 'samples.png'}"

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from udddm.backends.ranks import Ranks
-from udddm.checkpoint import Checkpoints, load_json, write_json
+from udddm.checkpoint import Checkpoints, load_json, write_json, write_text
 from udddm.config import ConfigError, RunConfig, resolve
 from udddm.data import ImageDataset, check_unchanged
 
@@ -126,7 +126,7 @@ def claim(run: Path, config: RunConfig, dataset: ImageDataset) -> None:
         return
     if (run / "checkpoints").exists():
         raise ConfigError(f"{run} holds checkpoints but no run.json; restore that file or choose another --run-dir")
-    (run / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    write_text(run / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     write_json(
         path,
         {

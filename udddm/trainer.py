@@ -27,6 +27,7 @@ from udddm.data.prefetch import Prefetch
 from udddm.ema import PowerEMA
 from udddm.errors import CheckpointError
 from udddm.evaluation.background import BackgroundEvaluation
+from udddm.files import write_array
 from udddm.network import UNet
 from udddm.network import build as build_network
 from udddm.noise import Stream
@@ -380,10 +381,7 @@ class Trainer:
 
     def _finish(self, result: dict[str, Any], images: torch.Tensor | None) -> None:
         if images is not None:
-            temporary = self.run.path / "samples.npy.partial"
-            with temporary.open("wb") as file:
-                np.save(file, images.numpy())
-            temporary.replace(self.run.path / "samples.npy")
+            write_array(self.run.path / "samples.npy", images.numpy())
             pictures.grid(images[:100], self.run.path / "samples.png")
         write_json(self.run.path / "result.json", result)
         self.run.push()
