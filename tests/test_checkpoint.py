@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -68,8 +74,63 @@ def test_the_newest_whole_one_is_taken_and_the_others_are_said(tmp_path: Path) -
     said: list[str] = []
     assert checkpoints.newest_valid(said.append) == older
     assert "step-00000002" in said[0] and "model.safetensors" in said[0]
-    checkpoints.discard_after(1)
+    assert "step-00000002.damaged" in checkpoints.discard_after(1)[0]
     assert checkpoints.all() == [older]
+    assert {p.name for p in checkpoints.directory.iterdir()} == {older.name, "step-00000002.damaged"}
+    newer = checkpoints.write(2, ALONE, fill)  # training passes it again
+    checkpoints.prune(1)
+    assert checkpoints.all() == [newer] and (newer.with_name("step-00000002.damaged") / "manifest.json").exists()
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    """Every attempt to open a file fails (EMFILE), as on a machine that is short of descriptors."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    lowest = os.open(os.devnull, os.O_RDONLY)
+    os.close(lowest)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (lowest, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_what_cannot_be_read_is_not_damaged_and_nothing_is_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    paths = [checkpoints.write(step, ALONE, fill) for step in (1, 2, 3)]
+    pauses: list[float] = []
+    monkeypatch.setattr(time, "sleep", pauses.append)
+    with no_more_files():
+        with pytest.raises(CheckpointError, match=r"Too many open files.*nothing was removed"):
+            checkpoints.newest_valid(print)
+        with pytest.raises(CheckpointError, match=r"step-00000003: .*Too many open files.*nothing was removed"):
+            damage(paths[-1])
+        assert len(pauses) == 6
+        checkpoints.prune(1)
+    assert checkpoints.all() == paths and all(damage(path) is None for path in paths)
+
+
+def test_a_checkpoint_that_can_be_read_at_the_second_attempt_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    newest = [checkpoints.write(step, ALONE, fill) for step in (1, 2)][-1]
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    monkeypatch.setattr(time, "sleep", lambda seconds: resource.setrlimit(resource.RLIMIT_NOFILE, limits))
+    with no_more_files():
+        assert checkpoints.newest_valid(print) == newest
+
+
+def test_a_loop_of_links_is_damage(tmp_path: Path) -> None:
+    checkpoints = Checkpoints(tmp_path)
+    for name in ("model.safetensors", "state"):
+        path = checkpoints.write(1, ALONE, fill)
+        shutil.rmtree(path / name, ignore_errors=True)
+        (path / name).unlink(missing_ok=True)
+        (path / name).symlink_to(path / name)
+        assert name in str(damage(path))
 
 
 def test_old_ones_go_only_when_the_newest_verifies(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -210,3 +211,32 @@ def test_a_data_set_without_labels_cannot_train_a_conditional_network(
     arguments = ["--run-dir", str(tmp_path / "run"), *TINY, "--set=network.classes=3"]
     assert cli.train([*arguments, f"--set=data={{name: array, path: {tmp_path / 'images.npy'}}}"]) == cli.USAGE
     assert "no labels" in capsys.readouterr().err
+
+
+def test_samples_that_do_not_fit_leave_the_earlier_ones(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--checkpoint", str(run), "--out", str(tmp_path), "--device", "cpu", "--seeds"]
+    assert cli.sample([*command, "0-3"]) == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))  # as on a full disk, the file is cut
+    try:
+        assert cli.sample([*command, "0-99"]) == cli.FAILED
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "error: File too large" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("reader", ["goes", "was never there"])
+def test_a_run_outlives_whoever_reads_its_messages(reader: str, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "udddm.cli", "--run-dir", str(tmp_path / "run"), *TINY]
+    if reader == "goes":
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        assert process.stderr is not None and process.stderr.readline()
+        process.stderr.close()
+    else:
+        process = subprocess.Popen(["sh", "-c", '"$@" 2>&-', "sh", *command])
+    process.wait(timeout=200)
+    assert (tmp_path / "run" / "result.json").exists()

@@ -155,6 +155,42 @@ def test_a_checkpoint_comes_after_the_metrics_before_it(files: str, monkeypatch:
     assert steps == list(range(5, 61, 5))
 
 
+def pixels(batch: torch.Tensor) -> torch.Tensor:
+    return batch.flatten(1)[:, :8]
+
+
+def test_a_run_that_resumes_keeps_what_it_wrote_under_the_same_names(
+    files: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its scores and metrics, for which a start on another disk has only the URL."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    settings = config("evaluate={every_steps: 6, count: 16, features: 'test_remote_run:pixels'}", "train.steps=30")
+    push, pushed = RemoteRun.push, 0
+
+    def lost(run: RemoteRun) -> None:
+        nonlocal pushed
+        pushed += 1
+        push(run)
+        if pushed == 4:  # when the run begins and for each checkpoint
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RemoteRun, "push", lost)
+        patched.setenv(remote_run.SCRATCH, str(tmp_path / "first"))
+        with pytest.raises(KeyboardInterrupt):
+            udddm.train(settings, run_dir=files, device="cpu")
+    objects = open_objects(files)
+    before = [json.loads(line)["step"] for line in objects.get("evaluation.jsonl").splitlines()]
+    assert before and before[0] == 6
+    monkeypatch.setenv(remote_run.SCRATCH, str(tmp_path / "second"))
+    udddm.train(settings, run_dir=files, device="cpu")
+    steps = [json.loads(line)["step"] for line in objects.get("evaluation.jsonl").splitlines()]
+    assert steps == [6, 12, 18, 24, 30]
+    held = {name for name in objects.list("") if "." in name and name not in ("samples.npy", "samples.png")}
+    assert held == set(remote_run.FETCHED) | {name for name in held if name == "lease.json"}
+
+
 def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On this machine by the lock; from another, with another disk, by the lease."""
     monkeypatch.setattr(remote_run, "LEASE_PATIENCE", 0.0)
@@ -261,7 +297,7 @@ def test_credentials_missing_on_one_machine_are_told_at_once(url: str, tmp_path:
 
 def test_bad_urls_are_refused(tmp_path: Path) -> None:
     for bad in ("s3://user:secret@bucket/run", "nothing://bucket/run"):
-        with pytest.raises(StoreError):
+        with pytest.raises((StoreError, ConfigError)):
             udddm.train(config(), run_dir=bad, device="cpu")
     assert isinstance(open_run("memory://a/b"), RemoteRun) and str(open_run("memory://a/b/")) == "memory://a/b"
     assert open_run(f"file://{tmp_path}").path == tmp_path

@@ -21,6 +21,7 @@ from udddm.backends.ranks import Ranks
 from udddm.backends.torch_engine import TorchEngine
 from udddm.config import TrainConfig, resolve
 from udddm.data import DataError, ImageDataset
+from udddm.ema import EMA
 from udddm.errors import CheckpointError
 from udddm.portable import Saved
 from udddm.run import Run
@@ -197,10 +198,64 @@ def test_an_empty_data_set(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def finite(run: Path) -> list[str]:
+    """The checkpoints of a run, all of whose values are finite."""
+    found = sorted((run / "checkpoints").glob("step-*"))
+    for path in found:
+        for kind in ("model", "ema-0.9", "optimizer"):
+            assert all(bool(value.isfinite().all()) for value in Saved(path, kind).values()), (path, kind)
+    return [path.name for path in found]
+
+
 def test_a_diverged_run_says_so_and_keeps_its_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="learning_rate"):
         train(tiny(train={"learning_rate": 1e18, "steps": 60}, checkpoint={"every_steps": 1}), tmp_path)
     assert not (tmp_path / "result.json").exists()
+    finite(tmp_path)
+
+
+@pytest.mark.parametrize("what", ["gradient", "moment", "average"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_checkpoint_holds_what_is_not_finite(
+    what: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the last step before a checkpoint, whose loss was finite: a fault of the machine, which a restart cures."""
+    step = TorchEngine._step
+    taken = 0
+
+    def faulty(engine: TorchEngine) -> None:
+        nonlocal taken
+        taken += 1
+        if taken == 6 and what == "gradient":
+            next(iter(engine._parameters.values())).grad.view(-1)[0] = value
+        step(engine)
+        if taken == 6 and what == "moment":
+            list(engine.moments()["exp_avg_sq"].values())[-1].view(-1)[0] = value
+
+    if what == "average":
+        update = EMA.update
+
+        def overwritten(average: EMA, number: int) -> None:
+            update(average, number)
+            if taken == 6:
+                next(iter(average.weights.values())).view(-1)[0] = value
+
+        monkeypatch.setattr(EMA, "update", overwritten)
+    monkeypatch.setattr(TorchEngine, "_step", faulty)
+    settings = tiny(train={"steps": 9})
+    kept = tmp_path / "run" / "checkpoints" / "step-00000003"
+    said = rf"after step 6\. .* from step 3; .*needs a new run: another --run-dir, with train.initial={kept} "
+    with pytest.raises(Diverged, match=said):
+        train(settings, tmp_path / "run")
+    assert finite(tmp_path / "run") == [kept.name]
+    again = train(settings, tmp_path / "run")
+    undisturbed = train(settings, tmp_path / "other")
+    assert {k: v for k, v in again.items() if "sha256" in k} == {k: v for k, v in undisturbed.items() if "sha256" in k}
+
+
+def test_without_a_checkpoint_none_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="there is no checkpoint yet: a lower train"):
+        train(tiny(train={"learning_rate": 1e30, "steps": 60}, checkpoint={"every_steps": 50}), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["gpu", "pinned"])

@@ -14,12 +14,11 @@ import numpy as np
 import torch
 
 import udddm
-from udddm import config as configuration
 from udddm import posthoc, sampler
 from udddm.backends.deepspeed_config import resolve as resolve_deepspeed
 from udddm.backends.deepspeed_config import zero_stage
 from udddm.backends.ranks import TIMEOUT, Ranks, choose_device
-from udddm.checkpoint import NAME, load_json
+from udddm.checkpoint import NAME, load_config, load_json
 from udddm.config import ConfigError, RunConfig
 from udddm.data import DataError, ImageDataset, MapDataset, load_dataset
 from udddm.errors import CheckpointError, StoreError
@@ -33,6 +32,7 @@ from udddm.remote_run import open_copy, open_run
 from udddm.run import Run, claim
 from udddm.store.objects import local_path, open_objects
 from udddm.trainer import Listener, Trainer, network_for
+from udddm.urls import secret_in
 
 
 def train(
@@ -59,6 +59,7 @@ def train(
     """
     from udddm.backends import launch
 
+    _refuse_secrets(config, run_dir)
     wanted = (workers, workers) if isinstance(workers, int) else workers
     if not 1 <= wanted[0] <= wanted[1]:
         raise ConfigError(f"workers {wanted}: give a positive number, or the least and the most")
@@ -67,6 +68,22 @@ def train(
         world = os.environ.get("WORLD_SIZE")  # another launcher's
         resolve_deepspeed(config, int(world) if world else job.fitting(wanted[1]))
     return launch.run(job, backend)
+
+
+def _refuse_secrets(config: RunConfig, run_dir: str | Path) -> None:
+    """Raise ConfigError for a URL with a secret in it, before it is written into run.json and every checkpoint."""
+    urls = {
+        "the run directory": str(run_dir),
+        "store.url": config.store.url,
+        "data.path": config.data.path,
+        "train.initial": config.train.initial,
+    }
+    for key, url in urls.items():
+        if url is not None and (what := secret_in(url)):
+            raise ConfigError(
+                f"{key}: leave the {what} out of the URL, which is written into run.json and every checkpoint. Give "
+                "credentials by the environment or by fsspec's configuration files, or copy the files to a local disk"
+            )
 
 
 def train_rank(
@@ -175,10 +192,8 @@ def load_model(
     if ema is not None and ema_length is not None:
         raise ConfigError("ema names an average that the run kept, ema_length makes another: give one of them")
     with checkpoint_files(checkpoint, ("config",) if ema_length is not None else ("config", "model", "ema")) as path:
-        saved = load_json(path / "config.json")
-        config = configuration.resolve(saved["config"], str(path / "config.json"))
-        channels, height, width = saved["shape"]
-        network = network_for(config, (channels, height, width))
+        config, shape = load_config(path)
+        network = network_for(config, shape)
         parameters = dict(network.named_parameters())
         shapes = {name: p.shape for name, p in parameters.items()}
         weights: Mapping[str, torch.Tensor]
@@ -190,8 +205,12 @@ def load_model(
         with torch.no_grad():
             for name, parameter in parameters.items():
                 parameter.copy_(weights[name])
+                if not parameter.isfinite().all():
+                    raise CheckpointError(
+                        f"{checkpoint}: the weights of {name} are not all finite; use another checkpoint"
+                    )
     network.to(device if isinstance(device, torch.device) else choose_device(device)).eval()
-    return Model(network, build_process(config.process), config, (channels, height, width))
+    return Model(network, build_process(config.process), config, shape)
 
 
 def _run_of(where: str | Path) -> Run:

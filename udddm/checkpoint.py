@@ -11,26 +11,38 @@ A checkpoint is written under a temporary name and renamed when its manifest is 
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import google_crc32c
 from safetensors import SafetensorError
 
+from udddm import manifest
 from udddm.backends.ranks import RankError, Ranks
+from udddm.config import RunConfig, resolve
 from udddm.errors import CheckpointError, StoreError
+from udddm.files import atomic_write, sync_directory
+from udddm.manifest import MANIFEST, Entries
 
-Entries = dict[str, dict[str, int]]
-"""A manifest: of every file its size in bytes and its CRC32C."""
-
+T = TypeVar("T")
 NAME = re.compile(r"step-(\d{8,})")
 _BLOCK = 16 << 20
+LARGEST_SIDE = 1 << 16
+"""Of the images that a checkpoint may say it makes."""
+_PAUSES = (0.2, 1.0, 3.0)
+"""Seconds between attempts to read what cannot be read."""
+
+
+class Unreadable(CheckpointError):
+    """A checkpoint could not be read, which says nothing about whether it is whole."""
 
 
 def sync_file(path: Path) -> None:
@@ -40,10 +52,12 @@ def sync_file(path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write durably and atomically."""
-    temporary = path.with_name(path.name + ".partial")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    sync_file(temporary)
-    temporary.replace(path)
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write durably and atomically."""
+    atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def _crc(path: Path) -> int:
@@ -67,15 +81,19 @@ class Checkpoints:
         self.directory = run / "checkpoints"
 
     def all(self) -> list[Path]:
-        """Named checkpoints, oldest first, valid or not."""
-        if not self.directory.is_dir():
-            return []
-        return sorted((p for p in self.directory.iterdir() if NAME.fullmatch(p.name)), key=step_of)
+        """Named checkpoints, oldest first, valid or not. Raises Unreadable, StoreError."""
+
+        def listed() -> list[Path]:
+            if not self.directory.is_dir():
+                return []
+            return sorted((p for p in self.directory.iterdir() if NAME.fullmatch(p.name)), key=step_of)
+
+        return _patiently(self.directory, listed)
 
     def newest_valid(self, say: Callable[[str], None]) -> Path | None:
         """The newest checkpoint that verifies; says which newer ones do not, and why. None when there is none at all.
 
-        Raises CheckpointError when there are checkpoints but none is whole.
+        Raises CheckpointError when there are checkpoints but none is whole, and when one cannot be read.
         """
         found = self.all()
         problems = []
@@ -93,7 +111,7 @@ class Checkpoints:
         return None
 
     def damage(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint; None when it is whole."""
+        """What is wrong with a checkpoint; None when it is whole. Raises Unreadable, StoreError."""
         return damage(path)
 
     def bring(self, path: Path) -> None:
@@ -102,29 +120,34 @@ class Checkpoints:
     def write(self, step: int, ranks: Ranks, fill: Callable[[Path], None]) -> Path:
         """Make the checkpoint of `step`: every rank's `fill(directory)` adds its files, then it becomes visible.
 
-        Raises CheckpointError on a full or read-only disk; what was there before is untouched.
+        Each rank fills a directory of its own and reports what it wrote there: its listing of a directory that several
+        machines share may be a minute old. Raises CheckpointError on a full or read-only disk; what was there before is
+        untouched.
         """
-        keeps = self._keeps(ranks)
         final = self.directory / f"step-{step:08d}"
-        partial = self.directory / f".{final.name}.partial"
+        partial = _hidden(final)
+        own = self.directory / f".{final.name}.rank-{ranks.rank}.partial"
 
         def make() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
 
-        def seal() -> Entries:
-            files = sorted(p for p in partial.rglob("*") if p.is_file())
-            entries = {str(p.relative_to(partial)): {"bytes": p.stat().st_size, "crc32c": _crc(p)} for p in files}
-            for path in files:
-                self._keep(path, f"{final.name}/{path.relative_to(partial)}")
+        def add() -> Entries:
+            shutil.rmtree(own, ignore_errors=True)
+            own.mkdir(parents=True)
+            fill(own)
+            entries = {}
+            for path in sorted(p for p in own.rglob("*") if p.is_file()):
+                name = path.relative_to(own).as_posix()
+                entries[name] = {"bytes": path.stat().st_size, "crc32c": _crc(path)}
+                self._keep(path, f"{final.name}/{name}")
             return entries
 
         errors = (OSError, SafetensorError, StoreError)  # safetensors wraps a full disk in its own
         try:
-            ranks.together(lambda: make() if keeps else None, errors)
-            ranks.together(lambda: fill(partial), errors)
-            sealed = ranks.gather(ranks.together(lambda: seal() if keeps else {}, errors))
-            entries = {name: entry for part in sealed for name, entry in part.items()}
+            ranks.first_only(make, errors)
+            added = ranks.gather(ranks.together(add, errors))
+            entries = {name: entry for part in added for name, entry in part.items()}
             ranks.first_only(lambda: self._publish(partial, final, entries), errors)
         except (*errors, RankError) as error:
             raise CheckpointError(
@@ -132,7 +155,8 @@ class Checkpoints:
                 "make room or restore access, then run the same command again to resume"
             ) from error
         finally:
-            if keeps:
+            shutil.rmtree(own, ignore_errors=True)
+            if ranks.first:
                 shutil.rmtree(partial, ignore_errors=True)
         return final
 
@@ -140,67 +164,104 @@ class Checkpoints:
         """What a message calls a checkpoint."""
         return str(path)
 
-    def _keeps(self, ranks: Ranks) -> bool:
-        """Whether this rank makes a directory, and puts away what the ranks that see it write there."""
-        return ranks.first
-
     def _keep(self, path: Path, key: str) -> None:
+        """Put a file that this rank wrote where the checkpoint is made, under `<checkpoint>/<name>`."""
         sync_file(path)
+        checkpoint, _, name = key.partition("/")
+        target = _hidden(self.directory / checkpoint) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.replace(target)
 
     def _publish(self, partial: Path, final: Path, entries: Entries) -> None:
-        write_json(partial / "manifest.json", entries)
+        write_text(partial / MANIFEST, manifest.dumps(entries))
         if final.exists():  # left there by a run that did not resume from it: it was not whole
             shutil.rmtree(final)
+        for directory in [p for p in partial.rglob("*") if p.is_dir()]:
+            sync_directory(directory)
         partial.rename(final)
-        _sync_directory(self.directory)
+        sync_directory(self.directory)
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep`, once the newest verifies; and leftovers of interrupted writes."""
-        found = self.all()
-        if found and damage(found[-1]) is None:
-            for old in found[:-keep]:
+        with suppress(Unreadable):  # then at the next checkpoint
+            found = self.all()
+            whole = bool(found) and damage(found[-1]) is None
+            for old in found[:-keep] if whole else ():
                 self._remove(old)
-        for leftover in self.directory.glob(".*.partial"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        with suppress(OSError):
+            for leftover in self.directory.glob(".*.partial"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
-    def discard_after(self, step: int) -> None:
-        """Remove checkpoints newer than the one that is resumed: they are not whole, and training passes them again."""
-        for path in self.all():
-            if step_of(path) > step:
-                self._remove(path)
+    def discard_after(self, step: int) -> list[str]:
+        """Set aside the checkpoints newer than the one that is resumed: they are not whole, and training passes them
+        again. Returns what became of them, for a message."""
+        return [self._set_aside(path) for path in self.all() if step_of(path) > step]
+
+    def _set_aside(self, path: Path) -> str:
+        """Under a name that is no checkpoint's: somebody may want to know what happened to it."""
+        aside = path.with_name(f"{path.name}.damaged")
+        shutil.rmtree(aside, ignore_errors=True)
+        path.rename(aside)
+        return f"{path.name} is kept as {aside}; remove it when you do not need it"
 
     def _remove(self, path: Path) -> None:
         """Make a checkpoint invisible at once, then remove it."""
-        hidden = path.with_name(f".{path.name}.partial")
+        hidden = _hidden(path)
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _hidden(path: Path) -> Path:
+    """A checkpoint's name while it is made or removed."""
+    return path.with_name(f".{path.name}.partial")
 
 
 def damage(path: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None when every file is as its manifest says."""
+    """What is wrong with a checkpoint, naming the file; None when every file is as its manifest says.
+
+    A file that is missing or has other contents is damage. One that cannot be read (a network file system that does not
+    answer, missing rights, no more file descriptors) is not: raises Unreadable after a few attempts.
+    """
+    return _patiently(path, lambda: _damage(path))
+
+
+def _patiently(path: Path, action: Callable[[], T]) -> T:
+    """The result of reading something under `path`, at one of a few attempts. Raises Unreadable."""
+    for pause in (*_PAUSES, None):
+        try:
+            return action()
+        except OSError as error:
+            if pause is None:
+                raise Unreadable(
+                    f"cannot read {path}: {error}. It need not be damaged, and nothing was removed: restore access to "
+                    "it, then run the same command again"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _damage(path: Path) -> str | None:
+    """`damage`, at the first attempt. Raises OSError for a file that is there and cannot be read."""
+    name = MANIFEST
     try:
-        entries = json.loads((path / "manifest.json").read_text())
+        entries = manifest.read(path)
         for name, entry in entries.items():
             file = path / name
-            if not file.is_file():
-                return f"{file} is missing"
+            if problem := manifest.not_plain(path, name):
+                return problem
             if file.stat().st_size != entry["bytes"]:
                 return f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}"
             if _crc(file) != entry["crc32c"]:
                 return f"{file} does not match its checksum"
-    except FileNotFoundError:
-        return f"{path / 'manifest.json'} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        return f"{path} cannot be read: {error!r}"
+    except (FileNotFoundError, NotADirectoryError):
+        return f"{path / name} is missing"
+    except ValueError as error:
+        return f"{path / MANIFEST} cannot be read: {error}"
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            return f"{path / name} is a link to itself"
+        raise
     return None
 
 
@@ -210,11 +271,39 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise CheckpointError(f"{path} does not exist") from None
+    except RecursionError:
+        raise CheckpointError(f"cannot read {path}: it is nested too deeply") from None
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def load_json(path: Path) -> Any:
-    """Raises CheckpointError."""
+def load_json(path: Path, *keys: str) -> Any:
+    """What a JSON file holds; with `keys`, a mapping that has them. Raises CheckpointError."""
     with _explained(path):
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
+        if keys and not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not a mapping")
+        if missing := [key for key in keys if key not in found]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return found
+
+
+def load_step(directory: Path) -> int:
+    """The step of a checkpoint. Raises CheckpointError."""
+    path = directory / "position.json"
+    step = load_json(path, "step")["step"]
+    if not isinstance(step, int) or isinstance(step, bool) or step < 0:
+        raise CheckpointError(f"cannot read {path}: its step is {step!r}, not a number of steps")
+    return step
+
+
+def load_config(directory: Path) -> tuple[RunConfig, tuple[int, int, int]]:
+    """The configuration of a checkpoint and the shape of its images. Raises CheckpointError, ConfigError."""
+    path = directory / "config.json"
+    found = load_json(path, "config", "shape")
+    shape = found["shape"]
+    numbers = isinstance(shape, list) and [side for side in shape if type(side) is int and 0 < side <= LARGEST_SIDE]
+    if not numbers or numbers != shape or len(shape) != 3:
+        raise CheckpointError(f"cannot read {path}: its shape is {shape!r}, not [channels, height, width]")
+    channels, height, width = shape
+    return resolve(found["config"], str(path)), (channels, height, width)

@@ -6,12 +6,17 @@ Heavy imports wait until the arguments are parsed.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 FAILED = 1
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+"""Errors of a disk, which are for the user."""
 USAGE = 2
+TRUST = "import and open what the checkpoint's own configuration names, such as its data set: for files that you trust"
+"""Help for `--trust` (udddm/data/trust.py)."""
 
 
 def version() -> str:
@@ -38,6 +43,14 @@ def reported(body: Callable[[], int]) -> int:
             return error.exit_code
         if isinstance(error, (*KNOWN, WorkerLost)):
             print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+            return FAILED
+        if isinstance(error, OSError) and error.errno in _DISK:
+            where = f" ({error.filename})" if error.filename else ""
+            print(
+                f"error: {error.strerror}{where}. Checkpoints and earlier files are intact; make room or restore "
+                "access, then run the same command again",
+                file=sys.stderr,
+            )
             return FAILED
         raise
     except KeyboardInterrupt:
@@ -198,12 +211,12 @@ def sample(argv: list[str] | None = None) -> int:
     def body() -> int:
         import itertools
 
-        import numpy as np
         import torch
 
         from udddm.api import load_model
         from udddm.api import sample as draw
         from udddm.config import ConfigError
+        from udddm.files import write_array
         from udddm.pictures import grid
 
         model = load_model(
@@ -225,8 +238,7 @@ def sample(argv: list[str] | None = None) -> int:
         )
         out: Path = arguments.out
         out.mkdir(parents=True, exist_ok=True)
-        with (out / "samples.npy").open("wb") as file:
-            np.save(file, images)
+        write_array(out / "samples.npy", images)
         grid(torch.from_numpy(images[:400]), out / "samples.png")
         print(
             f"{len(images)} images in {out / 'samples.npy'}, the first {min(400, len(images))} in {out / 'samples.png'}"
@@ -275,6 +287,7 @@ def _store_parser() -> argparse.ArgumentParser:
         if name == "view":
             command.add_argument("--sample", type=int, required=True, metavar="I")
             command.add_argument("--out", type=Path, default=Path("view.png"), metavar="FILE")
+            command.add_argument("--trust", action="store_true", help=TRUST)
         if name == "convert":
             command.add_argument("destination", metavar="URL")
             command.add_argument("--dtype", choices=dtypes)
@@ -313,7 +326,7 @@ def store(argv: list[str] | None = None) -> int:
             removed = convert.collect(place)
             print(f"removed {', '.join(map(str, removed)) or 'nothing'}" + (" (generations)" if removed else ""))
         else:
-            _view(place, arguments.sample, arguments.out)
+            _view(place, arguments.sample, arguments.out, arguments.trust)
         return 0
 
     return reported(body)
@@ -338,18 +351,28 @@ def _plan_store(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _view(place: object, sample: int, out: Path) -> None:
+def _view(place: object, sample: int, out: Path, trust: bool) -> None:
     import numpy as np
     import torch
 
     from udddm.data import ImageDataset, load_dataset
+    from udddm.data.trust import reaching
     from udddm.pictures import grid
     from udddm.store import inspect
+    from udddm.urls import redact
 
     assert isinstance(place, inspect.Place)
     found = inspect.estimates(place, sample)
     names, images = [name for name, _ in found], [image for _, image in found]
-    if place.config is not None:
+    unasked = reaching(place.config.data) if place.config is not None and not trust else []
+    if unasked:
+        named = redact(", ".join(unasked))
+        print(
+            f"the image is left out: the configuration of {place.name} names its data set by {named}, and "
+            "nothing of it is imported or opened unless --trust is given",
+            file=sys.stderr,
+        )
+    elif place.config is not None:
         image, _ = ImageDataset(load_dataset(place.config.data)).batch(np.array([sample]))
         names.insert(0, "the image")
         images.insert(0, image[0])

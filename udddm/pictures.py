@@ -8,6 +8,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from udddm.files import atomic_write
+
 
 def grid(images: torch.Tensor, path: Path, *, columns: int | None = None, side: int = 64) -> None:
     """Write images [N, C, H, W] in [-1, 1] (clamped) as one PNG.
@@ -30,6 +32,4 @@ def grid(images: torch.Tensor, path: Path, *, columns: int | None = None, side: 
     for i, tile in enumerate(pixels):
         y, x = divmod(i, columns)
         canvas[gap + y * high :, gap + x * wide :][: high - gap, : wide - gap] = tile
-    temporary = path.with_name(path.name + ".partial")
-    Image.fromarray(canvas).save(temporary, "PNG")
-    temporary.replace(path)
+    atomic_write(path, lambda file: Image.fromarray(canvas).save(file, "PNG"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -63,6 +64,21 @@ def save(directory: Path, engine: Engine, emas: Sequence[Average]) -> None:
     if rank == 0:
         optimizer |= engine.scalars()
     write("optimizer", optimizer)
+
+
+@torch.no_grad()
+def not_finite(engine: Engine, emas: Sequence[Average]) -> torch.Tensor:
+    """A scalar on the training device: 0, or not a number where this rank's part of the weights, moments or averages
+    holds a value that is not finite. Nothing waits for it here."""
+    sets = [engine.weights(), *engine.moments().values(), *(ema.weights for ema in emas)]
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in (tensor for pieces in sets for tensor in pieces.values() if tensor.numel()):
+        by_device.setdefault(tensor.device, []).append(tensor)
+    found = torch.zeros((), device=engine.ranks.device)
+    for tensors in by_device.values():
+        largest = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
+        found += (largest * 0).sum().to(found.device)
+    return found
 
 
 class Saved(Mapping[str, torch.Tensor]):

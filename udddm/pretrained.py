@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from udddm import config as configuration
 from udddm.backends.engine import Engine
-from udddm.checkpoint import NAME, damage, load_json
+from udddm.checkpoint import NAME, damage, load_config
 from udddm.ema import Average
 from udddm.errors import CheckpointError
 from udddm.portable import Saved
@@ -55,15 +54,15 @@ def _local_checkpoint(where: Path) -> Path:
     return newest
 
 
-def begin_from(where: str | Path, engine: Engine, emas: Sequence[Average]) -> None:
+def begin_from(where: str | Path, engine: Engine, emas: Sequence[Average]) -> str:
     """Give a run that has not begun the first average of `where`, as its weights and as each of its averages; Adam
-    begins anew. Raises CheckpointError, StoreError, ConfigError."""
+    begins with zeros. Returns the checkpoint's name. Raises CheckpointError, StoreError, ConfigError."""
     with checkpoint_files(where) as directory:
-        saved = load_json(directory / "config.json")
-        trained = configuration.resolve(saved["config"], str(directory / "config.json"))
+        trained, _ = load_config(directory)
         weights = Saved.average(directory, trained.train.averages, None)
         weights.check_network(engine.shapes)
         engine.load_weights(weights)
         for average in emas:
             for name in engine.shapes:
                 engine.fill(average.weights, name, weights[name])
+        return directory.resolve().name

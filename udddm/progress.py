@@ -9,6 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,9 +25,12 @@ def _tqdm() -> Any:
 
 
 def say(text: str) -> None:
-    """One line to the person who runs this."""
-    _tqdm().write(text, file=sys.stderr)
-    sys.stderr.flush()
+    """One line to the person who runs this, if anybody still reads: `2>&1 | head` must not end a run."""
+    if sys.stderr is None:  # closed before the start, as by `2>&-`
+        return
+    with suppress(OSError, ValueError):
+        _tqdm().write(text, file=sys.stderr)
+        sys.stderr.flush()
 
 
 class _Writer(Protocol):
@@ -56,11 +60,12 @@ class Line:
         self._told = -1
 
     def advance(self, step: int, total: int) -> None:
-        if not sys.stderr.isatty():
-            return
-        if self._bar is None:
-            self._bar = _tqdm()(total=total, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
-        self._bar.update(step - self._bar.n)
+        with suppress(OSError, ValueError):
+            if sys.stderr is None or not sys.stderr.isatty():
+                return
+            if self._bar is None:
+                self._bar = _tqdm()(total=total, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
+            self._bar.update(step - self._bar.n)
 
     def show(self, step: int, total: int, values: dict[str, float]) -> None:
         """The rates, the store's counters and the ETA at a step."""
@@ -78,7 +83,8 @@ class Line:
             shown["retries"] = f"{values['store_retries']:.0f}"
         self.advance(step, total)
         if self._bar is not None:
-            self._bar.set_postfix(shown)
+            with suppress(OSError, ValueError):
+                self._bar.set_postfix(shown)
         elif time.monotonic() - self._spoke >= self.PLAIN_EVERY or step == total:
             self._spoke = time.monotonic()
             minutes, seconds = divmod(round(values["eta_seconds"]), 60)
@@ -87,7 +93,8 @@ class Line:
 
     def close(self) -> None:
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError, ValueError):
+                self._bar.close()
 
 
 class Progress:

@@ -8,7 +8,6 @@ begins from the URL alone. A lease (udddm/store/lease.py) keeps other machines o
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 import tempfile
@@ -17,9 +16,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from udddm import manifest
 from udddm.backends.ranks import Ranks
-from udddm.checkpoint import NAME, Checkpoints, Entries, damage, step_of, write_json
+from udddm.checkpoint import NAME, Checkpoints, Unreadable, damage, step_of, write_json
 from udddm.errors import CheckpointError
+from udddm.manifest import MANIFEST, Entries
 from udddm.run import AVERAGES, Run, locked
 from udddm.store.lease import Lease
 from udddm.store.objects import Objects, local_path, open_objects
@@ -27,8 +28,8 @@ from udddm.store.zarr import LEASE_PATIENCE
 
 SCRATCH = "UDDDM_SCRATCH"
 """Environment variable: where files of runs at URLs are on their way."""
-MANIFEST = "manifest.json"
-_FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "result.json")
+FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json")
+"""What a run appends to or reads again: all that it writes at the top of its directory except for its final samples."""
 
 
 def scratch() -> Path:
@@ -75,33 +76,34 @@ class RemoteCheckpoints(Checkpoints):
         shutil.rmtree(path, ignore_errors=True)
         key = f"{path.name}/{MANIFEST}"
         try:
-            entries: Entries = {n: e for n, e in json.loads(self.objects.get(key)).items() if self.wanted(n)}
-            for name in entries:
+            path.mkdir(parents=True)
+            self.objects.download(key, path / MANIFEST, manifest.LARGEST)
+            entries = {n: e for n, e in manifest.read(path).items() if self.wanted(n)}
+            for name, entry in entries.items():
                 key = f"{path.name}/{name}"
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
-                self.objects.download(key, path / name)
+                self.objects.download(key, path / name, entry["bytes"])
         except FileNotFoundError:
             raise CheckpointError(f"{self.objects.describe(key)} is missing") from None
-        except (ValueError, AttributeError) as error:
+        except ValueError as error:
             raise CheckpointError(f"{self.objects.describe(key)} cannot be read: {error}") from error
         write_json(path / MANIFEST, entries)
 
     def damage(self, path: Path) -> str | None:
         try:
             self.bring(path)
+        except Unreadable:
+            raise
         except CheckpointError as error:
             return str(error)
         problem = damage(path)
         return problem and problem.replace(str(path), self.name(path))
 
-    def _keeps(self, ranks: Ranks) -> bool:
-        return ranks.leads_machine
-
     def _keep(self, path: Path, key: str) -> None:
         self.objects.upload(path, key)
 
     def _publish(self, partial: Path, final: Path, entries: Entries) -> None:
-        self.objects.put(f"{final.name}/{MANIFEST}", json.dumps(entries, indent=1).encode())
+        self.objects.put(f"{final.name}/{MANIFEST}", manifest.dumps(entries).encode())
 
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep`, and what interrupted writes left."""
@@ -109,6 +111,10 @@ class RemoteCheckpoints(Checkpoints):
         unfinished = {self.directory / n for n in self.objects.list("") if NAME.fullmatch(n)} - set(found)
         for old in [*found[:-keep], *unfinished]:
             self._remove(old)
+
+    def _set_aside(self, path: Path) -> str:
+        self._remove(path)  # an object cannot be renamed
+        return f"{path.name} is removed"
 
     def _remove(self, path: Path) -> None:
         self.objects.delete(f"{path.name}/{MANIFEST}")
@@ -166,7 +172,7 @@ class RemoteRun(Run):
                 shutil.rmtree(left, ignore_errors=True)
             elif left.name != ".lock":
                 left.unlink()
-        for name in _FETCHED:
+        for name in FETCHED:
             try:
                 (self.path / name).write_bytes(self.objects.get(name))
             except FileNotFoundError:

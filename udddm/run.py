@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from udddm.backends.ranks import Ranks
-from udddm.checkpoint import Checkpoints, load_json, write_json
+from udddm.checkpoint import Checkpoints, load_json, write_json, write_text
 from udddm.config import ConfigError, RunConfig, resolve
 from udddm.data import ImageDataset, check_unchanged
 
@@ -87,7 +87,7 @@ def locked(run: Path) -> Iterator[None]:
 def run_id(run: Path) -> str:
     """What tells a run from all others, wherever its directory is moved; "" for one that has no `run.json`."""
     path = run / "run.json"
-    return str(load_json(path).get("id", "")) if path.exists() else ""
+    return str(load_json(path, "config").get("id", "")) if path.exists() else ""
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
@@ -110,7 +110,7 @@ def claim(run: Path, config: RunConfig, dataset: ImageDataset) -> None:
     path = run / "run.json"
     resolved = config.model_dump(mode="json")
     if path.exists():
-        recorded = load_json(path)
+        recorded = load_json(path, "config", "dataset")
         begun = resolve(recorded["config"], str(path))  # a version that lacked a setting did as its default does
         if begun.fingerprint() != config.fingerprint():
             decisive = [
@@ -126,7 +126,7 @@ def claim(run: Path, config: RunConfig, dataset: ImageDataset) -> None:
         return
     if (run / "checkpoints").exists():
         raise ConfigError(f"{run} holds checkpoints but no run.json; restore that file or choose another --run-dir")
-    (run / "config.yaml").write_text(yaml.safe_dump(resolved, sort_keys=False))
+    write_text(run / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     write_json(
         path,
         {

@@ -20,13 +20,14 @@ import torch
 from udddm import ema, noise, objective, pictures, portable, posthoc, process, sampler, store
 from udddm.backends import engine
 from udddm.backends.ranks import Ranks, Vote
-from udddm.checkpoint import load_json, step_of, write_json
+from udddm.checkpoint import load_step, step_of, write_json
 from udddm.config import ConfigError, RunConfig
 from udddm.data import DataError, ImageDataset
 from udddm.data.prefetch import Prefetch
 from udddm.ema import PowerEMA
 from udddm.errors import CheckpointError
 from udddm.evaluation.background import BackgroundEvaluation
+from udddm.files import write_array
 from udddm.network import UNet
 from udddm.network import build as build_network
 from udddm.noise import Stream
@@ -62,7 +63,7 @@ class Listener(ABC):
 
 
 class Diverged(RuntimeError):
-    """The loss is not a number any more."""
+    """The loss, the weights or what is kept with them are not finite any more; no checkpoint holds such values."""
 
 
 def network_for(config: RunConfig, shape: tuple[int, int, int]) -> UNet:
@@ -97,7 +98,9 @@ class Trainer:
                 (ConfigError, DataError),
             )
         self.step = 0
-        self._kept = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self._kept_rows = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self._newest: Path | None = None
+        """The newest checkpoint that this process wrote or resumed from."""
         self._signal: int | None = None
 
     # One step.
@@ -117,7 +120,7 @@ class Trainer:
                 self.engine.backward(loss)
             total += loss.detach()
             new, kept = finite_rows(new, state)
-            self._kept += kept
+            self._kept_rows += kept
             new_states.append(new)
         self.engine.step(self.step)
         self.step += 1
@@ -187,8 +190,10 @@ class Trainer:
             stop = vote.cast(self._signal or (self.listener.asked() if self.listener else 0))
             saves = self.step % config.checkpoint.every_steps == 0 or last or bool(stop)
             averages = bool(self.powers) and (self.step % config.train.power_ema_every_steps == 0 or last)
-            if (saves or averages) and not math.isfinite(self.ranks.sum(losses)):
-                raise Diverged(self._diverged())
+            if saves or averages:  # the losses say nothing about what the last step made of the weights
+                finite = math.isfinite(self.ranks.sum(losses + portable.not_finite(self.engine, self.emas)))
+                if not finite:
+                    raise Diverged(self._diverged("the loss, a weight, one of Adam's moments or an average"))
             if averages:  # before the checkpoint: a run that resumes from it has them
                 posthoc.write(self.run.path, self.step, self.powers, self.engine)
             if saves:
@@ -209,8 +214,8 @@ class Trainer:
         since, first, before = window
         loss = self.ranks.sum(losses) / (self.step - first)  # waits for the device: once every log_every_steps
         if not math.isfinite(loss):
-            raise Diverged(self._diverged())
-        self.store.counters.kept = int(self._kept)
+            raise Diverged(self._diverged("the loss"))
+        self.store.counters.kept = int(self._kept_rows)
         now = time.perf_counter()
         counters, seconds = replace(self.store.counters), now - since
         read_wait, write_wait = counters.read_wait - before.read_wait, counters.write_wait - before.write_wait
@@ -243,10 +248,15 @@ class Trainer:
             )
         return now, self.step, counters
 
-    def _diverged(self) -> str:
+    def _diverged(self, what: str) -> str:
+        cure = "a lower train.learning_rate, train.clip or another train.precision needs a new run: another --run-dir"
+        if self._newest is None:
+            return f"{what} is not finite after step {self.step}, and there is no checkpoint yet: {cure}"
+        newest = self.checkpoints.name(self._newest)
         return (
-            f"the loss is not finite at step {self.step}: lower train.learning_rate, set train.clip, or use another "
-            "train.precision. The last checkpoint is from before"
+            f"{what} is not finite after step {self.step}. The newest checkpoint is kept and is from step "
+            f"{step_of(self._newest)}; the same command resumes from it, which helps if the machine was at fault. Else "
+            f"{cure}, with train.initial={newest} to begin with that checkpoint's weights"
         )
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -259,15 +269,25 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this position and remove those that `checkpoint.keep` lets go."""
-        errors = (StoreError, OSError)
+        errors = (StoreError, CheckpointError, OSError)
         self.ranks.first_only(self.run.push, errors)  # first: a run that resumes from it has its metrics
-        path = self.checkpoints.write(self.step, self.ranks, self._fill)
-        self.ranks.first_only(lambda: self.checkpoints.prune(self.config.checkpoint.keep), errors)
-        self._retain()
+        path = self._newest = self.checkpoints.write(self.step, self.ranks, self._fill)
+
+        def kept() -> list[int]:
+            self.checkpoints.prune(self.config.checkpoint.keep)
+            return self._kept()
+
+        self._retain(self.ranks.first_only(kept, errors))
         return path
 
-    def _retain(self) -> None:
-        epochs = {step_of(p) // self.order.steps for p in self.checkpoints.all()}
+    def _kept(self) -> list[int]:
+        """The steps of the checkpoints that there are, as the first rank sees them: another machine's listing of a
+        shared directory may be a minute old, and would let go of generations that the newest checkpoint refers to."""
+        assert self.ranks.first
+        return [step_of(p) for p in self.checkpoints.all()]
+
+    def _retain(self, steps: list[int]) -> None:
+        epochs = {step // self.order.steps for step in steps}
         self.store.retain(epochs | {e + 1 for e in epochs})
 
     def _fill(self, directory: Path) -> None:
@@ -282,31 +302,37 @@ class Trainer:
     def _resume(self) -> None:
         """Take up the newest whole checkpoint, or begin."""
 
-        def newest() -> str | None:
+        def newest() -> tuple[str | None, list[int]]:
             found = self.checkpoints.newest_valid(say)
-            return found.name if found else None
+            return found.name if found else None, self._kept()
 
         errors = (CheckpointError, StoreError)
-        name = self.ranks.first_only(newest, errors)
-        self._retain()
+        name, kept = self.ranks.first_only(newest, errors)
+        self._retain(kept)
         if name is None:
             if initial := self.config.train.initial:
                 refused = (ConfigError, CheckpointError, StoreError)
-                self.ranks.together(lambda: begin_from(initial, self.engine, self.emas), refused)
+                begun = self.ranks.together(lambda: begin_from(initial, self.engine, self.emas), refused)
+                if len(seen := set(self.ranks.gather(begun))) > 1:
+                    raise CheckpointError(
+                        f"the ranks see different checkpoints as the newest of {initial} ({', '.join(sorted(seen))}): "
+                        "name one of them in train.initial"
+                    )
                 if self.ranks.first:
                     say(f"beginning from the weights in {initial}")
             self.store.start(0, 0, None)
             return
-        path = self.checkpoints.directory / name
+        path = self._newest = self.checkpoints.directory / name
         self.ranks.together(lambda: self.checkpoints.bring(path) if self.ranks.leads_machine else None, errors)
-        self.step = int(load_json(path / "position.json")["step"])
+        self.step = load_step(path)
         portable.load(path, self.engine, self.emas)
         snapshot = Snapshot(path / "state", self.run.state, self.store.repair)
         if snapshot.order.fingerprint() != self.order.fingerprint() or snapshot.shape != self.dataset.shape:
             raise StoreError(f"the x0-state in {path} was made with another order or image shape")
         self.store.start(*divmod(self.step, self.order.steps), snapshot)
         if self.ranks.first:
-            self.checkpoints.discard_after(self.step)
+            for line in self.checkpoints.discard_after(self.step):
+                say(line)
             say(f"resuming from {path.name}")
 
     # Samples and the result.
@@ -360,10 +386,7 @@ class Trainer:
 
     def _finish(self, result: dict[str, Any], images: torch.Tensor | None) -> None:
         if images is not None:
-            temporary = self.run.path / "samples.npy.partial"
-            with temporary.open("wb") as file:
-                np.save(file, images.numpy())
-            temporary.replace(self.run.path / "samples.npy")
+            write_array(self.run.path / "samples.npy", images.numpy())
             pictures.grid(images[:100], self.run.path / "samples.png")
         write_json(self.run.path / "result.json", result)
         self.run.push()

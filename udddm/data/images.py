@@ -15,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from udddm.urls import redact
+
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.int64]
@@ -27,6 +29,9 @@ TOLERANCE = 0.01
 
 class DataError(ValueError):
     """Data the user has to correct; the message names the file or sample, what is wrong and the cure."""
+
+    def __init__(self, message: str):
+        super().__init__(redact(message))
 
 
 class MapDataset(Protocol):

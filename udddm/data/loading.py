@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
-import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -102,9 +101,12 @@ def _optional_path(config: DataConfig) -> Path | None:
 
 
 def named(name: str, what: str) -> Callable[..., Any]:
-    """The function `package.module:function`; `what` it is for is told in messages. Raises DataError."""
+    """The function `package.module:function`; messages say that it is for `what`. Raises DataError.
+
+    The function is one of the module's own names: with dots, any module would give all that it imports.
+    """
     module_name, _, attribute = name.partition(":")
-    if not module_name or not attribute or module_name.startswith("."):
+    if not module_name or not attribute.isidentifier() or module_name.startswith("."):
         raise DataError(f"{what} {name!r}: write package.module:function")
     try:
         module = importlib.import_module(module_name)
@@ -117,7 +119,7 @@ def named(name: str, what: str) -> Callable[..., Any]:
     except ImportError as error:
         raise DataError(f"{what} {name!r}: importing {module_name} failed: {error}") from error
     try:
-        factory = operator.attrgetter(attribute)(module)
+        factory = getattr(module, attribute)
     except AttributeError as error:
         names = [each for each in vars(module) if not each.startswith("_")]
         match = difflib.get_close_matches(attribute, names, 1)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from udddm.cli import positive, reported, version
+from udddm.cli import TRUST, positive, reported, version
 
 if TYPE_CHECKING:
     import torch
@@ -28,11 +28,13 @@ def _parser() -> argparse.ArgumentParser:
     what.add_argument("--samples", type=Path, metavar="FILE", help="an .npy of images: float in [-1, 1], or uint8")
     parser.add_argument("--config", metavar="FILE", help="a preset that names the data set, for --samples")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="such as data.name=digits")
+    parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument(
         "--features",
         default="inception",
         metavar="NET",
-        help="inception, a TorchScript file, or package.module:function",
+        help="inception, a TorchScript file or package.module:function, both of which are programs that run with your "
+        "rights: name one only if you trust it",
     )
     parser.add_argument("--count", type=positive, default=50_000, metavar="N", help="samples to make (default 50,000)")
     parser.add_argument("--steps", type=positive, default=1, metavar="N", help="network evaluations a sample")
@@ -102,13 +104,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     if arguments.checkpoint:
         chosen = {"ema": arguments.ema, "ema_length": arguments.ema_length}
         model = ranks.together(lambda: load_model(arguments.checkpoint, **chosen, device=ranks.device), refused)
-        config: RunConfig = model.config
-        config.check_guidance(arguments.guidance, "--guidance")
-        if arguments.set:
-            tree = config.model_dump(mode="json")
-            for override in arguments.set:
-                configuration.apply(tree, override)
-            config = configuration.resolve(tree)
+        config = _configured(arguments, model.config)
         published = config.published.get(arguments.steps, {})
     else:
         config = configuration.load(arguments.config, list(arguments.set))
@@ -139,6 +135,23 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
         "published": published,
         "each": scores if len(scores) > 1 else [],
     }
+
+
+def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
+    """The checkpoint's configuration with the command line's overrides. Raises ConfigError, also for one that would
+    import code or open files that the user did not name."""
+    from udddm import config as configuration
+    from udddm.data.trust import check_trusted
+
+    config.check_guidance(arguments.guidance, "--guidance")
+    if arguments.set:
+        tree = config.model_dump(mode="json")
+        for override in arguments.set:
+            configuration.apply(tree, override)
+        config = configuration.resolve(tree)
+    if not arguments.trust:
+        check_trusted(config.data, str(arguments.checkpoint), arguments.set)
+    return config
 
 
 def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, ranks: Ranks, first: int) -> Any:

@@ -305,6 +305,17 @@ def _identity(record: Checksums) -> int:
     return int(google_crc32c.value(json.dumps([record[c] for c in range(len(record))]).encode()))
 
 
+def order_of(settings: Any, where: str) -> Order:
+    """The order that a store or snapshot describes. Raises StoreError, naming `where`."""
+    try:
+        for key, value in settings.items():
+            if type(value) is not int or (value < 1 and key != "seed"):
+                raise ValueError(f"{key} is {value!r}")
+        return Order(**settings)
+    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        raise StoreError(f"{where} does not describe the order of a run: {error!r}") from error
+
+
 def open_existing(objects: Objects) -> Generations:
     """The generations of a store as its own group describes them, for inspection. Raises StoreError."""
     where = objects.describe("zarr.json")
@@ -312,7 +323,7 @@ def open_existing(objects: Objects) -> Generations:
         found = json.loads(objects.get("zarr.json"))["attributes"]
         settings = found["order"]
         dtype: StateDtype = found["dtype"]
-        order = Order(**settings)
+        order = order_of(settings, where)
         return Generations(objects, order, tuple(int(d) for d in found["shape"]), Encoding(dtype))
     except FileNotFoundError:
         raise StoreError(f"no x0-state store here: {where} does not exist") from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from udddm.store.encoding import Rows
 from udddm.store.errors import StoreError
 from udddm.store.generations import Checksums, Generations, generation_name, open_existing
 from udddm.store.objects import local_path, open_objects
-from udddm.store.snapshot import Snapshot
+from udddm.store.snapshot import Snapshot, read_header
 
 
 @dataclass
@@ -40,7 +39,7 @@ def find(path: str) -> Place:
     run = open_copy(path)
     file = run.path / "run.json"
     if file.exists():
-        config = resolve(load_json(file)["config"], str(file))
+        config = resolve(load_json(file, "config")["config"], str(file))
         kept = run.checkpoints()
         checkpoints = kept.all()
         for checkpoint in checkpoints:
@@ -93,12 +92,7 @@ def info(place: Place) -> list[str]:
 
 
 def _header(checkpoint: Path) -> dict[str, Any]:
-    path = checkpoint / "state" / "snapshot.json"
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-        return found
-    except (OSError, ValueError) as error:
-        raise StoreError(f"cannot read {path}: {error}") from error
+    return read_header(checkpoint / "state")
 
 
 def verify(place: Place) -> tuple[int, list[str]]:
@@ -133,7 +127,10 @@ def verify(place: Place) -> tuple[int, list[str]]:
                     damaged += problems
     for path in place.checkpoints:
         assert place.run is not None
-        problem = place.run.checkpoints().damage(path)
+        try:
+            problem = place.run.checkpoints().damage(path)
+        except CheckpointError as error:
+            problem = str(error)
         if problem is None:
             try:
                 problems = _check_references(path, place, check)

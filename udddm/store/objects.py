@@ -44,6 +44,10 @@ class Refused(Exception):
         super().__init__(what)
 
 
+class Oversized(ValueError):
+    """An object is larger than it may be."""
+
+
 class Objects(ABC):
     """Keys are relative paths with `/`. A put is atomic: a reader sees the whole object or none.
 
@@ -78,8 +82,11 @@ class Objects(ABC):
     def _upload(self, path: Path, key: str) -> None:
         self._put(key, (path.read_bytes(),))
 
-    def _download(self, key: str, path: Path) -> None:
-        path.write_bytes(self._get(key))
+    def _download(self, key: str, path: Path, most: int | None) -> None:
+        data = self._get(key)
+        if most is not None and len(data) > most:
+            raise Oversized(f"it has {len(data)} bytes instead of {most}")
+        path.write_bytes(data)
 
     @abstractmethod
     def describe(self, key: str) -> str:
@@ -97,9 +104,10 @@ class Objects(ABC):
         """Write an object from a local file, of any size, durably. Raises OSError of the file, StoreError."""
         self._retrying(f"write {self.describe(key)}", lambda: self._upload(path, key))
 
-    def download(self, key: str, path: Path) -> None:
-        """Write an object into a local file. Raises FileNotFoundError, OSError of the file, StoreError."""
-        self._retrying(f"read {self.describe(key)}", lambda: self._download(key, path))
+    def download(self, key: str, path: Path, most: int | None = None) -> None:
+        """Write an object into a local file. Raises FileNotFoundError, OSError of the file, StoreError; Oversized for
+        an object of more than `most` bytes, of which no more is written."""
+        self._retrying(f"read {self.describe(key)}", lambda: self._download(key, path, most))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write an object unless there is one; of several clients one gets True. Raises StoreError.

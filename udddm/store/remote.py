@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 
 from udddm.store.errors import StoreError
 from udddm.store.failures import of_fsspec, of_obstore, refusal
-from udddm.store.objects import Objects, Retry
+from udddm.store.objects import Objects, Oversized, Retry
+from udddm.urls import secret_in
 
 T = TypeVar("T")
 
@@ -28,9 +29,7 @@ _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 def open_remote(scheme: str, rest: str) -> Objects:
     """The objects at `scheme://rest`. Raises StoreError for a malformed URL or a missing package."""
-    user, at, _ = rest.partition("/")[0].rpartition("@")  # abfs://container@account is no user
-    if (at and (":" in user or scheme == "s3")) or "?" in rest or "#" in rest:
-        # Neither may stand in a URL that is written into run.json and every checkpoint; so it is not shown here either.
+    if secret_in(f"{scheme}://{rest}") or "?" in rest or "#" in rest:
         raise StoreError(
             f"store.url {scheme}://...: leave user, password and query out of it; give credentials by the environment"
         )
@@ -106,13 +105,16 @@ class ObstoreObjects(Objects):
     def _upload(self, path: Path, key: str) -> None:
         self._asking(lambda: self._obstore.put(self._store, key, path, chunk_size=PART))  # in parts where it is larger
 
-    def _download(self, key: str, path: Path) -> None:
+    def _download(self, key: str, path: Path, most: int | None) -> None:
         """By ranges, so that the time that a request may take is no limit to what it can read."""
         size = self._asking(lambda: self._obstore.head(self._store, key), reading=True)["size"]
+        if most is not None and size > most:
+            raise Oversized(f"it has {size} bytes instead of {most}")
         with path.open("wb") as file:
             for start in range(0, size, PART):
                 end = min(size, start + PART)
-                part = self._asking(partial(self._obstore.get_range, self._store, key, start=start, end=end))
+                request = partial(self._obstore.get_range, self._store, key, start=start, end=end)
+                part = self._asking(request, reading=True)
                 file.write(part.to_bytes())
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
@@ -253,8 +255,33 @@ class FsspecObjects(Objects):
 
         self._asking(upload)
 
-    def _download(self, key: str, path: Path) -> None:
-        self._asking(lambda: self._fs.get_file(self._path(key), str(path)))
+    def _download(self, key: str, path: Path, most: int | None) -> None:
+        """Stops at `most` bytes by what the file system announces and, as a web server may announce another size than
+        it sends, by what has come."""
+        from fsspec.callbacks import Callback
+
+        class Received(Callback):  # type: ignore[misc]
+            over = False
+
+            def call(self, *_: Any, **__: Any) -> None:
+                if most is not None and self.value > most:
+                    self.over = True
+                    raise OSError("too large")
+
+        received = Received()
+
+        def get() -> None:
+            if most is not None:
+                received.absolute_update(self._fs.info(self._path(key)).get("size") or 0)
+                received.value = 0
+            self._fs.get_file(self._path(key), str(path), callback=received)
+
+        try:
+            self._asking(get)
+        except OSError:
+            if received.over:
+                raise Oversized(f"it has more than its {most} bytes") from None
+            raise
 
     def _pipe(self, key: str, data: bytes, mode: str) -> None:
         path = self._path(key)
@@ -302,7 +329,8 @@ class FsspecObjects(Objects):
             except (FileNotFoundError, NotADirectoryError):
                 return []
             own = path.strip("/")
-            return sorted({p.rstrip("/").rpartition("/")[2] for p in found if p.strip("/") != own})
+            found_names = {p.rstrip("/").rpartition("/")[2] for p in found if p.strip("/") != own}
+            return sorted(found_names - {"", ".", ".."})  # as a web page may link to
 
         return self._asking(names)
 

@@ -11,14 +11,14 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
 from udddm.order import Order
-from udddm.store.encoding import Encoding, Rows
+from udddm.store.encoding import Encoding, Rows, StateDtype
 from udddm.store.errors import StoreError
-from udddm.store.generations import Checksums, Generations
+from udddm.store.generations import Checksums, Generations, order_of
 from udddm.store.objects import LocalObjects, open_objects
 
 if TYPE_CHECKING:
@@ -88,6 +88,42 @@ def write_reference(
     _write_file(directory / "snapshot.json", json.dumps(_header(store, "reference", url), indent=1).encode())
 
 
+def _mapping(path: Path, *keys: str) -> dict[str, Any]:
+    """A JSON file's mapping that has these keys. Raises StoreError."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise StoreError(f"cannot read {path}: {error}") from error
+    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
+    if missing:
+        raise StoreError(f"cannot read {path}: it lacks {', '.join(missing)}")
+    return dict(found)
+
+
+def read_header(directory: Path) -> dict[str, Any]:
+    """What `snapshot.json` says, each value of its kind. Raises StoreError, naming what is wrong."""
+    path = directory / "snapshot.json"
+    found = _mapping(path, "form", "url", "epoch", "step", "dtype", "shape", "order")
+    right = {
+        "form": found["form"] in ("full", "reference"),
+        "url": found["url"] is None or isinstance(found["url"], str),
+        "dtype": found["dtype"] in get_args(StateDtype),
+        "shape": isinstance(found["shape"], list)
+        and found["shape"] != []
+        and all(_count(side) and side for side in found["shape"]),
+        "order": isinstance(found["order"], dict),
+        "epoch": _count(found["epoch"]),
+        "step": _count(found["step"]),
+    }
+    if wrong := [f"{key} is {found[key]!r}" for key, good in right.items() if not good]:
+        raise StoreError(f"cannot read {path}: {'; '.join(wrong)}")
+    return found
+
+
+def _count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
 class Snapshot:
     """A checkpoint's x0-state: a `StateSource` at (epoch, step). The files were verified with the checkpoint."""
 
@@ -96,14 +132,12 @@ class Snapshot:
 
         `repair` is told of damaged chunks, in whose place `rows` gives generation 0; without it they are an error.
         """
-        try:
-            header = json.loads((directory / "snapshot.json").read_text())
-        except (OSError, ValueError) as error:
-            raise StoreError(f"cannot read the x0-state snapshot in {directory}: {error}") from error
-        self.directory, self.order, self.shape = directory, Order(**header["order"]), tuple(header["shape"])
+        header = read_header(directory)
+        self.directory, self.shape = directory, tuple(header["shape"])
+        self.order = order_of(header["order"], str(directory / "snapshot.json"))
         self.form: str = header["form"]
         self.url: str | None = header["url"]
-        self.epoch, self.step = int(header["epoch"]), int(header["step"])
+        self.epoch, self.step = header["epoch"], header["step"]
         self.encoding = Encoding(header["dtype"])
         root = LocalObjects(directory / "rows") if self.form == "full" else open_objects(self.url or default_url)
         self.location = root.describe("")
@@ -111,7 +145,10 @@ class Snapshot:
         self.generations = Generations(root, self.order, self.shape, self.encoding, repair)
 
     def _lane(self, lane: int) -> dict[str, Any]:
-        record: dict[str, Any] = json.loads((self.directory / f"lane-{lane:04d}.json").read_text())
+        path = self.directory / f"lane-{lane:04d}.json"
+        record = _mapping(path, "base", "written", "in_flight")
+        if not isinstance(record["written"], dict):
+            raise StoreError(f"cannot read {path}: what was written is no mapping of chunks")
         return record
 
     def written(self, lane: int) -> Checksums:

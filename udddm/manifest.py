@@ -1,0 +1,83 @@
+"""A checkpoint's manifest: of every file its size and CRC32C. A stranger may have made it, so it is checked."""
+
+from __future__ import annotations
+
+import json
+import re
+import stat
+from pathlib import Path
+
+import google_crc32c
+
+Entries = dict[str, dict[str, int]]
+"""Of every file, by its path in the checkpoint, its size `bytes` and its `crc32c`."""
+
+MANIFEST = "manifest.json"
+LARGEST = 64 << 20
+"""Bytes of a manifest that is read: of some 700,000 files."""
+
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+_NAME = re.compile(rf"{_PART}|state(/{_PART})+")
+"""What this package writes: files in the checkpoint and under `state`. So neither `..`, an absolute path nor a
+backslash is among them."""
+
+
+def dumps(entries: Entries) -> str:
+    """The manifest's text. Its own entry is the number of the others and their checksum."""
+    return json.dumps({**entries, MANIFEST: _own(entries)}, indent=1) + "\n"
+
+
+def _own(entries: Entries) -> dict[str, int]:
+    body = json.dumps(entries, sort_keys=True).encode()
+    return {"bytes": len(entries), "crc32c": int(google_crc32c.value(body))}
+
+
+def parse(data: bytes) -> Entries:
+    """The entries of all other files. Raises ValueError for what is no manifest, for one that does not match its own
+    checksum (those of older versions have none), and for one with a name that this package does not write."""
+    try:
+        entries = json.loads(data)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if not isinstance(entries, dict):
+        raise ValueError(f"it is a {type(entries).__name__}, not a mapping of files")  # noqa: TRY004
+    own = entries.pop(MANIFEST, None)
+    if not entries:
+        raise ValueError("it names no file")
+    if own is not None and own != _own(entries):
+        raise ValueError("it does not match its own checksum")
+    for name, entry in entries.items():
+        if not _NAME.fullmatch(name):
+            raise ValueError(f"it names {name!r}, which is no file of a checkpoint: do not use it")
+        if not isinstance(entry, dict) or not all(_is_number(entry.get(key)) for key in ("bytes", "crc32c")):
+            raise ValueError(f"its entry for {name} lacks a number for bytes or crc32c")
+    for name in entries:
+        if inside := next((name[:i] for i, c in enumerate(name) if c == "/" and name[:i] in entries), None):
+            raise ValueError(f"it names {inside} as a file and as the directory of {name}")
+    return entries
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def read(directory: Path) -> Entries:
+    """The manifest of a checkpoint on this machine. Raises ValueError, OSError."""
+    path = directory / MANIFEST
+    if problem := not_plain(directory, MANIFEST):
+        raise ValueError(problem)
+    if path.stat().st_size > LARGEST:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes; a manifest has at most {LARGEST}")
+    return parse(path.read_bytes())
+
+
+def not_plain(directory: Path, name: str) -> str:
+    """Why `name` in a checkpoint is no file of its own: a link, device or pipe leads elsewhere. "" when it is one.
+
+    Raises FileNotFoundError when there is nothing.
+    """
+    path = directory / name
+    mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode) or path.resolve() != directory.resolve() / name:
+        return f"{path} is a link or in a linked directory; a checkpoint holds plain files"
+    return "" if stat.S_ISREG(mode) else f"{path} is not a plain file"

@@ -1,0 +1,35 @@
+"""URLs without secrets: they are written into run.json, config.yaml and every checkpoint, and messages show them."""
+
+from __future__ import annotations
+
+import re
+
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/{1,2})([^\s'\"]*)")
+
+
+def secret_in(text: str) -> str:
+    """What of a URL is, or may be, a secret: its user and password, or its query. "" for none, and for a local path."""
+    for scheme, rest in _URL.findall(text):
+        if scheme.lower() in ("file:/", "file://"):
+            continue
+        user, at, _ = rest.rpartition("@")  # the last one: a password may hold a slash or another @
+        if at and (":" in user or (scheme.lower().startswith("s3") and "/" not in user)):
+            return "user name or password"
+        if re.search(r"[?#].", rest):
+            return "query"
+    return ""
+
+
+def redact(text: str) -> str:
+    """A message whose URLs show neither user, password nor query."""
+
+    def shown(match: re.Match[str]) -> str:
+        scheme, rest = match.groups()
+        if not secret_in(match[0]):
+            return match[0]
+        user, at, place = rest.rpartition("@")
+        if not at or (":" not in user and "/" in user):
+            user, at, place = "", "", rest
+        return scheme + ("***@" if at else "") + re.sub(r"([?#]).+", r"\1***", place)
+
+    return _URL.sub(shown, text)
