@@ -20,7 +20,7 @@ def deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def config(bench: Bench, precision: str, mode: str) -> RunConfig:
@@ -83,7 +83,7 @@ def attend(tokens: int, device: torch.device, dtype: torch.dtype) -> list[torch.
     shape = (16, 4, tokens, 64)
     q, k, v = (torch.randn(shape, generator=generator).to(device, dtype).requires_grad_() for _ in range(3))
     out = F.scaled_dot_product_attention(q, k, v)
-    out.backward(torch.ones_like(out))
+    out.backward(torch.ones_like(out))  # type: ignore[no-untyped-call]
     assert q.grad is not None and k.grad is not None and v.grad is not None
     return [out.detach(), q.grad, k.grad, v.grad]
 

@@ -181,7 +181,7 @@ def timed(step: Callable[[], Any], device: torch.device, *, warm: int, count: in
             step()
             hosts.append((time.perf_counter() - began) * 1000)
         return Timing(statistics.median(hosts), statistics.median(hosts))
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]  # type: ignore[no-untyped-call]
     events[0].record()
     for event in events[1:]:
         began = time.perf_counter()
@@ -197,7 +197,8 @@ def digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """SHA-256 of names and bytes."""
     found = hashlib.sha256()
     for name in sorted(tensors):
-        found.update(name.encode() + tensors[name].detach().contiguous().cpu().view(torch.uint8).numpy().tobytes())
+        row = tensors[name].detach().cpu().contiguous().reshape(-1)
+        found.update(name.encode() + row.view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 
 

@@ -25,6 +25,8 @@ from typing import Any
 LAST_LINES = {"failed": 15, "timeout": 60}
 """Lines of a check's output that are kept. A timeout has the stack of every thread."""
 BAD = ("failed", "timeout")
+STACKS = signal.SIGUSR1
+"""At its limit a check gets this signal first, and writes the stacks of its threads."""
 
 
 class Skipped(Exception):
@@ -178,8 +180,10 @@ def _follow(pid: int, reading: int, deadline: float, record: dict[str, Any], res
             ended = status  # once more: what it sent last
         elif time.monotonic() > deadline:
             with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, STACKS)
+                time.sleep(0.5)
                 os.killpg(pid, signal.SIGKILL)
-            os.kill(pid, signal.SIGKILL)  # before it had a group
+            os.kill(pid, signal.SIGKILL)  # in case it had no group yet
             os.waitpid(pid, 0)
             return None
         elif ready:  # the pipe is closed; it has yet to end
@@ -202,7 +206,7 @@ def _child(check: Check, bench: Bench, writing: int) -> None:
     os.dup2(output, 2)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.enable(file=2)
-    faulthandler.dump_traceback_later(max(check.limit - 1.5, 0.7 * check.limit), file=2)
+    faulthandler.register(STACKS, file=2)  # and not a timer: its thread would deadlock in processes forked later
     me = os.getpid()
 
     def send(message: dict[str, Any]) -> None:

@@ -45,7 +45,7 @@ def gradients(bench: Bench) -> None:
         assert len(visits.fresh), "this batch has no teacher's pass: the check shows nothing"
         with torch.autocast(made.device.type, dtype):
             found, _ = made.objective(made.network, made.x0, made.state, visits, None)
-        (found.mean() * (256 if precision == "fp16" else 1)).backward()
+        (found.mean() * (256 if precision == "fp16" else 1)).backward()  # type: ignore[no-untyped-call]
         named = list(made.network.named_parameters())
         without = [name for name, p in named if p.grad is None]
         infinite = [name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]

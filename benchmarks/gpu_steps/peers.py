@@ -37,7 +37,7 @@ class BareLoop:
         output = getattr(output, "sample", output)
         loss = (output.float() - self.x0).square().mean()
         self.optimizer.zero_grad(set_to_none=True)
-        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
 

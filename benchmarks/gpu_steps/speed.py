@@ -41,7 +41,7 @@ def measured(bench: Bench, made: Passes) -> dict[str, Any]:
 def dropped() -> None:
     """Return the memory of what a caller has let go."""
     gc.collect()
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         torch.cuda.empty_cache()
 
 

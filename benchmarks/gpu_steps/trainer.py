@@ -121,11 +121,12 @@ def idle_share(step: Callable[[], Any], device: torch.device, count: int) -> flo
     )
     if not spans:
         return None
-    busy, end = 0.0, spans[0][0]
+    first: float = spans[0][0]
+    busy, end = 0.0, first
     for start, stop in spans:
         busy += max(0.0, stop - max(start, end))
         end = max(end, stop)
-    return round(1 - busy / max(end - spans[0][0], 1e-9), 4)
+    return float(round(1 - busy / max(end - first, 1e-9), 4))
 
 
 CHECKS = (Check("P8", "against_bare", 45, against_bare),)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
 import os
 import sys
 import time
@@ -39,19 +38,14 @@ def on_two(bench: Bench, work: Callable[[Ranks], Any]) -> None:
         if pid == 0:
             _rank(bench, rank, meeting, work)
         children.append(pid)
-    failed = []
-    for rank, pid in enumerate(children):
-        _, status = os.waitpid(pid, 0)
-        if status:
-            failed.append(f"rank {rank}: exit code {os.waitstatus_to_exitcode(status)}")
-    if failed:
-        raise AssertionError(f"{'; '.join(failed)}; the output below has the ranks' errors")
+    codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    if any(codes):
+        raise AssertionError(f"the ranks ended with exit codes {codes}; their errors are in the output below")
 
 
 def _rank(bench: Bench, rank: int, meeting: Path, work: Callable[[Ranks], Any]) -> None:
     """A forked rank. Does not return."""
     code = 1
-    faulthandler.cancel_dump_traceback_later()
     try:
         torch.set_num_threads(1)
         device = device_of(bench)

@@ -21,11 +21,11 @@ WAITING = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonze
 """Operators whose result the host must have, which on a GPU it waits for."""
 
 
-class Refuse(TorchDispatchMode):
+class Refuse(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes operators of the main thread that would wait for a GPU, where there is none to ask."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -72,9 +72,9 @@ def noted(device: torch.device) -> Iterator[list[str]]:
 def one_store(bench: Bench, config: RunConfig, store: str) -> dict[str, Any]:
     chosen = config.model_copy(update={"store": config.store.model_copy(update={"kind": store})})
     ranks = alone(bench)
-    steps = bench.pick(10, 4)
+    steps = bench.pick(10, 2)
     with running(chosen, pixels(512, TINY_SHAPE), bench.scratch / store, ranks) as (trainer, inputs):
-        for _ in range(3):
+        for _ in range(bench.pick(3, 1)):
             trainer.train_step(inputs)
         synchronize(ranks.device)
         with noted(ranks.device) as found:
