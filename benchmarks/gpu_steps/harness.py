@@ -204,6 +204,7 @@ def _child(check: Check, bench: Bench, writing: int) -> None:
     output = os.open(bench.log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
+    sys.stdout, sys.stderr = (open(fd, "w", buffering=1, closefd=False) for fd in (1, 2))  # noqa: SIM115
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     faulthandler.enable(file=2)
     faulthandler.register(STACKS, file=2)  # and not a timer: its thread would deadlock in processes forked later
