@@ -87,8 +87,8 @@ def has_setting(name: str) -> bool:
 class Passes:
     """The device's part of a run's steps (passes, optimizer, averages) on random images that stay on the device.
 
-    `teacher`: "ragged" takes visits as the objective plans them, "none" plans a denoiser's, "full" evaluates the
-    target of every row.
+    `teacher`: "planned" takes visits as the objective plans them, "none" plans a denoiser's, "full" has every row's
+    target evaluated.
     """
 
     def __init__(
@@ -98,7 +98,7 @@ class Passes:
         bench: Bench,
         *,
         batch: int,
-        teacher: str = "ragged",
+        teacher: str = "planned",
         plans: int = 4,
         epoch: int = 0,
     ):
@@ -111,19 +111,24 @@ class Passes:
             }
         )
         ranks = alone(bench)
-        self.device, self.batch, self.taken = ranks.device, batch, 0
+        self.device, self.shape, self.taken = ranks.device, shape, 0
         self.network = network_for(config, shape)
         self.engine = engine.build(self.network, config, ranks, 1_000_000)
         self.averages = ema.build(config.train, self.engine.weights())
         self.objective = objective.build(config, process.build(config.process), 1000.0, shape)
+        self.resize(batch, full=teacher == "full", plans=plans, epoch=epoch)
+
+    def resize(self, batch: int, *, full: bool = False, plans: int = 1, epoch: int = 0) -> None:
+        """Go on with other images: `batch` a step, and `plans` batches of visits in turn."""
+        self.batch = batch
         generator = torch.Generator().manual_seed(0)
-        self.x0 = torch.rand(batch, *shape, generator=generator).mul(2).sub(1).to(self.device)
-        self.state = torch.randn(batch, *shape, generator=generator).clamp(-1, 1).to(self.device)
-        classes = config.network.classes
+        self.x0 = torch.rand(batch, *self.shape, generator=generator).mul(2).sub(1).to(self.device)
+        self.state = torch.randn(batch, *self.shape, generator=generator).clamp(-1, 1).to(self.device)
+        classes = self.config.network.classes
         self.labels = torch.randint(classes, (batch,), generator=generator).to(self.device) if classes else None
         rows = np.arange(batch * plans, dtype=np.int64).reshape(plans, batch)
         made = [self.objective.plan(ids, epoch) for ids in rows]
-        self.visits = [self._full(v).to(self.device) if teacher == "full" else v.to(self.device) for v in made]
+        self.visits = [self._full(v).to(self.device) if full else v.to(self.device) for v in made]
 
     @staticmethod
     def _full(visits: objective.Visits) -> objective.Visits:
@@ -133,6 +138,15 @@ class Passes:
             raise RuntimeError("Visits has no `fresh` and `fresh_coefficients`: adapt gpu_steps/common.py")
         rows = torch.arange(len(visits.guide))
         return replace(visits, fresh=rows, fresh_coefficients=visits.coefficients)
+
+    def evaluated(self) -> list[int]:
+        """How many rows the teacher's pass has, by batch of visits."""
+        count = getattr(self.objective, "evaluated", lambda visits: len(visits.fresh))
+        return [count(visits) for visits in self.visits]
+
+    def without_teacher(self) -> None:
+        """Go on with visits whose targets are all stored."""
+        self.visits = [replace(v, fresh=v.fresh[:0], fresh_coefficients=v.coefficients[:, :0]) for v in self.visits]
 
     def passes(self) -> torch.Tensor:
         """The forward and backward pass. Returns the loss."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import time
@@ -23,8 +23,7 @@ GIB = 1 << 30
 def versions(bench: Bench) -> None:
     """Versions, the device's properties, and whether autocast keeps casts made without gradients."""
     device = device_of(bench)
-    found = {name: importlib.metadata.version(name) for name in PACKAGES if importlib.util.find_spec(name)}
-    bench.report(python=platform.python_version(), packages=found, cores=os.cpu_count())
+    bench.report(python=platform.python_version(), packages=installed(), cores=os.cpu_count())
     if bench.device == "cuda":
         properties = torch.cuda.get_device_properties(device)
         free, total = torch.cuda.mem_get_info()
@@ -40,6 +39,15 @@ def versions(bench: Bench) -> None:
             attention_in_half=attention_backends(device),
         )
     bench.report(autocast_keeps_gradients=autocast_keeps_gradients(device))
+
+
+def installed() -> dict[str, str]:
+    """Versions of the packages that decide what can be measured."""
+    found = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def driver() -> str:

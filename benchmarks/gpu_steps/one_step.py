@@ -18,7 +18,7 @@ def trained(bench: Bench, name: str, steps: int) -> list[float]:
     settings = [f"objective.name={name}"]
     if name == "algorithm-1":
         settings.append("network.condition=cross-attention")
-    made = Passes(tiny(*settings), TINY_SHAPE, bench, batch=16, teacher="ragged" if name != "denoiser" else "none")
+    made = Passes(tiny(*settings), TINY_SHAPE, bench, batch=16, teacher="none" if name == "denoiser" else "planned")
     return [float(made.step()) for _ in range(steps)]
 
 
@@ -83,7 +83,7 @@ def shared_rows(bench: Bench, teacher: str) -> tuple[int, int, int]:
 
 def masks(bench: Bench) -> None:
     """The teacher drops the units that the trained pass drops (Song & Dhariwal 2023, section 3.2)."""
-    found = {teacher: shared_rows(bench, teacher) for teacher in ("full", "ragged")}
+    found = {teacher: shared_rows(bench, teacher) for teacher in ("full", "planned")}
     bench.report(fresh_and_shared_first_and_last=found)
     for teacher, (fresh, *shared) in found.items():
         assert min(shared) == fresh, f"{teacher}: of {fresh} rows, {shared} share their first and last masks"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from typing import Any
 
 import torch
@@ -42,31 +41,34 @@ class BareLoop:
         self.scaler.update()
 
 
-def diffusers_network(wanted: int, small: bool) -> nn.Module | None:
-    """diffusers' UNet2DModel for 3x32x32 whose parameters come nearest to `wanted`; None without diffusers."""
-    if importlib.util.find_spec("diffusers") is None:
-        return None
-    diffusers: Any = importlib.import_module("diffusers")
+def diffusers_network(wanted: int, small: bool) -> nn.Module | str:
+    """diffusers' UNet2DModel for 3x32x32 whose parameters come nearest to `wanted`, or why there is none."""
+    try:
+        diffusers: Any = importlib.import_module("diffusers")
+        unet = diffusers.UNet2DModel  # imported at first use, with all that it needs
+    except (ImportError, RuntimeError) as error:
+        return f"cannot be imported: {error}"
 
-    def make(width: int) -> nn.Module:
+    def make(width: int, last: int) -> nn.Module:
+        """`last`: the channels of the last stage."""
         attention = ("DownBlock2D", "AttnDownBlock2D", "AttnDownBlock2D", "DownBlock2D")
-        stages = (1, 2) if small else (1, 2, 2, 2)
-        made: nn.Module = diffusers.UNet2DModel(
+        stages = (width, last) if small else (width, 2 * width, 2 * width, last)
+        made: nn.Module = unet(
             sample_size=32,
             in_channels=3,
             out_channels=3,
             layers_per_block=1 if small else 3,
-            block_out_channels=tuple(width * stage for stage in stages),
+            block_out_channels=stages,
             down_block_types=attention[: len(stages)],
             up_block_types=tuple(name.replace("Down", "Up") for name in reversed(attention[: len(stages)])),
-            norm_num_groups=min(32, width // 4),
+            norm_num_groups=8 if small else 32,
             attention_head_dim=64 if not small else 8,
         )
         return made
 
-    def count(width: int) -> int:
+    def far(sizes: tuple[int, int]) -> int:
         with torch.device("meta"):
-            return parameters(make(width))
+            return abs(parameters(make(*sizes)) - wanted)
 
-    widths = range(32, 257, 32)
-    return make(min(widths, key=lambda width: abs(count(width) - wanted)))
+    widths = (32, 64) if small else (96, 128)
+    return make(*min(((width, 2 * width + 64 * more) for width in widths for more in range(4)), key=far))

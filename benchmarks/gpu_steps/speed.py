@@ -14,10 +14,10 @@ from gpu_steps.harness import Bench, Check
 from udddm.network import blocks
 
 SHAPE: Shape = (3, 32, 32)
-MIB = 1 << 20
+GIB = 1 << 30
 
 
-def built(bench: Bench, *settings: str, batch: int | None = None, teacher: str = "ragged", plans: int = 4) -> Passes:
+def built(bench: Bench, *settings: str, batch: int | None = None, teacher: str = "planned", plans: int = 4) -> Passes:
     config = preset(bench, "cifar10", *(SMALLER if bench.small else ()), *settings)
     if bench.device == "cpu" and config.train.precision == "fp16":
         config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
@@ -34,7 +34,7 @@ def measured(bench: Bench, made: Passes) -> dict[str, Any]:
     assert torch.isfinite(torch.tensor(loss)), f"the loss is {loss}"
     found: dict[str, Any] = {"images_per_s": timing.rate(made.batch), **timing.figures()}
     if made.device.type == "cuda":
-        found["peak_mib_an_image"] = round(torch.cuda.max_memory_allocated() / MIB / made.batch, 1)
+        found["peak_gib"] = round(torch.cuda.max_memory_allocated() / GIB, 2)
     return found
 
 
@@ -59,11 +59,11 @@ def layouts(bench: Bench) -> None:
 
 
 def teachers(bench: Bench) -> None:
-    """Eager, as configured: no teacher's pass, one on the rows that the objective plans, one on all rows."""
-    for teacher in ("none", "ragged", "full"):
-        made = built(bench, teacher=teacher)
-        fresh = [len(visits.fresh) for visits in made.visits]
-        bench.report(**{teacher: {**measured(bench, made), "fresh_rows": fresh}})
+    """Eager: no teacher's pass, one on the rows that the objective plans (without dropout, which may ask for all
+    rows), and one on all rows."""
+    for teacher, dropout in (("none", ""), ("planned", "0"), ("full", "")):
+        made = built(bench, *([f"network.dropout={dropout}"] if dropout else []), teacher=teacher)
+        bench.report(**{teacher: {**measured(bench, made), "teacher_rows": made.evaluated()}})
         del made
         dropped()
 
@@ -104,7 +104,7 @@ def profile(bench: Bench) -> None:
     for event in recorded.events() or []:
         on_device = str(event.device_type).endswith("CUDA")
         if on_device == cuda and not event.name.startswith("ProfilerStep"):
-            spent = event.device_time if cuda else event.self_cpu_time_total
+            spent = event.time_range.elapsed_us() if cuda else event.self_cpu_time_total
             times.setdefault(event.name, []).append(spent / 1000)
     ordered = sorted(times.items(), key=lambda item: -sum(item[1]))
     bench.report(
@@ -126,8 +126,8 @@ def others(bench: Bench) -> None:
     del made, loop, network
     dropped()
     other = peers.diffusers_network(ours, bench.small)
-    if other is None:
-        bench.report(diffusers="not installed")
+    if isinstance(other, str):
+        bench.report(diffusers=other)
         return
     device = device_of(bench)
     loop = peers.BareLoop(other.to(device), SHAPE, device, batch, precision)
@@ -136,14 +136,20 @@ def others(bench: Bench) -> None:
 
 
 def compiled(bench: Bench) -> None:
-    """As configured, and `train.compile`: the time that compiling takes, and the speed after it."""
+    """As configured, and `train.compile`: the time that compiling takes, and the speed after it, without a teacher's
+    pass and then with one on all rows, which is compiled too."""
     bench.need_cuda("compiling the network takes minutes on a CPU")
-    began = time.perf_counter()
-    made = built(bench, "train.compile=true", teacher="none")
-    made.step()
-    synchronize(made.device)
-    bench.report(compile_s=round(time.perf_counter() - began, 1))
-    bench.report(**measured(bench, made))
+    made = built(bench, "train.compile=true", teacher="full")
+    planned = made.visits
+    made.without_teacher()
+    for name in ("none", "full"):
+        began = time.perf_counter()
+        made.step()
+        synchronize(made.device)
+        spent = round(time.perf_counter() - began, 1)
+        bench.report(**{name: {"compile_s": spent}})
+        bench.report(**{name: {"compile_s": spent, **measured(bench, made)}})
+        made.visits = planned
 
 
 def compiled_peer(bench: Bench) -> None:
@@ -152,8 +158,8 @@ def compiled_peer(bench: Bench) -> None:
     ours = parameters(built(bench, batch=8, plans=1).network)
     dropped()
     other = peers.diffusers_network(ours, bench.small)
-    if other is None:
-        bench.report(diffusers="not installed")
+    if isinstance(other, str):
+        bench.report(diffusers=other)
         return
     device, batch = device_of(bench), bench.pick(128, 8)
     other.to(device)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gpu_steps.common import Shape, alone, pixels, preset, running, synchronize, tiny
+from gpu_steps.common import TINY_SHAPE, Shape, alone, pixels, preset, running, synchronize, tiny
 from gpu_steps.harness import Bench, Check
 from udddm import process
 from udddm.config import RunConfig
@@ -26,7 +26,7 @@ def config(bench: Bench) -> tuple[RunConfig, Shape]:
     """A chain objective: half of the visits have a teacher's pass."""
     objective = "objective={name: chain, huber_c: 0.3, chain: {length: 2, stages: [{start: 0, levels: 16}]}}"
     if bench.small:
-        return tiny(objective, "train.batch_size=32"), (1, 28, 28) if bench.device == "cuda" else (1, 8, 8)
+        return tiny(objective, "train.batch_size=32"), TINY_SHAPE
     settings = (objective, "train.batch_size=128", "train.precision=bf16", "network.dropout=0")
     return preset(bench, "cifar10", *settings, "network.width=64"), (3, 32, 32)
 

@@ -50,7 +50,7 @@ def built_extensions() -> list[str]:
 
 
 def configured(precision: str, *settings: str) -> RunConfig:
-    return tiny("objective.name=consistency", f"train.precision={precision}", *settings)
+    return tiny("objective.name=chain", f"train.precision={precision}", *settings)
 
 
 def state(made: Engine) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
@@ -73,8 +73,10 @@ def one(bench: Bench, precision: str, *settings: str) -> tuple[dict[str, Any], d
     for _ in range(STEPS):
         made.step()
     weights, moments = state(made.engine)
+    assert any(bool(moment.any()) for moment in moments.values()), "all moments are 0: no step was taken"
+    taken = int(made.engine.scalars()["step"])
     timing = timed(made.step, made.device, warm=1, count=bench.pick(8, 2))
-    figures: dict[str, Any] = {**timing.figures(), "building_s": round(built, 2)}
+    figures: dict[str, Any] = {**timing.figures(), "building_s": round(built, 2), "steps": taken}
     if precision == "fp16":
         figures["loss_scale"] = made.engine.scalars()["scaler"].tolist()[0]
     return figures, weights, moments
@@ -85,9 +87,9 @@ def compare(bench: Bench, precision: str) -> None:
     figures, weights, moments = one(bench, precision)
     bench.report(torch=figures)
     bad: dict[str, str] = {}
-    for name, settings in STAGES.items():
+    for name in bench.pick(tuple(STAGES), ("zero0", "zero2", "zero3")):
         try:
-            figures, other_weights, other_moments = one(bench, precision, settings)
+            figures, other_weights, other_moments = one(bench, precision, STAGES[name])
             figures |= {"weights": gap(other_weights, weights), "moments": gap(other_moments, moments)}
             if not figures["moments"] < MOMENT_LIMIT:
                 bad[name] = f"moments differ by {figures['moments']:.2g} of the largest"
