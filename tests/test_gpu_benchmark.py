@@ -86,7 +86,16 @@ def test_a_check_that_raises_has_failed_with_its_error_and_output(perform):
 
 
 def test_a_check_that_cannot_run_is_skipped_with_its_reason(perform):
-    (found,) = perform(check(lambda bench: bench.need_cuda("its kernels")))
+    def refuse(bench):
+        raise harness.Skipped("no such package")
+
+    (found,) = perform(check(refuse))
+    assert (found["status"], found["reason"]) == ("skipped", "no such package")
+
+
+def test_a_check_that_needs_cuda_is_skipped_on_a_cpu_whatever_its_limit(perform):
+    needy = harness.Check("P5", "needy", 1e9, fine, cuda="its kernels")
+    (found,) = perform(needy)
     assert (found["status"], found["reason"]) == ("skipped", "needs CUDA: its kernels")
 
 

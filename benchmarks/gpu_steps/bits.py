@@ -59,7 +59,7 @@ def twice(bench: Bench, precision: str, mode: str) -> dict[str, Any]:
 
 def modes(bench: Bench, mode: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
-    for precision in ("fp32", bench.pick("fp16", "bf16")):
+    for precision in bench.pick(("fp32", "fp16"), ("fp32",) if mode == "as_it_is" else ("bf16",)):
         found[precision] = twice(bench, precision, mode)
         bench.report(**found)
     return found

@@ -105,7 +105,6 @@ def throughput(bench: Bench) -> None:
 
 def host_copies(bench: Bench) -> None:
     """GB/s each way from and to page-locked memory, one at a time and both at once."""
-    bench.need_cuda("copies between host and device")
     device, size = device_of(bench), bench.pick(GIB, 1 << 24)
     source, target = (torch.zeros(size, dtype=torch.uint8, device=device) for _ in range(2))
     up, down = (torch.empty(size, dtype=torch.uint8, pin_memory=True) for _ in range(2))
@@ -129,5 +128,5 @@ def host_copies(bench: Bench) -> None:
 CHECKS = (
     Check("P0", "versions", 15, versions),
     Check("P0", "throughput", 15, throughput),
-    Check("P0", "host_copies", 15, host_copies),
+    Check("P0", "host_copies", 15, host_copies, "copies between host and device"),
 )

@@ -52,11 +52,6 @@ class Bench:
         """Add figures to the results file. A check that is ended later keeps them."""
         self.send({"figures": figures})
 
-    def need_cuda(self, what: str) -> None:
-        """Raise Skipped on a CPU."""
-        if self.device != "cuda":
-            raise Skipped(f"needs CUDA: {what}")
-
     def pick(self, full: Any, small: Any) -> Any:
         """One of two sizes."""
         return small if self.small else full
@@ -70,6 +65,8 @@ class Check:
     limit: float
     """Seconds of wall time, after which the check and its processes are killed."""
     run: Callable[[Bench], None]
+    cuda: str = ""
+    """For what it needs CUDA, where it has nothing to do on a CPU."""
 
     @property
     def full_name(self) -> str:
@@ -98,9 +95,13 @@ def perform(checks: Sequence[Check], bench: Bench, results: Results, seconds: fl
         left = seconds - (time.monotonic() - began)
         record: dict[str, Any] = {"step": check.step, "check": check.name, "status": "running", "limit": check.limit}
         results.checks.append(record)
-        if check.limit > left:
-            record["status"] = "skipped"
-            record["reason"] = f"its limit of {check.limit:g} s does not fit the {left:.0f} s left of {seconds:g} s"
+        reason = ""
+        if check.cuda and bench.device != "cuda":
+            reason = f"needs CUDA: {check.cuda}"
+        elif check.limit > left:
+            reason = f"its limit of {check.limit:g} s does not fit the {left:.0f} s left of {seconds:.0f} s"
+        if reason:
+            record["status"], record["reason"] = "skipped", reason
             results.save()
         else:
             results.save()
