@@ -20,13 +20,14 @@ On a machine with Python 3.12 and torch 2.11 or later, but no network, first put
         google-crc32c einops hjson diffusers
     DS_BUILD_OPS=0 pip wheel -w .whl --no-deps --no-build-isolation deepspeed==0.19.8
 
-(pydantic-core in the version that pydantic names) and there:
+(pydantic-core in the version that pydantic names; diffusers 0.42 also imports huggingface_hub 2, which needs httpx2,
+httpcore2, truststore and h11) and there:
 
     pip install --no-index --find-links .whl --no-deps .whl/*.whl
     python benchmarks/gpu.py --device cuda --json gpu.json --text gpu.txt
 
-It needs neither Ray nor an installed udddm: the repository's own package is used. Without deepspeed, diffusers or
-pytest the checks that need them are skipped.
+It needs neither Ray nor an installed udddm: the repository's own package is used. Without deepspeed or
+pytest the checks that need them are skipped; without diffusers there is no such peer.
 """
 
 from __future__ import annotations
