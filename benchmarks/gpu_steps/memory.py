@@ -1,0 +1,91 @@
+"""P10: memory an image of the large presets, and the largest micro-batch that fits."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import torch
+
+from gpu_steps.common import SMALLER, Passes, Shape, preset
+from gpu_steps.harness import Bench, Check
+
+PRESETS: dict[str, Shape] = {
+    "cifar10": (3, 32, 32),
+    "ffhq-64": (3, 64, 64),
+    "imagenet-64": (3, 64, 64),
+    "imagenet-256-latents": (4, 32, 32),
+}
+MB = 1e6
+
+
+class Kept:
+    """Bytes that a forward pass keeps for the backward pass, each storage once, parameters left out."""
+
+    def __init__(self, network: torch.nn.Module):
+        self._known = {p.untyped_storage().data_ptr() for p in network.parameters()}
+        self._alive: list[torch.Tensor] = []  # a freed storage's address would be used again
+        self.bytes = 0
+
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._known:
+            self._known.add(storage.data_ptr())
+            self._alive.append(tensor)
+            self.bytes += storage.nbytes()
+        return tensor
+
+
+def kept_bytes(made: Passes) -> int:
+    """By counting what autograd saves; the same on every device."""
+    kept = Kept(made.network)
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
+        visits = made.visits[0]
+        with made.engine.autocast():
+            losses, _ = made.objective(made.engine.module, made.x0, made.state, visits, made.labels)
+    del losses
+    return kept.bytes
+
+
+def peak(made: Passes, batch: int) -> tuple[int, int]:
+    """(bytes at the peak of a step, bytes of weights, moments and averages)."""
+    made.resize(batch)
+    made.step()
+    made.engine.adam.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.empty_cache()
+    fixed = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    made.step()
+    return torch.cuda.max_memory_allocated(), fixed
+
+
+def measured(made: Passes) -> dict[str, Any]:
+    """From the difference of two micro-batches."""
+    (low, _), (high, fixed) = peak(made, 8), peak(made, 16)
+    each = max(1.0, (high - low) / 8)
+    total = torch.cuda.mem_get_info()[1]
+    return {
+        "mb_an_image": round(each / MB, 1),
+        "fixed_mb": round(fixed / MB),
+        "largest_micro_batch": int((0.95 * total - (low - 8 * each)) / each),
+    }
+
+
+def presets(bench: Bench) -> None:
+    """What autograd keeps, and on a GPU what the allocator takes for it."""
+    for name in ("cifar10",) if bench.small else PRESETS:
+        config = preset(bench, name, *(SMALLER if bench.small else ()))
+        if bench.device == "cpu":
+            config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
+        made = Passes(config, PRESETS[name], bench, batch=8, teacher="none", plans=1)
+        figures: dict[str, Any] = {"kept_mb_an_image": round(kept_bytes(made) / 8 / MB, 1)}
+        bench.report(**{name: figures})
+        if bench.device == "cuda":
+            figures |= measured(made)
+            bench.report(**{name: figures})
+        del made
+        gc.collect()
+
+
+CHECKS = (Check("P10", "presets", 40, presets),)

@@ -1,0 +1,108 @@
+"""P2: a step on the device against the same step on a CPU, gradients in half precision, dropout masks, noise."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from gpu_steps.common import TINY_SHAPE, Passes, device_of, no_tf32, tiny
+from gpu_steps.harness import Bench, Check
+from udddm import noise
+
+OBJECTIVES = ("chain", "algorithm-1", "consistency", "tuning", "denoiser")
+LOSS_LIMIT = 1e-4
+
+
+def trained(bench: Bench, name: str, steps: int) -> list[float]:
+    """The losses of the first steps, in float32."""
+    settings = [f"objective.name={name}"]
+    if name == "algorithm-1":
+        settings.append("network.condition=cross-attention")
+    made = Passes(tiny(*settings), TINY_SHAPE, bench, batch=16, teacher="none" if name == "denoiser" else "planned")
+    return [float(made.step()) for _ in range(steps)]
+
+
+def losses(bench: Bench) -> None:
+    """All five objectives, float32 without TF32."""
+    no_tf32()
+    steps = bench.pick(10, 3)
+    on_cpu = Bench("cpu", bench.small, bench.root, bench.scratch)
+    worst: dict[str, float] = {}
+    for name in OBJECTIVES:
+        here, there = trained(bench, name, steps), trained(on_cpu, name, steps)
+        worst[name] = max(abs(a - b) / max(1.0, abs(b)) for a, b in zip(here, there, strict=True))
+        bench.report(largest_difference=dict(worst), steps=steps)
+    bad = {name: value for name, value in worst.items() if not value < LOSS_LIMIT}
+    assert not bad, f"losses differ from the CPU's by {LOSS_LIMIT:g} or more: {bad}"
+
+
+def gradients(bench: Bench) -> None:
+    """In half precision, in a step with a teacher's pass, every parameter gets a finite gradient."""
+    counts = {}
+    for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
+        made = Passes(tiny("objective.name=consistency"), TINY_SHAPE, bench, batch=16)
+        visits = made.visits[0]
+        assert len(visits.fresh), "this batch has no teacher's pass: the check shows nothing"
+        with torch.autocast(made.device.type, dtype):
+            found, _ = made.objective(made.network, made.x0, made.state, visits, None)
+        (found.mean() * (256 if precision == "fp16" else 1)).backward()  # type: ignore[no-untyped-call]
+        named = list(made.network.named_parameters())
+        without = [name for name, p in named if p.grad is None]
+        infinite = [name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
+        counts[precision] = {"parameters": len(named), "without": len(without), "not_finite": len(infinite)}
+        bench.report(gradients=dict(counts), fresh=len(visits.fresh))
+        assert not without, f"{precision}: no gradient for {without[:5]}"
+        assert not infinite, f"{precision}: gradient not finite for {infinite[:5]}"
+
+
+def shared_rows(bench: Bench, teacher: str) -> tuple[int, int, int]:
+    """(rows with a teacher's pass, rows that drop the same units in the first layer, and in the last)."""
+    config = tiny("objective.name=consistency", "network.dropout=0.5")
+    made = Passes(config, TINY_SHAPE, bench, batch=32, teacher=teacher)
+    made.network.train()
+    seen: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name: str) -> None:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+            seen.setdefault(name, []).append((output == 0).flatten(1).cpu())
+
+        dict(made.network.named_modules())[name].register_forward_hook(hook)
+
+    for name, module in made.network.named_modules():
+        if "Dropout" in type(module).__name__:
+            keep(name)
+    made.passes()
+    rows = made.visits[0].fresh.cpu()
+    shared = []
+    for first, second in seen.values():
+        teachers = first[rows] if len(first) == len(second) else first[: len(rows)]
+        shared.append(int((teachers == second[rows]).all(1).sum()))
+    assert shared, "the network has no dropout layer: the check shows nothing"
+    return len(rows), shared[0], shared[-1]
+
+
+def masks(bench: Bench) -> None:
+    """The teacher drops the units that the trained pass drops (Song & Dhariwal 2023, section 3.2)."""
+    found = {teacher: shared_rows(bench, teacher) for teacher in ("full", "planned")}
+    bench.report(fresh_and_shared_first_and_last=found)
+    for teacher, (fresh, *shared) in found.items():
+        assert min(shared) == fresh, f"{teacher}: of {fresh} rows, {shared} share their first and last masks"
+
+
+def normals(bench: Bench) -> None:
+    """noise.normal on the device against the CPU. A last bit may differ: logarithm and cosine are other code."""
+    keys = noise.as_tensor(noise.keys(0, noise.Stream.NOISE, torch.arange(bench.pick(1024, 16)).numpy()))
+    wanted = noise.normal(keys, (3, 32, 32))
+    found = noise.normal(keys.to(device_of(bench)), (3, 32, 32)).cpu()
+    other = found.view(torch.int32) != wanted.view(torch.int32)
+    largest = float((found - wanted).abs().max())
+    bench.report(share_of_differing_bits=float(other.double().mean()), largest_difference=largest)
+    assert largest <= 1e-6, f"the device's normal numbers differ from the CPU's by up to {largest:.2g}"
+
+
+CHECKS = (
+    Check("P2", "losses", 25, losses),
+    Check("P2", "gradients", 15, gradients),
+    Check("P2", "masks", 15, masks),
+    Check("P2", "noise", 10, normals),
+)

@@ -1,0 +1,37 @@
+"""P11: the small presets, whose steps are bound by the start of kernels: eager, and with CUDA graphs."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+
+from gpu_steps.common import Passes, Shape, preset, synchronize, timed
+from gpu_steps.harness import Bench, Check
+
+PRESETS: dict[str, Shape] = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28)}
+
+
+def eager(bench: Bench) -> None:
+    for name, shape in PRESETS.items():
+        config = preset(bench, name)
+        made = Passes(config, shape, bench, batch=config.train.batch_size, teacher="none")
+        timing = timed(made.step, made.device, warm=3, count=bench.pick(50, 3))
+        bench.report(**{name: {"images_per_s": timing.rate(made.batch), **timing.figures()}})
+
+
+def graphs(bench: Bench) -> None:
+    """torch.compile(mode="reduce-overhead")."""
+    for name, shape in PRESETS.items():
+        config = preset(bench, name)
+        made = Passes(config, shape, bench, batch=config.train.batch_size, teacher="none")
+        began = time.perf_counter()
+        made.engine.module = torch.compile(made.engine.module, mode="reduce-overhead")  # type: ignore[assignment]
+        made.step()
+        synchronize(made.device)
+        bench.report(**{f"{name}_compile_s": round(time.perf_counter() - began, 1)})
+        timing = timed(made.step, made.device, warm=5, count=bench.pick(50, 3))
+        bench.report(**{name: {"images_per_s": timing.rate(made.batch), **timing.figures()}})
+
+
+CHECKS = (Check("P11", "eager", 20, eager), Check("P11", "graphs", 60, graphs, "CUDA graphs"))

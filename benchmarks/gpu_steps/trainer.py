@@ -1,0 +1,132 @@
+"""P8: the trainer, by store, against a bare loop of the same network and loss on the same device."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from typing import Any
+
+import torch
+
+from gpu_steps.common import TINY_SHAPE, Shape, alone, pixels, preset, running, synchronize, tiny
+from gpu_steps.harness import Bench, Check
+from udddm import process
+from udddm.config import RunConfig
+from udddm.objective import denoise, pseudo_huber
+from udddm.process import Coefficients
+from udddm.trainer import network_for
+
+STORES = ("gpu", "pinned", "zarr")
+
+
+def config(bench: Bench) -> tuple[RunConfig, Shape]:
+    """A chain objective: half of the visits have a teacher's pass."""
+    objective = "objective={name: chain, huber_c: 0.3, chain: {length: 2, stages: [{start: 0, levels: 16}]}}"
+    if bench.small:
+        return tiny(objective, "train.batch_size=32"), TINY_SHAPE
+    settings = (objective, "train.batch_size=128", "train.precision=bf16", "network.dropout=0")
+    return preset(bench, "cifar10", *settings, "network.width=64"), (3, 32, 32)
+
+
+def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
+    """A function that takes one step: images and states in two tensors, torch's generator, no averages."""
+    device, shape = images.device, tuple(images.shape[1:])
+    steps = process.build(config.process)
+    network = network_for(config, (shape[0], shape[1], shape[2])).to(device)
+    if config.train.channels_last:
+        network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.Adam(network.parameters(), lr=config.train.learning_rate, fused=True)
+    state = torch.randn_like(images)
+    found = steps.coefficients(steps.levels(config.objective.chain.stages[0].levels))
+    levels = torch.from_numpy(found).to(device)
+    batch, c = config.train.batch_size, 0.3
+
+    def noised(x0: torch.Tensor, eps: torch.Tensor, at: Coefficients) -> torch.Tensor:
+        return at.signal[:, None, None, None] * x0 + at.noise[:, None, None, None] * eps
+
+    def step() -> None:
+        rows = torch.randint(len(images), (batch,), device=device)
+        x0, target, eps = images[rows], state[rows], torch.randn(batch, *shape, device=device)
+        level = torch.randint(1, levels.shape[1], (batch,), device=device)
+        fresh = torch.arange(batch // 2, device=device)
+        enabled = config.train.precision == "bf16"
+        with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            with torch.no_grad():
+                below = Coefficients(*levels[:, level[fresh] - 1])
+                target[fresh] = denoise(network, noised(x0[fresh], eps[fresh], below), below, None, None)
+            at = Coefficients(*levels[:, level])
+            output = denoise(network, noised(x0, eps, at), at, None, None)
+        loss = pseudo_huber(output, target, c).mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        state[rows] = output.detach()
+
+    return step
+
+
+def against_bare(bench: Bench) -> None:
+    """Rounds of the bare loop and of the trainer take turns; ratios are of a round's neighbors."""
+    chosen, shape = config(bench)
+    ranks, dataset = alone(bench), pixels(bench.pick(8192, 256), shape)
+    images = dataset.batch(torch.arange(len(dataset)).numpy())[0].to(ranks.device)
+    steps: dict[str, Callable[[], Any]] = {"bare": bare_loop(chosen, images)}
+    seconds: dict[str, list[float]] = {name: [] for name in ("bare", *STORES)}
+    count = bench.pick(20, 4)
+    with ExitStack() as stack:
+        trainers = {}
+        for kind in STORES:
+            one = chosen.model_copy(update={"store": chosen.store.model_copy(update={"kind": kind})})
+            trainer, inputs = stack.enter_context(running(one, dataset, bench.scratch / kind, ranks))
+            trainers[kind] = trainer
+            steps[kind] = partial(trainer.train_step, inputs)
+        for number in range(bench.pick(5, 2)):
+            for name, step in steps.items():
+                synchronize(ranks.device)
+                began = time.perf_counter()
+                for _ in range(count):
+                    step()
+                synchronize(ranks.device)
+                if number:  # the first warms up
+                    seconds[name].append(time.perf_counter() - began)
+        waits = {kind: t.store.counters.read_wait + t.store.counters.write_wait for kind, t in trainers.items()}
+        idle = {name: idle_share(step, ranks.device, bench.pick(8, 1)) for name, step in steps.items()}
+    size = count * chosen.train.batch_size
+    for name, spent in seconds.items():
+        figures: dict[str, Any] = {"images_per_s": round(size / statistics.median(spent), 1), "gpu_idle": idle[name]}
+        if name != "bare":
+            ratios = [b / s for b, s in zip(seconds["bare"], spent, strict=True)]
+            figures["of_bare"] = round(statistics.median(ratios), 3)
+            figures["store_wait"] = round(waits[name] / sum(spent), 4)
+        bench.report(**{name: figures})
+
+
+def idle_share(step: Callable[[], Any], device: torch.device, count: int) -> float | None:
+    """The share of time in which no kernel or copy runs. None on a CPU."""
+    if device.type != "cuda":
+        return None
+    from torch.profiler import ProfilerActivity
+
+    with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as recorded:
+        for _ in range(count):
+            step()
+        synchronize(device)
+    spans = sorted(
+        (event.time_range.start, event.time_range.end)
+        for event in recorded.events() or []
+        if str(event.device_type).endswith("CUDA")
+    )
+    if not spans:
+        return None
+    first: float = spans[0][0]
+    busy, end = 0.0, first
+    for start, stop in spans:
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return float(round(1 - busy / max(end - first, 1e-9), 4))
+
+
+CHECKS = (Check("P8", "against_bare", 45, against_bare),)
