@@ -150,14 +150,18 @@ class RemoteRun(Run):
         return self.path / AVERAGES
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, patience: float | None = None) -> Iterator[None]:
         with locked(self.path):
             self._lease = Lease(self.objects, self.url)
-            self._lease.acquire(patience=LEASE_PATIENCE)
+            self._lease.acquire(patience=LEASE_PATIENCE if patience is None else patience)
             try:
                 yield
             finally:
                 self._lease.release()
+
+    def check(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
 
     def fetch(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -178,8 +182,7 @@ class RemoteRun(Run):
 
     def push(self) -> None:
         """The files that have changed since the last time, `result.json` after all others."""
-        if self._lease is not None:
-            self._lease.check()
+        self.check()
         passed = {"checkpoints", ".lock"}
         files = [p for p in self.path.rglob("*") if p.is_file() and p.relative_to(self.path).parts[0] not in passed]
         for path in sorted(files, key=lambda p: (p.name == "result.json", p)):

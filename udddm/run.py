@@ -49,10 +49,16 @@ class Run:
         return self.path / AVERAGES
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep every other process from writing to it. Raises ConfigError or StoreError when one is."""
+    def held(self, patience: float | None = None) -> Iterator[None]:
+        """Keep every other process from writing to it. Raises ConfigError or StoreError when one is.
+
+        `patience`: the seconds to wait for another to end, where that can be waited for; None: as a start does.
+        """
         with locked(self.path):
             yield
+
+    def check(self) -> None:
+        """Raise StoreError when it is not held any more. Costs nothing."""
 
     def fetch(self) -> None:
         """Begin with what the run holds and nothing else, once it is held. Raises StoreError."""

@@ -106,6 +106,10 @@ class Generations:
         if run and not owner:
             self._write_group(run)
 
+    def owner(self) -> str:
+        """The id of the run that writes here; "" where the place itself says whose it is, or nobody does."""
+        return str(json.loads(self.objects.get("zarr.json"))["attributes"].get("run", ""))
+
     def _write_group(self, run: str) -> None:
         attributes = {**self.identity(), "run": run} if run else self.identity()
         self._put_json("zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})

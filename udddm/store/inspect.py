@@ -38,20 +38,25 @@ class Place:
 def find(path: str) -> Place:
     """A run directory (its store and checkpoints) or a store's own path or URL. Raises StoreError for neither."""
     run = open_copy(path)
-    file = run.path / "run.json"
-    if file.exists():
-        config = resolve(load_json(file)["config"], str(file))
-        kept = run.checkpoints()
-        checkpoints = kept.all()
-        for checkpoint in checkpoints:
-            with suppress(CheckpointError):  # `verify` reports it
-                kept.bring(checkpoint)
-        objects = open_objects(_url_in_use(checkpoints, config) or run.state)
-        stored = open_existing(objects) if objects.exists("zarr.json") else None
-        return Place(path, stored, run, config, checkpoints)
+    if (run.path / "run.json").exists():
+        return of_run(path, run)
     if local_path(path) is not None and not run.path.exists():
         raise StoreError(f"{path} does not exist")
     return Place(path, open_existing(open_objects(path)))
+
+
+def of_run(name: str, run: Run) -> Place:
+    """What a run holds at this moment. Raises StoreError, CheckpointError."""
+    file = run.path / "run.json"
+    config = resolve(load_json(file)["config"], str(file))
+    kept = run.checkpoints()
+    checkpoints = kept.all()
+    for checkpoint in checkpoints:
+        with suppress(CheckpointError):  # `verify` reports it
+            kept.bring(checkpoint)
+    objects = open_objects(_url_in_use(checkpoints, config) or run.state)
+    stored = open_existing(objects) if objects.exists("zarr.json") else None
+    return Place(name, stored, run, config, checkpoints)
 
 
 def _url_in_use(checkpoints: list[Path], config: RunConfig) -> str | None:
