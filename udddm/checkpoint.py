@@ -111,6 +111,8 @@ class Checkpoints:
         def make() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+            if ranks.first:
+                self._announce(final)
 
         def seal() -> Entries:
             files = sorted(p for p in partial.rglob("*") if p.is_file())
@@ -143,6 +145,9 @@ class Checkpoints:
     def _keeps(self, ranks: Ranks) -> bool:
         """Whether this rank makes a directory, and puts away what the ranks that see it write there."""
         return ranks.first
+
+    def _announce(self, final: Path) -> None:
+        """Before the first file of a checkpoint comes to where it is kept."""
 
     def _keep(self, path: Path, key: str) -> None:
         sync_file(path)

@@ -16,6 +16,7 @@ from udddm.backends.ranks import Ranks
 from udddm.checkpoint import Checkpoints, load_json, write_json
 from udddm.config import ConfigError, RunConfig, resolve
 from udddm.data import ImageDataset, check_unchanged
+from udddm.guard import Guard
 
 AVERAGES = "ema"
 """Where in a run the averages of the weights are put down (udddm/posthoc.py)."""
@@ -57,8 +58,10 @@ class Run:
         with locked(self.path):
             yield
 
-    def check(self) -> None:
-        """Raise StoreError when it is not held any more. Costs nothing."""
+    @property
+    def guard(self) -> Guard:
+        """Asked before anything of it is changed, once it is held, or shared by the rank that holds it."""
+        return Guard()
 
     def fetch(self) -> None:
         """Begin with what the run holds and nothing else, once it is held. Raises StoreError."""
@@ -66,6 +69,9 @@ class Run:
     def share(self, ranks: Ranks) -> None:
         """On every rank, once the first holds the run: see it from here. Raises ConfigError, StoreError."""
         ranks.check_shared(self.path, "the run directory")
+
+    def leave(self) -> None:
+        """On every rank, in the end: what `share` began is over."""
 
     def push(self) -> None:
         """Put what was written to `path` where the run is. Raises StoreError."""

@@ -254,7 +254,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this position and remove those that `checkpoint.keep` lets go."""
-        errors = (StoreError, OSError)
+        errors = (CheckpointError, StoreError, OSError)
         self.ranks.first_only(self.run.push, errors)  # first: a run that resumes from it has its metrics
         path = self.checkpoints.write(self.step, self.ranks, self._fill)
         self.ranks.first_only(lambda: self.checkpoints.prune(self.config.checkpoint.keep), errors)
@@ -282,6 +282,7 @@ class Trainer:
             return found.name if found else None
 
         errors = (CheckpointError, StoreError)
+        self.store.hold(self.ranks)
         name = self.ranks.first_only(newest, errors)
         self._retain()
         if name is None:

@@ -184,7 +184,7 @@ def test_a_process_id_that_came_again_is_another_process(objects: Objects) -> No
 
 @pytest.mark.parametrize("how", ["taken", "deleted"])
 def test_a_lost_lease_stops_the_run(objects: Objects, how: str) -> None:
-    lease = Lease(objects, "runs/one", seconds=0.3)
+    lease = Lease(objects, "runs/one", seconds=3.0)
     lease.acquire()
     if how == "taken":
         objects.put(KEY, holder("runs/two").encode())

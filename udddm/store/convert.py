@@ -101,7 +101,7 @@ def collect(path: str, say: Callable[[str], None]) -> list[int]:
             return []
         stored = place.generations
         default = stored.objects.describe("") == open_objects(run.state).describe("")
-        check = _hold_store(run, stored, held) if not default else run.check
+        check = _hold_store(run, stored, held) if not default else run.guard.check
         unneeded = _unneeded(place, stored, say)
         for generation in unneeded:
             check()

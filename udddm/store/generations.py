@@ -208,6 +208,7 @@ class Generations:
         try:
             return self.read(generation, lane, chunk, expected)
         except DamagedChunkError as error:
+            self.objects.guard.confirm()  # a successor's work is no damage, and nothing to begin again for
             if self.repair is None:
                 raise
             self.repair(error, len(self.order.chunk_samples(lane, chunk)))

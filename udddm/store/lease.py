@@ -17,15 +17,26 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from udddm.guard import Guard
 from udddm.store.errors import StoreError
-from udddm.store.objects import Objects
+from udddm.store.objects import Objects, Refused
+
+if TYPE_CHECKING:
+    from udddm.backends.ranks import Ranks
 
 KEY = "lease.json"
 GRACE = 0.25
 """The part of a lease's time that others wait after its expiry."""
+MARGIN = 0.5
+"""The part of a lease's time that must be left when a request begins: 30 s, the longest that one may take
+(`udddm.store.remote.REQUEST_TIMEOUT`), so that none is on its way when the lease is over."""
+WATCH = 12
+"""How often in a lease's time the other ranks of its run look at it."""
 
 
 @dataclass(frozen=True)
@@ -77,16 +88,19 @@ def process_identity(pid: int) -> str:
     return "" if fields[0] == "Z" else f"{boot} {fields[19]}"
 
 
-class Lease:
-    """A run's right to write to `objects`.
+class Lease(Guard):
+    """A run's right to write to `objects`, which must not be guarded by it.
 
     `owner` names the run to others and to itself when it comes back: its directory. `seconds` is how long the right
     lasts without a renewal; it is renewed three times in that time.
     """
 
+    fences = True
+
     def __init__(self, objects: Objects, owner: str, seconds: float = 60.0):
         self.objects, self.owner, self.seconds = objects, owner, seconds
         self.holder: Holder | None = None
+        self._follows = False  # another process of this run renews it
         self._renewed = 0.0  # by the monotonic clock
         self._lost = ""
         self._stopping = threading.Event()
@@ -112,12 +126,37 @@ class Lease:
                     f"{max(1, math.ceil(left))} s, when its lease is over"
                 )
             time.sleep(min(1.0, max(0.01, left), max(0.0, deadline - time.monotonic())))
-        self._thread = threading.Thread(target=self._renew_until_released, name="x0-state-lease", daemon=True)
+        self._begin(self._renew_until_released)
+
+    def follow(self, lease: str, until: float) -> None:
+        """Watch the lease that another process of this run holds: for the run's other ranks.
+
+        `until` is when it ends, by this process's monotonic clock, unless it is seen to be renewed. Raises StoreError.
+        """
+        assert self.holder is None, "a lease is acquired once"
+        found = self._found()
+        if found is None or found.lease != lease:
+            raise StoreError(f"the lease of {self.objects.describe('')} was lost while this rank joined")
+        self.holder, self._follows = found, True
+        self._renewed = until - self.seconds
+        self._begin(self._watch_until_released)
+
+    def _begin(self, body: Callable[[], None]) -> None:
+        self._thread = threading.Thread(target=body, name="x0-state-lease", daemon=True)
         self._thread.start()
+
+    @property
+    def id(self) -> str:
+        """What tells this lease from every other; "" when there is none."""
+        return self.holder.lease if self.holder is not None else ""
+
+    def left(self) -> float:
+        """The seconds for which this process may still count on it."""
+        return self.seconds - (time.monotonic() - self._renewed)
 
     def check(self) -> None:
         """Raise StoreError when the lease is lost, or may be because it could not be renewed in time. Costs nothing."""
-        if not self._lost and time.monotonic() - self._renewed > self.seconds:
+        if not self._lost and self.left() < 0:
             self._lost = f"it could not be renewed for {self.seconds:g} s"
         if self._lost:
             raise StoreError(
@@ -125,15 +164,44 @@ class Lease:
                 "make sure that only this run writes there, then run the same command again to resume"
             )
 
+    def wait(self) -> None:
+        self.check()
+        while self.left() < MARGIN * self.seconds:
+            time.sleep(min(0.05, self.seconds / 20))
+            self.check()
+
+    def confirm(self) -> None:
+        self.check()
+        try:
+            found = self._decode(self.objects._get(KEY))  # once: the caller has an error to report
+        except FileNotFoundError:
+            found = None
+        except (OSError, Refused, StoreError):
+            return
+        self._compare(found)
+        self.check()
+
+    def _compare(self, found: Holder | None) -> bool:
+        """Whether the lease that is there is this one; if not, it is lost."""
+        if found is not None and found.lease == self.id:
+            return True
+        if not self._stopping.is_set():
+            self._lost = f"it was taken over by {found.describe()}" if found else "its object was deleted"
+        return False
+
     def release(self) -> None:
-        """Stop renewing and give the lease back, if it is still held. Raises nothing: at worst it expires by itself."""
+        """Stop renewing and give the lease back, if it is still held. Raises nothing: at worst it expires.
+
+        From here on `check` raises.
+        """
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(5)  # it may be in the middle of its retries
             self._thread = None
         held, self.holder = self.holder, None
+        lost, self._lost = self._lost, self._lost or "it was given back"
         # Nobody else takes it before it expires; so there is time to look and to delete.
-        if held is None or self._lost or time.monotonic() - self._renewed > self.seconds / 2:
+        if held is None or lost or self._follows or self.left() < MARGIN * self.seconds:
             return
         try:
             if self._read() == held.encode():
@@ -200,7 +268,31 @@ class Lease:
             self.holder, self._renewed = renewed, began
             return
         found = self._found()
-        if found is not None and found.lease == held.lease:
+        if self._compare(found):
             self.holder = found  # an earlier renewal got through although none of its replies did
-        else:
-            self._lost = f"it was taken over by {found.describe()}" if found else "its object was deleted"
+
+    def _watch_until_released(self) -> None:
+        before = time.monotonic()
+        while not self._stopping.wait(self.seconds / WATCH):
+            began = time.monotonic()
+            try:
+                found = self._found()
+            except StoreError:
+                continue
+            if not self._compare(found):
+                return
+            assert found is not None and self.holder is not None
+            if found.renewal != self.holder.renewal:  # renewed after the last look, which did not show it
+                self.holder, self._renewed = found, before
+            before = began
+
+
+def follow(lease: Lease, ranks: Ranks) -> None:
+    """On every rank, once the first holds `lease`: let the others' follow it."""
+    if ranks.world == 1:
+        return
+    ranks.barrier()  # so that the time from here to the reply is that of the exchange alone
+    began = time.monotonic()
+    held, left = ranks.gather((lease.id, lease.left()))[0]
+    if not ranks.first:
+        lease.follow(held, began + left)

@@ -23,6 +23,9 @@ CONNECT_TIMEOUT = 5.0  # seconds
 PART = 8 << 20
 """Bytes of a file that a request carries."""
 
+_PAGE = 1000
+"""Keys that S3 lists or deletes in a request."""
+
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
@@ -101,10 +104,44 @@ class ObstoreObjects(Objects):
 
     def _put(self, key: str, parts: Iterable[bytes | memoryview]) -> None:
         views = [memoryview(part).cast("B") for part in parts]
+        if self.guard.fences:
+            self._put_fenced(key, views)
+            return
         self._asking(lambda: self._obstore.put(self._store, key, iter(views), use_multipart=False))
 
+    def _put_fenced(self, key: str, views: Sequence[memoryview]) -> None:
+        """Never over what a successor wrote, however long this process stood still in the middle.
+
+        An object that is there is looked at before the guard is asked: what the guard still allows to replace then was
+        not a successor's, and is no more the same once a successor has replaced it.
+        """
+        if self._put_on_condition(key, views, "create"):
+            return
+        try:
+            tag = self._asking(lambda: self._obstore.head(self._store, key), reading=True)["e_tag"]
+        except FileNotFoundError:
+            raise OSError("it was removed meanwhile") from None
+        self.guard.wait()
+        if not self._put_on_condition(key, views, {"e_tag": tag}):
+            raise OSError("another client replaced it meanwhile")
+
     def _upload(self, path: Path, key: str) -> None:
-        self._asking(lambda: self._obstore.put(self._store, key, path, chunk_size=PART))  # in parts where it is larger
+        if not self.guard.fences:  # in parts where it is larger
+            self._asking(lambda: self._obstore.put(self._store, key, path, chunk_size=PART))
+        elif path.stat().st_size <= PART:
+            self._put(key, (path.read_bytes(),))
+        else:
+            self._upload_guarded(path, key)
+
+    def _upload_guarded(self, path: Path, key: str) -> None:
+        """In parts, which take long together: the guard is asked before each, and before the object becomes visible."""
+        writer = self._obstore.open_writer(self._store, key, buffer_size=PART)
+        with path.open("rb") as file:
+            while block := file.read(PART):
+                self.guard.wait()
+                self._asking(partial(writer.write, block))
+        self.guard.wait()
+        self._asking(writer.close)  # a writer that is not closed leaves no object
 
     def _download(self, key: str, path: Path) -> None:
         """By ranges, so that the time that a request may take is no limit to what it can read."""
@@ -116,21 +153,21 @@ class ObstoreObjects(Objects):
                 file.write(part.to_bytes())
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
-        return self._put_on_condition(key, data, "create")
+        return self._put_on_condition(key, (data,), "create")
 
     def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
         try:
             found, tag = self._read(key)
         except FileNotFoundError:
             return False
-        return found == expected and self._put_on_condition(key, data, {"e_tag": tag})
+        return found == expected and self._put_on_condition(key, (data,), {"e_tag": tag})
 
-    def _put_on_condition(self, key: str, data: bytes, mode: Any) -> bool:
+    def _put_on_condition(self, key: str, parts: Sequence[bytes | memoryview], mode: Any) -> bool:
         failed = (self._obstore.exceptions.AlreadyExistsError, self._obstore.exceptions.PreconditionError)
 
         def put() -> bool:
             try:
-                self._obstore.put(self._store, key, data, mode=mode, use_multipart=False)
+                self._obstore.put(self._store, key, iter(parts), mode=mode, use_multipart=False)
             except failed:
                 return False
             return True
@@ -145,9 +182,16 @@ class ObstoreObjects(Objects):
         found = self._asking(lambda: self._obstore.list_with_delimiter(self._store, prefix or None))
         return sorted({*found["common_prefixes"], *(each["path"] for each in found["objects"])})
 
+    def _under(self, prefix: str) -> Sequence[Any]:
+        """What obstore knows of every object under a prefix."""
+        pages = self._asking(lambda: list(self._obstore.list(self._store, prefix or None, chunk_size=_PAGE)))
+        return [each for page in pages for each in page]
+
+    def _sizes(self, prefix: str) -> dict[str, int]:
+        return {each["path"].removeprefix(prefix).lstrip("/"): each["size"] for each in self._under(prefix)}
+
     def _delete(self, prefix: str) -> None:
-        pages = self._asking(lambda: list(self._obstore.list(self._store, prefix, chunk_size=1000)))
-        keys = [each["path"] for page in pages for each in page]
+        keys = [each["path"] for each in self._under(prefix)]
         self._delete_keys([*keys, prefix])
         if not self._listed(prefix):
             return
@@ -167,14 +211,19 @@ class ObstoreObjects(Objects):
             self._delete_keys([d for d in directories if d.count("/") == depth])  # one request: the order counts
 
     def _delete_keys(self, keys: Sequence[str]) -> None:
-        def delete() -> None:
+        """A page of them a request, with a look at the guard before each."""
+
+        def delete(page: Sequence[str]) -> None:
             try:
-                self._obstore.delete(self._store, [key for key in keys if key])
+                self._obstore.delete(self._store, page)
             except FileNotFoundError as error:  # of a bucket, or of an object on a server that minds
                 if "NoSuchBucket" in str(error):
                     raise
 
-        self._asking(delete)
+        named = [key for key in keys if key]
+        for first in range(0, len(named), _PAGE):
+            self.guard.wait()
+            self._asking(partial(delete, named[first : first + _PAGE]))
 
     def describe(self, key: str) -> str:
         return f"{self._url}/{key}".rstrip("/")
@@ -305,6 +354,16 @@ class FsspecObjects(Objects):
             return sorted({p.rstrip("/").rpartition("/")[2] for p in found if p.strip("/") != own})
 
         return self._asking(names)
+
+    def _sizes(self, prefix: str) -> dict[str, int]:
+        path = self._path(prefix)
+
+        def sizes() -> dict[str, int]:
+            self._fs.invalidate_cache()
+            found = self._fs.find(path, detail=True)
+            return {p.strip("/").removeprefix(path.strip("/")).lstrip("/"): int(i["size"]) for p, i in found.items()}
+
+        return self._asking(sizes)
 
     def _delete(self, prefix: str) -> None:
         def delete() -> None:

@@ -60,6 +60,9 @@ class WrappedObjects(Objects):
     def _list(self, prefix: str) -> Sequence[str]:
         return self._request("list", prefix, 0, partial(self.inner._list, prefix))
 
+    def _sizes(self, prefix: str) -> dict[str, int]:
+        return self._request("list", prefix, 0, partial(self.inner._sizes, prefix))
+
     def _delete(self, prefix: str) -> None:
         self._request("delete", prefix, 0, partial(self.inner._delete, prefix))
 
