@@ -20,7 +20,7 @@ from udddm.order import Order
 from udddm.remote_run import MANIFEST, WRITER, RemoteCheckpoints
 from udddm.store import Encoding
 from udddm.store.errors import StoreError
-from udddm.store.lease import KEY, MARGIN, Lease
+from udddm.store.lease import KEY, MARGIN, Instant, Lease
 from udddm.store.objects import Objects, open_objects
 from udddm.store.remote import PART, REQUEST_TIMEOUT
 from udddm.store.zarr import ZarrStore
@@ -173,16 +173,16 @@ def test_no_request_begins_when_it_may_outlast_the_lease(place: str, leases: lis
     leases.append(lease)
     lease.acquire()
     lease.wait()
-    lease._renewed -= 400  # not renewed for that long
+    lease._renewed = lease._renewed.later(-400)  # not renewed for that long
     lease.check()
     waiting = threading.Thread(target=lease.wait)
     waiting.start()
     waiting.join(0.3)
     assert waiting.is_alive()
-    lease._renewed += 400
+    lease._renewed = lease._renewed.later(400)
     waiting.join(60)
     assert not waiting.is_alive()
-    lease._renewed -= 601
+    lease._renewed = lease._renewed.later(-601)
     with pytest.raises(StoreError, match="could not be renewed"):
         lease.wait()
 
@@ -199,7 +199,7 @@ def test_other_ranks_lose_the_lease_with_the_first(place: str, leases: list[Leas
     first, rank = Lease(open_objects(place), "runs/one"), Lease(open_objects(place), "runs/one", seconds=6.0)
     leases += [first, rank]
     first.acquire()
-    rank.follow(first.id, time.monotonic() + 6.0)
+    rank.follow(first.id, Instant.now())
     rank.check()
     leases.append(take_over(place, first))
     deadline = time.monotonic() + 60
@@ -215,13 +215,13 @@ def test_other_ranks_go_on_while_the_first_renews(place: str, leases: list[Lease
     first, rank = (Lease(open_objects(place), "runs/one", seconds=3.0) for _ in range(2))
     leases += [first, rank]
     first.acquire()
-    rank.follow(first.id, time.monotonic() + 3.0)
+    rank.follow(first.id, Instant.now())
     began = time.monotonic()
     while time.monotonic() < began + 4.5:
         rank.check()
         time.sleep(0.05)
     with pytest.raises(StoreError, match="was lost while this rank joined"):
-        Lease(open_objects(place), "runs/one").follow("another", time.monotonic())
+        Lease(open_objects(place), "runs/one").follow("another", Instant.now())
 
 
 # What the store makes of it.

@@ -53,6 +53,8 @@ class Objects(ABC):
     """
 
     retry = Retry()
+    conditional = True
+    """Whether `replace_if` has one winner among clients on several machines."""
 
     def __init__(self) -> None:
         self.retries = 0

@@ -246,8 +246,8 @@ class FsspecObjects(Objects):
 
     A put is as atomic as the file system's own: object stores show an object whole or not at all, sftp and the like do
     not, where the checksums of chunks and records find what was cut. `put_if_absent` is exclusive where the file system
-    creates exclusively (gcsfs, s3fs); `replace_if` only between the threads of a process: two hosts that take over the
-    same expired lease in the same moment may both succeed, and the one that wrote first finds out at its next renewal.
+    creates exclusively (gcsfs, s3fs); `replace_if` only between the threads of a process, so that a lease is not taken
+    over from another there, unless the file system is this process's own.
     """
 
     retry = REMOTE_RETRY
@@ -280,6 +280,7 @@ class FsspecObjects(Objects):
             ) from None
         self._root = str(root).rstrip("/")
         self._url = url.rstrip("/")
+        self.conditional = scheme == "memory"
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".rstrip("/")

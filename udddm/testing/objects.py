@@ -38,7 +38,7 @@ class WrappedObjects(Objects):
     def __init__(self, inner: Objects):
         super().__init__()
         self.inner = inner
-        self.retry = inner.retry
+        self.retry, self.conditional = inner.retry, inner.conditional
 
     def _request(self, operation: Operation, key: str, sent: int, action: Callable[[], T]) -> T:
         """One attempt at a request that carries `sent` bytes of content: the result of `action`, or what it raises."""
