@@ -10,7 +10,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -44,7 +46,21 @@ def open_run(where: str | Path) -> Run:
     if local is not None:
         return Run(local)
     url = str(where).rstrip("/")
-    return RemoteRun(url, scratch() / f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
+    return RemoteRun(url, scratch() / f"{url.rpartition('/')[2]}-{_digest(url)}" / _machine())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _machine() -> str:
+    """This machine's part of a directory that several may see: a home directory often is the same on all."""
+    try:
+        number = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        number = ""
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
+    return f"{host}-{_digest(number)}" if number else host
 
 
 def open_copy(where: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> Run:

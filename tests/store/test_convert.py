@@ -15,8 +15,11 @@ import udddm
 from udddm import cli, config
 from udddm.config import ConfigError
 from udddm.run import Run
-from udddm.store.convert import collect
+from udddm.store.convert import collect, convert
+from udddm.store.encoding import Rows
 from udddm.store.errors import StoreError
+from udddm.store.generations import Generations
+from udddm.store.inspect import find
 from udddm.store.lease import Lease
 from udddm.store.objects import open_objects
 
@@ -172,3 +175,24 @@ def test_gc_leaves_the_store_of_another_run_alone(linked: tuple[Path, Path], tmp
 def test_gc_of_a_bare_store_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.store(["gc", str(run / "state")]) == 1
     assert "a store without its run" in capsys.readouterr().err
+
+
+def test_convert_stops_when_its_lease_is_lost(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it copies: another client that takes over the destination is not written over."""
+    write = Generations.write
+    written: list[int] = []
+
+    def taken_over(self: Generations, generation: int, lane: int, chunk: int, rows: Rows) -> int:
+        written.append(chunk)
+        if len(written) == 2:
+            lease = self.objects.guard
+            assert isinstance(lease, Lease)
+            self.objects.delete("lease.json")
+            open_objects(tmp_path / "copy").put("lease.json", b"{}")
+            lease._lost = "it was taken over"
+        return write(self, generation, lane, chunk, rows)
+
+    monkeypatch.setattr(Generations, "write", taken_over)
+    with pytest.raises(StoreError, match="lost the lease"):
+        convert(find(str(run)), str(tmp_path / "copy"), None)
+    assert len(written) == 2 and open_objects(tmp_path / "copy").get("lease.json") == b"{}"

@@ -31,6 +31,7 @@ def convert(place: Place, destination: str, dtype: StateDtype | None) -> str:
         raise StoreError(f"{destination} is the store itself; choose another destination")
     lease = Lease(open_objects(destination), "udddm-store convert")
     lease.acquire()
+    target.objects.guard = lease
     try:
         return _copy(place, target, generation, rows, encoding)
     finally:

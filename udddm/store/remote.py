@@ -149,7 +149,8 @@ class ObstoreObjects(Objects):
         with path.open("wb") as file:
             for start in range(0, size, PART):
                 end = min(size, start + PART)
-                part = self._asking(partial(self._obstore.get_range, self._store, key, start=start, end=end))
+                ask = partial(self._obstore.get_range, self._store, key, start=start, end=end)
+                part = self._asking(ask, reading=True)  # it may be removed between two parts
                 file.write(part.to_bytes())
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
