@@ -303,7 +303,7 @@ def local_path(where: str | Path) -> Path | None:
 
 
 def open_objects(url: str | Path) -> Objects:
-    """The objects at a local path or a URL: file://, s3:// (through obstore), or any other that fsspec opens.
+    """The objects at a local path or a URL: file://, s3://, gs://, az:// (through obstore), or any that fsspec opens.
 
     An S3 store's endpoint, region and credentials come from the usual AWS variables of the environment. Nothing is
     requested yet. Raises StoreError for a malformed URL, one with a password or query in it, and a missing package.

@@ -1,4 +1,4 @@
-"""Objects that are not on a local disk: S3 through obstore, everything else through fsspec."""
+"""Objects that are not on a local disk: S3, GCS and Azure through obstore, everything else through fsspec."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ CONNECT_TIMEOUT = 5.0  # seconds
 PART = 8 << 20
 """Bytes of a file that a request carries."""
 
+_STORES = {"s3": "S3Store", "gs": "GCSStore", "gcs": "GCSStore", "az": "AzureStore"}  # obstore's, of a scheme
+_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "gcs": "GOOGLE_", "az": "AZURE_STORAGE_"}
 _PAGE = 1000
 """Keys that S3 lists or deletes in a request."""
 
@@ -37,13 +39,13 @@ def open_remote(scheme: str, rest: str) -> Objects:
         raise StoreError(
             f"store.url {scheme}://...: leave user, password and query out of it; give credentials by the environment"
         )
-    if scheme == "s3":
-        return ObstoreObjects(rest)
+    if scheme in _STORES:
+        return ObstoreObjects(rest, scheme)
     return FsspecObjects(f"{scheme}://{rest}")
 
 
 class ObstoreObjects(Objects):
-    """Objects under `s3://bucket/prefix`.
+    """Objects under `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
 
     obstore makes one attempt at each request, so that `retries` counts all that happen. An object is written by a
     single request, which S3 makes visible whole or not at all, and which carries the SHA-256 of its body; the length
@@ -52,27 +54,27 @@ class ObstoreObjects(Objects):
 
     retry = REMOTE_RETRY
 
-    def __init__(self, location: str, *, timeout: float = REQUEST_TIMEOUT):
+    def __init__(self, location: str, scheme: str = "s3", *, timeout: float = REQUEST_TIMEOUT):
         """`location` is `bucket/prefix`, `timeout` the seconds that a request may take in all. Raises StoreError."""
         super().__init__()
         try:
             import obstore
             from obstore import store as obstore_stores
         except ImportError:
-            raise StoreError(f"store.url s3://{location} needs obstore: pip install 'udddm[s3]'") from None
+            raise StoreError(f"store.url {scheme}://{location} needs obstore: pip install 'udddm[s3]'") from None
         self._obstore = obstore
         bucket, _, prefix = location.partition("/")
         prefix = prefix.strip("/")
-        self._url = f"s3://{bucket}/{prefix}".rstrip("/")
+        self._url = f"{scheme}://{bucket}/{prefix}".rstrip("/")
         # What obstore cannot parse makes it panic in the middle of a request.
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", bucket):
-            raise StoreError(f"store.url s3://{location}: write s3://bucket/prefix with the name of a bucket")
-        endpoint = next((os.environ[n] for n in _ENDPOINTS if os.environ.get(n)), "")
+            raise StoreError(f"store.url {scheme}://{location}: give the name of a bucket, as in s3://bucket/prefix")
+        endpoint = next((os.environ[n] for n in _ENDPOINTS if os.environ.get(n)), "") if scheme == "s3" else ""
         if endpoint and not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", endpoint):
             raise StoreError("AWS_ENDPOINT_URL is no URL: write http://host:port or https://host")
         failure = ""
         try:
-            self._store = obstore_stores.S3Store(
+            self._store = getattr(obstore_stores, _STORES[scheme])(
                 bucket,
                 prefix=prefix or None,
                 config={"endpoint": endpoint} if endpoint else None,
@@ -86,21 +88,25 @@ class ObstoreObjects(Objects):
         except Exception as error:  # its text may hold what the variables hold
             failure = type(error).__name__
         if failure:
-            raise StoreError(f"cannot open {self._url}: {failure}; check the AWS_ variables of the environment")
+            raise StoreError(
+                f"cannot open {self._url}: {failure}; check the environment's {_VARIABLES[scheme]} variables"
+            )
         self._answered = False
 
     def _get(self, key: str) -> bytes:
         return self._read(key)[0]
 
-    def _read(self, key: str) -> tuple[bytes, str | None]:
-        def read() -> tuple[bytes, int, str | None]:
-            result = self._obstore.get(self._store, key)
-            return result.bytes().to_bytes(), result.meta["size"], result.meta["e_tag"]
+    def _read(self, key: str) -> tuple[bytes, dict[str, str]]:
+        """The object's bytes, and what a put demands that is to replace just this version."""
 
-        data, size, tag = self._asking(read, reading=True)
-        if len(data) != size:
-            raise OSError(f"the reply was cut: {len(data)} of {size} bytes came")
-        return data, tag
+        def read() -> tuple[bytes, Any]:
+            result = self._obstore.get(self._store, key)
+            return result.bytes().to_bytes(), result.meta
+
+        data, meta = self._asking(read, reading=True)
+        if len(data) != meta["size"]:
+            raise OSError(f"the reply was cut: {len(data)} of {meta['size']} bytes came")
+        return data, _version(meta)
 
     def _put(self, key: str, parts: Iterable[bytes | memoryview]) -> None:
         views = [memoryview(part).cast("B") for part in parts]
@@ -118,11 +124,11 @@ class ObstoreObjects(Objects):
         if self._put_on_condition(key, views, "create"):
             return
         try:
-            tag = self._asking(lambda: self._obstore.head(self._store, key), reading=True)["e_tag"]
+            found = self._asking(lambda: self._obstore.head(self._store, key), reading=True)
         except FileNotFoundError:
             raise OSError("it was removed meanwhile") from None
         self.guard.wait()
-        if not self._put_on_condition(key, views, {"e_tag": tag}):
+        if not self._put_on_condition(key, views, _version(found)):
             raise OSError("another client replaced it meanwhile")
 
     def _upload(self, path: Path, key: str) -> None:
@@ -158,10 +164,10 @@ class ObstoreObjects(Objects):
 
     def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
         try:
-            found, tag = self._read(key)
+            found, version = self._read(key)
         except FileNotFoundError:
             return False
-        return found == expected and self._put_on_condition(key, (data,), {"e_tag": tag})
+        return found == expected and self._put_on_condition(key, (data,), version)
 
     def _put_on_condition(self, key: str, parts: Sequence[bytes | memoryview], mode: Any) -> bool:
         failed = (self._obstore.exceptions.AlreadyExistsError, self._obstore.exceptions.PreconditionError)
@@ -242,8 +248,13 @@ class ObstoreObjects(Objects):
         raise failure  # outside the handler, so that the original is not chained to it
 
 
+def _version(meta: Any) -> dict[str, str]:
+    """What tells an object's content from any other: S3 and Azure go by its tag, GCS by its version."""
+    return {name: meta[name] for name in ("e_tag", "version") if meta.get(name)}
+
+
 class FsspecObjects(Objects):
-    """Objects under any URL that fsspec opens, such as gs://bucket/prefix.
+    """Objects under any URL that fsspec opens, such as sftp://host/path.
 
     A put is as atomic as the file system's own: object stores show an object whole or not at all, sftp and the like do
     not, where the checksums of chunks and records find what was cut. `put_if_absent` is exclusive where the file system
