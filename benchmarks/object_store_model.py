@@ -193,6 +193,9 @@ class ModelObjects(Objects):
     def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
         raise NotImplementedError
 
+    def _sizes(self, prefix: str) -> dict[str, int]:
+        raise NotImplementedError
+
     def describe(self, key: str) -> str:
         return f"model://{key}"
 

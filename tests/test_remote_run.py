@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,8 +26,10 @@ from udddm.cli import store as store_command
 from udddm.config import ConfigError, RunConfig, load
 from udddm.errors import CheckpointError, StoreError
 from udddm.remote_run import RemoteCheckpoints, RemoteRun, open_run
+from udddm.run import locked
+from udddm.store import inspect
 from udddm.store.objects import Objects, open_objects
-from udddm.store.remote import PART
+from udddm.store.remote import PART, ObstoreObjects
 from udddm.testing.cluster import free_port
 from udddm.testing.objects import WrappedObjects
 from udddm.testing.s3 import BUCKET, S3Server
@@ -200,6 +203,56 @@ def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setenv(remote_run.SCRATCH, str(tmp_path))
         with pytest.raises(StoreError, match="being written by another run"):
             udddm.train(config(), run_dir=files, device="cpu")
+
+
+def test_what_a_live_run_removes_meanwhile_is_no_damage(files: str) -> None:
+    """`verify`, `info` and `view` have copies of the checkpoints that they listed; the run has gone on since."""
+    udddm.train(config(), run_dir=files, device="cpu")
+    place = inspect.find(files)
+    assert [path.name for path in place.checkpoints] == ["step-00000054", "step-00000060"]
+    kept, state = open_run(files).checkpoints(), open_objects(f"{files}/state")
+    kept._remove(kept.all()[0])
+    for lane in range(8):  # as the store does: records first
+        state.delete(f"gen-000003/complete/lane-{lane:04d}.json")
+    state.delete("gen-000003")
+    assert inspect.verify(place)[1] == []
+    state.delete("gen-000004/complete/lane-0002.json")
+    assert ["step-00000060" in problem for problem in inspect.verify(place)[1]] == [True]
+    assert place.run is not None
+    for path in (place.run.path / "checkpoints").iterdir():
+        shutil.rmtree(path / "state")
+    place.checkpoints = place.checkpoints[:1]
+    assert not any("step-" in line for line in inspect.info(place))
+    with pytest.raises(StoreError, match="holds no complete generation"):
+        place.generations = None
+        inspect.estimates(place, 5)
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_copied_is_missing(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    objects = open_objects(url)
+    objects.put("file", b"x")
+    assert isinstance(objects, ObstoreObjects)
+    read = objects._obstore.get_range
+
+    def removed(*given: Any, **named: Any) -> Any:
+        open_objects(url).delete("file")
+        return read(*given, **named)
+
+    monkeypatch.setattr(objects._obstore, "get_range", removed)
+    with pytest.raises(FileNotFoundError):
+        objects.download("file", tmp_path / "copy")
+
+
+def test_machines_with_one_home_directory_have_each_their_own_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+    first = open_run("memory://a/run").path
+    assert first == open_run("memory://a/run").path != open_run("memory://b/run").path
+    monkeypatch.setattr("socket.gethostname", lambda: "another/host")
+    second = open_run("memory://a/run").path
+    assert second != first and second.parent == first.parent
+    with locked(first), locked(second):
+        pass
 
 
 def fill(directory: Path) -> None:

@@ -109,6 +109,7 @@ def train_rank(
             run.push()
 
         ranks.first_only(take, refused)
+        held.callback(run.leave)
         ranks.together(lambda: run.share(ranks), refused)
         if config.store.kind == "zarr" and config.store.url:
             url = config.store.url

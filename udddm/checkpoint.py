@@ -131,6 +131,8 @@ class Checkpoints:
         def make() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
+            if ranks.first:
+                self._announce(final)
 
         def add() -> Entries:
             shutil.rmtree(own, ignore_errors=True)
@@ -163,6 +165,9 @@ class Checkpoints:
     def name(self, path: Path) -> str:
         """What a message calls a checkpoint."""
         return str(path)
+
+    def _announce(self, final: Path) -> None:
+        """Before the first file of a checkpoint comes to where it is kept."""
 
     def _keep(self, path: Path, key: str) -> None:
         """Put a file that this rank wrote where the checkpoint is made, under `<checkpoint>/<name>`."""

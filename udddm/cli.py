@@ -311,6 +311,10 @@ def store(argv: list[str] | None = None) -> int:
             return _plan_store(arguments)
         from udddm.store import convert, inspect
 
+        if arguments.command == "gc":
+            removed = convert.collect(arguments.path, print)
+            print(f"removed {', '.join(map(str, removed)) or 'nothing'}" + (" (generations)" if removed else ""))
+            return 0
         place = inspect.find(arguments.path)
         if arguments.command == "info":
             print("\n".join(inspect.info(place)))
@@ -322,9 +326,6 @@ def store(argv: list[str] | None = None) -> int:
             return FAILED if damaged else 0
         elif arguments.command == "convert":
             print(convert.convert(place, arguments.destination, arguments.dtype))
-        elif arguments.command == "gc":
-            removed = convert.collect(place)
-            print(f"removed {', '.join(map(str, removed)) or 'nothing'}" + (" (generations)" if removed else ""))
         else:
             _view(place, arguments.sample, arguments.out, arguments.trust)
         return 0

@@ -8,8 +8,11 @@ begins from the URL alone. A lease (udddm/store/lease.py) keeps other machines o
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import shutil
+import socket
 import tempfile
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,9 +23,10 @@ from udddm import manifest
 from udddm.backends.ranks import Ranks
 from udddm.checkpoint import NAME, Checkpoints, Unreadable, damage, step_of, write_json
 from udddm.errors import CheckpointError
+from udddm.guard import Guard
 from udddm.manifest import MANIFEST, Entries
 from udddm.run import AVERAGES, Run, locked
-from udddm.store.lease import Lease
+from udddm.store.lease import Lease, follow
 from udddm.store.objects import Objects, local_path, open_objects
 from udddm.store.zarr import LEASE_PATIENCE
 
@@ -30,6 +34,8 @@ SCRATCH = "UDDDM_SCRATCH"
 """Environment variable: where files of runs at URLs are on their way."""
 FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json")
 """What a run appends to or reads again: all that it writes at the top of its directory except for its final samples."""
+WRITER = "writer.json"
+"""Of a checkpoint: the lease under which it was begun."""
 
 
 def scratch() -> Path:
@@ -42,7 +48,21 @@ def open_run(where: str | Path) -> Run:
     if local is not None:
         return Run(local)
     url = str(where).rstrip("/")
-    return RemoteRun(url, scratch() / f"{url.rpartition('/')[2]}-{hashlib.sha256(url.encode()).hexdigest()[:12]}")
+    return RemoteRun(url, scratch() / f"{url.rpartition('/')[2]}-{_digest(url)}" / _machine())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _machine() -> str:
+    """This machine's part of a directory that several may see: a home directory often is the same on all."""
+    try:
+        number = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        number = ""
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
+    return f"{host}-{_digest(number)}" if number else host
 
 
 def open_copy(where: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> Run:
@@ -61,6 +81,7 @@ class RemoteCheckpoints(Checkpoints):
     def __init__(self, run: Path, objects: Objects, wanted: Callable[[str], bool] = lambda name: True):
         super().__init__(run)
         self.objects, self.wanted = objects, wanted
+        self._left: set[Path] = set()
 
     def all(self) -> list[Path]:
         names = [name for name in self.objects.list("") if NAME.fullmatch(name)]
@@ -102,19 +123,64 @@ class RemoteCheckpoints(Checkpoints):
     def _keep(self, path: Path, key: str) -> None:
         self.objects.upload(path, key)
 
+    def newest_valid(self, say: Callable[[str], None]) -> Path | None:
+        self._left = self._unfinished()
+        return super().newest_valid(say)
+
+    def _unfinished(self) -> set[Path]:
+        """What has no manifest: left by a write that was interrupted, or being written."""
+        return {self.directory / n for n in self.objects.list("") if NAME.fullmatch(n)} - set(self.all())
+
+    def _announce(self, final: Path) -> None:
+        """Say whose the files are that are about to come, so that another run's start does not remove them."""
+        self.objects.delete(final.name)  # left there by a run that did not resume from it: it was not whole
+        if isinstance(lease := self.objects.guard, Lease):
+            self.objects.put(f"{final.name}/{WRITER}", json.dumps({"lease": lease.id}).encode())
+
     def _publish(self, partial: Path, final: Path, entries: Entries) -> None:
         self.objects.put(f"{final.name}/{MANIFEST}", manifest.dumps(entries).encode())
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep`, and what interrupted writes left."""
+        """Remove all but the newest `keep`, once the newest is there in full; and what interrupted writes left.
+
+        Of those only this run's own, and those from before it held the run: others are being written by a successor.
+        """
         found = self.all()
-        unfinished = {self.directory / n for n in self.objects.list("") if NAME.fullmatch(n)} - set(found)
+        unfinished = {path for path in self._unfinished() if self._own(path)}
+        if found and (problem := self._missing(found[-1])):
+            self.objects.guard.confirm()
+            raise CheckpointError(
+                f"{problem}, although it was just written. Older checkpoints stay; run the same command again to resume"
+            )
         for old in [*found[:-keep], *unfinished]:
             self._remove(old)
 
     def _set_aside(self, path: Path) -> str:
         self._remove(path)  # an object cannot be renamed
         return f"{path.name} is removed"
+    def _own(self, path: Path) -> bool:
+        lease = self.objects.guard
+        if not isinstance(lease, Lease) or path in self._left:
+            return True
+        try:
+            return bool(json.loads(self.objects.get(f"{path.name}/{WRITER}"))["lease"] == lease.id)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
+
+    def _missing(self, path: Path) -> str:
+        """Which object of a checkpoint is not there, or not of the size that its manifest says; "" for none."""
+        sizes = self.objects.sizes(path.name)
+        try:
+            entries = manifest.parse(self.objects.get(f"{path.name}/{MANIFEST}"))
+        except (FileNotFoundError, ValueError) as error:
+            return f"{self.objects.describe(f'{path.name}/{MANIFEST}')} cannot be read ({error})"
+        for name, entry in entries.items():
+            where = self.objects.describe(f"{path.name}/{name}")
+            if name not in sizes:
+                return f"{where} is missing"
+            if sizes[name] != entry["bytes"]:
+                return f"{where} has {sizes[name]} bytes instead of {entry['bytes']}"
+        return ""
 
     def _remove(self, path: Path) -> None:
         self.objects.delete(f"{path.name}/{MANIFEST}")
@@ -130,7 +196,7 @@ class RemoteRun(Run):
         if path is None:
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self.url, self.wanted, self.objects = url, wanted, open_objects(url)
-        self._lease: Lease | None = None
+        self._lease: Lease | None = None  # of its own objects: those of the run are guarded by it
         self._pushed: dict[str, tuple[int, int]] = {}
 
     def __str__(self) -> str:
@@ -144,8 +210,14 @@ class RemoteRun(Run):
     def identity(self) -> str:
         return self.url
 
+    @property
+    def guard(self) -> Guard:
+        return self._lease or Guard()
+
     def checkpoints(self) -> Checkpoints:
-        return RemoteCheckpoints(self.path, open_objects(f"{self.url}/checkpoints"), self.wanted)
+        objects = open_objects(f"{self.url}/checkpoints")
+        objects.guard = self.guard
+        return RemoteCheckpoints(self.path, objects, self.wanted)
 
     def averages(self) -> Path:
         for step in self.objects.list(AVERAGES):
@@ -156,14 +228,15 @@ class RemoteRun(Run):
         return self.path / AVERAGES
 
     @contextmanager
-    def held(self) -> Iterator[None]:
+    def held(self, patience: float | None = None) -> Iterator[None]:
         with locked(self.path):
-            self._lease = Lease(self.objects, self.url)
-            self._lease.acquire(patience=LEASE_PATIENCE)
+            lease = Lease(open_objects(self.url), self.url)
+            lease.acquire(patience=LEASE_PATIENCE if patience is None else patience)
+            self._lease = self.objects.guard = lease
             try:
                 yield
             finally:
-                self._lease.release()
+                lease.release()
 
     def fetch(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
@@ -179,13 +252,18 @@ class RemoteRun(Run):
                 (self.path / name).unlink(missing_ok=True)
 
     def share(self, ranks: Ranks) -> None:
+        if self._lease is None:
+            self._lease = self.objects.guard = Lease(open_objects(self.url), self.url)
+        follow(self._lease, ranks)
         if ranks.leads_machine and not ranks.first:
             self.fetch()
 
+    def leave(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
+
     def push(self) -> None:
         """The files that have changed since the last time, `result.json` after all others."""
-        if self._lease is not None:
-            self._lease.check()
         passed = {"checkpoints", ".lock"}
         files = [p for p in self.path.rglob("*") if p.is_file() and p.relative_to(self.path).parts[0] not in passed]
         for path in sorted(files, key=lambda p: (p.name == "result.json", p)):

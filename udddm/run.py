@@ -16,6 +16,7 @@ from udddm.backends.ranks import Ranks
 from udddm.checkpoint import Checkpoints, load_json, write_json, write_text
 from udddm.config import ConfigError, RunConfig, resolve
 from udddm.data import ImageDataset, check_unchanged
+from udddm.guard import Guard
 
 AVERAGES = "ema"
 """Where in a run the averages of the weights are put down (udddm/posthoc.py)."""
@@ -49,10 +50,18 @@ class Run:
         return self.path / AVERAGES
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep every other process from writing to it. Raises ConfigError or StoreError when one is."""
+    def held(self, patience: float | None = None) -> Iterator[None]:
+        """Keep every other process from writing to it. Raises ConfigError or StoreError when one is.
+
+        `patience`: the seconds to wait for another to end, where that can be waited for; None: as a start does.
+        """
         with locked(self.path):
             yield
+
+    @property
+    def guard(self) -> Guard:
+        """Asked before anything of it is changed, once it is held, or shared by the rank that holds it."""
+        return Guard()
 
     def fetch(self) -> None:
         """Begin with what the run holds and nothing else, once it is held. Raises StoreError."""
@@ -60,6 +69,9 @@ class Run:
     def share(self, ranks: Ranks) -> None:
         """On every rank, once the first holds the run: see it from here. Raises ConfigError, StoreError."""
         ranks.check_shared(self.path, "the run directory")
+
+    def leave(self) -> None:
+        """On every rank, in the end: what `share` began is over."""
 
     def push(self) -> None:
         """Put what was written to `path` where the run is. Raises StoreError."""

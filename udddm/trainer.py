@@ -307,6 +307,7 @@ class Trainer:
             return found.name if found else None, self._kept()
 
         errors = (CheckpointError, StoreError)
+        self.store.hold(self.ranks)
         name, kept = self.ranks.first_only(newest, errors)
         self._retain(kept)
         if name is None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from concurrent.futures import ThreadPoolExecutor
@@ -16,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from udddm.store.errors import StoreError
-from udddm.store.lease import GRACE, KEY, Holder, Lease, process_identity
+from udddm.store.lease import GRACE, KEY, Holder, Lease, process_identity, process_table
 from udddm.store.objects import Objects, Retry, open_objects
 from udddm.testing.s3 import BUCKET
 
+YEAR = 365 * 86_400.0
 HOLD = """
 import sys, time
 from udddm.store.lease import Lease
@@ -44,12 +47,6 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def objects(place: str) -> Objects:
     return open_objects(place)
-
-
-def rewrite(objects: Objects, **changes: object) -> None:
-    """Change what the lease says, as its owner or another would have written it."""
-    held = json.loads(objects.get(KEY))
-    objects.put(KEY, json.dumps({**held, **changes}).encode())
 
 
 def crashed(place: str, owner: str, seconds: float) -> int:
@@ -115,26 +112,88 @@ def test_it_is_renewed_while_it_is_held(objects: Objects) -> None:
     assert len(renewals) >= 4
 
 
-def test_an_expired_lease_is_taken_over_after_a_grace(objects: Objects) -> None:
-    Lease(objects, "runs/one").acquire()  # and never heard of again
-    late = time.time() - GRACE * 60
-    rewrite(objects, expires=late + 1, lease="x", pid=1)
-    with pytest.raises(StoreError, match="runs/one"):
-        Lease(objects, "runs/two").acquire()
-    rewrite(objects, expires=late - 1)
+@pytest.mark.parametrize("clock", [-YEAR, 0, YEAR])
+def test_a_lease_is_taken_over_once_it_was_seen_unchanged(objects: Objects, clock: float) -> None:
+    """For its time and the grace by the observer's clock, whatever the holder's shows."""
+    now = time.time() + clock
+    objects.put(KEY, holder("runs/one", seconds=0.8, started=now, expires=now + 0.8).encode())
     second = Lease(objects, "runs/two")
-    second.acquire()
+    began = time.monotonic()
+    second.acquire(patience=20)
+    assert time.monotonic() - began > 0.8 * (1 + GRACE)
     assert json.loads(objects.get(KEY))["owner"] == "runs/two"
     second.release()
 
 
-def test_patience_waits_for_the_expiry(objects: Objects) -> None:
-    objects.put(KEY, holder("runs/one", seconds=0.4, expires=time.time() + 0.4).encode())
+@pytest.mark.parametrize("clock", [-YEAR, 0, YEAR])
+def test_a_lease_that_is_renewed_is_not_taken_over(place: str, clock: float) -> None:
+    over = threading.Event()
+
+    def renew() -> None:  # as a host whose clock is wrong does
+        objects = open_objects(place)
+        for renewal in itertools.count():
+            expires = time.time() + clock + 3
+            objects.put(KEY, holder("runs/one", seconds=3.0, renewal=renewal, expires=expires).encode())
+            if over.wait(0.2):
+                return
+
+    renewing = threading.Thread(target=renew)
+    renewing.start()
+    objects = open_objects(place)
+    while not objects.exists(KEY):
+        time.sleep(0.01)
+    try:
+        with pytest.raises(StoreError, match="runs/one"):
+            Lease(objects, "runs/two").acquire(patience=4.5)
+    finally:
+        over.set()
+        renewing.join()
+
+
+def test_without_patience_a_lease_that_seems_to_be_over_is_watched_all_the_same(objects: Objects) -> None:
+    past = time.time() - YEAR
+    objects.put(KEY, holder("runs/one", seconds=0.8, started=past, expires=past).encode())
     second = Lease(objects, "runs/two")
-    began = time.monotonic()
-    second.acquire(patience=20)
-    assert 0.4 <= time.monotonic() - began < 5
+    second.acquire()
     second.release()
+
+
+def test_the_message_says_how_to_get_a_lease_out_of_the_way(objects: Objects) -> None:
+    objects.put(KEY, holder("runs/one").encode())
+    with pytest.raises(StoreError) as caught:
+        Lease(objects, "runs/two").acquire()
+    assert f"If that process is surely gone, you may also delete {objects.describe(KEY)}" in str(caught.value)
+
+
+@pytest.mark.parametrize("clock", ["monotonic", "clock_gettime", "time"])
+def test_a_holder_counts_by_the_clock_that_shows_most(
+    tmp_path: Path, clock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A paused machine's monotonic clock stands still, a sleeping one's boot clock does not."""
+    lease = Lease(open_objects(tmp_path), "runs/one", seconds=600)
+    lease.acquire()
+    lease.check()
+    real = getattr(time, clock)
+    monkeypatch.setattr(time, clock, lambda *given: real(*given) + 601)
+    with pytest.raises(StoreError, match="could not be renewed for 600 s"):
+        lease.check()
+    lease.release()
+
+
+@pytest.mark.parametrize("clock", ["monotonic", "time"])
+def test_a_clock_that_stands_still_or_goes_back_does_not_lengthen_a_lease(
+    tmp_path: Path, clock: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lease = Lease(open_objects(tmp_path), "runs/one", seconds=600)
+    lease.acquire()
+    real = {name: getattr(time, name) for name in ("monotonic", "time", "clock_gettime")}
+    for name in real:
+        ahead = -5.0 if name == clock else 601.0
+        monkeypatch.setattr(time, name, lambda *given, name=name, ahead=ahead: real[name](*given) + ahead)
+    with pytest.raises(StoreError, match="could not be renewed for 600 s"):
+        lease.check()
+    monkeypatch.undo()
+    lease.release()
 
 
 def holder(owner: str, **changes: object) -> Holder:
@@ -165,26 +224,46 @@ def test_a_crashed_runs_lease_comes_free_for_others(place: str) -> None:
     other.release()
 
 
-def test_own_leases_of_other_hosts_and_living_processes_are_respected(objects: Objects) -> None:
-    for changes in (
-        {"host": "elsewhere", "process": "gone"},
-        {"pid": os.getpid(), "process": process_identity(os.getpid())},
-    ):
-        objects.put(KEY, holder("runs/one", **changes).encode())
-        with pytest.raises(StoreError, match="runs/one"):
-            Lease(objects, "runs/one").acquire()
+HERE = process_table()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"process": "gone"},  # as older versions wrote it: nothing tells whose process ids these are
+        {"process": "gone", "machine": HERE.replace(HERE.split()[0], "0" * 32)},
+        {"process": "gone", "machine": HERE.replace(HERE.split()[1], str(uuid.uuid4()))},
+        {"process": "gone", "machine": HERE.replace(HERE.split()[2], "4026531999")},
+        {"process": process_identity(os.getpid()), "machine": HERE, "pid": os.getpid()},
+    ],
+    ids=["an older version", "machine", "boot", "PID namespace", "alive"],
+)
+def test_own_leases_of_processes_that_may_live_are_respected(objects: Objects, changes: dict[str, object]) -> None:
+    """Containers and machines may share a name, and a process id says nothing outside of its namespace."""
+    objects.put(KEY, holder("runs/one", **changes).encode())
+    with pytest.raises(StoreError, match="runs/one"):
+        Lease(objects, "runs/one").acquire()
 
 
 def test_a_process_id_that_came_again_is_another_process(objects: Objects) -> None:
-    objects.put(KEY, holder("runs/one", pid=os.getpid(), process="an earlier boot").encode())
+    objects.put(KEY, holder("runs/one", pid=os.getpid(), process="started earlier", machine=HERE).encode())
     again = Lease(objects, "runs/one")
     again.acquire()
     again.release()
 
 
+def test_a_lease_of_an_older_version_is_read(objects: Objects) -> None:
+    written = json.loads(holder("runs/one", seconds=0.4).encode())
+    del written["machine"]
+    objects.put(KEY, json.dumps(written).encode())
+    second = Lease(objects, "runs/two")
+    second.acquire(patience=20)
+    second.release()
+
+
 @pytest.mark.parametrize("how", ["taken", "deleted"])
 def test_a_lost_lease_stops_the_run(objects: Objects, how: str) -> None:
-    lease = Lease(objects, "runs/one", seconds=0.3)
+    lease = Lease(objects, "runs/one", seconds=3.0)
     lease.acquire()
     if how == "taken":
         objects.put(KEY, holder("runs/two").encode())
@@ -220,7 +299,40 @@ def test_a_lease_that_cannot_be_renewed_stops_the_run_in_time(tmp_path: Path) ->
     lease.release()
 
 
-def test_a_damaged_lease_is_an_error_with_a_cure(objects: Objects) -> None:
-    objects.put(KEY, b"{")
+def test_where_writes_have_no_conditions_a_lease_is_not_taken_over(tmp_path: Path) -> None:
+    """Two that take over at the same moment would both have it."""
+    place = f"local://{tmp_path}/objects"
+    objects = open_objects(place)
+    first = Lease(objects, "runs/one")
+    first.acquire()
+    first._stopping.set()
+    objects.put(KEY, holder("runs/gone", seconds=0.4).encode())
+    with pytest.raises(StoreError, match=r"no conditional writes.*delete .*lease.json"):
+        Lease(objects, "runs/two").acquire(patience=20)
+    objects.delete(KEY)
+    second = Lease(objects, "runs/two", seconds=3.0)
+    second.acquire()
+    time.sleep(1.5)
+    assert json.loads(objects.get(KEY))["renewal"] > 0
+    second.release()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"{",
+        b"[]",
+        b"7",
+        b"{}",
+        b"[" * 5000,
+        *(
+            json.dumps({**json.loads(Holder("o", "h", 1, "p", 0.0, "l", 0, 60.0, 1.0).encode()), name: value}).encode()
+            for name, value in [("seconds", 1e308), ("seconds", "60"), ("expires", float("nan")), ("pid", None)]
+        ),
+    ],
+)
+def test_a_damaged_lease_is_an_error_with_a_cure(tmp_path: Path, content: bytes) -> None:
+    objects = open_objects(tmp_path)
+    objects.put(KEY, content)
     with pytest.raises(StoreError, match=r"damaged .*delete it when no run writes there"):
         Lease(objects, "runs/one").acquire()

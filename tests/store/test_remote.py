@@ -452,8 +452,8 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
-    with pytest.raises(StoreError, match="gs://bucket/x: Please install gcsfs"):
-        open_objects("gs://bucket/x")
+    with pytest.raises(StoreError, match="sftp://bucket/x: Please install gcsfs"):
+        open_objects("sftp://bucket/x")
 
 
 def test_what_the_replies_of_servers_mean() -> None:
@@ -515,3 +515,17 @@ def test_a_directory_that_vanishes_under_a_local_write_is_made_again(
     monkeypatch.setattr(Path, "replace", racing)
     objects.put("gen/c/0", b"rows")
     assert removed and objects.get("gen/c/0") == b"rows" and objects.retries == 1
+
+
+def test_google_and_azure_have_conditional_writes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Through obstore, whose own tests cover their servers; here only that they are opened by it."""
+    monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
+    for url in ("gs://bucket/some/where", "gcs://bucket/some/where", "az://container/some/where"):
+        opened = open_objects(url)
+        assert isinstance(opened, ObstoreObjects) and opened.conditional
+        assert opened.describe("key") == f"{url}/key"
+    monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
+    with pytest.raises(StoreError, match=r"cannot open az://container/x: .*AZURE_STORAGE_ variables"):
+        open_objects("az://container/x")
+    assert not open_objects(f"local:///tmp/{uuid.uuid4().hex}").conditional
+    assert open_objects("memory://a").conditional, "nobody else sees it"

@@ -74,6 +74,7 @@ def _open(
         default=default,
         owner=run.identity,
         run=run_id(run.path),
+        guard=run.guard,
         compression=config.compression,
         threads=config.threads,
         prefetch=config.prefetch,

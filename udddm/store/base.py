@@ -27,6 +27,7 @@ from udddm.order import Order
 from udddm.store.encoding import Encoding, Rows
 
 if TYPE_CHECKING:
+    from udddm.backends.ranks import Ranks
     from udddm.store.repair import Repair
 
 
@@ -71,6 +72,10 @@ class X0Store(ABC):
         self.repair: Repair | None = None
         """What is done about damaged chunks; None: DamagedChunkError. To be set before `start`."""
         self.epoch = self.step = 0
+
+    def hold(self, ranks: Ranks) -> None:
+        """On every rank, before `start`: keep other runs from writing, where nothing else does. Raises StoreError."""
+        return
 
     @abstractmethod
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:

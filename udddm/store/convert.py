@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 from udddm.checkpoint import load_json
 from udddm.order import Order
+from udddm.remote_run import open_copy
+from udddm.run import Run, run_id
 from udddm.store.encoding import Encoding, Rows, StateDtype
 from udddm.store.errors import StoreError
 from udddm.store.generations import Generations, generation_name
-from udddm.store.inspect import Place
+from udddm.store.inspect import Place, find, of_run
 from udddm.store.lease import Lease
 from udddm.store.objects import open_objects
 from udddm.store.snapshot import Snapshot
@@ -28,6 +31,7 @@ def convert(place: Place, destination: str, dtype: StateDtype | None) -> str:
         raise StoreError(f"{destination} is the store itself; choose another destination")
     lease = Lease(open_objects(destination), "udddm-store convert")
     lease.acquire()
+    target.objects.guard = lease
     try:
         return _copy(place, target, generation, rows, encoding)
     finally:
@@ -74,25 +78,77 @@ def _newest(place: Place) -> tuple[int, Order, tuple[int, ...], Encoding, Callab
     raise StoreError(f"{place.name} holds neither a checkpoint nor a complete generation")
 
 
-def collect(place: Place) -> list[int]:
-    """Remove the generations that no kept checkpoint of a stopped run refers to, and return their numbers.
+def collect(path: str, say: Callable[[str], None]) -> list[int]:
+    """Remove the generations that no checkpoint of a stopped run refers to, and return their numbers.
 
-    Raises StoreError for a bare store, ConfigError when the run is alive.
+    `say` gets a line about each, and the reason, before anything is removed. What is newer than the newest checkpoint
+    stays: a run that resumes writes it again, and another copy of the run directory may refer to it. Raises StoreError
+    and removes nothing for a bare store, a store of another run, and where a checkpoint is damaged or all are missing;
+    ConfigError or StoreError when the run is alive.
     """
-    if place.run is None:
+    run = open_copy(path)
+    if not (run.path / "run.json").exists():
+        find(path)  # says what is wrong with a place that is no store either
         raise StoreError(
-            f"{place.name} is a store without its run: only a run's checkpoints say which generations are needed; "
+            f"{path} is a store without its run: only a run's checkpoints say which generations are needed; "
             "give the run directory"
         )
-    if place.generations is None:
-        return []
-    stored = place.generations
-    with place.run.held():
-        needed = set()
-        for path in place.checkpoints:
-            epoch = int(load_json(path / "state" / "snapshot.json")["epoch"])
-            needed |= {epoch, epoch + 1}
-        removed = [g for g in stored.existing() if g not in needed]
-        for generation in removed:
+    with ExitStack() as held:
+        # Without patience: a list of checkpoints from before a wait would lack those that were made during it.
+        held.enter_context(run.held(patience=0.0))
+        run.fetch()
+        place = of_run(path, run)
+        if place.generations is None:
+            return []
+        stored = place.generations
+        default = stored.objects.describe("") == open_objects(run.state).describe("")
+        check = _hold_store(run, stored, held) if not default else run.guard.check
+        unneeded = _unneeded(place, stored, say)
+        for generation in unneeded:
+            check()
             stored.delete(generation, range(stored.order.lanes))
-    return removed
+    return unneeded
+
+
+def _hold_store(run: Run, stored: Generations, held: ExitStack) -> Callable[[], None]:
+    """Hold a store that another directory may name too. Returns the check that it is still held."""
+    owner, own = stored.owner(), run_id(run.path)
+    where = stored.objects.describe("")
+    if owner != own:
+        raise StoreError(
+            f"{where} is the store of another run ({owner or 'none that is named'}), not of {run} ({own or 'no id'}): "
+            "nothing was removed. Run gc on the run whose store it is"
+        )
+    lease = Lease(open_objects(where), run.identity)
+    lease.acquire()
+    held.callback(lease.release)
+    return lease.check
+
+
+def _unneeded(place: Place, stored: Generations, say: Callable[[str], None]) -> list[int]:
+    """The generations to remove; says why. Raises StoreError where that cannot be known."""
+    assert place.run is not None
+    existing, kept = stored.existing(), place.run.checkpoints()
+    if not place.checkpoints and existing:
+        raise StoreError(
+            f"{kept.name(kept.directory)} holds no checkpoint, but {stored.objects.describe('')} holds generations: "
+            "nothing was removed. Restore the checkpoints (is their disk mounted?), or delete the store by hand"
+        )
+    for path in place.checkpoints:
+        if (problem := kept.damage(path)) is not None:
+            raise StoreError(
+                f"checkpoint {path.name} is damaged, so that what it needs is not known: {problem}. Nothing was "
+                "removed; restore the checkpoint from a copy, or delete it if it is not needed"
+            )
+    epochs = {path.name: int(load_json(path / "state" / "snapshot.json")["epoch"]) for path in place.checkpoints}
+    needed = {epoch + ahead for epoch in epochs.values() for ahead in (0, 1)}
+    newest = max(needed, default=0)
+    unneeded = [g for g in existing if g not in needed and g <= newest]
+    if unneeded:
+        references = ", ".join(f"{name} to {epoch} and {epoch + 1}" for name, epoch in epochs.items())
+        say(f"checkpoints refer to generations: {references}")
+    for generation in unneeded:
+        say(f"removing {generation_name(generation)} from {stored.objects.describe('')}: no checkpoint refers to it")
+    for generation in (g for g in existing if g > newest):
+        say(f"keeping {generation_name(generation)}: it is newer than the newest checkpoint")
+    return unneeded

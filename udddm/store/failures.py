@@ -60,6 +60,13 @@ def of_obstore(error: Exception, *, answered: bool) -> Exception:
             "there are no credentials in the environment, and this machine has no role",
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         )
+    if "/computeMetadata/" in head or "/metadata/identity" in head:  # the same of Google's and Azure's
+        if answered:
+            return OSError("this machine's role gave no new credentials")
+        return Refused(
+            "there are no credentials in the environment, and this machine has no role",
+            "set GOOGLE_APPLICATION_CREDENTIALS, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
+        )
     if isinstance(error, FileNotFoundError) and name != "NoSuchBucket":
         return FileNotFoundError("no such object")
     if status or name:

@@ -106,6 +106,10 @@ class Generations:
         if run and not owner:
             self._write_group(run)
 
+    def owner(self) -> str:
+        """The id of the run that writes here; "" where the place itself says whose it is, or nobody does."""
+        return str(json.loads(self.objects.get("zarr.json"))["attributes"].get("run", ""))
+
     def _write_group(self, run: str) -> None:
         attributes = {**self.identity(), "run": run} if run else self.identity()
         self._put_json("zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})
@@ -204,6 +208,7 @@ class Generations:
         try:
             return self.read(generation, lane, chunk, expected)
         except DamagedChunkError as error:
+            self.objects.guard.confirm()  # a successor's work is no damage, and nothing to begin again for
             if self.repair is None:
                 raise
             self.repair(error, len(self.order.chunk_samples(lane, chunk)))

@@ -21,6 +21,9 @@ from udddm.store.generations import Checksums, Generations, generation_name, ope
 from udddm.store.objects import local_path, open_objects
 from udddm.store.snapshot import Snapshot, read_header
 
+_TURNS = 5
+"""How often a live run's checkpoints are listed again, before those of the last list are taken as they are."""
+
 
 @dataclass
 class Place:
@@ -37,20 +40,28 @@ class Place:
 def find(path: str) -> Place:
     """A run directory (its store and checkpoints) or a store's own path or URL. Raises StoreError for neither."""
     run = open_copy(path)
+    if (run.path / "run.json").exists():
+        return of_run(path, run)
+    if local_path(path) is not None and not run.path.exists():
+        raise StoreError(f"{path} does not exist")
+    return Place(path, open_existing(open_objects(path)))
+
+
+def of_run(name: str, run: Run) -> Place:
+    """What a run holds at this moment. Raises StoreError, CheckpointError."""
     file = run.path / "run.json"
-    if file.exists():
-        config = resolve(load_json(file, "config")["config"], str(file))
-        kept = run.checkpoints()
+    config = resolve(load_json(file, "config")["config"], str(file))
+    kept = run.checkpoints()
+    for _ in range(_TURNS):
         checkpoints = kept.all()
         for checkpoint in checkpoints:
             with suppress(CheckpointError):  # `verify` reports it
                 kept.bring(checkpoint)
-        objects = open_objects(_url_in_use(checkpoints, config) or run.state)
-        stored = open_existing(objects) if objects.exists("zarr.json") else None
-        return Place(path, stored, run, config, checkpoints)
-    if local_path(path) is not None and not run.path.exists():
-        raise StoreError(f"{path} does not exist")
-    return Place(path, open_existing(open_objects(path)))
+        if kept.all() == checkpoints:
+            break  # else a live run has made or removed some meanwhile
+    objects = open_objects(_url_in_use(checkpoints, config) or run.state)
+    stored = open_existing(objects) if objects.exists("zarr.json") else None
+    return Place(name, stored, run, config, checkpoints)
 
 
 def _url_in_use(checkpoints: list[Path], config: RunConfig) -> str | None:
@@ -85,10 +96,20 @@ def info(place: Place) -> list[str]:
     elif place.config is not None:
         lines.append(f"the run keeps its x0-state in memory (store.kind={place.config.store.kind})")
     for path in place.checkpoints:
-        header = _header(path)
+        try:
+            header = _header(path)
+        except StoreError:
+            if _removed(place, path):
+                continue
+            raise
         form = "all rows" if header["form"] == "full" else f"refers to {generation_name(header['epoch'])}"
         lines.append(f"{path.name}: epoch {header['epoch']}, step {header['step']} of it; {form}")
     return lines
+
+
+def _removed(place: Place, checkpoint: Path) -> bool:
+    """Whether a live run has removed it since it was listed."""
+    return place.run is not None and checkpoint not in place.run.checkpoints().all()
 
 
 def _header(checkpoint: Path) -> dict[str, Any]:
@@ -125,10 +146,11 @@ def verify(place: Place) -> tuple[int, list[str]]:
                     problems = [str(error)]
                 if problems and lane in stored.complete_lanes(generation):  # else a live run has just removed it
                     damaged += problems
+    kept = place.run.checkpoints() if place.run is not None else None
     for path in place.checkpoints:
-        assert place.run is not None
+        assert kept is not None
         try:
-            problem = place.run.checkpoints().damage(path)
+            problem = kept.damage(path)
         except CheckpointError as error:
             problem = str(error)
         if problem is None:
@@ -138,7 +160,7 @@ def verify(place: Place) -> tuple[int, list[str]]:
                 problems = [str(error)]
         else:
             problems = [problem]
-        if path.exists():  # else a live run has just removed it
+        if problems and path in kept.all():  # else a live run has just removed it
             damaged += [f"checkpoint {path.name}: {problem}" for problem in problems]
     return len(read), damaged
 
@@ -171,20 +193,36 @@ def estimates(place: Place, sample: int) -> list[tuple[str, torch.Tensor]]:
         lane, chunk, row = stored.order.locate(sample)
         for generation in stored.existing():
             if lane in stored.complete_lanes(generation):
-                rows = stored.read(generation, lane, chunk, stored.record(generation, lane)[chunk])
+                try:
+                    rows = stored.read(generation, lane, chunk, stored.record(generation, lane)[chunk])
+                except StoreError:
+                    if lane in stored.complete_lanes(generation):
+                        raise
+                    continue  # a live run has just removed it
                 found.append((generation_name(generation), _decoded(stored, rows, row)))
     for path in place.checkpoints:
-        header = _header(path)
-        assert place.run is not None
-        snapshot = Snapshot(path / "state", place.run.state)
-        if header["form"] == "full" or not found:
-            lane, chunk, row = snapshot.order.locate(sample)
-            rows = snapshot.rows(lane, chunk)
-            value = snapshot.encoding.decode(snapshot.encoding.to_tensor(rows.copy()))[row]
+        try:
+            value = _of_checkpoint(place, path, sample, needed=not found)
+        except StoreError:
+            if not _removed(place, path):
+                raise
+            continue
+        if value is not None:
             found.append((path.name, value))
     if not found:
         raise StoreError(f"{place.name} holds no complete generation of sample {sample} yet")
     return found
+
+
+def _of_checkpoint(place: Place, path: Path, sample: int, *, needed: bool) -> torch.Tensor | None:
+    """A sample's estimate in a checkpoint that holds all rows, or, when it is needed, that refers to them."""
+    assert place.run is not None
+    if _header(path)["form"] != "full" and not needed:
+        return None
+    snapshot = Snapshot(path / "state", place.run.state)
+    lane, chunk, row = snapshot.order.locate(sample)
+    rows = snapshot.rows(lane, chunk)
+    return snapshot.encoding.decode(snapshot.encoding.to_tensor(rows.copy()))[row]
 
 
 def _decoded(stored: Generations, rows: Rows, row: int) -> torch.Tensor:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from udddm.guard import Guard
 from udddm.store.errors import StoreError
 
 T = TypeVar("T")
@@ -56,9 +57,13 @@ class Objects(ABC):
     """
 
     retry = Retry()
+    conditional = True
+    """Whether `replace_if` has one winner among clients on several machines."""
 
     def __init__(self) -> None:
         self.retries = 0
+        self.guard = Guard()
+        """Asked before each attempt to change something."""
         self._closed = threading.Event()
 
     @abstractmethod
@@ -79,6 +84,9 @@ class Objects(ABC):
     @abstractmethod
     def _delete(self, prefix: str) -> None: ...
 
+    @abstractmethod
+    def _sizes(self, prefix: str) -> dict[str, int]: ...
+
     def _upload(self, path: Path, key: str) -> None:
         self._put(key, (path.read_bytes(),))
 
@@ -98,11 +106,11 @@ class Objects(ABC):
 
     def put(self, key: str, *parts: bytes | memoryview) -> None:
         """Write an object, durably, from consecutive parts. Raises StoreError after bounded retries."""
-        self._retrying(f"write {self.describe(key)}", lambda: self._put(key, parts))
+        self._changing(f"write {self.describe(key)}", lambda: self._put(key, parts))
 
     def upload(self, path: Path, key: str) -> None:
         """Write an object from a local file, of any size, durably. Raises OSError of the file, StoreError."""
-        self._retrying(f"write {self.describe(key)}", lambda: self._upload(path, key))
+        self._changing(f"write {self.describe(key)}", lambda: self._upload(path, key))
 
     def download(self, key: str, path: Path, most: int | None = None) -> None:
         """Write an object into a local file. Raises FileNotFoundError, OSError of the file, StoreError; Oversized for
@@ -114,7 +122,7 @@ class Objects(ABC):
 
         `data` has to be unlike any other client's: whose object is there after a lost reply is seen from its bytes.
         """
-        return self._retrying(
+        return self._changing(
             f"write {self.describe(key)}", lambda: self._put_if_absent(key, data) or self._holds(key, data)
         )
 
@@ -123,7 +131,7 @@ class Objects(ABC):
 
         No two contents of an object may be the same, as for `put_if_absent`.
         """
-        return self._retrying(
+        return self._changing(
             f"write {self.describe(key)}", lambda: self._replace_if(key, data, expected) or self._holds(key, data)
         )
 
@@ -136,7 +144,11 @@ class Objects(ABC):
 
     def delete(self, prefix: str) -> None:
         """Remove the object or everything under the prefix; nothing happens when there is none. Raises StoreError."""
-        self._retrying(f"delete {self.describe(prefix)}", lambda: self._delete(prefix))
+        self._changing(f"delete {self.describe(prefix)}", lambda: self._delete(prefix))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """The bytes of every object under `prefix`, by the rest of its key. Raises StoreError."""
+        return self._retrying(f"list {self.describe(prefix)}", lambda: self._sizes(prefix))
 
     def sync(self) -> None:
         """Let the names of all that was put outlive a power loss, where a put alone does not do that."""
@@ -156,6 +168,13 @@ class Objects(ABC):
             return self._get(key) == data
         except FileNotFoundError:
             return False
+
+    def _changing(self, what: str, action: Callable[[], T]) -> T:
+        def attempt() -> T:
+            self.guard.wait()
+            return action()
+
+        return self._retrying(what, attempt)
 
     def _retrying(self, what: str, action: Callable[[], T]) -> T:
         retry, began = self.retry, time.monotonic()
@@ -267,6 +286,11 @@ class LocalObjects(Objects):
         except (FileNotFoundError, NotADirectoryError):
             return []
 
+    def _sizes(self, prefix: str) -> dict[str, int]:
+        root = self.root / prefix
+        files = (p for p in root.rglob("*") if not p.name.endswith(_TEMPORARY) and p.is_file())
+        return {p.relative_to(root).as_posix(): p.stat().st_size for p in files}
+
     def _delete(self, prefix: str) -> None:
         path = self.root / prefix
         if path.is_dir():
@@ -287,7 +311,7 @@ def local_path(where: str | Path) -> Path | None:
 
 
 def open_objects(url: str | Path) -> Objects:
-    """The objects at a local path or a URL: file://, s3:// (through obstore), or any other that fsspec opens.
+    """The objects at a local path or a URL: file://, s3://, gs://, az:// (through obstore), or any that fsspec opens.
 
     An S3 store's endpoint, region and credentials come from the usual AWS variables of the environment. Nothing is
     requested yet. Raises StoreError for a malformed URL, one with a password or query in it, and a missing package.

@@ -31,6 +31,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
+from udddm.guard import Guard
 from udddm.order import Batch, Order
 from udddm.store.base import StateSource, X0Store
 from udddm.store.encoding import Encoding, Rows
@@ -107,6 +108,8 @@ class HostStore(X0Store):
         """`threads`, `prefetch` and `memory` (bytes) are those of `Pace`. Raises StoreError for too little memory."""
         super().__init__(order, lanes, shape, encoding, device)
         self.table = table
+        self.guard = Guard()
+        """Whether this run may still write; looked at in every step."""
         row_bytes = int(np.prod(shape)) * encoding.array.itemsize
         self.pace = Pace(order, lanes, row_bytes, threads, prefetch, memory, first_threads)
         self._changed = threading.Condition()
@@ -256,6 +259,7 @@ class HostStore(X0Store):
             pool.shutdown()
 
     def _check(self) -> None:
+        self.guard.check()
         if self._failure is not None:
             if isinstance(self._failure, StoreError):
                 raise self._failure

@@ -7,18 +7,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
+from udddm.guard import Guard, Guards
 from udddm.order import Order
 from udddm.store.base import StateSource
 from udddm.store.compression import Compression
 from udddm.store.encoding import Encoding, Rows
+from udddm.store.errors import StoreError
 from udddm.store.generations import Checksums, Generations
-from udddm.store.lease import Lease
+from udddm.store.lease import Lease, follow
 from udddm.store.objects import open_objects
 from udddm.store.pipeline import ChunkTable, HostStore
 from udddm.store.snapshot import Snapshot, write_reference
+
+if TYPE_CHECKING:
+    from udddm.backends.ranks import Ranks
 
 
 class GenerationTable(ChunkTable):
@@ -83,9 +89,13 @@ class GenerationTable(ChunkTable):
             return self.generations.zero(lane, chunk)
         with self._lock:
             expected = self._written.get((generation, lane), {}).get(chunk)
-        if expected is None:
-            expected = self.generations.record(generation, lane)[chunk]
-        return self.generations.state(generation, lane, chunk, expected)
+        try:
+            if expected is None:
+                expected = self.generations.record(generation, lane)[chunk]
+            return self.generations.state(generation, lane, chunk, expected)
+        except StoreError:
+            self.generations.objects.guard.confirm()  # raises what is the matter where a successor has removed it
+            raise
 
     def save(self, generation: int, lane: int, chunk: int, rows: Rows) -> None:
         with self._writing(generation) as needed:
@@ -157,8 +167,9 @@ LEASE_PATIENCE = 90.0
 class ZarrStore(HostStore):
     """`url` is where the generations live; `default` says that this is `<run>/state`, which moves with the run.
 
-    `owner` is who may write there, `run` the run's id. A default store is guarded by the run directory's lock; for any
-    other the first rank holds a lease, and another run pointed at it is refused, at the same time or later.
+    `owner` is who may write there, `run` the run's id, `guard` the run's own: a default store has no other. For any
+    other the first rank holds a lease, which the other ranks watch, and another run pointed at it is refused, at the
+    same time or later.
     """
 
     def __init__(
@@ -173,6 +184,7 @@ class ZarrStore(HostStore):
         default: bool,
         owner: str = "",
         run: str = "",
+        guard: Guard | None = None,
         compression: Compression = "none",
         threads: int | None = None,
         prefetch: int | None = None,
@@ -180,7 +192,7 @@ class ZarrStore(HostStore):
         first_threads: int = 2,
     ):
         objects = open_objects(url)
-        self._lease = None if default or lanes.start else Lease(open_objects(url), owner)
+        self._lease = None if default else Lease(open_objects(url), owner)
         self._url = None if default else objects.describe("")
         self._table = GenerationTable(
             Generations(objects, order, shape, encoding, compression=compression), lanes, "" if default else run
@@ -197,17 +209,26 @@ class ZarrStore(HostStore):
             memory=memory,
             first_threads=first_threads,
         )
+        self.guard = objects.guard = guard or Guard()
+
+    def hold(self, ranks: Ranks) -> None:
+        if self._lease is None:
+            return
+        lease = self._lease
+        ranks.first_only(lambda: lease.acquire(patience=LEASE_PATIENCE), (StoreError,))
+        ranks.together(lambda: follow(lease, ranks), (StoreError,))
+        self._guard_by(lease)
+
+    def _guard_by(self, lease: Lease) -> None:
+        self.guard = self._table.generations.objects.guard = Guards(self.guard, lease)
 
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:
-        if self._lease is not None:  # before the table is opened: that removes generations
+        # Before the table is opened, which removes generations. A store that is used without ranks holds its own.
+        if self._lease is not None and not self._lease.id and not self.lanes.start:
             self._lease.acquire(patience=LEASE_PATIENCE)
+            self._guard_by(self._lease)
         self._table.generations.repair = self.repair
         super().start(epoch, step, source)
-
-    def _check(self) -> None:
-        if self._lease is not None:
-            self._lease.check()
-        super()._check()
 
     def close(self) -> None:
         self._table.generations.objects.close()  # ends the pauses of requests that are being retried

@@ -38,7 +38,7 @@ class WrappedObjects(Objects):
     def __init__(self, inner: Objects):
         super().__init__()
         self.inner = inner
-        self.retry = inner.retry
+        self.retry, self.conditional = inner.retry, inner.conditional
 
     def _request(self, operation: Operation, key: str, sent: int, action: Callable[[], T]) -> T:
         """One attempt at a request that carries `sent` bytes of content: the result of `action`, or what it raises."""
@@ -59,6 +59,9 @@ class WrappedObjects(Objects):
 
     def _list(self, prefix: str) -> Sequence[str]:
         return self._request("list", prefix, 0, partial(self.inner._list, prefix))
+
+    def _sizes(self, prefix: str) -> dict[str, int]:
+        return self._request("list", prefix, 0, partial(self.inner._sizes, prefix))
 
     def _delete(self, prefix: str) -> None:
         self._request("delete", prefix, 0, partial(self.inner._delete, prefix))

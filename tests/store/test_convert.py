@@ -1,0 +1,198 @@
+"""`udddm-store gc` removes only what no checkpoint can need, and refuses whenever it cannot know."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+import udddm
+from udddm import cli, config
+from udddm.config import ConfigError
+from udddm.run import Run
+from udddm.store.convert import collect, convert
+from udddm.store.encoding import Rows
+from udddm.store.errors import StoreError
+from udddm.store.generations import Generations
+from udddm.store.inspect import find
+from udddm.store.lease import Lease
+from udddm.store.objects import open_objects
+
+SETTINGS = [
+    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.0, condition: none}",
+    "order={lanes: 4, chunk: 64, window: 2}",
+    "train={steps: 50, batch_size: 128, ema: [0.99]}",  # three epochs of 15 steps, and five steps
+    "checkpoint={every_steps: 5, keep: 2}",  # the last two are of epoch 3
+    "sample.every_steps=0",
+    "store.kind=zarr",
+]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, and one whose store has its own URL, the path `store` next to it."""
+    root = tmp_path_factory.mktemp("runs")
+    udddm.train(config.load(None, SETTINGS), run_dir=root / "plain", device="cpu")
+    udddm.train(config.load(None, [*SETTINGS, f"store.url={root / 'store'}"]), run_dir=root / "linked", device="cpu")
+    return root
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A run whose checkpoints need generations 3 and 4, with 1 left over and 6 of a start that was killed."""
+    copied = Path(shutil.copytree(finished / "plain", tmp_path / "run"))
+    for extra in (1, 6):
+        shutil.copytree(copied / "state" / "gen-000003", copied / "state" / f"gen-{extra:06d}", dirs_exist_ok=True)
+    return copied
+
+
+@pytest.fixture
+def linked(finished: Path) -> Iterator[tuple[Path, Path]]:
+    """A run and its store, which is restored in the end."""
+    saved = shutil.copytree(finished / "store", finished / uuid.uuid4().hex)
+    shutil.copytree(finished / "store" / "gen-000003", finished / "store" / "gen-000001", dirs_exist_ok=True)
+    yield finished / "linked", finished / "store"
+    shutil.rmtree(finished / "store")
+    saved.rename(finished / "store")
+
+
+def generations(store: Path) -> list[int]:
+    return sorted(int(p.name[4:]) for p in store.glob("gen-*"))
+
+
+def test_gc_removes_what_no_checkpoint_refers_to_and_says_why(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert generations(run / "state") == [1, 3, 4, 6]
+    assert cli.store(["gc", str(run)]) == 0
+    said = capsys.readouterr().out
+    assert generations(run / "state") == [3, 4, 6]
+    assert "step-00000050 to 3 and 4" in said
+    assert f"removing gen-000001 from {run / 'state'}: no checkpoint refers to it" in said
+    assert "keeping gen-000006: it is newer than the newest checkpoint" in said
+    assert "removed 1 (generations)" in said
+
+
+def test_gc_sees_the_checkpoint_that_was_made_before_it_got_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lists are made under the lock: the checkpoints of a moment before may refer to other generations."""
+    newest = sorted((run / "checkpoints").iterdir())[-1]
+    for older in sorted((run / "checkpoints").iterdir())[:-1]:
+        shutil.rmtree(older)
+    header = json.loads((newest / "state" / "snapshot.json").read_text())
+    assert header["epoch"] == 3
+    (run / "checkpoints").rename(run / "elsewhere")
+    (run / "checkpoints").mkdir()
+    held = Run.held
+
+    @contextmanager
+    def slowly(self: Run, patience: float | None = None) -> Iterator[None]:
+        assert patience == 0
+        with held(self, patience):
+            (run / "checkpoints").rmdir()
+            (run / "elsewhere").rename(run / "checkpoints")
+            yield
+
+    monkeypatch.setattr(Run, "held", slowly)
+    collect(str(run), print)
+    assert generations(run / "state") == [3, 4, 6]
+
+
+def test_gc_is_refused_beside_a_live_run(run: Path) -> None:
+    with Run(run).held(), pytest.raises(ConfigError, match="another process"):
+        collect(str(run), print)
+    assert generations(run / "state") == [1, 3, 4, 6]
+
+
+def test_gc_is_refused_at_once_beside_a_live_run_at_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of another machine, whose lease is not over for a minute: nothing waits for it."""
+    url = f"memory://{uuid.uuid4().hex}"
+    udddm.train(config.load(None, SETTINGS), run_dir=url, device="cpu")
+    objects = open_objects(f"{url}/state")
+    objects.put("gen-000001/zarr.json", objects.get("gen-000003/zarr.json"))
+    lease = Lease(open_objects(url), "a live run")
+    lease.acquire()
+    monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
+    with pytest.raises(StoreError, match="a live run"):
+        collect(url, print)
+    assert objects.exists("gen-000001")
+    lease.release()
+    monkeypatch.undo()
+    assert collect(url, print) == [1]
+
+
+def test_gc_is_refused_without_checkpoints(run: Path) -> None:
+    """As when they are on a disk that is not mounted."""
+    shutil.rmtree(run / "checkpoints")
+    with pytest.raises(StoreError, match=r"holds no checkpoint.*nothing was removed"):
+        collect(str(run), print)
+    assert generations(run / "state") == [1, 3, 4, 6]
+
+
+@pytest.mark.parametrize("which", [0, -1])
+def test_gc_is_refused_when_a_checkpoint_is_damaged(run: Path, which: int) -> None:
+    checkpoint = sorted((run / "checkpoints").iterdir())[which]
+    header = checkpoint / "state" / "snapshot.json"
+    header.write_text(header.read_text().replace('"epoch": 3', '"epoch": 5'))
+    with pytest.raises(StoreError, match=rf"{checkpoint.name} is damaged.*Nothing was removed"):
+        collect(str(run), print)
+    assert generations(run / "state") == [1, 3, 4, 6]
+
+
+def test_gc_of_a_copy_is_refused_beside_the_live_run(linked: tuple[Path, Path], tmp_path: Path) -> None:
+    run, store = linked
+    copied = shutil.copytree(run, tmp_path / "backup")
+    lease = Lease(open_objects(store), "the live run")
+    lease.acquire()
+    with pytest.raises(StoreError, match="the live run"):
+        collect(str(copied), print)
+    assert generations(store) == [1, 3, 4]
+    lease.release()
+    assert collect(str(copied), print) == [1]
+
+
+def test_gc_of_an_old_copy_keeps_what_newer_checkpoints_refer_to(linked: tuple[Path, Path], tmp_path: Path) -> None:
+    """Also when the run that goes on is not alive at that moment."""
+    run, store = linked
+    shutil.copytree(store / "gen-000004", store / "gen-000007")
+    copied = shutil.copytree(run, tmp_path / "backup")
+    assert collect(str(copied), print) == [1]
+    assert generations(store) == [3, 4, 7]
+
+
+def test_gc_leaves_the_store_of_another_run_alone(linked: tuple[Path, Path], tmp_path: Path) -> None:
+    run, store = linked
+    copied = Path(shutil.copytree(run, tmp_path / "foreign"))
+    record = json.loads((copied / "run.json").read_text())
+    (copied / "run.json").write_text(json.dumps({**record, "id": "of another"}))
+    with pytest.raises(StoreError, match=r"the store of another run .*nothing was removed"):
+        collect(str(copied), print)
+    assert generations(store) == [1, 3, 4]
+
+
+def test_gc_of_a_bare_store_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.store(["gc", str(run / "state")]) == 1
+    assert "a store without its run" in capsys.readouterr().err
+
+
+def test_convert_stops_when_its_lease_is_lost(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While it copies: another client that takes over the destination is not written over."""
+    write = Generations.write
+    written: list[int] = []
+
+    def taken_over(self: Generations, generation: int, lane: int, chunk: int, rows: Rows) -> int:
+        written.append(chunk)
+        if len(written) == 2:
+            lease = self.objects.guard
+            assert isinstance(lease, Lease)
+            self.objects.delete("lease.json")
+            open_objects(tmp_path / "copy").put("lease.json", b"{}")
+            lease._lost = "it was taken over"
+        return write(self, generation, lane, chunk, rows)
+
+    monkeypatch.setattr(Generations, "write", taken_over)
+    with pytest.raises(StoreError, match="lost the lease"):
+        convert(find(str(run)), str(tmp_path / "copy"), None)
+    assert len(written) == 2 and open_objects(tmp_path / "copy").get("lease.json") == b"{}"
