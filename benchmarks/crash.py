@@ -42,7 +42,7 @@ SETTINGS = (
     "sample.every_steps=0",
     "log_every_steps=5",
 )
-PRELOADED = ["udddm.api", "torch.utils.tensorboard", "sklearn.datasets"]
+PRELOADED = ["udddm.api", "torch.utils.tensorboard"]
 FORKS = multiprocessing.get_context("forkserver")
 
 Fingerprints = dict[str, str]
