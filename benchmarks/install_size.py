@@ -1,6 +1,6 @@
 """What an installation weighs: the base, what each extra adds to it, and what each distribution is needed for.
 
-    python benchmarks/install_size.py --json benchmarks/results/install-size.json
+    python benchmarks/install_size.py | tee benchmarks/results/install-size.txt
 
 Reads pyproject.toml and the metadata of the environment that it runs in, which must have everything that is to be
 measured (`make test` sets up such an environment); requirements that are not installed are listed. Sizes are those of
