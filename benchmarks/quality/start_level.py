@@ -1,6 +1,6 @@
 """The level that one-step sampling starts from: is the image gone there? VE.
 
-    python benchmarks/start_level.py benchmarks/results/fashion-mnist/tuning --sigma 30 50 65 80 100
+    python benchmarks/quality/start_level.py benchmarks/results/fashion-mnist/tuning --sigma 30 50 65 80 100
 
 Sampling puts noise alone in the place of x_0 + sigma eps. The two differ by the data's mean, |mean| / sigma standard
 deviations of the noise along one direction. For each sigma the table has that offset and the Frechet distance at one
@@ -10,19 +10,20 @@ evaluation from there; levels above the model's own sigma_max are levels that it
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from machine import cpu_model
 
 import udddm
 from udddm import process
 from udddm.data import load_dataset
 
-sys.path.insert(0, str(Path(__file__).parent / "yardstick"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, write_json
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "yardstick"))
 
 
 def main() -> None:
@@ -48,13 +49,8 @@ def main() -> None:
         rows.append({"sigma": sigma, "offset": offset / sigma} | {k: scores[k] for k in ("fd", "precision", "recall")})
         print("{sigma:5g}  {offset:12.2f}  {fd:6.2f}  {precision:9.2f}  {recall:6.2f}".format(**rows[-1]), flush=True)
     if arguments.json:
-        report = {
-            "machine": cpu_model(),
-            "checkpoint": str(arguments.checkpoint),
-            "count": arguments.count,
-            "rows": rows,
-        }
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        found = {"checkpoint": str(arguments.checkpoint), "count": arguments.count, "rows": rows}
+        write_json(arguments.json, about(), found)
 
 
 if __name__ == "__main__":

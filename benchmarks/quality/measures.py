@@ -1,6 +1,6 @@
 """udddm-evaluate's figures against the yardstick's own and torchmetrics', on the same samples and features.
 
-    python benchmarks/measures.py --json benchmarks/results/measures.json
+    python benchmarks/quality/measures.py --json benchmarks/results/measures.json
 
 The samples are the data sets' own images with noise added, 1,000 digits and 2,000 of Fashion-MNIST.
 """
@@ -13,20 +13,21 @@ import subprocess
 import sys
 import tempfile
 import warnings
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import cpu_model
 
 from udddm.config import DataConfig
 from udddm.data import ImageDataset, load_dataset
 from udddm.evaluation.command import main as udddm_evaluate
 from udddm.evaluation.features import load_features
 
-YARDSTICK = Path(__file__).parent / "yardstick"
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, write_json
+
+YARDSTICK = Path(__file__).parents[1] / "yardstick"
 sys.path.insert(0, str(YARDSTICK))
 COUNTS = {"digits": 1000, "fashion-mnist": 2000}
 
@@ -85,8 +86,7 @@ def main() -> None:
         figures = ", ".join(f"{key} {ours[key]:.4f} and {theirs[key]:.4f}" for key in ours)
         print(f"{name}: udddm-evaluate and yardstick: {figures}; torchmetrics' FID {row['torchmetrics fid']:.4f}")
     if arguments.json:
-        report = {"date": date.today().isoformat(), "machine": cpu_model(), "found": found}
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, about("torchmetrics"), {"found": found})
 
 
 if __name__ == "__main__":

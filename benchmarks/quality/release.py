@@ -1,6 +1,6 @@
 """Make a release of a finished run: a directory that udddm-sample takes, with samples, a grid and scores.
 
-    python benchmarks/release.py runs/fashion-mnist benchmarks/results/fashion-mnist/tuning
+    python benchmarks/quality/release.py runs/fashion-mnist benchmarks/results/fashion-mnist/tuning
 
 Of the averages of the weights that the run kept, the one with the lowest Frechet distance at one evaluation is taken;
 all are told. samples-1.npy holds 2,000 images as uint8, made by one evaluation each.
@@ -11,13 +11,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import cpu_model
 from safetensors.torch import save_file
 
 import udddm
@@ -26,7 +24,10 @@ from udddm.data import load_dataset
 from udddm.pictures import grid
 from udddm.portable import Saved
 
-sys.path.insert(0, str(Path(__file__).parent / "yardstick"))
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, write_json
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "yardstick"))
 STEPS = (1, 2, 4)
 
 
@@ -77,8 +78,6 @@ def main() -> None:
     grid(torch.from_numpy(udddm.sample(model, range(100), steps=2)), destination / "grid-2.png")
     metrics = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text().splitlines()]
     report = {
-        "date": date.today().isoformat(),
-        "machine": f"{cpu_model()}, torch {torch.__version__}",
         "steps": position["step"],
         "images": position["step"] * saved["config"]["train"]["batch_size"],
         "images_per_second": float(np.median([line["images_per_second"] for line in metrics])),
@@ -86,7 +85,7 @@ def main() -> None:
         "ema": best,
         "scores": by_decay,
     }
-    (destination / "scores.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(destination / "scores.json", about(), report)
     print(f"{destination}: EMA {best}, fd {by_decay[best]['1']['fd']:.2f} at one evaluation")
 
 

@@ -1,6 +1,6 @@
 """Kill a training run at random instants, over and over, and compare what it ends with.
 
-    python benchmarks/crash.py --kills 100 --stores zarr zarr-s3 --json benchmarks/results/crash.json
+    python benchmarks/robustness/crash.py --kills 100 --stores zarr zarr-s3 --json benchmarks/results/crash.json
 
 For each store a run of its own: once undisturbed, then killed by SIGKILL at random instants and started again after
 each, until it finishes; again from the beginning until the wanted number of kills has hit a living run. All must end
@@ -17,7 +17,6 @@ import argparse
 import json
 import multiprocessing
 import os
-import platform
 import random
 import shutil
 import signal
@@ -26,12 +25,12 @@ import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from datetime import date
 from pathlib import Path
 
-from machine import cpu_model
-
 from udddm.testing import s3
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, heading, write_json
 
 STORES = ("gpu", "pinned", "zarr", "zarr-s3")
 SETTINGS = (
@@ -160,11 +159,9 @@ def main() -> int:
 def compare(arguments: argparse.Namespace) -> int:
     FORKS.set_forkserver_preload(PRELOADED)
     rng = random.Random(arguments.seed)
+    head = about()
     lines = [
-        f"{date.today()}, {cpu_model()}, 1 thread, Python {platform.python_version()}",
-        f"python benchmarks/crash.py --kills {arguments.kills} --stores {' '.join(arguments.stores)} "
-        f"--steps {arguments.steps} --dtype {arguments.dtype} --seed {arguments.seed}",
-        "",
+        heading(head),
         f"{'store':8}{'kills that hit':>15}  = "
         + " + ".join(PHASES)
         + f"{'runs finished':>15}{'undisturbed':>13}  equal?",
@@ -187,15 +184,7 @@ def compare(arguments: argparse.Namespace) -> int:
     lines.append(f"weights, EMA and x0-state of these stores are {'the same' if same else 'DIFFERENT'}")
     print("\n".join(lines[-2:]))
     if arguments.json is not None:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        document = {
-            "date": str(date.today()),
-            "cpu": cpu_model(),
-            "command": lines[1],
-            "stores_agree": same,
-            "rows": [asdict(row) for row in rows],
-        }
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(arguments.json, head, {"stores_agree": same, "rows": [asdict(row) for row in rows]})
     return 0 if same and all(row.equal for row in rows) else 1
 
 

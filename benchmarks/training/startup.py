@@ -1,6 +1,6 @@
 """How long `udddm-train --help` takes, over the time that Python takes to import pydantic and yaml.
 
-    python benchmarks/startup.py --json benchmarks/results/startup.json
+    python benchmarks/training/startup.py --json benchmarks/results/startup.json
 
 Whole processes, alternating; the ratio is the median over the pairs.
 """
@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
 import time
-from datetime import date
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, heading, write_json
 
 HELP = [sys.executable, "-c", "from udddm import cli; cli.train(['--help'])"]
 IMPORT = [sys.executable, "-c", "import pydantic, yaml"]
@@ -36,16 +37,14 @@ def main() -> None:
         seconds(command)
     pairs = [(seconds(HELP), seconds(IMPORT)) for _ in range(arguments.rounds)]
     result = {
-        "date": date.today().isoformat(),
-        "python": platform.python_version(),
         "help_seconds": round(statistics.median(a for a, _ in pairs), 4),
         "import_seconds": round(statistics.median(b for _, b in pairs), 4),
         "ratio": round(statistics.median(a / b for a, b in pairs), 3),
     }
-    print(json.dumps(result))
+    head = about()
+    print(f"{heading(head)}\n{json.dumps(result)}")
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.json, head, result)
 
 
 if __name__ == "__main__":

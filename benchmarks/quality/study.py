@@ -1,9 +1,9 @@
 """The study of objectives: how good samples are at equal images and at equal time, with what, and what did not work.
 
-    python benchmarks/quality.py speed                    # images/s of every objective over iCT's
-    python benchmarks/quality.py objectives --seeds 0 1 2 # objectives side by side, VE and VP
-    python benchmarks/quality.py ablations                # one setting changed at a time
-    python benchmarks/quality.py report                   # tables in Markdown, curves, grids
+    python benchmarks/quality/study.py speed                    # images/s of every objective over iCT's
+    python benchmarks/quality/study.py objectives --seeds 0 1 2 # objectives side by side, VE and VP
+    python benchmarks/quality/study.py ablations                # one setting changed at a time
+    python benchmarks/quality/study.py report                   # tables in Markdown, curves, grids
 
 --data digits (the default) or fashion-mnist. Every run is scored by the yardstick's network (benchmarks/yardstick:
 Frechet distance in the feature space of a small classifier; lower is better). Rows are kept in --json as they are made,
@@ -18,13 +18,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import cpu_model
 
 import udddm
 from udddm import objective, process
@@ -37,7 +35,9 @@ from udddm.evaluation import evaluate
 from udddm.evaluation.features import extract, load_features
 from udddm.trainer import network_for
 
-ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import ROOT, about, write_json
+
 sys.path.insert(0, str(ROOT / "benchmarks" / "yardstick"))
 
 CONDITIONED = ["network.condition=cross-attention"]
@@ -331,15 +331,11 @@ def main() -> None:
     book = json.loads(path.read_text()) if path.exists() else {"rows": {}}
 
     def keep() -> None:
-        book.update(
-            date=date.today().isoformat(),
-            machine=f"{cpu_model()}, one thread, torch {torch.__version__}",
-            data=arguments.data,
-        )
-        path.write_text(json.dumps(book, indent=1) + "\n")
+        book.update(about(), data=arguments.data)  # of the newest of the commands that the book is made of
+        write_json(path, {}, book)
 
     if arguments.suite == "report":
-        from quality_report import report
+        from study_report import report
 
         report(book, arguments.runs / arguments.data, path.parent)
         return

@@ -1,6 +1,6 @@
 """Images/s at 1 and 2 workers, each pinned to a core, launcher by launcher, and what Ray costs over torchrun.
 
-    python benchmarks/scaling.py --json benchmarks/results/scaling.json
+    python benchmarks/training/scaling.py --json benchmarks/results/scaling.json
 
 The same run, with the same global batch and so the same samples and result, is started by `udddm-train`'s own
 launcher (`local`: at 1 worker no launcher at all), by `torchrun` and by Ray Train on a cluster of this machine. A round
@@ -16,16 +16,15 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-from machine import cpu_model
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import ROOT, about, heading, write_json
 
 LAUNCHERS = ("local", "torchrun", "ray")
 Case = tuple[str, int, int]
@@ -55,7 +54,7 @@ def one_run(launcher: str, workers: int, run: Path, steps: int, engine: str) -> 
     import udddm
     from udddm import config as configuration
 
-    preset = Path(__file__).parents[1] / "configs" / "digits.yaml"
+    preset = ROOT / "configs" / "digits.yaml"
     chosen = configuration.load(
         str(preset),
         [
@@ -138,11 +137,9 @@ def main() -> None:
     plans = [(workers, 0) for workers in counts] + [(counts[-1], 1)]
     cases = [(launcher, *plan) for plan in plans for launcher in LAUNCHERS]
     found: dict[Case, list[float]] = {case: [] for case in cases}
+    head = about("ray")
     lines = [
-        f"{date.today()}, {cpu_model()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        f"python benchmarks/scaling.py --rounds {arguments.rounds} --steps {arguments.steps} "
-        f"--max-workers {arguments.max_workers} --engine {arguments.engine}",
-        "",
+        heading(head),
         f"{'launcher':10}{'workers':>8}{'spare cores':>13}{'images/s':>10}{'of torchrun':>13}{'of 1 worker':>13}",
     ]
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
@@ -174,9 +171,7 @@ def main() -> None:
         )
     print("\n".join(lines))
     if arguments.json is not None:
-        document = {"date": str(date.today()), "cpu": cpu_model(), "command": lines[1], "rows": rows}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(arguments.json, head, {"rows": rows})
         arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
         rates = {n: {w: statistics.median(found[n, w, 0]) for w in counts} for n in LAUNCHERS}
         plot(rates, arguments.json.with_suffix(".png"))

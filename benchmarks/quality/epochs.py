@@ -1,6 +1,6 @@
 """Runs side by side, an epoch a row: loss, speed, and the scores that `evaluate.every_steps` gave at the epoch's end.
 
-    python benchmarks/epochs.py runs/third runs/third-ect runs/third-stored --json FILE
+    python benchmarks/quality/epochs.py runs/third runs/third-ect runs/third-stored --json FILE
 
 Loss and images/s are medians over the log lines of an epoch. One without a score (a stopped run's last) is left out.
 """
@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, write_json
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -39,14 +43,14 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    report = {run.name: epochs(run) for run in arguments.runs}
-    for name, rows in report.items():
+    found = {run.name: epochs(run) for run in arguments.runs}
+    for name, rows in found.items():
         print(f"{name}\nepoch    loss  images/s      fd  precision  recall")
         for row in rows:
             line = "{epoch:5d}  {loss:6.2f}  {images_per_second:8.1f}  {fd:6.2f}  {precision:9.2f}  {recall:6.2f}"
             print(line.format(**row))
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(arguments.json, about(), {"runs": found})
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What benchmarks/quality.py report prints and draws of its rows: tables in Markdown, curves over time, grids."""
+"""What `python benchmarks/quality/study.py report` prints and draws: tables in Markdown, curves over time, grids."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Images/s of the trainer over a bare loop of the same network and loss, interleaved in one process.
 
-    python benchmarks/trainer.py --json benchmarks/results/trainer.json
+    python benchmarks/training/overhead.py --json benchmarks/results/trainer.json
 
 The bare loop keeps all images and states in two tensors and knows nothing of order, reproducible noise, prefetch,
 stores or EMA: it draws samples, levels and noise from torch's generator and does the forward and backward passes, the
@@ -11,13 +11,11 @@ and of the bare loop take turns, so that a change of the machine's speed meets a
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,6 +32,9 @@ from udddm.process import Coefficients
 from udddm.process import build as build_process
 from udddm.run import Run
 from udddm.trainer import Trainer, network_for
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, heading, write_json
 
 STORES = ("gpu", "pinned", "zarr")
 
@@ -113,9 +114,9 @@ def main() -> None:
             trainers[kind].store.close()
     images_per_round = arguments.steps * config.train.batch_size
     medians = {name: statistics.median(values) for name, values in seconds.items()}
+    head = about()
     result = {
-        "date": date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}",
+        "threads": torch.get_num_threads(),
         "rounds": arguments.rounds,
         "images_per_second": {name: round(images_per_round / value, 1) for name, value in medians.items()},
         "ratio_to_bare": {
@@ -124,13 +125,13 @@ def main() -> None:
         },
         "store_wait_fraction": {kind: round(value, 4) for kind, value in waits.items()},
     }
+    print(heading(head))
     print(f"{'':8} images/s  of bare  store wait")
     for name, rate in result["images_per_second"].items():
         ratio = result["ratio_to_bare"].get(name, 1.0)
         print(f"{name:8} {rate:8.1f}  {ratio:7.3f}  {waits.get(name, 0.0):10.2%}")
     if arguments.json:
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.json, head, result)
 
 
 if __name__ == "__main__":

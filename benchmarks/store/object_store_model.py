@@ -1,4 +1,4 @@
-"""A model of an object store in either time, and stores that start in the middle of a run on it (`store_scale.py`)."""
+"""A model of an object store in either time, and stores that start in the middle of a run on it (`scale.py`)."""
 
 from __future__ import annotations
 

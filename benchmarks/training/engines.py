@@ -1,6 +1,6 @@
 """How far engines, ZeRO stages and numbers of processes are from the torch engine on two, after 20 steps.
 
-    python benchmarks/engines.py --json benchmarks/results/engines.json
+    python benchmarks/training/engines.py --json benchmarks/results/engines.json
 
 Each row is a run of `udddm.train` of its own, with the same configuration and samples; differences are the largest over
 all elements of the weights, of the EMA and of the optimizer's moments in the last checkpoint. Then one checkpoint is
@@ -14,17 +14,13 @@ from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import os
-import platform
 import sys
 import tempfile
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import cpu_model
 
 import udddm
 from udddm.config import RunConfig, resolve
@@ -32,6 +28,9 @@ from udddm.order import Order
 from udddm.portable import Saved
 from udddm.testing.ranks import Copy, on_ranks
 from udddm.trainer import network_for
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, heading, write_json
 
 SHAPE, SAMPLES, LIMIT = (1, 8, 8), 1797, 1e-5
 EMA = 0.9
@@ -133,11 +132,9 @@ def main() -> int:
         plans += [("torch", 1, "fp32"), ("torch", 4, "fp32"), ("deepspeed-zero3", 4, "fp32")]
     for precision in ("bf16", *(["fp16"] if on_gpu else [])):
         plans += [(engine, many, precision) for engine in ("torch", *ZERO)]
-    device = torch.cuda.get_device_name() if on_gpu else cpu_model()
+    head = about("deepspeed", device=torch.cuda.get_device_name() if on_gpu else None)
     lines = [
-        f"{date.today()}, {device}, torch {torch.__version__}, Python {platform.python_version()}",
-        f"python benchmarks/engines.py --steps {arguments.steps} --device {arguments.device} --processes {many}",
-        "",
+        heading(head),
         f"largest difference from torch, fp32, {many} processes, after {arguments.steps} steps",
         f"{'engine':24}{'processes':>10}  precision{'weights':>10}{'EMA':>10}{'moments':>10}",
     ]
@@ -176,18 +173,14 @@ def main() -> int:
         tail.append(f"saved and loaded by {way}: {'every byte the same' if exact else 'DIFFERENT'}")
     print("\n".join(tail))
     if arguments.json is not None:
-        document = {
-            "date": str(date.today()),
-            "device": device,
-            "command": lines[1],
+        found = {
             "weights_moved": travelled,
             "same_batches": batches,
             "portable": exact,
             "rows": rows,
             "chain": chain,
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(arguments.json, head, found)
         arguments.json.with_suffix(".txt").write_text("\n".join([*lines, *tail]) + "\n")
     return 0 if close and batches and exact else 1
 

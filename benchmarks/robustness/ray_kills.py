@@ -1,6 +1,6 @@
 """`ray job submit` end to end, with workers killed by SIGKILL at random instants, and what the runs end with.
 
-    python benchmarks/ray_kills.py --kills 20 --json benchmarks/results/ray-kills.json
+    python benchmarks/robustness/ray_kills.py --kills 20 --json benchmarks/results/ray-kills.json
 
 A cluster is started (`ray start --head`), a job is submitted once undisturbed and then again, each time into a run
 directory of its own, with two workers. At a random instant after both are there one of them is killed, and so on
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import random
 import signal
 import subprocess
@@ -21,14 +20,13 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import date
 from pathlib import Path
 from typing import Any
 
-import ray
-from machine import cpu_model
-
 from udddm.testing.cluster import Cluster, running
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, heading, write_json
 
 SETTINGS = (
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.1, condition: none}",
@@ -114,11 +112,8 @@ def main() -> int:
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
     rng = random.Random(arguments.seed)
-    lines = [
-        f"{date.today()}, {cpu_model()}, Ray {ray.__version__}, Python {platform.python_version()}",
-        f"python benchmarks/ray_kills.py --kills {arguments.kills} --per-job {arguments.per_job} "
-        f"--steps {arguments.steps} --seed {arguments.seed}",
-    ]
+    head = about("ray")
+    lines = [heading(head)]
     print("\n".join(lines), flush=True)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as name:
@@ -138,17 +133,14 @@ def main() -> int:
     kills = sum(len(row["steps_at_kills"]) for row in rows)
     equal = all(row["equal"] for row in rows)
     lines += [
-        "",
         f"undisturbed, from its workers' start: {longest:.1f} s",
         f"{kills} workers killed in {len(rows)} jobs; newest checkpoint at each kill: "
         + ", ".join(str(step) for row in rows for step in row["steps_at_kills"]),
         f"weights, EMA and x0-state of every job {'equal' if equal else 'DIFFERENT from'} those of the undisturbed one",
     ]
-    print("\n".join(lines[3:]))
+    print("\n".join(lines[1:]))
     if arguments.json is not None:
-        document = {"date": str(date.today()), "cpu": cpu_model(), "command": lines[1], "kills": kills, "equal": equal}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps({**document, "jobs": rows}, indent=1) + "\n")
+        write_json(arguments.json, head, {"kills": kills, "equal": equal, "jobs": rows})
         arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
     return 0 if equal else 1
 

@@ -1,6 +1,6 @@
 """At how many ranks does the x0-state store keep a training run waiting on S3? A simulation of 8 to 1,024 ranks.
 
-    python benchmarks/store_scale.py --json results.json --plot results.png
+    python benchmarks/store/scale.py --json results.json --plot results.png
 
 What runs is the `zarr` store itself, one for every rank: order, pipeline, generations, checksums, retries. Two things
 are not real. (1) Time: the store's threads run one at a time, each until it waits, and the clock then jumps to the next
@@ -21,15 +21,12 @@ Weak scaling: images/s and batch grow with the ranks, one lane a rank. The speed
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import platform
 import sys
 import time
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +53,9 @@ from udddm.store.errors import StoreError
 from udddm.store.generations import Generations
 from udddm.store.pace import Pace
 from udddm.store.pipeline import HostStore
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, heading, write_json
 
 STALL = 0.01  # of the time
 CLEAR = 0.02  # of the time
@@ -405,14 +405,6 @@ def draw(path: Path, service: Service, checks: list[Check], outcomes: list[Outco
     figure.savefig(path, dpi=110)
 
 
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.machine()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=SCALES)
@@ -430,8 +422,8 @@ def main() -> None:
     service = Service(
         **{name: value for name, value in vars(arguments).items() if name in Service.__dataclass_fields__}
     )
-    began, processor = time.perf_counter(), f"{_processor()}, one thread"
-    print(f"{date.today().isoformat()}, {processor}\npython {' '.join(sys.argv)}\n\n{service}")
+    began, head = time.perf_counter(), about()
+    print(f"{heading(head)}\n{service}")
     checks: list[Check] = []
     if not arguments.no_validation:
         checks = validate()
@@ -478,8 +470,6 @@ def main() -> None:
     print(f"\n{time.perf_counter() - began:.0f} s, of which {time.process_time():.0f} s of CPU")
     if arguments.json:
         result = {
-            "date": date.today().isoformat(),
-            "machine": processor,
             "service": asdict(service),
             "validation": [{**asdict(check), "error": check.error} for check in checks],
             "runs": [asdict(outcome) for outcome in outcomes],
@@ -487,8 +477,7 @@ def main() -> None:
             "changes": {name: {k: asdict(v) for k, v in each.items()} for name, each in cured.items()},
             "more_prefixes_at_most_ranks": {name: [asdict(v) for v in tried] for name, tried in needed.items()},
         }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        write_json(arguments.json, head, result)
     if arguments.plot:
         draw(arguments.plot, service, checks, outcomes)
 

@@ -1,6 +1,6 @@
 """What compressing the chunks of the x0-state gains and costs, by dtype, on states of a real run.
 
-    python benchmarks/compression.py --json benchmarks/results/compression.json
+    python benchmarks/store/chunk_compression.py --json benchmarks/results/compression.json
 
 Trains a chain on the digits for some steps and takes the newest generation of its x0-state (1,797 x 1 x 8 x 8), stores
 it in each dtype, and compresses it as the store does (`store.compression`: blosc with byte shuffle; bit shuffle for
@@ -11,23 +11,23 @@ uncompressed bytes, medians of 20 rounds in which the codecs take turns.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
+import sys
 import tempfile
 import time
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
 import torch
-from machine import cpu_model
 
 import udddm
 from udddm.store.compression import Compression, compress, decompress
 from udddm.store.encoding import Encoding, Rows, StateDtype, generation_zero
 from udddm.store.inspect import find
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import ROOT, about, heading, write_json
 
 ROUNDS = 20
 
@@ -42,7 +42,7 @@ def states(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         "sample={every_steps: 0, final: 0}",
     ]
     with tempfile.TemporaryDirectory() as directory:
-        udddm.train(udddm.load("configs/digits.yaml", overrides), run_dir=directory, device="cpu")
+        udddm.train(udddm.load(ROOT / "configs" / "digits.yaml", overrides), run_dir=directory, device="cpu")
         stored = find(directory).generations
         assert stored is not None
         newest = max(g for g in stored.existing() if stored.is_complete(g))
@@ -87,9 +87,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    command = f"python benchmarks/compression.py --steps {arguments.steps}"
-    versions = f"numcodecs {version('numcodecs')}, zarr {version('zarr')}"
-    print(f"{date.today()}, {cpu_model()}, one thread, {versions}\n{command}\n")
+    head = about("numcodecs", "zarr")
+    print(heading(head))
     trained, noise = states(arguments.steps)
     dtypes: tuple[StateDtype, ...] = get_args(StateDtype)
     result: dict[str, Any] = {}
@@ -102,9 +101,7 @@ def main() -> None:
                 rates = f"{row['compress_mb_per_second']:15.0f}{row['decompress_mb_per_second']:17.0f}"
                 print(f"{title:8}{dtype:7}{codec:7}{row['of_size']:12.3f}{rates}")
     if arguments.json is not None:
-        document = {"date": str(date.today()), "cpu": cpu_model(), "versions": versions, "command": command, **result}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(arguments.json, head, result)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Gaussian data, where the exact answer is known: trained f against f*, level by level, for VP and VE.
 
-    python benchmarks/gaussian.py --json benchmarks/results/gaussian.json --plot benchmarks/results/gaussian.png
+    python benchmarks/quality/gaussian.py --json benchmarks/results/gaussian.json --plot benchmarks/results/gaussian.png
 
 For x_0 ~ N(m, s^2 I) the probability-flow ODE through x_t = signal x_0 + noise eps is solved in closed form:
 
@@ -24,7 +24,7 @@ given x_k is symmetric about its mean, the two are the same point.
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,6 +56,9 @@ from udddm.objective.loss import add_noise
 from udddm.order import Order
 from udddm.process import Array, Coefficients, Process
 from udddm.run import Run
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, write_json
 
 Kind = Literal["ve", "vp"]
 ObjectiveName = Literal["chain", "algorithm-1"]
@@ -296,8 +299,7 @@ def main() -> None:
     if settings.json:
         used = {k: v for k, v in vars(settings).items() if k not in ("json", "plot", "process")}
         record = {"settings": used | {"mean": MEAN.tolist(), "spread": SPREAD}, "results": results}
-        settings.json.parent.mkdir(parents=True, exist_ok=True)
-        settings.json.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_json(settings.json, about(), record)
     if settings.plot:
         plot(results, settings.plot)
 

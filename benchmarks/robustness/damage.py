@@ -1,7 +1,7 @@
 """Damage chunks of a zarr store at random, over and over: is every damage found, and does it name its chunk?
 
-    python benchmarks/damage.py --count 1000 --json benchmarks/results/damage.json
-    python benchmarks/damage.py --count 200 --s3 --json benchmarks/results/damage-s3.json
+    python benchmarks/robustness/damage.py --count 1000 --json benchmarks/results/damage.json
+    python benchmarks/robustness/damage.py --count 200 --s3 --json benchmarks/results/damage-s3.json
 
 The store holds three complete generations, written by the pipeline itself. A damage is a bit flip, a truncation, a
 deletion, a chunk swapped with another one's, or the same chunk of an older generation in its place. Each time:
@@ -19,19 +19,15 @@ Then it is undone. Exits 1 when anything was missed. `--s3` does it to objects o
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
 import sys
 import tempfile
 from collections import Counter
 from contextlib import ExitStack
-from datetime import date
 from pathlib import Path
 
 import torch
-from machine import cpu_model
 
 from udddm import store
 from udddm.config import StoreConfig
@@ -43,6 +39,9 @@ from udddm.store.inspect import Place, verify
 from udddm.store.objects import Objects, open_objects
 from udddm.store.zarr import GenerationTable
 from udddm.testing import s3
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, heading, write_json
 
 ORDER = Order(seed=11, samples=4 * 12 * 16 - 5, batch=64, lanes=4, chunk=16, window=4)
 SHAPE = (3, 8, 8)
@@ -189,9 +188,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    command = f"python benchmarks/damage.py --count {arguments.count} --seed {arguments.seed}"
-    command += " --s3" if arguments.s3 else ""
-    print(f"{date.today()}, {cpu_model()}, Python {platform.python_version()}\n{command}\n", flush=True)
+    head = about()
+    print(heading(head), flush=True)
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         url = str(directory / "state")
@@ -208,9 +206,7 @@ def main() -> int:
     complete &= total["resumes as they should"] == total["resumes"]
     print(f"\n{'all damages were found, each by its chunk' if complete else 'SOME WERE MISSED'}")
     if arguments.json is not None:
-        document = {"date": str(date.today()), "cpu": cpu_model(), "command": command, "complete": complete, **rows}
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(arguments.json, head, {"complete": complete, **rows})
     return 0 if complete else 1
 
 

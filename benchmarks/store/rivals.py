@@ -1,4 +1,4 @@
-"""What benchmarks/store.py compares the x0-state store with: plain files and requests, and other ways to keep rows."""
+"""What throughput.py compares the x0-state store with: plain files and requests, and other ways to keep rows."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What a training run on object storage does when requests fail, fault by fault.
 
-    python benchmarks/faults.py --json benchmarks/results/faults.json
+    python benchmarks/robustness/faults.py --json benchmarks/results/faults.json
 
 Each row is a run of `udddm-train --store zarr` in a process of its own, against a SeaweedFS server behind a proxy that
 makes the fault once the run has written its first checkpoint. Faults that pass are cured by retries: the run goes on.
@@ -15,20 +15,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from datetime import date
 from pathlib import Path
-
-from machine import cpu_model
 
 from udddm.testing import s3
 from udddm.testing.faults import FaultProxy
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import about, heading, write_json
 
 SETTINGS = (
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.1, condition: none}",
@@ -191,8 +190,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     chosen = [fault for fault in FAULTS if not arguments.only or any(word in fault[0] for word in arguments.only)]
-    command = " ".join(["python benchmarks/faults.py", *(["--only", *arguments.only] if arguments.only else [])])
-    print(f"{date.today()}, {cpu_model()}, Python {platform.python_version()}\n{command}\n")
+    head = about()
+    print(heading(head))
     print(f"{'fault':40} {'outcome':37} {'exit':>4} {'seconds':>7} {'retries':>8}  equal  no secret told", flush=True)
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
@@ -202,14 +201,7 @@ def main() -> int:
         if row.error:
             print(f"  {row.fault}:\n    {row.error}")
     if arguments.json is not None:
-        document = {
-            "date": str(date.today()),
-            "cpu": cpu_model(),
-            "command": command,
-            "rows": [asdict(r) for r in rows],
-        }
-        arguments.json.parent.mkdir(parents=True, exist_ok=True)
-        arguments.json.write_text(json.dumps(document, indent=1) + "\n")
+        write_json(arguments.json, head, {"rows": [asdict(r) for r in rows]})
     return 0 if all(row.good for row in rows) else 1
 
 

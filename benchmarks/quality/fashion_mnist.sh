@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # The release of Fashion-MNIST, in three runs (about 4 hours of two cores), and the last of them with two other
 # objectives: ECT's last stage with a fresh teacher, and with a stored one. Needs .venv (`make test` sets it up).
-#     bash benchmarks/fashion_mnist.sh
+#     bash benchmarks/quality/fashion_mnist.sh
 set -euo pipefail
-cd "$(dirname "$0")/.."
+cd "$(dirname "$0")/../.."
 export OMP_NUM_THREADS=1 PYTHONPATH=benchmarks/yardstick
 results=benchmarks/results/fashion-mnist
 
@@ -14,7 +14,7 @@ train() {  # name, epochs, learning rate, averages, then options
     --set sample.every_steps=0 "${@:5}"
 }
 release() {
-  .venv/bin/python benchmarks/release.py "runs/$1" "$2"
+  .venv/bin/python benchmarks/quality/release.py "runs/$1" "$2"
 }
 
 ict="objective={name: consistency, warmup: 0, consistency: {first: 640, last: 640}}"
@@ -37,11 +37,11 @@ train third-ect "${third[@]}" --set "$ect"
 wait "$ict_run"
 train third-stored "${third[@]}" --set "$stored"
 release third $results/consistency
-.venv/bin/python benchmarks/epochs.py runs/third runs/third-ect runs/third-stored \
+.venv/bin/python benchmarks/quality/epochs.py runs/third runs/third-ect runs/third-stored \
   --json benchmarks/results/fashion-mnist-third.json | tee benchmarks/results/fashion-mnist-third.txt
 
 # Where one evaluation starts from.
 for model in tuning continued consistency; do
-  PYTHONPATH=benchmarks:benchmarks/yardstick .venv/bin/python benchmarks/start_level.py $results/$model \
+  .venv/bin/python benchmarks/quality/start_level.py $results/$model \
     --json benchmarks/results/start-level-$model.json
 done | tee benchmarks/results/start-level.txt
