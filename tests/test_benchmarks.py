@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RELEASE = "fashion-mnist/consistency/ema-0.9998.safetensors"  # what the README samples from
 FOLDERS = ("quality", "store", "training", "robustness")
 SCRIPTS = sorted(
     str(path.relative_to(BENCHMARKS))
@@ -31,6 +33,15 @@ def run(script: str, *arguments: str, where: Path) -> str:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_imports_what_it_needs_from_any_folder(script: str, tmp_path: Path) -> None:
     assert run(script, "--help", where=tmp_path).startswith(f"usage: {Path(script).name}")
+
+
+def test_the_index_of_results_has_a_line_for_every_file() -> None:
+    results = BENCHMARKS / "results"
+    index = (results / "README.md").read_text()
+    kept = {".json", ".txt", ".png"}
+    files = {str(path.relative_to(results)) for path in results.rglob("*") if path.suffix in kept}
+    assert files == set(re.findall(r"\]\((?!\.\.)([^)]*)\)", index)) - {RELEASE}
+    assert (results / RELEASE).stat().st_size <= 7_000_000
 
 
 def test_every_folder_has_scripts() -> None:

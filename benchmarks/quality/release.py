@@ -1,6 +1,6 @@
 """Make a release of a finished run: a directory that udddm-sample takes, with samples, a grid and scores.
 
-    python benchmarks/quality/release.py runs/fashion-mnist benchmarks/results/fashion-mnist/tuning
+    python benchmarks/quality/release.py runs/fashion-mnist runs/releases/tuning
 
 Of the averages of the weights that the run kept, the one with the lowest Frechet distance at one evaluation is taken;
 all are told. samples-1.npy holds 2,000 images as uint8, made by one evaluation each.

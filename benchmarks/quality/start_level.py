@@ -1,6 +1,6 @@
 """The level that one-step sampling starts from: is the image gone there? VE.
 
-    python benchmarks/quality/start_level.py benchmarks/results/fashion-mnist/tuning --sigma 30 50 65 80 100
+    python benchmarks/quality/start_level.py benchmarks/results/fashion-mnist/consistency --sigma 30 50 65 80 100
 
 Sampling puts noise alone in the place of x_0 + sigma eps. The two differ by the data's mean, |mean| / sigma standard
 deviations of the noise along one direction. For each sigma the table has that offset and the Frechet distance at one
