@@ -98,7 +98,7 @@ def in_memory() -> Path | None:
 def device_name(device: str, results: Any, bench: Any) -> str:
     """The device's name, found in a forked process. "" where there is no such device."""
     from gpu_steps.harness import Check, Results, perform
-    from machine import cpu_model
+    from report import cpu_model
 
     if device == "cpu":
         return cpu_model()

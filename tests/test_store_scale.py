@@ -1,4 +1,4 @@
-"""The model of benchmarks/store_scale.py: the store's own code in virtual time over a modelled object store."""
+"""The model of benchmarks/store/scale.py: the store's own code in virtual time over a modelled object store."""
 
 import importlib
 import math
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-store_scale = importlib.import_module("store_scale")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "store"))
+store_scale = importlib.import_module("scale")
 pipeline = importlib.import_module("udddm.store.pipeline")
 
 FREE = store_scale.Service(0, 0, 0, 0, connection=math.inf, link=math.inf, total=math.inf, gets=math.inf, puts=math.inf)

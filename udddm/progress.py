@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import sys
@@ -39,7 +40,11 @@ class _Writer(Protocol):
     def close(self) -> None: ...
 
 
-def _tensorboard(directory: Path, purge_step: int) -> _Writer:
+def _tensorboard(directory: Path, purge_step: int) -> _Writer | None:
+    """A writer of event files, or None where TensorBoard is not installed, which the log then mentions."""
+    if importlib.util.find_spec("tensorboard") is None:
+        say("metrics go to metrics.jsonl only: for TensorBoard, pip install 'udddm[tensorboard]'")
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tensorboard's own imports
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
@@ -136,13 +141,15 @@ class Progress:
         """Record values at a step: the rates, the store's counters and the ETA are also shown."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
-        for name, value in values.items():
-            self._tensorboard.add_scalar(name, value, step)
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
         if self._listener is None:
             self._line.show(step, self._total, values)
         else:
             self._listener(step, self._total, values)
 
     def close(self) -> None:
-        self._tensorboard.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
         self._line.close()

@@ -158,6 +158,7 @@ class RemoteCheckpoints(Checkpoints):
     def _set_aside(self, path: Path) -> str:
         self._remove(path)  # an object cannot be renamed
         return f"{path.name} is removed"
+
     def _own(self, path: Path) -> bool:
         lease = self.objects.guard
         if not isinstance(lease, Lease) or path in self._left:

@@ -30,15 +30,21 @@ from udddm.data.sources import (
 RNG = np.random.default_rng(0)
 
 
-def test_digits_are_scaled_from_their_sixteen_steps() -> None:
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
+def test_digits_are_those_of_scikit_learn_scaled_from_their_sixteen_steps() -> None:
+    bunch = pytest.importorskip("sklearn.datasets").load_digits()
     dataset = ImageDataset(load_dataset(DataConfig(name="digits")))
     images, labels = dataset.batch(np.arange(1797))
     assert (len(dataset), dataset.shape, dataset.classes) == (1797, (1, 8, 8), 10)
     assert torch.equal(images, torch.tensor(bunch.images, dtype=torch.float32)[:, None] / 8 - 1)
     assert np.array_equal(labels, bunch.target)
+
+
+def test_digits_have_the_fingerprint_of_runs_that_read_them_from_scikit_learn() -> None:
+    assert ImageDataset(load_dataset(DataConfig(name="digits"))).fingerprint() == {
+        "length": 1797,
+        "shape": [1, 8, 8],
+        "digest": "1d4ede123df27d0f64ff65055a24ebe358b648525092b89a3a560a3646c8cac3",
+    }
 
 
 @pytest.mark.skipif(

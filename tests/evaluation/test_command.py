@@ -19,6 +19,7 @@ from udddm.backends.ranks import Ranks
 from udddm.cli import sample as sample_command
 from udddm.config import resolve
 from udddm.data import ImageDataset
+from udddm.data.sources import digits
 from udddm.evaluation import evaluate
 from udddm.evaluation.command import main
 from udddm.evaluation.features import FeatureNetwork, load_features
@@ -47,9 +48,8 @@ def evaluated(tmp_path: Path, *arguments: str) -> dict[str, Any]:
 
 def samples(path: Path, count: int = 700, dtype: type = np.float32) -> Path:
     """Digits with some noise."""
-    from sklearn.datasets import load_digits
-
-    images = load_digits().images[:count, None] / 8 - 1 + 0.3 * np.random.default_rng(0).normal(size=(count, 1, 8, 8))
+    images, _ = digits().batch(np.arange(count))
+    images = images.astype(np.float64) + 0.3 * np.random.default_rng(0).normal(size=(count, 1, 8, 8))
     images = images.clip(-1, 1)
     np.save(path, (images * 127.5 + 127.5).round().astype(np.uint8) if dtype is np.uint8 else images.astype(dtype))
     return path

@@ -1,4 +1,4 @@
-"""A short run of benchmarks/gaussian.py: the chain objective finds the solution that is known in closed form."""
+"""A short run of benchmarks/quality/gaussian.py: the chain objective finds a solution that is known in closed form."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from udddm.process import Coefficients, build
 @pytest.fixture(scope="module")
 def gaussian() -> ModuleType:
     """The benchmark, which is a script beside the package."""
-    path = Path(__file__).parents[2] / "benchmarks" / "gaussian.py"
+    path = Path(__file__).parents[2] / "benchmarks" / "quality" / "gaussian.py"
     spec = importlib.util.spec_from_file_location("benchmark_gaussian", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,8 @@ class FolderImages(BatchSource):
     def __init__(self, root: Path, size: int | None = None) -> None:
         if not root.is_dir():
             raise DataError(f"{root} is not a local directory: data.path must be the folder with the images")
+        if importlib.util.find_spec("PIL") is None:
+            raise DataError(f"reading the image files in {root} needs Pillow: pip install 'udddm[images]'")
         self.files = _find(root)
         if not self.files:
             raise DataError(f"{root} holds no image: none of its files ends in {', '.join(SUFFIXES)}")

@@ -15,9 +15,8 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from scipy import special
 
-from udddm import noise
+from udddm import noise, special
 from udddm.config import ChainConfig
 from udddm.noise import Stream
 from udddm.objective.loss import Visits

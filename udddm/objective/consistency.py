@@ -10,9 +10,8 @@ import math
 
 import numpy as np
 import numpy.typing as npt
-from scipy import special
 
-from udddm import noise
+from udddm import noise, special
 from udddm.config import ConsistencyConfig, TuningConfig
 from udddm.noise import Stream
 from udddm.objective.loss import Visits

@@ -1,0 +1,371 @@
+"""The study of objectives: how good samples are at equal images and at equal time, with what, and what did not work.
+
+    python benchmarks/quality/study.py speed                    # images/s of every objective over iCT's
+    python benchmarks/quality/study.py objectives --seeds 0 1 2 # objectives side by side, VE and VP
+    python benchmarks/quality/study.py ablations                # one setting changed at a time
+    python benchmarks/quality/study.py report                   # tables in Markdown, curves, grids
+
+--data digits (the default) or fashion-mnist. Every run is scored by the yardstick's network (benchmarks/yardstick:
+Frechet distance in the feature space of a small classifier; lower is better). Rows are kept in --json as they are made,
+and those that it has are not made again. One core: `train.threads` is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+import udddm
+from udddm import objective, process
+from udddm.backends.engine import build as build_engine
+from udddm.backends.ranks import join
+from udddm.config import RunConfig
+from udddm.data import ImageDataset, MapDataset, load_dataset
+from udddm.ema import EMA
+from udddm.evaluation import evaluate
+from udddm.evaluation.features import extract, load_features
+from udddm.trainer import network_for
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import ROOT, about, write_json
+
+sys.path.insert(0, str(ROOT / "benchmarks" / "yardstick"))
+
+CONDITIONED = ["network.condition=cross-attention"]
+STAGES = "[{start: 0, levels: 8}, {start: 0.2, levels: 16}, {start: 0.4, levels: 32}, {start: 0.6, levels: 64}"
+WARMUP = 0.4
+TUNED = [
+    f"objective={{name: chain, warmup: {WARMUP}, huber_c: 0.00432}}",
+    "objective.chain.distribution=lognormal",
+    "objective.chain.weighting=gap",
+    f"objective.chain.stages={STAGES}, {{start: 0.8, levels: 128}}]",
+]
+"""A chain with the baselines' loss weights, distance, distribution of levels, number of levels and warm-up."""
+MANY = f"objective.chain.stages=[{', '.join(f'{{start: {i / 8}, levels: {8 << i}}}' for i in range(8))}]"
+"""About as many levels as iCT has (1,280), at the same shares of the run."""
+PLAIN = "objective={name: chain, huber_c: 1.5}"
+ECT = f"objective={{name: tuning, warmup: {WARMUP}}}"
+OBJECTIVES: dict[str, list[str]] = {
+    "chain L=2, tuned": TUNED,
+    "chain L=2, tuned, M to 1024": [*TUNED, MANY],
+    "ECT, stored teacher L=2": [ECT, "objective.tuning.length=2"],
+    "iCT": ["objective={name: consistency}"],
+    "ECT": [ECT],
+    "iCT, warm-up 0.4": [f"objective={{name: consistency, warmup: {WARMUP}}}"],
+    "chain L=1, tuned (no store)": [*TUNED, "objective.chain.length=1"],
+    "chain L=2": [PLAIN],
+    "chain L=1 (no store)": [PLAIN, "objective.chain.length=1"],
+    "trajectory": [PLAIN, "objective.chain.length=trajectory"],
+    "denoiser, Heun": ["objective={name: denoiser}", "sample.sampler=heun", "sample.steps=9"],
+    "Algorithm 1": ["objective={name: algorithm-1}", *CONDITIONED],
+}
+"""iCT and ECT as published, and iCT after a denoiser; learning rate, batch, EMA and network are the preset's."""
+COMPARED = (
+    "chain L=2, tuned",
+    "chain L=2, tuned, M to 1024",
+    "ECT, stored teacher L=2",
+    "iCT",
+    "ECT",
+    "iCT, warm-up 0.4",
+)
+"""Over several seeds; the others once."""
+PROCESSES = {
+    "ve": [],
+    "vp": ["process.kind=vp", "process.timesteps=8000"],
+}
+ABLATIONS: dict[str, dict[str, list[str]]] = {
+    "levels M at the end": {
+        "8": ["objective.chain.stages=[{start: 0, levels: 8}]"],
+        "1024": [MANY],
+        "1024, L = 1": [MANY, "objective.chain.length=1"],
+    },
+    "chain length L": {
+        "1": ["objective.chain.length=1"],
+        "4": ["objective.chain.length=4"],
+    },
+    "coefficients": {
+        "paper's kappa": ["process.preconditioning=paper"],
+        "quadratic kappa": ["process.preconditioning=quadratic"],
+    },
+    "c": {"0.19 sqrt(d)": ["objective.huber_c=1.5"]},
+    "levels drawn": {"uniformly": ["objective.chain.distribution=uniform"]},
+    "weighting": {"none": ["objective.chain.weighting=none"]},
+    "guiding weight": {"1/(n+1), n the level": ["objective.chain.guiding=visits"]},
+    "warm-up": {"0": ["objective.warmup=0"], "0.2": ["objective.warmup=0.2"], "0.6": ["objective.warmup=0.6"]},
+    "learning rate": {"3.5e-4": ["train.learning_rate=3.5e-4"], "1.4e-3": ["train.learning_rate=1.4e-3"]},
+    "state's age": {
+        "28 steps, ten times the images": ["longer=10"],
+        "449 steps, ten times the images": ["longer=10", "repeat=16"],
+    },
+    "iCT": {
+        "as published": ["objective={name: consistency}"],
+        "levels 10 to 160": ["objective={name: consistency, consistency: {last: 160}}"],
+        "warm-up 0.2": ["objective={name: consistency, warmup: 0.2}"],
+        "warm-up 0.4": ["objective={name: consistency, warmup: 0.4}"],
+        "warm-up 0.4, uniformly": ["objective={name: consistency, warmup: 0.4, consistency: {distribution: uniform}}"],
+    },
+    "ten times the images": {
+        "iCT": ["objective={name: consistency}", "longer=10"],
+        "iCT, warm-up 0.4": ["objective={name: consistency, warmup: 0.4}", "longer=10"],
+        "ECT": [ECT, "longer=10"],
+        "ECT, warm-up 0.2": [ECT, "objective.warmup=0.2", "longer=10"],
+        "ECT, stored teacher L=2": [ECT, "objective.tuning.length=2", "longer=10"],
+        "chain L=2, tuned, M to 1024": [*TUNED, MANY, "longer=10"],
+    },
+    "ECT": {
+        "as published": [ECT],
+        "warm-up 0.2": [ECT, "objective.warmup=0.2"],
+        "no warm-up": [ECT, "objective.warmup=0"],
+        "stored teacher, L = 2": [ECT, "objective.tuning.length=2"],
+        "stored teacher, L = 2, state in fp32": [ECT, "objective.tuning.length=2", "store.dtype=fp32"],
+    },
+}
+"""Each changes one thing of "chain L=2, tuned", VE: L = 2, M to 128, c = 0.00054 sqrt(d), warm-up 0.4, learning rate
+7e-4, a state 28 steps old."""
+
+
+BATCH = 64
+"""Of both presets."""
+
+
+@dataclass(frozen=True)
+class Data:
+    preset: str
+    overrides: tuple[str, ...]
+    features: str
+    samples: int
+    """Images of the data set, from the first on, that are trained on. All are what samples are scored against."""
+    count: int
+    """Samples that are scored."""
+    images: int
+    """Images that iCT trains on, unless --images says otherwise."""
+    ablated: int
+    """Images that a run of the ablations trains on."""
+
+
+DATA = {
+    "digits": Data("digits", (), "features:digits", 1797, 1000, 56_000, 32_000),
+    "fashion-mnist": Data(
+        "fashion-mnist",
+        ("network.patch=4", "network.width=64", "network.multipliers=[1]", "network.blocks=1", "train.ema=[0.999]"),
+        "features:fashion_mnist",
+        6000,
+        2000,
+        60_000,
+        20_000,
+    ),
+}
+
+
+class Resized:
+    """`count` images: the first ones of a data set, or all of it over and over. The more there are, the longer it is
+    between a state's writing and its reading."""
+
+    def __init__(self, dataset: MapDataset, count: int):
+        self._dataset, self._count = dataset, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int, /) -> Any:
+        return self._dataset[index % len(self._dataset)]
+
+
+def factor(overrides: list[str], name: str) -> int:
+    """Of a setting of the study's own: `repeat` the data set, train on so many times the images (`longer`)."""
+    return next((int(o.removeprefix(f"{name}=")) for o in overrides if o.startswith(f"{name}=")), 1)
+
+
+def configured(data: Data, overrides: list[str], steps: int, seed: int) -> RunConfig:
+    sets = [o for o in overrides if not o.startswith(("repeat=", "longer="))]
+    fixed = [
+        f"seed={seed}",
+        f"train.steps={steps}",
+        "train.epochs=null",
+        "train.threads=1",
+        "store.kind=gpu",
+        f"checkpoint.every_steps={steps}",
+        "sample.every_steps=0",
+        "sample.final=0",
+        f"evaluate={{every_steps: {max(1, steps // 5)}, count: 1000, features: '{data.features}'}}",
+    ]
+    return udddm.load(ROOT / "configs" / f"{data.preset}.yaml", [*data.overrides, *fixed, *sets])
+
+
+def run(data: Data, overrides: list[str], length: int, seed: int, directory: Path) -> dict[str, Any]:
+    """Train on `length` images and score; `directory` keeps what it made."""
+    steps = max(8, length * factor(overrides, "longer") // BATCH)
+    config = configured(data, overrides, steps, seed)
+    dataset = load_dataset(config.data)
+    images = Resized(dataset, data.samples * factor(overrides, "repeat"))
+    result = udddm.train(config, images, run_dir=directory, device="cpu")
+    network = load_features(data.features, torch.device("cpu"))
+    real = evaluate.reference(ImageDataset(dataset), network)
+    heun = config.sample.sampler == "heun"
+    by_evaluations = {}
+    for steps in (1, 2, 4) if not heun else (1, 3, 35):
+        sampler = config.sample.sampler
+        drawn = udddm.sample(directory, range(data.count), steps=steps, sampler_name=sampler)
+        if steps in (1, 35):
+            np.save(directory / f"samples-{steps}.npy", drawn[:64])
+        features, logits = extract(network, torch.split(torch.from_numpy(drawn), 250))
+        by_evaluations[str(steps)] = evaluate.score(features, logits, real, network.name)
+    curve = [json.loads(line) for line in (directory / "evaluation.jsonl").read_text().splitlines()]
+    return {
+        "steps": result["steps"],
+        "images": result["steps"] * BATCH,
+        "evaluations": by_evaluations,
+        "curve": [{"images": p["step"] * BATCH, "fd": p["fd"], "recall": p["recall"]} for p in curve],
+    }
+
+
+def speeds(data: Data, names: list[str], rounds: int, ict: float | None, seconds: float = 1.0) -> dict[str, Any]:
+    """Images/s of a training step (plan, passes, Adam, EMA), objectives in turn within every round; `run_` is over a
+    whole run, a share of which is a denoiser's where there is a warm-up. iCT and the denoiser are measured in any case;
+    ratios become images/s by `ict`, iCT's of another time."""
+    ranks = join("cpu")
+    torch.set_num_threads(1)
+    beside = {"iCT", "denoiser, Heun", *names}
+    stepped = {name: _steps(data, OBJECTIVES[name], ranks) for name in OBJECTIVES if name in beside}
+    found: dict[str, list[float]] = {name: [] for name in stepped}
+    for step in stepped.values():
+        for _ in range(3):
+            next(step)
+    for _ in range(rounds):
+        for name, step in stepped.items():
+            done, began = 0, time.perf_counter()
+            while (spent := time.perf_counter() - began) < seconds or done % 2:
+                done += next(step)
+            found[name].append(done / spent)
+    ict = ict or float(np.median(found["iCT"]))
+    ratios = {name: np.array(rates) / np.array(found["iCT"]) for name, rates in found.items()}
+    denoiser = float(np.median(ratios["denoiser, Heun"]))
+    result = {}
+    for name, ratio in ratios.items():
+        over, warmup = float(np.median(ratio)), configured(data, OBJECTIVES[name], 100, 0).objective.warmup or 0.0
+        run = 1 / (warmup / denoiser + (1 - warmup) / over)
+        result[name] = {
+            "images_per_second": ict * over,
+            "over_ict": over,
+            "over_ict_range": [float(ratio.min()), float(ratio.max())],
+            "run_over_ict": run,
+            "run_images_per_second": ict * run,
+        }
+    return result
+
+
+def _steps(data: Data, overrides: list[str], ranks: Any) -> Iterator[int]:
+    """Each `next` is a training step in the middle of a run; gives its images."""
+    config = configured(data, overrides, 10_000, 0)
+    images = ImageDataset(load_dataset(config.data))
+    epochs = 60
+    visit = objective.build(config, process.build(config.process), epochs, images.shape)
+    engine = build_engine(network_for(config, images.shape), config, ranks, 10_000)
+    emas = [EMA(engine.weights(), decay) for decay in config.train.ema]
+    batch, step = config.train.batch_size, 0
+    state = torch.zeros(batch, *images.shape)
+    while True:
+        ids = (np.arange(batch) + step * batch) % len(images)
+        x0, labels = images.batch(ids)
+        chosen = torch.from_numpy(labels) if config.network.classes and labels is not None else None
+        with engine.autocast():
+            losses, state = visit(engine.module, x0, state, visit.plan(ids, 40 + step % 16), chosen)
+        engine.backward_and_step(losses.mean(), step % 10_000)
+        step += 1
+        for ema in emas:
+            ema.update(step)
+        yield batch
+
+
+def planned(suite: str, seeds: list[int], only: list[str] | None) -> Iterator[tuple[str, list[str], str, int, str]]:
+    """(key, overrides, objective for its speed, seed, budget) of every run of a suite, the most telling first."""
+    if suite == "ablations":
+        if not only:
+            yield "chain L=2, tuned | ve | ablation", TUNED, "", 0, "ablation"
+        for setting, values in ABLATIONS.items():
+            for value, sets in values.items():
+                if not only or setting in only:
+                    base = [] if setting in ("iCT", "ECT", "ten times the images") else TUNED
+                    yield f"{setting} = {value} | ve | ablation", [*base, *sets], "", 0, "ablation"
+        if not only or "coefficients" in only:
+            vp = [*TUNED, *PROCESSES["vp"]]
+            yield "coefficients = EDM's, VP | vp | ablation", vp, "", 0, "ablation"
+            paper = [*vp, "process.preconditioning=paper"]
+            yield "coefficients = paper's, VP | vp | ablation", paper, "", 0, "ablation"
+        return
+    for seed in seeds:
+        for kind, process_sets in PROCESSES.items():
+            for name, sets in OBJECTIVES.items():
+                if (only and name not in only) or (seed > 0 and name not in COMPARED):
+                    continue
+                yield f"{name} | {kind} | time | {seed}", [*process_sets, *sets], name, seed, "time"
+    for kind, process_sets in PROCESSES.items():
+        for name in COMPARED[:3]:
+            if not only or name in only:
+                yield f"{name} | {kind} | images | 0", [*process_sets, *OBJECTIVES[name]], name, 0, "images"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", choices=["speed", "objectives", "ablations", "report"])
+    parser.add_argument("--data", choices=list(DATA), default="digits")
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="*", help="objectives, or ablated settings")
+    parser.add_argument("--processes", nargs="*", choices=list(PROCESSES), default=list(PROCESSES))
+    parser.add_argument("--images", type=int, help="images that iCT trains on; the others as many as fit its time")
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/quality-<data>.json")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality", help="where the runs are kept")
+    arguments = parser.parse_args()
+    data = DATA[arguments.data]
+    path: Path = arguments.json or ROOT / "benchmarks" / "results" / f"quality-{arguments.data}.json"
+    book = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+
+    def keep() -> None:
+        book.update(about(), data=arguments.data)  # of the newest of the commands that the book is made of
+        write_json(path, {}, book)
+
+    if arguments.suite == "report":
+        from study_report import report
+
+        report(book, arguments.runs / arguments.data, path.parent)
+        return
+    known = {} if arguments.suite == "speed" else book.get("speed", {})
+    if missing := [name for name in OBJECTIVES if name not in known]:
+        ict = known["iCT"]["images_per_second"] if known else None
+        measured = speeds(data, missing, arguments.rounds, ict) | known
+        book["speed"] = {name: measured[name] for name in OBJECTIVES}
+        keep()
+        for name, row in book["speed"].items():
+            low, high = row["over_ict_range"]
+            rate, ratio = row["images_per_second"], row["over_ict"]
+            print(f"{name:30} {rate:6.0f} images/s, {ratio:.2f} x iCT ({low:.2f} to {high:.2f})")
+    if arguments.suite == "speed":
+        return
+    for key, sets, name, seed, budget in planned(arguments.suite, arguments.seeds, arguments.only):
+        if key in book["rows"] or key.split(" | ")[1] not in arguments.processes:
+            continue
+        images = arguments.images or (data.ablated if budget == "ablation" else data.images)
+        share = book["speed"][name]["run_over_ict"] if budget == "time" else 1.0
+        directory = arguments.runs / arguments.data / "".join(c if c.isalnum() else "-" for c in key)
+        row = run(data, sets, round(images * share), seed, directory)
+        book = json.loads(path.read_text()) if path.exists() else book  # another process may add rows of its own
+        book["rows"][key] = row
+        keep()
+        minutes = f"{row['images'] / book['speed'][name]['run_images_per_second'] / 60:.1f} min" if name else ""
+        fds = "  ".join(f"{n}: {s['fd']:.1f}" for n, s in row["evaluations"].items())
+        collapsed = "  COLLAPSED" if any(s["collapsed"] for s in row["evaluations"].values()) else ""
+        print(f"{key:55} {row['steps']:6} steps {minutes:8}  fd {fds}{collapsed}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

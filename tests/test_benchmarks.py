@@ -1,0 +1,60 @@
+"""The scripts in benchmarks/ start from any folder and report machine, commit, date and command in one form."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+RELEASE = "fashion-mnist/consistency/ema-0.9998.safetensors"  # what the README samples from
+FOLDERS = ("quality", "store", "training", "robustness")
+SCRIPTS = sorted(
+    str(path.relative_to(BENCHMARKS))
+    for folder in FOLDERS
+    for path in (BENCHMARKS / folder).glob("*.py")
+    if "ArgumentParser" in path.read_text()
+)
+
+
+def run(script: str, *arguments: str, where: Path) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(BENCHMARKS.parent)}
+    command = [sys.executable, str(BENCHMARKS / script), *arguments]
+    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_imports_what_it_needs_from_any_folder(script: str, tmp_path: Path) -> None:
+    assert run(script, "--help", where=tmp_path).startswith(f"usage: {Path(script).name}")
+
+
+def test_the_index_of_results_has_a_line_for_every_file() -> None:
+    results = BENCHMARKS / "results"
+    index = (results / "README.md").read_text()
+    kept = {".json", ".txt", ".png"}
+    files = {str(path.relative_to(results)) for path in results.rglob("*") if path.suffix in kept}
+    assert files == set(re.findall(r"\]\((?!\.\.)([^)]*)\)", index)) - {RELEASE}
+    assert (results / RELEASE).stat().st_size <= 7_000_000
+
+
+def test_every_folder_has_scripts() -> None:
+    assert {script.partition("/")[0] for script in SCRIPTS} == set(FOLDERS)
+
+
+def test_a_report_says_when_where_and_how_it_was_made(tmp_path: Path) -> None:
+    out = tmp_path / "new" / "startup.json"
+    text = run("training/startup.py", "--rounds", "1", "--json", str(out), where=tmp_path)
+    report = json.loads(out.read_text())
+    assert set(report) > {"date", "commit", "command", "machine", "cores", "versions", "ratio"}
+    assert report["command"] == "python benchmarks/training/startup.py --rounds 1"
+    assert set(report["versions"]) == {"python", "torch"}
+    first, second = text.splitlines()[:2]
+    assert report["date"] in first and report["commit"] in first and report["machine"] in first
+    assert second == report["command"] and str(tmp_path) not in json.dumps(report)
