@@ -15,15 +15,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from udddm.backends.ranks import Ranks
-from udddm.checkpoint import (
-    Checkpoints,
-    damage,
-    load_json,
-    step_of,
-)
+from udddm.backends.distributed.ranks import Ranks
 from udddm.errors import CheckpointError
-from udddm.portable import Saved
+from udddm.files import load_json
+from udddm.runs.checkpoint import Checkpoints, damage, step_of
+from udddm.runs.weights import Saved
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
 

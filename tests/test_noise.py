@@ -9,15 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from udddm import noise
-from udddm.noise import Stream
+from udddm import rng
+from udddm.rng import Stream
 
 SEEDS = st.integers(0, 2**63 - 1)
 PARTS = st.integers(0, 2**40)
 
 
 def draw(seed: int, stream: Stream, count: int, shape: tuple[int, ...], *parts: int) -> torch.Tensor:
-    return noise.normal(noise.as_tensor(noise.keys(seed, stream, np.arange(count), *parts)), shape)
+    return rng.normal(rng.as_tensor(rng.keys(seed, stream, np.arange(count), *parts)), shape)
 
 
 def naive_mix(z: int) -> int:
@@ -78,37 +78,37 @@ def test_neighbouring_keys_epochs_streams_and_seeds_are_uncorrelated() -> None:
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (1, 3, 3), (3, 8, 8), (3, 32, 32)])
 def test_a_row_depends_on_its_key_alone(shape: tuple[int, ...]) -> None:
-    keys = noise.as_tensor(noise.keys(7, Stream.NOISE, np.arange(67)))
-    whole = noise.normal(keys, shape)
+    keys = rng.as_tensor(rng.keys(7, Stream.NOISE, np.arange(67)))
+    whole = rng.normal(keys, shape)
     for size in (1, 2, 3, 4, 5, 7, 8, 16, 31, 32, 33, 64):
-        pieces = torch.cat([noise.normal(part, shape) for part in keys.split(size)])
+        pieces = torch.cat([rng.normal(part, shape) for part in keys.split(size)])
         assert torch.equal(pieces, whole), size
     shuffle = torch.randperm(67, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(noise.normal(keys[shuffle], shape), whole[shuffle])
+    assert torch.equal(rng.normal(keys[shuffle], shape), whole[shuffle])
 
 
 def test_a_row_does_not_depend_on_the_number_of_threads() -> None:
-    keys = noise.as_tensor(noise.keys(7, Stream.NOISE, np.arange(64)))
+    keys = rng.as_tensor(rng.keys(7, Stream.NOISE, np.arange(64)))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        alone = noise.normal(keys, (3, 33, 33))
+        alone = rng.normal(keys, (3, 33, 33))
         torch.set_num_threads(4)
-        assert torch.equal(noise.normal(keys, (3, 33, 33)), alone)
+        assert torch.equal(rng.normal(keys, (3, 33, 33)), alone)
     finally:
         torch.set_num_threads(before)
 
 
 def test_no_keys_give_no_rows() -> None:
-    assert noise.normal(torch.empty(0, dtype=torch.int64), (1, 2, 2)).shape == (0, 1, 2, 2)
+    assert rng.normal(torch.empty(0, dtype=torch.int64), (1, 2, 2)).shape == (0, 1, 2, 2)
 
 
 @given(SEEDS, st.lists(PARTS, min_size=1, max_size=20))
 def test_numpy_and_torch_agree_on_bits(seed: int, parts: list[int]) -> None:
-    keys = noise.keys(seed, Stream.NOISE, np.array(parts))
-    tensor = noise.as_tensor(keys)
+    keys = rng.keys(seed, Stream.NOISE, np.array(parts))
+    tensor = rng.as_tensor(keys)
     assert [int(k) % 2**64 for k in tensor] == [int(k) for k in keys]
-    x = noise.normal(tensor, (1, 3, 3)).flatten(1).numpy()
+    x = rng.normal(tensor, (1, 3, 3)).flatten(1).numpy()
     for row, key in zip(x, keys, strict=True):  # Box-Muller from Python's integers
         bits = [naive_mix((int(key) + i * 0x9E3779B97F4A7C15) % 2**64) for i in range(5)]
         radius = np.sqrt(-2 * np.log([((b >> 32) + 0.5) / 2**32 for b in bits]))
@@ -119,35 +119,35 @@ def test_numpy_and_torch_agree_on_bits(seed: int, parts: list[int]) -> None:
 
 @given(SEEDS, PARTS, PARTS)
 def test_scalar_and_array_keys_are_the_same(seed: int, a: int, b: int) -> None:
-    grid = noise.keys(seed, Stream.NOISE, np.array([[a], [b]]), np.array([b, a, 3]))
+    grid = rng.keys(seed, Stream.NOISE, np.array([[a], [b]]), np.array([b, a, 3]))
     assert grid.shape == (2, 3)
-    assert int(grid[0, 0]) == noise.key(seed, Stream.NOISE, a, b)
-    assert int(grid[1, 2]) == noise.key(seed, Stream.NOISE, b, 3)
+    assert int(grid[0, 0]) == rng.key(seed, Stream.NOISE, a, b)
+    assert int(grid[1, 2]) == rng.key(seed, Stream.NOISE, b, 3)
 
 
 @given(st.integers(0, 2**64 - 1))
 def test_mix_is_the_finaliser_of_splitmix64(value: int) -> None:
     with np.errstate(over="ignore"):
-        assert int(noise.mix(np.uint64(value))) == naive_mix(value)
+        assert int(rng.mix(np.uint64(value))) == naive_mix(value)
 
 
 @given(SEEDS, PARTS, PARTS)
 def test_keys_differ_between_streams_seeds_parts_and_their_order(seed: int, a: int, b: int) -> None:
-    found = [noise.key(seed, stream, *parts) for stream in Stream for parts in ((), (a,), (a, b), (a, b, 0))]
-    found += [noise.key(seed + 1, Stream.NOISE, a, b), noise.key(seed, Stream.NOISE, a + 1, b)]
+    found = [rng.key(seed, stream, *parts) for stream in Stream for parts in ((), (a,), (a, b), (a, b, 0))]
+    found += [rng.key(seed + 1, Stream.NOISE, a, b), rng.key(seed, Stream.NOISE, a + 1, b)]
     if a != b:
-        found += [noise.key(seed, Stream.NOISE, b, a), noise.key(seed, Stream.NOISE, b)]
+        found += [rng.key(seed, Stream.NOISE, b, a), rng.key(seed, Stream.NOISE, b)]
     assert len(set(found)) == len(found)
 
 
 def test_keys_of_a_grid_of_samples_and_epochs_are_all_different() -> None:
-    grid = noise.keys(0, Stream.NOISE, np.arange(2000)[:, None], np.arange(200))
+    grid = rng.keys(0, Stream.NOISE, np.arange(2000)[:, None], np.arange(200))
     assert len(np.unique(grid)) == grid.size
 
 
 def test_bits_of_keys_are_fair_and_change_with_every_part() -> None:
-    keys = noise.keys(0, Stream.TIME, np.arange(20_000), 5)
-    neighbour = noise.keys(0, Stream.TIME, np.arange(20_000), 6)
+    keys = rng.keys(0, Stream.TIME, np.arange(20_000), 5)
+    neighbour = rng.keys(0, Stream.TIME, np.arange(20_000), 6)
     for words in (keys, keys ^ neighbour, keys ^ np.roll(keys, 1)):
         ones = (words[:, None] >> np.arange(64, dtype=np.uint64) & np.uint64(1)).mean(0)
         assert np.abs(ones - 0.5).max() < 4.5 * 0.5 / np.sqrt(len(keys))
@@ -155,36 +155,36 @@ def test_bits_of_keys_are_fair_and_change_with_every_part() -> None:
 
 @given(st.integers(1, 2**32 - 1), SEEDS)
 def test_below_stays_below_its_limit(limit: int, seed: int) -> None:
-    drawn = noise.below(limit, noise.keys(seed, Stream.TIME, np.arange(20)))
+    drawn = rng.below(limit, rng.keys(seed, Stream.TIME, np.arange(20)))
     assert drawn.dtype == np.int64 and drawn.min() >= 0 and drawn.max() < limit
 
 
 def test_below_reaches_both_ends_and_takes_a_limit_for_each_key() -> None:
     ends = np.array([0, 2**64 - 1], dtype=np.uint64)
-    assert noise.below(2**32 - 1, ends).tolist() == [0, 2**32 - 2]
-    assert noise.below(np.array([5, 7]), ends).tolist() == [0, 6]
+    assert rng.below(2**32 - 1, ends).tolist() == [0, 2**32 - 2]
+    assert rng.below(np.array([5, 7]), ends).tolist() == [0, 6]
 
 
 @pytest.mark.parametrize("limit", [2, 7, 33, 1000])
 def test_below_is_uniform(limit: int) -> None:
-    drawn = noise.below(limit, noise.keys(0, Stream.TIME, np.arange(200_000)))
+    drawn = rng.below(limit, rng.keys(0, Stream.TIME, np.arange(200_000)))
     assert stats.chisquare(np.bincount(drawn, minlength=limit)).pvalue > 1e-4
 
 
 @given(st.integers(0, 500), st.integers(0, 2**64 - 1))
 def test_shuffled_is_a_permutation(count: int, key: int) -> None:
-    assert sorted(noise.shuffled(count, key)) == list(range(count))
+    assert sorted(rng.shuffled(count, key)) == list(range(count))
 
 
 def test_shuffled_looks_uniform() -> None:
-    rows = np.array([noise.shuffled(4, noise.key(0, Stream.WINDOW, i)) for i in range(24_000)])
+    rows = np.array([rng.shuffled(4, rng.key(0, Stream.WINDOW, i)) for i in range(24_000)])
     _, counts = np.unique(rows @ np.array([64, 16, 4, 1]), return_counts=True)
     assert len(counts) == 24  # every order of four
     assert stats.chisquare(counts).pvalue > 1e-4
 
 
 def test_shuffled_moves_every_value_everywhere() -> None:
-    rows = np.array([noise.shuffled(30, noise.key(0, Stream.WINDOW, i)) for i in range(20_000)])
+    rows = np.array([rng.shuffled(30, rng.key(0, Stream.WINDOW, i)) for i in range(20_000)])
     for place in (0, 13, 29):
         assert stats.chisquare(np.bincount(rows[:, place], minlength=30)).pvalue > 1e-4
 
@@ -192,15 +192,15 @@ def test_shuffled_moves_every_value_everywhere() -> None:
 def test_the_generator_gives_the_numbers_it_always_gave() -> None:
     """Golden values. If these change, no old run can be resumed, and seeds no longer mean the images they meant."""
     with np.errstate(over="ignore"):
-        first = noise.mix(np.uint64(0x9E3779B97F4A7C15))
+        first = rng.mix(np.uint64(0x9E3779B97F4A7C15))
     assert int(first) == 0xE220A8397B1DCDAF  # what splitmix64's reference code gives first from seed 0
-    assert noise.key(0, Stream.PERMUTATION) == 0xE220A8397B1DCDAF
-    assert noise.key(0, Stream.NOISE, 0) == 0x43974CC0ECEB0AA8
-    assert noise.key(1, Stream.NOISE, 123456, 7) == 0x060498FCA51CA0EA
-    assert noise.key(2**63 - 1, Stream.SAMPLE_NOISE, 5, 6, 7) == 0x5D08A6F3FDBC672D
-    assert noise.shuffled(10, 42).tolist() == [5, 2, 7, 3, 9, 4, 0, 1, 8, 6]
-    assert noise.below(1000, noise.keys(0, Stream.TIME, np.arange(5))).tolist() == [115, 779, 795, 909, 665]
-    drawn = noise.normal(noise.as_tensor(noise.keys(0, Stream.NOISE, np.array([0, 1]))), (1, 1, 3))
+    assert rng.key(0, Stream.PERMUTATION) == 0xE220A8397B1DCDAF
+    assert rng.key(0, Stream.NOISE, 0) == 0x43974CC0ECEB0AA8
+    assert rng.key(1, Stream.NOISE, 123456, 7) == 0x060498FCA51CA0EA
+    assert rng.key(2**63 - 1, Stream.SAMPLE_NOISE, 5, 6, 7) == 0x5D08A6F3FDBC672D
+    assert rng.shuffled(10, 42).tolist() == [5, 2, 7, 3, 9, 4, 0, 1, 8, 6]
+    assert rng.below(1000, rng.keys(0, Stream.TIME, np.arange(5))).tolist() == [115, 779, 795, 909, 665]
+    drawn = rng.normal(rng.as_tensor(rng.keys(0, Stream.NOISE, np.array([0, 1]))), (1, 1, 3))
     expected = [[[[-0.62009609, -1.45820725, 0.83977008]]], [[[-0.03926511, 0.68494242, 0.53458887]]]]
     np.testing.assert_allclose(drawn.numpy(), expected, rtol=1e-6)
 

@@ -12,7 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from udddm.config import ConfigError, OrderConfig
+from udddm.config import OrderConfig
+from udddm.errors import ConfigError
 from udddm.order import Batch, LaneStep, Order
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from udddm.pictures import grid
+from udddm.image_grid import grid
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])

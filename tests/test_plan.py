@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from udddm import objective, plan, process, speed
-from udddm.config import ConfigError, RunConfig, load
-from udddm.data import DataError, expected
-from udddm.network.cost import cost
-from udddm.speed import Speed
+from udddm import objectives
+from udddm.config import RunConfig, load
+from udddm.data import expected
+from udddm.diffusion import schedule
+from udddm.errors import ConfigError, DataError
+from udddm.networks.cost import cost
+from udddm.tools import dry_run, throughput
+from udddm.tools.throughput import Speed
 
 PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
 TINY = [
@@ -26,8 +29,8 @@ BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def teacher(config: RunConfig, samples: int, epochs: float, shape: tuple[int, int, int]) -> float:
-    visit = objective.build(config, process.build(config.process), epochs, shape)
-    return speed.teacher_share(visit, samples, epochs)
+    visit = objectives.build(config, schedule.build(config.process), epochs, shape)
+    return throughput.teacher_share(visit, samples, epochs)
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -38,7 +41,7 @@ def test_every_preset_is_planned_without_its_data_as_its_header_says(
     monkeypatch.setattr(plan, "measure", lambda *_: measured)  # which needs gigabytes, and a minute
     monkeypatch.setattr(plan, "load_dataset", lambda _: pytest.fail("a plan loaded data"))
     config = load(preset)
-    lines = "\n".join(plan.plan(config, "cpu"))
+    lines = "\n".join(dry_run.plan(config, "cpu"))
     header = " ".join(line.lstrip("# ") for line in preset.read_text().splitlines() if line.startswith("#"))
 
     data = expected(config.data)
@@ -64,7 +67,7 @@ def test_own_presets_say_that_they_were_not_trained() -> None:
 def test_the_state_is_samples_times_pixels_times_bytes() -> None:
     for dtype, size in (("fp32", "1.0 GiB"), ("fp16", "512.0 MiB"), ("uint8", "256.0 MiB")):
         settings = ["data={name: array, expect: {samples: 1048576, shape: [1, 16, 16]}}", f"store.dtype={dtype}"]
-        lines = plan.plan(load(None, [*TINY, *settings]), "cpu")
+        lines = dry_run.plan(load(None, [*TINY, *settings]), "cpu")
         assert any(line.startswith(f"x0-state: {size} a generation in {dtype}") for line in lines)
 
 
@@ -76,13 +79,13 @@ def test_a_step_is_scaled_in_proportion_to_its_operations() -> None:
 
 def test_gpus_are_scaled_by_their_peak_and_others_by_the_assumption() -> None:
     measured = Speed(images=4, operations=1e15, passes=2.0, update=0.5)
-    assert speed.on_h100s(measured, 8e15, "bf16", "NVIDIA H100 80GB HBM3")[0] == pytest.approx(2.5)
-    seconds, how = speed.on_h100s(measured, 8e15, "bf16", "NVIDIA A100-SXM4-80GB")
+    assert throughput.on_h100s(measured, 8e15, "bf16", "NVIDIA H100 80GB HBM3")[0] == pytest.approx(2.5)
+    seconds, how = throughput.on_h100s(measured, 8e15, "bf16", "NVIDIA A100-SXM4-80GB")
     assert seconds == pytest.approx(2.5 * 312 / 989) and "scaled" in how
     for gpu in (None, "NVIDIA L40S"):
-        seconds, how = speed.on_h100s(measured, 8e15, "bf16", gpu)
-        assert seconds == pytest.approx(1e15 / (989e12 * speed.UTILISATION)) and "assumed" in how
-    assert speed.on_h100s(measured, 8e9, "bf16", None)[0] is None
+        seconds, how = throughput.on_h100s(measured, 8e15, "bf16", gpu)
+        assert seconds == pytest.approx(1e15 / (989e12 * throughput.UTILISATION)) and "assumed" in how
+    assert throughput.on_h100s(measured, 8e9, "bf16", None)[0] is None
 
 
 @pytest.mark.parametrize(
@@ -109,10 +112,10 @@ def test_a_measured_step_counts_the_teachers_passes_it_made() -> None:
     known = cost(config.network, (1, 8, 8))
     data = expected(config.data)
     assert data is not None
-    order = plan.Order.build(config.order, 0, data.samples, 64, data.shape)
-    visit = objective.build(config, process.build(config.process), 10.0, data.shape)
-    ranks = plan.join("cpu", 8)
-    found = speed.measure(config, data, order, ranks, 6, visit, known)
+    order = dry_run.Order.build(config.order, 0, data.samples, 64, data.shape)
+    visit = objectives.build(config, schedule.build(config.process), 10.0, data.shape)
+    ranks = dry_run.join("cpu", 8)
+    found = throughput.measure(config, data, order, ranks, 6, visit, known)
     assert found.images == 64
     evaluated = visit.evaluated(visit.plan(order.batch_of(range(8), 0, 0).ids, 0))
     assert evaluated > 40 and found.operations == 64 * known.training + evaluated * known.forward
@@ -124,46 +127,46 @@ def test_the_first_pass_is_not_a_steps_time(monkeypatch: pytest.MonkeyPatch) -> 
     config = load(None, [*TINY, "data.name=digits"])
     data = expected(config.data)
     assert data is not None
-    order = plan.Order.build(config.order, 0, data.samples, 64, data.shape)
-    visit = objective.build(config, process.build(config.process), 10.0, data.shape)
+    order = dry_run.Order.build(config.order, 0, data.samples, 64, data.shape)
+    visit = objectives.build(config, schedule.build(config.process), 10.0, data.shape)
     taken, clock = type(visit).__call__, [0.0]
 
-    def slow(self: objective.Objective, *arguments: Any) -> Any:
+    def slow(self: objectives.Objective, *arguments: Any) -> Any:
         clock[0] += 1.0 if clock[0] else 100.0
         return taken(self, *arguments)
 
     monkeypatch.setattr(type(visit), "__call__", slow)
     monkeypatch.setattr(speed, "_now", lambda device: clock[0])
-    ranks = plan.join("cpu", 8)
-    assert speed.measure(config, data, order, ranks, 6, visit, cost(config.network, (1, 8, 8))).passes == 1.0
+    ranks = dry_run.join("cpu", 8)
+    assert throughput.measure(config, data, order, ranks, 6, visit, cost(config.network, (1, 8, 8))).passes == 1.0
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
     config = load(None, [*TINY, "data.name=digits"])
     data = expected(config.data)
     assert data is not None
-    order = plan.Order.build(config.order, 0, data.samples, 64, data.shape)
-    visit = objective.build(config, process.build(config.process), 10.0, data.shape)
+    order = dry_run.Order.build(config.order, 0, data.samples, 64, data.shape)
+    visit = objectives.build(config, schedule.build(config.process), 10.0, data.shape)
     taken = type(visit).__call__
 
-    def small(self: objective.Objective, network: nn.Module, x0: torch.Tensor, *rest: Any) -> Any:
+    def small(self: objectives.Objective, network: nn.Module, x0: torch.Tensor, *rest: Any) -> Any:
         if len(x0) > 20:
             raise torch.OutOfMemoryError
         return taken(self, network, x0, *rest)
 
     monkeypatch.setattr(type(visit), "__call__", small)
     known = cost(config.network, (1, 8, 8))
-    assert speed.measure(config, data, order, plan.join("cpu", 8), 6, visit, known).images == 16
+    assert throughput.measure(config, data, order, dry_run.join("cpu", 8), 6, visit, known).images == 16
 
 
 def test_a_dry_run_reads_the_data_that_it_is_pointed_to(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((64, 1, 8, 8), np.uint8))
     where = f"data={{name: array, path: {tmp_path / 'images.npy'}, expect: {{samples: SAMPLES, shape: [1, 8, 8]}}}}"
-    assert "64 images 1x8x8 (loaded)" in plan.plan(load(None, [*TINY, where.replace("SAMPLES", "64")]), "cpu")[0]
+    assert "64 images 1x8x8 (loaded)" in dry_run.plan(load(None, [*TINY, where.replace("SAMPLES", "64")]), "cpu")[0]
     with pytest.raises(DataError, match="holds 64 samples, not 65"):
-        plan.plan(load(None, [*TINY, where.replace("SAMPLES", "65")]), "cpu")
+        dry_run.plan(load(None, [*TINY, where.replace("SAMPLES", "65")]), "cpu")
     with pytest.raises(ConfigError, match="no labels"):
-        plan.plan(load(None, [*TINY, where.replace("SAMPLES", "64"), "network.classes=3"]), "cpu")
+        dry_run.plan(load(None, [*TINY, where.replace("SAMPLES", "64"), "network.classes=3"]), "cpu")
 
 
 def test_an_unknown_key_of_what_is_expected_is_named() -> None:

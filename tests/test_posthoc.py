@@ -15,13 +15,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udddm import api, cli, ema, posthoc
-from udddm.config import ConfigError, RunConfig, resolve
+from udddm import api, cli, ema
+from udddm.cli.evaluate import main as evaluate_command
+from udddm.config import RunConfig, resolve
 from udddm.ema import PowerEMA
-from udddm.errors import CheckpointError
-from udddm.evaluation.command import main as evaluate_command
-from udddm.portable import Saved
-from udddm.run import Run
+from udddm.errors import CheckpointError, ConfigError
+from udddm.runs import posthoc_ema
+from udddm.runs.run import Run
+from udddm.runs.weights import Saved
 
 LENGTHS = st.floats(0.01, 0.287)
 TINY: dict[str, Any] = {
@@ -87,7 +88,7 @@ def test_overlap_is_the_integral_of_the_product(length: float, other: float, unt
         with np.errstate(under="ignore"):
             product *= np.where(t <= end, (gamma + 1) / end * np.minimum(t / end, 1) ** gamma, 0)
         given_ += [np.array(end), np.array(gamma)]
-    assert float(posthoc.overlap(*given_)) == pytest.approx(product.sum(), rel=0.01, abs=1e-6)
+    assert float(posthoc_ema.overlap(*given_)) == pytest.approx(product.sum(), rel=0.01, abs=1e-6)
 
 
 # Choosing a length afterwards.
@@ -101,7 +102,7 @@ def snapshots(lengths: tuple[float, ...], count: int) -> tuple[np.ndarray, np.nd
 @given(st.sampled_from([0.05, 0.1]), st.integers(1, 100))
 def test_a_stored_length_is_its_own_snapshot(length: float, count: int) -> None:
     steps, gammas = snapshots((0.05, 0.1), count)
-    weights, off = posthoc.coefficients(steps, gammas, count, ema.exponent(length))
+    weights, off = posthoc_ema.coefficients(steps, gammas, count, ema.exponent(length))
     expected = (steps == count) & (gammas == ema.exponent(length))
     np.testing.assert_allclose(weights, expected, atol=1e-5)
     assert off < 1e-6
@@ -110,13 +111,14 @@ def test_a_stored_length_is_its_own_snapshot(length: float, count: int) -> None:
 @given(LENGTHS, st.integers(1, 200))
 def test_weights_that_never_changed_come_out_as_they_are(length: float, count: int) -> None:
     steps, gammas = snapshots((0.05, 0.1), count)
-    assert posthoc.coefficients(steps, gammas, count, ema.exponent(length))[0].sum() == pytest.approx(1, abs=1e-9)
+    assert posthoc_ema.coefficients(steps, gammas, count, ema.exponent(length))[0].sum() == pytest.approx(1, abs=1e-9)
 
 
 def test_more_snapshots_come_nearer() -> None:
     for length in (0.04, 0.07, 0.15):
         offs = [
-            posthoc.coefficients(*snapshots((0.05, 0.1), n), n, ema.exponent(length))[1] for n in (1, 4, 16, 64, 400)
+            posthoc_ema.coefficients(*snapshots((0.05, 0.1), n), n, ema.exponent(length))[1]
+            for n in (1, 4, 16, 64, 400)
         ]
         assert all(b < a for a, b in itertools.pairwise(offs)) and offs[2] < 0.011 and offs[4] < 1e-3
 
@@ -135,7 +137,7 @@ def test_a_length_that_was_not_kept_is_close_to_one_that_was(length: float) -> N
         if step % 40 == 0:
             rows += [(step, one.exponent, one.weights["w"].half().double().numpy()) for one in kept]
     steps, gammas, values = (np.array(column) for column in zip(*rows, strict=True))
-    weights, off = posthoc.coefficients(steps.astype(np.float64), gammas, 1280, wanted.exponent)
+    weights, off = posthoc_ema.coefficients(steps.astype(np.float64), gammas, 1280, wanted.exponent)
     found, aim = weights @ values, wanted.weights["w"].double().numpy()
     assert off < 0.01
     assert np.linalg.norm(found - aim) / np.linalg.norm(aim) < 0.01
@@ -179,7 +181,7 @@ def test_a_length_chosen_after_training_is_the_one_kept_while_training(run: Path
 
 def test_snapshots_are_whole_networks_at_every_interval_and_the_last_step(tmp_path: Path) -> None:
     api.train(config(0.05, 0.1, every=7, steps=16), run_dir=tmp_path, device="cpu")
-    found = posthoc.stored(tmp_path / "ema")
+    found = posthoc_ema.stored(tmp_path / "ema")
     assert [(one.step, one.length) for one in found] == [(s, x) for s in (7, 14, 16) for x in (0.05, 0.1)]
     last = Saved(tmp_path / "checkpoints" / "step-00000016", "ema-power-0.05")
     half = Saved(tmp_path / "ema" / "step-00000016", "power-0.05")
@@ -196,7 +198,7 @@ def test_a_run_resumes_bit_for_bit_with_its_averages(run: Path, tmp_path: Path) 
         path = tmp_path / "ema" / step / "power-0.05.safetensors"
         path.with_name(path.name + ".partial").write_bytes(path.read_bytes()[:100])
         path.unlink()
-    assert len(posthoc.stored(tmp_path / "ema")) == 38
+    assert len(posthoc_ema.stored(tmp_path / "ema")) == 38
     api.train(chosen, run_dir=tmp_path, device="cpu")
     assert sha256s(tmp_path) == sha256s(run)
     assert files(tmp_path / "ema") == files(run / "ema")
@@ -205,7 +207,7 @@ def test_a_run_resumes_bit_for_bit_with_its_averages(run: Path, tmp_path: Path) 
 def test_two_ranks_put_down_whole_averages(tmp_path: Path) -> None:
     """In one file, where of the checkpoint's each rank writes a share."""
     api.train(config(0.05, 0.1, every=4, steps=6), run_dir=tmp_path, device="cpu", workers=2)
-    found = posthoc.stored(tmp_path / "ema")
+    found = posthoc_ema.stored(tmp_path / "ema")
     assert [(one.step, one.length) for one in found] == [(s, x) for s in (4, 6) for x in (0.05, 0.1)]
     last = Saved(tmp_path / "checkpoints" / "step-00000006", "ema-power-0.1")
     half = Saved(found[-1].path.parent, "power-0.1")
@@ -290,7 +292,7 @@ def test_a_damaged_average_is_found(harm: str, tmp_path: Path) -> None:
         path.write_bytes(data if harm == "flip" else data[:-5])
     words = {"flip": "checksum; remove it", "cut": "cannot read", "other": "of another network"}[harm]
     with pytest.raises(CheckpointError, match=words):
-        posthoc.average(Run(tmp_path), 0.05, shapes)
+        posthoc_ema.average(Run(tmp_path), 0.05, shapes)
 
 
 def test_a_disk_that_cannot_be_written_is_told(tmp_path: Path) -> None:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from udddm.config import ConfigError, ProcessConfig, resolve
-from udddm.process import SIGMA_HIGHEST, Coefficients, Process, build
+from udddm.config import ProcessConfig, resolve
+from udddm.diffusion.schedule import SIGMA_HIGHEST, Coefficients, Process, build
+from udddm.errors import ConfigError
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 

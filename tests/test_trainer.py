@@ -17,16 +17,16 @@ import torch
 
 import udddm
 from udddm import ConfigError, RunConfig
-from udddm.backends.ranks import Ranks
-from udddm.backends.torch_engine import TorchEngine
+from udddm.backends.distributed.ranks import Ranks
+from udddm.backends.engines.ddp import TorchEngine
 from udddm.config import TrainConfig, resolve
-from udddm.data import DataError, ImageDataset
+from udddm.data import ImageDataset
 from udddm.ema import EMA
-from udddm.errors import CheckpointError
-from udddm.portable import Saved
-from udddm.run import Run
+from udddm.errors import CheckpointError, DataError, Diverged
+from udddm.runs.run import Run
+from udddm.runs.weights import Saved
 from udddm.store import StoreCounters
-from udddm.trainer import Diverged, Trainer
+from udddm.training.trainer import Trainer
 
 NETWORK = {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.0, "condition": "none"}
 
@@ -293,7 +293,7 @@ def test_a_row_that_is_not_finite_leaves_its_state_as_it_was(kind: str, dtype: s
 
 
 def test_one_run_at_a_time_in_a_directory(tmp_path: Path) -> None:
-    from udddm.run import locked
+    from udddm.runs.run import locked
 
     with locked(tmp_path), pytest.raises(ConfigError, match="another process"):
         train(tiny(), tmp_path)

@@ -12,7 +12,8 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from udddm.api import Model, load_model, sample, train
-    from udddm.config import ConfigError, RunConfig, load
+    from udddm.config import RunConfig, load
+    from udddm.errors import ConfigError
     from udddm.evaluation.evaluate import evaluate
     from udddm.store import X0Store
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,25 +11,23 @@ from typing import Any
 import numpy as np
 import torch
 
-import udddm
-from udddm import posthoc, sampler
-from udddm.backends.deepspeed_config import resolve as resolve_deepspeed
-from udddm.backends.deepspeed_config import zero_stage
-from udddm.backends.ranks import TIMEOUT, Ranks, choose_device
-from udddm.checkpoint import NAME, load_config, load_json
-from udddm.config import ConfigError, RunConfig
-from udddm.data import DataError, ImageDataset, MapDataset, load_dataset
-from udddm.errors import CheckpointError, StoreError
-from udddm.network import UNet
-from udddm.portable import Saved
-from udddm.pretrained import checkpoint_files
-from udddm.process import Process
-from udddm.process import build as build_process
-from udddm.progress import say
-from udddm.remote_run import open_copy, open_run
-from udddm.run import Run, claim
-from udddm.store.objects import local_path, open_objects
-from udddm.trainer import Listener, Trainer, network_for
+from udddm.backends.distributed.ranks import TIMEOUT, choose_device
+from udddm.backends.engines.deepspeed_config import resolve as resolve_deepspeed
+from udddm.config import RunConfig
+from udddm.data import MapDataset
+from udddm.diffusion import samplers
+from udddm.diffusion.schedule import Process
+from udddm.diffusion.schedule import build as build_process
+from udddm.errors import CheckpointError, ConfigError
+from udddm.networks import UNet
+from udddm.runs import posthoc_ema
+from udddm.runs.checkpoint import NAME, load_config
+from udddm.runs.pretrained import checkpoint_files
+from udddm.runs.remote import open_copy
+from udddm.runs.run import Run
+from udddm.runs.weights import Saved
+from udddm.storage.base import local_path
+from udddm.training.trainer import network_for
 from udddm.urls import secret_in
 
 
@@ -57,17 +53,17 @@ def train(
     Raises ConfigError, DataError, StoreError, CheckpointError, Diverged, Interrupted, RankError or WorkerLost; nothing
     is lost by any of them, and the same call resumes.
     """
-    from udddm.backends import launch
+    from udddm.backends.launchers import base
 
     _refuse_secrets(config, run_dir)
     wanted = (workers, workers) if isinstance(workers, int) else workers
     if not 1 <= wanted[0] <= wanted[1]:
         raise ConfigError(f"workers {wanted}: give a positive number, or the least and the most")
-    job = launch.Job(config, run_dir, dataset, device, wanted, max_failures, timeout)
+    job = base.Job(config, run_dir, dataset, device, wanted, max_failures, timeout)
     if config.engine.name == "deepspeed":
         world = os.environ.get("WORLD_SIZE")  # another launcher's
         resolve_deepspeed(config, int(world) if world else job.fitting(wanted[1]))
-    return launch.run(job, backend)
+    return base.run(job, backend)
 
 
 def _refuse_secrets(config: RunConfig, run_dir: str | Path) -> None:
@@ -84,85 +80,6 @@ def _refuse_secrets(config: RunConfig, run_dir: str | Path) -> None:
                 f"{key}: leave the {what} out of the URL, which is written into run.json and every checkpoint. Give "
                 "credentials by the environment or by fsspec's configuration files, or copy the files to a local disk"
             )
-
-
-def train_rank(
-    config: RunConfig, dataset: MapDataset | None, where: str | Path, ranks: Ranks, listener: Listener | None = None
-) -> dict[str, Any]:
-    """This rank's part of a run: what every launcher calls on every rank once they have joined."""
-    refused = (ConfigError, DataError, StoreError, CheckpointError, OSError)
-    run = ranks.together(lambda: open_run(where), refused)
-
-    def load() -> ImageDataset:
-        images = ImageDataset(dataset if dataset is not None else load_dataset(config.data))
-        if config.network.classes and not images.labelled:
-            raise ConfigError("network.classes is set, but the data set has no labels")
-        return images
-
-    images = ranks.together(load, refused)
-    with ExitStack() as held:
-
-        def take() -> None:
-            held.enter_context(run.held())
-            run.fetch()
-            claim(run.path, config, images)
-            run.push()
-
-        ranks.first_only(take, refused)
-        held.callback(run.leave)
-        ranks.together(lambda: run.share(ranks), refused)
-        if config.store.kind == "zarr" and config.store.url:
-            url = config.store.url
-            directory = local_path(url)
-            if directory is not None:
-                ranks.check_shared(directory, "the x0-state's directory")
-            else:  # every rank must get there, with its machine's credentials
-                ranks.together(lambda: open_objects(url).exists("zarr.json"), refused)
-        return _train(config, images, run, ranks, listener)
-
-
-def _train(
-    config: RunConfig, images: ImageDataset, run: Run, ranks: Ranks, listener: Listener | None
-) -> dict[str, Any]:
-    def finished() -> dict[str, Any] | None:
-        path = run.path / "result.json"
-        return load_json(path) if path.exists() else None
-
-    result = ranks.first_only(finished, (CheckpointError,))
-    if result is not None:
-        if ranks.first:
-            say(f"{run} is finished; its result is in {run}/result.json")
-        return result
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    if ranks.first:
-        for line in describe(config, images, run, ranks):
-            say(line)
-    return Trainer(config, images, run, ranks, listener).train()
-
-
-def describe(config: RunConfig, images: ImageDataset, run: Run, ranks: Ranks) -> list[str]:
-    """The first lines of a run: what runs where, and why."""
-    device = ranks.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    reasons = {
-        "gpu": "a tensor on the training device" if device.type == "cuda" else "no GPU here: a tensor in host memory",
-        "pinned": "host memory, copied in the background",
-        "zarr": f"{config.store.url or run.state}, read and written in the background",
-    }
-    precision = "as configured" if config.train.precision != "fp32" else "the default"
-    engine: str = config.engine.name
-    if engine == "deepspeed":
-        engine += f", ZeRO {zero_stage(config)}" + (", optimizer in host memory" if config.engine.offload else "")
-    return [
-        f"udddm {udddm.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        f"device: {name}, {ranks.world} {'ranks' if ranks.world > 1 else 'rank'}; engine: {engine}; "
-        f"precision: {config.train.precision} ({precision})",
-        f"data: {len(images)} images {'x'.join(map(str, images.shape))}; objective: {config.objective_in_words}; "
-        f"seed: {config.seed}",
-        f"x0-state store: {config.store.kind}, {config.store.dtype} ({reasons[config.store.kind]})",
-        f"run directory: {run}; the same command resumes it",
-    ]
 
 
 @dataclass
@@ -199,7 +116,7 @@ def load_model(
         shapes = {name: p.shape for name, p in parameters.items()}
         weights: Mapping[str, torch.Tensor]
         if ema_length is not None:
-            weights = posthoc.average(_run_of(checkpoint), ema_length, shapes)
+            weights = posthoc_ema.average(_run_of(checkpoint), ema_length, shapes)
         else:
             weights = kept = Saved.average(path, config.train.averages, ema)
             kept.check_network(shapes)
@@ -236,7 +153,7 @@ def sample(
     seeds: Sequence[int],
     *,
     steps: int = 1,
-    sampler_name: sampler.SamplerName = "renoise",
+    sampler_name: samplers.SamplerName = "renoise",
     labels: Sequence[int] | None = None,
     guidance: float = 1.0,
     batch: int = 250,
@@ -250,7 +167,7 @@ def sample(
     loaded = model if isinstance(model, Model) else load_model(model)
     loaded.config.check_guidance(guidance, "guidance")
     device = next(loaded.network.parameters()).device
-    drawn = sampler.batches(
+    drawn = samplers.batches(
         loaded.network,
         loaded.process,
         loaded.shape,

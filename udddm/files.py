@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
+from safetensors import SafetensorError
+
+from udddm.errors import CheckpointError, Unreadable
+
+T = TypeVar("T")
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
@@ -44,3 +52,60 @@ def sync_directory(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+_PAUSES = (0.2, 1.0, 3.0)
+"""Seconds between attempts to read what cannot be read."""
+
+
+def sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write durably and atomically."""
+    write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write durably and atomically."""
+    atomic_write(path, lambda file: file.write(text.encode()))
+
+
+def _patiently(path: Path, action: Callable[[], T]) -> T:
+    """The result of reading something under `path`, at one of a few attempts. Raises Unreadable."""
+    for pause in (*_PAUSES, None):
+        try:
+            return action()
+        except OSError as error:
+            if pause is None:
+                raise Unreadable(
+                    f"cannot read {path}: {error}. It need not be damaged, and nothing was removed: restore access to "
+                    "it, then run the same command again"
+                ) from error
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} does not exist") from None
+    except RecursionError:
+        raise CheckpointError(f"cannot read {path}: it is nested too deeply") from None
+    except (OSError, SafetensorError, ValueError, KeyError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+
+
+def load_json(path: Path, *keys: str) -> Any:
+    """What a JSON file holds; with `keys`, a mapping that has them. Raises CheckpointError."""
+    with _explained(path):
+        found = json.loads(path.read_text())
+        if keys and not isinstance(found, dict):
+            raise ValueError(f"it holds a {type(found).__name__}, not a mapping")
+        if missing := [key for key in keys if key not in found]:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        return found

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from udddm import noise
-from udddm.config import ConfigError, OrderConfig
-from udddm.noise import Stream
+from udddm import rng
+from udddm.config import OrderConfig
+from udddm.errors import ConfigError
+from udddm.rng import Stream
 
 Indices = npt.NDArray[np.int64]
 
@@ -79,7 +80,7 @@ class Order:
         self.window_chunks = window
         self.steps = -(-self.longest_lane // self.share)
         self._half_bits = max(1, ((samples - 1).bit_length() + 1) // 2)
-        self._round_keys = [noise.key(seed, Stream.PERMUTATION, r) for r in range(_ROUNDS)]
+        self._round_keys = [rng.key(seed, Stream.PERMUTATION, r) for r in range(_ROUNDS)]
         self._lane_windows = functools.lru_cache(maxsize=4 * lanes)(self._compute_window)
         self._batches = functools.lru_cache(maxsize=32)(self._compute_batch)
         self._lane_places = functools.lru_cache(maxsize=4 * lanes)(self._compute_places)
@@ -125,9 +126,9 @@ class Order:
         with np.errstate(over="ignore"):
             for key in reversed(round_keys) if inverse else round_keys:
                 if inverse:
-                    left, right = right ^ (noise.mix(left + np.uint64(key)) & mask), left
+                    left, right = right ^ (rng.mix(left + np.uint64(key)) & mask), left
                 else:
-                    left, right = right, left ^ (noise.mix(right + np.uint64(key)) & mask)
+                    left, right = right, left ^ (rng.mix(right + np.uint64(key)) & mask)
         return ((left << bits) | right).astype(np.int64)
 
     # Lanes, chunks and windows.
@@ -176,7 +177,7 @@ class Order:
         return window * self.chunks(lane) // self.windows(lane)
 
     def _compute_chunks(self, lane: int, epoch: int) -> Indices:
-        return noise.shuffled(self.chunks(lane), noise.key(self.seed, Stream.CHUNKS, epoch, lane))
+        return rng.shuffled(self.chunks(lane), rng.key(self.seed, Stream.CHUNKS, epoch, lane))
 
     def window_rows(self, lane: int, epoch: int, window: int) -> Indices:
         """The rows of the window's buffer in the order in which they are visited."""
@@ -188,7 +189,7 @@ class Order:
 
     def _compute_window(self, lane: int, epoch: int, window: int) -> Indices:
         low, high = self.window_span(lane, epoch, window)
-        return noise.shuffled(high - low, noise.key(self.seed, Stream.WINDOW, epoch, lane, window))
+        return rng.shuffled(high - low, rng.key(self.seed, Stream.WINDOW, epoch, lane, window))
 
     def window_span(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
         """The half-open range of the lane's visits, counted from the epoch's start, that fall into a window.

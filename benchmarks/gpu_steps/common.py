@@ -19,14 +19,15 @@ from torch import nn
 
 from gpu_steps.harness import Bench
 from udddm import config as configuration
-from udddm import ema, objective, process
-from udddm.backends import engine
-from udddm.backends.ranks import Ranks
+from udddm import ema, objectives
+from udddm.backends.distributed.ranks import Ranks
+from udddm.backends.engines import base
 from udddm.config import RunConfig, TrainConfig
 from udddm.data import ArrayImages, ImageDataset
-from udddm.data.prefetch import Prefetch
-from udddm.run import Run
-from udddm.trainer import Trainer, network_for
+from udddm.diffusion import schedule
+from udddm.runs.run import Run
+from udddm.training.inputs import Prefetch
+from udddm.training.trainer import Trainer, network_for
 
 Shape = tuple[int, int, int]
 TINY = (
@@ -113,9 +114,9 @@ class Passes:
         ranks = alone(bench)
         self.device, self.shape, self.taken = ranks.device, shape, 0
         self.network = network_for(config, shape)
-        self.engine = engine.build(self.network, config, ranks, 1_000_000)
+        self.engine = base.build(self.network, config, ranks, 1_000_000)
         self.averages = ema.build(config.train, self.engine.weights())
-        self.objective = objective.build(config, process.build(config.process), 1000.0, shape)
+        self.objective = objectives.build(config, schedule.build(config.process), 1000.0, shape)
         self.resize(batch, full=teacher == "full", plans=plans, epoch=epoch)
 
     def resize(self, batch: int, *, full: bool = False, plans: int = 1, epoch: int = 0) -> None:
@@ -131,7 +132,7 @@ class Passes:
         self.visits = [self._full(v).to(self.device) if full else v.to(self.device) for v in made]
 
     @staticmethod
-    def _full(visits: objective.Visits) -> objective.Visits:
+    def _full(visits: objectives.Visits) -> objectives.Visits:
         """All rows fresh, at the level they have: the same work as at the level below."""
         known = {f.name for f in fields(visits)}
         if not {"fresh", "fresh_coefficients"} <= known:

@@ -7,7 +7,7 @@ from torch import nn
 
 from gpu_steps.common import TINY_SHAPE, Passes, device_of, no_tf32, tiny
 from gpu_steps.harness import Bench, Check
-from udddm import noise
+from udddm import rng
 
 OBJECTIVES = ("chain", "algorithm-1", "consistency", "tuning", "denoiser")
 LOSS_LIMIT = 1e-4
@@ -90,10 +90,10 @@ def masks(bench: Bench) -> None:
 
 
 def normals(bench: Bench) -> None:
-    """noise.normal on the device against the CPU. A last bit may differ: logarithm and cosine are other code."""
-    keys = noise.as_tensor(noise.keys(0, noise.Stream.NOISE, torch.arange(bench.pick(1024, 16)).numpy()))
-    wanted = noise.normal(keys, (3, 32, 32))
-    found = noise.normal(keys.to(device_of(bench)), (3, 32, 32)).cpu()
+    """rng.normal on the device against the CPU. A last bit may differ: logarithm and cosine are other code."""
+    keys = rng.as_tensor(rng.keys(0, rng.Stream.NOISE, torch.arange(bench.pick(1024, 16)).numpy()))
+    wanted = rng.normal(keys, (3, 32, 32))
+    found = rng.normal(keys.to(device_of(bench)), (3, 32, 32)).cpu()
     other = found.view(torch.int32) != wanted.view(torch.int32)
     largest = float((found - wanted).abs().max())
     bench.report(share_of_differing_bits=float(other.double().mean()), largest_difference=largest)

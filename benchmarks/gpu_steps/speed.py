@@ -11,7 +11,7 @@ import torch
 from gpu_steps import peers
 from gpu_steps.common import SMALLER, Passes, Shape, Timing, device_of, no_tf32, parameters, preset, synchronize, timed
 from gpu_steps.harness import Bench, Check
-from udddm.network import blocks
+from udddm.networks import blocks
 
 SHAPE: Shape = (3, 32, 32)
 GIB = 1 << 30

@@ -13,11 +13,12 @@ import torch
 
 from gpu_steps.common import TINY_SHAPE, Shape, alone, pixels, preset, running, synchronize, tiny
 from gpu_steps.harness import Bench, Check
-from udddm import process
 from udddm.config import RunConfig
-from udddm.objective import denoise, pseudo_huber
-from udddm.process import Coefficients
-from udddm.trainer import network_for
+from udddm.diffusion import schedule
+from udddm.diffusion.denoise import denoise
+from udddm.diffusion.schedule import Coefficients
+from udddm.objectives import pseudo_huber
+from udddm.training.trainer import network_for
 
 STORES = ("gpu", "pinned", "zarr")
 
@@ -34,7 +35,7 @@ def config(bench: Bench) -> tuple[RunConfig, Shape]:
 def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
     """A function that takes one step: images and states in two tensors, torch's generator, no averages."""
     device, shape = images.device, tuple(images.shape[1:])
-    steps = process.build(config.process)
+    steps = schedule.build(config.process)
     network = network_for(config, (shape[0], shape[1], shape[2])).to(device)
     if config.train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

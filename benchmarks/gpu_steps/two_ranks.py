@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from gpu_steps.common import TINY_SHAPE, alone, device_of, gap, no_tf32, pixels, stepped, tiny
 from gpu_steps.harness import Bench, Check
-from udddm.backends.ranks import Ranks
+from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig
 
 LIMIT = 1e-5

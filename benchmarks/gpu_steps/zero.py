@@ -16,11 +16,11 @@ from torch._C._distributed_c10d import HashStore
 
 from gpu_steps.common import TINY_SHAPE, Passes, alone, digest, environment, gap, synchronize, timed, tiny
 from gpu_steps.harness import Bench, Check, Skipped
-from udddm import portable
-from udddm.backends import engine
-from udddm.backends.engine import Engine
+from udddm.backends.engines import base
+from udddm.backends.engines.base import Engine
 from udddm.config import RunConfig
-from udddm.trainer import network_for
+from udddm.runs import weights
+from udddm.training.trainer import network_for
 
 STAGES = {
     "zero0": "engine={name: deepspeed, zero: 0}",
@@ -134,8 +134,8 @@ def checkpoints(bench: Bench) -> None:
         config, ranks = configured(precision, *settings), alone(bench)
         made: Engine
         if places:
-            made = engine.build(network_for(config, TINY_SHAPE), config, ranks, 100)
-            portable.load(places[-1], made, [])
+            made = base.build(network_for(config, TINY_SHAPE), config, ranks, 100)
+            weights.load(places[-1], made, [])
         else:
             first = Passes(config, TINY_SHAPE, bench, batch=16)
             for _ in range(STEPS):
@@ -144,7 +144,7 @@ def checkpoints(bench: Bench) -> None:
         synchronize(ranks.device)
         places.append(bench.scratch / f"copy-{number}")
         places[-1].mkdir()
-        portable.save(places[-1], made, [])
+        weights.save(places[-1], made, [])
         digests.append([digest(found) for found in state(made)])
         bench.report(digests=digests)
     assert len({tuple(pair) for pair in digests}) == 1, "a checkpoint changed on its way between engines"

@@ -35,9 +35,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from udddm import noise, objective, process, store
-from udddm.backends.ranks import Ranks
-from udddm.backends.torch_engine import TorchEngine
+from udddm import objectives, rng, store
+from udddm.backends.distributed.ranks import Ranks
+from udddm.backends.engines.ddp import TorchEngine
 from udddm.config import (
     ChainConfig,
     NetworkConfig,
@@ -49,13 +49,14 @@ from udddm.config import (
     StoreConfig,
     TrainConfig,
 )
+from udddm.diffusion import schedule
+from udddm.diffusion.denoise import add_noise
+from udddm.diffusion.schedule import Array, Coefficients, Process
 from udddm.ema import EMA
-from udddm.network.blocks import NoiseEmbedding
-from udddm.noise import Stream
-from udddm.objective.loss import add_noise
+from udddm.networks.blocks import NoiseEmbedding
 from udddm.order import Order
-from udddm.process import Array, Coefficients, Process
-from udddm.run import Run
+from udddm.rng import Stream
+from udddm.runs.run import Run
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, write_json
@@ -99,7 +100,7 @@ class Denoiser(nn.Module):
 
 def gaussian_images(seed: int, ids: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
     """x_0 ~ N(m, s^2 I) of samples `ids`, [B, 1, 2, 2]."""
-    return MEAN + SPREAD * noise.normal(noise.as_tensor(noise.keys(seed, Stream.INITIAL_WEIGHTS, ids)), SHAPE)
+    return MEAN + SPREAD * rng.normal(rng.as_tensor(rng.keys(seed, Stream.INITIAL_WEIGHTS, ids)), SHAPE)
 
 
 def exact(xt: torch.Tensor, at: Coefficients) -> torch.Tensor:
@@ -151,8 +152,8 @@ class Trained:
 
 
 def train(config: RunConfig, samples: int, width: int) -> Trained:
-    """The steps of `udddm.trainer` with this network: order, store, objective, engine and EMA are the project's."""
-    chosen = process.build(config.process)
+    """The steps of `udddm.training.trainer` with this network: order, store, objective, engine and EMA are the project's."""
+    chosen = schedule.build(config.process)
     conditioned = config.network.condition != "none"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -163,7 +164,7 @@ def train(config: RunConfig, samples: int, width: int) -> Trained:
     order = Order.build(config.order, config.seed, samples, config.train.batch_size, SHAPE)
     lanes = order.lanes_of(0, 1)
     assert config.train.steps is not None
-    goal = objective.build(config, chosen, config.train.steps / order.steps, (1, 2, 2))
+    goal = objectives.build(config, chosen, config.train.steps / order.steps, (1, 2, 2))
     engine = TorchEngine(network, config.train, ranks, config.train.steps)
     ema = EMA(engine.weights(), config.train.ema[0], config.train.ema_warmup)
     states = store.build(config.store, order, lanes, SHAPE, ranks.device, Run(Path()))
@@ -190,11 +191,11 @@ def errors(trained: Trained, times: Array, count: int = 4096) -> Array:
     for index, t in enumerate(times):
         at = Coefficients(*torch.from_numpy(trained.process.coefficients(np.full(count, t))))
         eps, condition = (
-            noise.normal(noise.as_tensor(noise.keys(TEST_SEED, stream, ids, index)), SHAPE)
+            rng.normal(rng.as_tensor(rng.keys(TEST_SEED, stream, ids, index)), SHAPE)
             for stream in (Stream.NOISE, Stream.CONDITION)
         )
         xt = add_noise(x0, eps, at)
-        f = objective.denoise(trained.network, xt, at, condition, None)
+        f = objectives.denoise(trained.network, xt, at, condition, None)
         found.append(float((f - exact(xt, at)).square().mean().sqrt()) / SPREAD)
     return np.array(found)
 

@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from udddm.cli.evaluate import main as udddm_evaluate
 from udddm.config import DataConfig
 from udddm.data import ImageDataset, load_dataset
-from udddm.evaluation.command import main as udddm_evaluate
 from udddm.evaluation.features import load_features
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import save_file
 
 import udddm
-from udddm import pretrained
 from udddm.data import load_dataset
-from udddm.pictures import grid
-from udddm.portable import Saved
+from udddm.image_grid import grid
+from udddm.runs import pretrained
+from udddm.runs.weights import Saved
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, write_json

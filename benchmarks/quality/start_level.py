@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 import udddm
-from udddm import process
 from udddm.data import load_dataset
+from udddm.diffusion import schedule
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, write_json
@@ -43,7 +43,7 @@ def main() -> None:
     print(f"{arguments.checkpoint.name}, trained up to sigma {model.config.process.sigma_max:g}")
     print("sigma  |mean|/sigma      fd  precision  recall")
     for sigma in arguments.sigma:
-        up_to = process.build(model.config.process.model_copy(update={"sigma_max": sigma}))
+        up_to = schedule.build(model.config.process.model_copy(update={"sigma_max": sigma}))
         images = udddm.sample(replace(model, process=up_to), range(arguments.count))
         scores = udddm.evaluate(images, dataset, features=arguments.features, device="cpu")
         rows.append({"sigma": sigma, "offset": offset / sigma} | {k: scores[k] for k in ("fd", "precision", "recall")})

@@ -25,15 +25,16 @@ import numpy as np
 import torch
 
 import udddm
-from udddm import objective, process
-from udddm.backends.engine import build as build_engine
-from udddm.backends.ranks import join
+from udddm import objectives
+from udddm.backends.distributed.ranks import join
+from udddm.backends.engines.base import build as build_engine
 from udddm.config import RunConfig
 from udddm.data import ImageDataset, MapDataset, load_dataset
+from udddm.diffusion import schedule
 from udddm.ema import EMA
 from udddm.evaluation import evaluate
 from udddm.evaluation.features import extract, load_features
-from udddm.trainer import network_for
+from udddm.training.trainer import network_for
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import ROOT, about, write_json
@@ -268,7 +269,7 @@ def _steps(data: Data, overrides: list[str], ranks: Any) -> Iterator[int]:
     config = configured(data, overrides, 10_000, 0)
     images = ImageDataset(load_dataset(config.data))
     epochs = 60
-    visit = objective.build(config, process.build(config.process), epochs, images.shape)
+    visit = objectives.build(config, schedule.build(config.process), epochs, images.shape)
     engine = build_engine(network_for(config, images.shape), config, ranks, 10_000)
     emas = [EMA(engine.weights(), decay) for decay in config.train.ema]
     batch, step = config.train.batch_size, 0

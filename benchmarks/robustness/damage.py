@@ -31,14 +31,15 @@ import torch
 
 from udddm import store
 from udddm.config import StoreConfig
+from udddm.errors import DamagedChunkError, StoreError
 from udddm.order import Order
-from udddm.run import Run
-from udddm.store import DamagedChunkError, Encoding, Snapshot, StoreError, X0Store
+from udddm.runs.run import Run
+from udddm.storage.base import Objects, open_objects
+from udddm.store import Encoding, Snapshot, X0Store
 from udddm.store.generations import Generations, open_existing
-from udddm.store.inspect import Place, verify
-from udddm.store.objects import Objects, open_objects
 from udddm.store.zarr import GenerationTable
 from udddm.testing import s3
+from udddm.tools.inspect import Place, verify
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json

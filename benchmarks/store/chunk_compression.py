@@ -24,7 +24,7 @@ import torch
 import udddm
 from udddm.store.compression import Compression, compress, decompress
 from udddm.store.encoding import Encoding, Rows, StateDtype, generation_zero
-from udddm.store.inspect import find
+from udddm.tools.inspect import find
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import ROOT, about, heading, write_json

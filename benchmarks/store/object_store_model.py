@@ -16,10 +16,10 @@ import google_crc32c
 import numpy as np
 
 from udddm.order import Batch, LaneStep, Order
+from udddm.storage.base import Objects
+from udddm.storage.s3 import REMOTE_RETRY
 from udddm.store.base import StateSource
-from udddm.store.objects import Objects
 from udddm.store.pipeline import HostStore
-from udddm.store.remote import REMOTE_RETRY
 from udddm.store.zarr import GenerationTable
 
 Kind = Literal["get", "put"]

@@ -26,9 +26,9 @@ import numpy as np
 import numpy.typing as npt
 
 from udddm.order import Order
+from udddm.storage.base import open_objects
 from udddm.store.encoding import Encoding, Rows
 from udddm.store.generations import Generations
-from udddm.store.objects import open_objects
 from udddm.store.zarr import GenerationTable
 
 Slots = npt.NDArray[np.int64]

@@ -46,12 +46,12 @@ from object_store_model import (
 from virtual_time import World
 
 from udddm.config import OrderConfig
+from udddm.errors import StoreError
 from udddm.order import Order
 from udddm.store import REMOTE_THREADS
+from udddm.store.autotune import Pace
 from udddm.store.encoding import Encoding
-from udddm.store.errors import StoreError
 from udddm.store.generations import Generations
-from udddm.store.pace import Pace
 from udddm.store.pipeline import HostStore
 
 sys.path.insert(0, str(Path(__file__).parents[1]))

@@ -66,15 +66,16 @@ from rivals import (
 
 from udddm import config as configuration
 from udddm import store
-from udddm.backends.ranks import join
+from udddm.backends.distributed.ranks import join
 from udddm.config import OrderConfig, StoreConfig
 from udddm.data import ArrayImages, ImageDataset
+from udddm.errors import StoreError
 from udddm.order import Order
-from udddm.run import Run
-from udddm.store import StoreError, X0Store
-from udddm.store.objects import open_objects
+from udddm.runs.run import Run
+from udddm.storage.base import open_objects
+from udddm.store import X0Store
 from udddm.store.pipeline import HostStore
-from udddm.trainer import Trainer
+from udddm.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json

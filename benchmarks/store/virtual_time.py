@@ -16,7 +16,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
-from udddm.store import objects as objects_module
+from udddm.storage import base as objects_module
 from udddm.store import pipeline as pipeline_module
 from udddm.store import pool as pool_module
 from udddm.store import zarr as zarr_module

@@ -25,9 +25,9 @@ import torch
 import udddm
 from udddm.config import RunConfig, resolve
 from udddm.order import Order
-from udddm.portable import Saved
+from udddm.runs.weights import Saved
 from udddm.testing.ranks import Copy, on_ranks
-from udddm.trainer import network_for
+from udddm.training.trainer import network_for
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json

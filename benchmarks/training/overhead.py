@@ -24,14 +24,15 @@ import numpy as np
 import torch
 
 from udddm import config as configuration
-from udddm.backends.ranks import join
+from udddm.backends.distributed.ranks import join
 from udddm.config import RunConfig
 from udddm.data import ArrayImages, ImageDataset
-from udddm.objective import denoise, pseudo_huber
-from udddm.process import Coefficients
-from udddm.process import build as build_process
-from udddm.run import Run
-from udddm.trainer import Trainer, network_for
+from udddm.diffusion.denoise import denoise
+from udddm.diffusion.schedule import Coefficients
+from udddm.diffusion.schedule import build as build_process
+from udddm.objectives import pseudo_huber
+from udddm.runs.run import Run
+from udddm.training.trainer import Trainer, network_for
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json

@@ -13,13 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 
 import udddm
 from udddm import ConfigError, RunConfig
-from udddm.backends import deepspeed_config, engine, torch_engine
-from udddm.backends.ranks import Ranks
-from udddm.backends.torch_engine import TorchEngine
+from udddm.backends.distributed.ranks import Ranks
+from udddm.backends.engines import base, ddp, deepspeed_config
+from udddm.backends.engines.ddp import TorchEngine
 from udddm.config import resolve
-from udddm.portable import Saved, share_out
+from udddm.runs.weights import Saved, share_out
 from udddm.testing.ranks import Copy, on_ranks
-from udddm.trainer import network_for
+from udddm.training.trainer import network_for
 
 SHAPE = (1, 8, 8)
 NETWORK = {"width": 8, "multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0}
@@ -159,7 +159,7 @@ class HalfSteps:
 
         kind = type(get_accelerator())
         kind.is_fp16_supported = lambda self: True
-        built = engine.build(network_for(self.config, SHAPE), self.config, ranks, 8)
+        built = base.build(network_for(self.config, SHAPE), self.config, ranks, 8)
         if self.good:
             built._load_scale(2.0**10, self.good)
         for step in range(3):
@@ -230,7 +230,7 @@ class Stays(torch.nn.Linear):
 
 class StartsOnAGPU:
     def __call__(self, ranks: Ranks) -> None:
-        torch_engine.DistributedDataParallel = OnAGPU
+        ddp.DistributedDataParallel = OnAGPU
         there = Ranks(ranks.rank, ranks.world, torch.device("cuda", 0))
         built = TorchEngine(Stays(3, 2), config().train, there, 8)
         built.backward_and_step(built.module(torch.ones(4, 3)).square().mean(), 0)

@@ -17,11 +17,10 @@ import torch
 
 import udddm
 from udddm import ConfigError
-from udddm.backends.launch import Job, WorkerLost, cause, check_versions, sendable, versions
-from udddm.backends.ranks import RENDEZVOUS, RankError, Ranks, Vote, _gpu
+from udddm.backends.distributed.ranks import RENDEZVOUS, Ranks, Vote, _gpu
+from udddm.backends.launchers.base import Job, cause, check_versions, sendable, versions
 from udddm.config import resolve
-from udddm.data import DataError
-from udddm.trainer import Interrupted
+from udddm.errors import DataError, Interrupted, RankError, WorkerLost
 
 SETTINGS = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.1, condition: none}",

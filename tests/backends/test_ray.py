@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from udddm import remote_run
-from udddm.store.objects import open_objects
+from udddm.runs import remote
+from udddm.storage.base import open_objects
 from udddm.testing.cluster import BIN, Cluster, free_port, running
 from udddm.testing.s3 import BUCKET, S3Server
 
@@ -133,7 +133,7 @@ def test_a_lost_node_is_replaced_and_no_disk_was_needed(cluster: Cluster, s3_ser
     run, url = tmp_path / "local", f"s3://{BUCKET}/{uuid.uuid4().hex}"
     command = [str(BIN / "udddm-train"), *arguments("--workers", "4", "--run-dir", str(run))[1:]]
     subprocess.run(command, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    variables = {**s3_server.environment(), remote_run.SCRATCH: str(tmp_path / "scratch")}
+    variables = {**s3_server.environment(), remote.SCRATCH: str(tmp_path / "scratch")}
     cluster.add_node(cpus=2)
     more = ["--workers", "4", "--run-dir", url, "--max-failures", "3", "--timeout", "60"]
     job = submit(cluster, *more, variables=variables)

@@ -12,8 +12,9 @@ import torch
 import zarr
 
 from udddm.config import DataConfig
-from udddm.data import DataError, ImageDataset, load_dataset
+from udddm.data import ImageDataset, load_dataset
 from udddm.data.arrays import open_array
+from udddm.errors import DataError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (30, 3, 6, 5), dtype=np.uint8)
 LABELS = np.arange(30) % 4

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from udddm.data import DataError
 from udddm.data.download import cache_directory, fetch
+from udddm.errors import DataError
 
 CONTENT = bytes(range(256)) * 20_000  # 5 MB: several blocks
 MD5 = hashlib.md5(CONTENT).hexdigest()

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 
 from udddm.config import DataConfig
-from udddm.data import DataError, ImageDataset, load_dataset
+from udddm.data import ImageDataset, load_dataset
 from udddm.data.folder import FolderImages
+from udddm.errors import DataError
 
 RNG = np.random.default_rng(0)
 

@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from udddm.data import ArrayImages, BatchSource, DataError, ImageDataset, check_unchanged
+from udddm.data import ArrayImages, BatchSource, ImageDataset, check_unchanged
+from udddm.errors import DataError
 
 RNG = np.random.default_rng(0)
 PIXELS = RNG.integers(0, 256, (20, 3, 6, 5), dtype=np.uint8)

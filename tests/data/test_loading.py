@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from udddm.config import DataConfig, ExpectConfig, RunConfig
-from udddm.data import DataError, ImageDataset, expected, load_dataset
+from udddm.data import ImageDataset, expected, load_dataset
+from udddm.errors import DataError
 
 MODULE = """
 import numpy as np

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from udddm.config import DataConfig
-from udddm.data import DataError, ImageDataset, load_dataset
+from udddm.data import ImageDataset, load_dataset
 from udddm.data.sources import (
     CIFAR10_BATCHES,
     CIFAR10_FOLDER,
@@ -26,6 +26,7 @@ from udddm.data.sources import (
     cifar10,
     fashion_mnist,
 )
+from udddm.errors import DataError
 
 RNG = np.random.default_rng(0)
 

@@ -15,13 +15,13 @@ import pytest
 import torch
 
 from udddm import api
-from udddm.backends.ranks import Ranks
+from udddm.backends.distributed.ranks import Ranks
 from udddm.cli import sample as sample_command
+from udddm.cli.evaluate import main
 from udddm.config import resolve
 from udddm.data import ImageDataset
 from udddm.data.sources import digits
 from udddm.evaluation import evaluate
-from udddm.evaluation.command import main
 from udddm.evaluation.features import FeatureNetwork, load_features
 
 YARDSTICK = Path(__file__).parents[2] / "benchmarks" / "yardstick"
@@ -109,7 +109,7 @@ def test_two_ranks_make_the_samples_that_one_makes(tmp_path: Path) -> None:
         "--nproc-per-node",
         "2",
         "-m",
-        "udddm.evaluation.command",
+        "udddm.cli.evaluate",
     ]
     rest = ["--batch", "20", "--repeat", "2", "--cache", str(tmp_path / "cache"), "--json", str(out), "--device", "cpu"]
     paths = os.pathsep.join([str(YARDSTICK), os.environ.get("PYTHONPATH", "")])
@@ -148,7 +148,8 @@ def test_a_model_goes_to_the_device_of_its_rank(tmp_path: Path, monkeypatch: pyt
 
 def test_samples_are_scored_from_python(tmp_path: Path) -> None:
     import udddm
-    from udddm.data import DataError, load_dataset
+    from udddm.data import load_dataset
+    from udddm.errors import DataError
 
     path = samples(tmp_path / "s.npy")
     command = evaluated(tmp_path, "--samples", str(path), "--set", "data.name=digits", "--features", "features:digits")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from udddm.evaluation import measures
+from udddm.evaluation import metrics
 
 
 class Network(nn.Module):
@@ -42,7 +42,7 @@ def test_frechet_distance_is_that_of_torchmetrics(two: tuple[torch.Tensor, torch
     metric = FrechetInceptionDistance(feature=Network()).set_dtype(torch.float64)
     metric.update(two[0], real=True)
     metric.update(two[1], real=False)
-    ours = measures.frechet(measures.moments(rows(two[0])), measures.moments(rows(two[1])))
+    ours = metrics.frechet(metrics.moments(rows(two[0])), metrics.moments(rows(two[1])))
     assert ours == pytest.approx(float(metric.compute()), abs=1e-3)
     assert ours > 0.1
 
@@ -54,15 +54,15 @@ def test_kernel_distance_is_that_of_torchmetrics(two: tuple[torch.Tensor, torch.
     metric = KernelInceptionDistance(feature=Network(), subsets=1, subset_size=500)
     metric.update(two[0][:500], real=True)
     metric.update(two[1], real=False)
-    ours, _ = measures.kernel_distance(rows(two[0][:500]), rows(two[1]), subsets=1, size=500)
+    ours, _ = metrics.kernel_distance(rows(two[0][:500]), rows(two[1]), subsets=1, size=500)
     assert ours == pytest.approx(float(metric.compute()[0]), abs=1e-3)
 
 
 def test_inception_score_of_certain_and_of_indifferent_answers() -> None:
     certain = 50 * np.eye(10)[np.arange(1000) % 10]
-    assert measures.inception_score(certain)[0] == pytest.approx(10, rel=1e-6)
-    assert measures.inception_score(np.zeros((1000, 10)))[0] == pytest.approx(1, rel=1e-9)
-    assert measures.inception_score(np.tile(certain[:1], (100, 1)))[0] == pytest.approx(1, rel=1e-9)
+    assert metrics.inception_score(certain)[0] == pytest.approx(10, rel=1e-6)
+    assert metrics.inception_score(np.zeros((1000, 10)))[0] == pytest.approx(1, rel=1e-9)
+    assert metrics.inception_score(np.tile(certain[:1], (100, 1)))[0] == pytest.approx(1, rel=1e-9)
 
 
 def test_precision_and_recall_by_their_definition() -> None:
@@ -79,13 +79,13 @@ def test_precision_and_recall_by_their_definition() -> None:
                     break
         return inside / len(points)
 
-    precision, recall = measures.precision_recall(real, fake)
+    precision, recall = metrics.precision_recall(real, fake)
     assert precision == covered(fake, real) and recall == covered(real, fake)
     assert precision > recall  # a shrunken set is precise and covers little
 
 
 def test_a_collapse_is_told_from_variety() -> None:
     g = np.random.default_rng(0)
-    real = measures.moments(g.normal(size=(500, 4)))
-    assert measures.spread(real, measures.moments(g.normal(size=(500, 4)))) == pytest.approx(1, abs=0.2)
-    assert measures.spread(real, measures.moments(1 + 0.01 * g.normal(size=(500, 4)))) < measures.COLLAPSED
+    real = metrics.moments(g.normal(size=(500, 4)))
+    assert metrics.spread(real, metrics.moments(g.normal(size=(500, 4)))) == pytest.approx(1, abs=0.2)
+    assert metrics.spread(real, metrics.moments(1 + 0.01 * g.normal(size=(500, 4)))) < metrics.COLLAPSED

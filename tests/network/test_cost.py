@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from udddm.config import NetworkConfig
-from udddm.network import build
-from udddm.network.cost import cost
+from udddm.networks import build
+from udddm.networks.cost import cost
 
 
 def tiny(**changes: Any) -> NetworkConfig:

@@ -10,8 +10,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from udddm.config import NetworkConfig
-from udddm.network import UNet, build
-from udddm.network.blocks import NoiseEmbedding, divisor, group_norm
+from udddm.networks import UNet, build
+from udddm.networks.blocks import NoiseEmbedding, divisor, group_norm
 
 Shape = tuple[int, int, int]
 

@@ -7,11 +7,12 @@ import torch
 from scipy import stats
 from torch import nn
 
-from udddm import noise, objective
+from udddm import objectives, rng
 from udddm.config import resolve
-from udddm.objective import AlgorithmOne, Visits
-from udddm.process import Coefficients, Process
-from udddm.process import build as build_process
+from udddm.diffusion.schedule import Coefficients, Process
+from udddm.diffusion.schedule import build as build_process
+from udddm.objectives import AlgorithmOne
+from udddm.objectives.base import Visits
 
 SHAPE = (1, 4, 4)
 SEED, C = 11, 0.00015
@@ -26,7 +27,7 @@ def algorithm(timesteps: int = 20, kind: str = "ve") -> tuple[AlgorithmOne, Proc
         }
     )
     process = build_process(config.process)
-    chosen = objective.build(config, process, 10, (1, 4, 4))
+    chosen = objectives.build(config, process, 10, (1, 4, 4))
     assert isinstance(chosen, AlgorithmOne)
     return chosen, process
 
@@ -96,7 +97,7 @@ def test_a_visit_is_the_algorithm_s_three_lines() -> None:
     visits, network = chosen.plan(np.arange(6), 2), Network()
     losses, new_state = chosen(network, x0, state, visits)
     a = Coefficients(*visits.coefficients)
-    eps = noise.normal(visits.noise_key, SHAPE)
+    eps = rng.normal(visits.noise_key, SHAPE)
     for i in range(6):
         xt = a.signal[i] * x0[i] + a.noise[i] * eps[i]
         f = a.skip[i] * xt + a.out[i] * torch.tanh(0.7 * a.scale[i] * xt + 0.3 * state[i] + a.embedding[i])

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from udddm import api, noise, objective, sampler
-from udddm.backends.ranks import Ranks
-from udddm.backends.torch_engine import TorchEngine
+from udddm import api, objectives, rng
+from udddm.backends.distributed.ranks import Ranks
+from udddm.backends.engines.ddp import TorchEngine
 from udddm.config import ConsistencyConfig, DenoiserConfig, ProcessConfig, TuningConfig, resolve
-from udddm.objective import Consistency, Denoiser, Tuning, pseudo_huber
-from udddm.process import Coefficients, Process, build
-from udddm.trainer import network_for
+from udddm.diffusion import samplers
+from udddm.diffusion.schedule import Coefficients, Process, build
+from udddm.objectives import Consistency, Denoiser, pseudo_huber
+from udddm.objectives.ect import Tuning
+from udddm.training.trainer import network_for
 
 IDS = np.arange(4000)
 SHAPE = (1, 4, 4)
@@ -129,7 +131,7 @@ def test_loss_and_next_state_by_definition(process: Process, name: str) -> None:
     g = torch.Generator().manual_seed(0)
     x0, state = torch.randn(50, *SHAPE, generator=g), torch.randn(50, *SHAPE, generator=g)
     losses, after = one(network, x0, state, visits)
-    eps = noise.normal(visits.noise_key, SHAPE)
+    eps = rng.normal(visits.noise_key, SHAPE)
 
     def f(at: Coefficients, rows: Any) -> torch.Tensor:
         scale, signal, deviation = (v[:, None, None, None] for v in (at.scale, at.signal, at.noise))
@@ -196,7 +198,7 @@ DROPPING: dict[str, dict[str, Any]] = {
 def test_teacher_and_student_drop_the_same_units_of_every_row(settings: dict[str, Any]) -> None:
     config = resolve({"objective": settings, "network": {"dropout": 0.3}})
     process = build(config.process)
-    one, network = objective.build(config, process, 40, SHAPE), Probe()
+    one, network = objectives.build(config, process, 40, SHAPE), Probe()
     images, ids = torch.zeros(64, *SHAPE), np.arange(64)
     partly = 0
     for epoch in (0, 9, 25):
@@ -221,7 +223,7 @@ def test_without_dropout_only_the_rows_that_need_it_are_evaluated(name: str) -> 
     """With the targets of a teacher that evaluates every row."""
     tree = {"objective": {"name": name, "warmup": 0.0}, "network": {"dropout": 0.0}, "train": {"steps": 1}}
     config, compiled = resolve(tree), resolve({**tree, "train": {"steps": 1, "compile": True}})
-    one, other = (objective.build(c, build(c.process), 40, SHAPE) for c in (config, compiled))
+    one, other = (objectives.build(c, build(c.process), 40, SHAPE) for c in (config, compiled))
     g = torch.Generator().manual_seed(0)
     for epoch in range(40):
         for batch in (50, 7, 1):
@@ -247,7 +249,7 @@ def test_the_network_is_compiled_whole_and_once_for_each_of_two_passes(settings:
     network = {"width": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "dropout": 0.1, "classes": 3}
     config = resolve({"objective": settings, "network": network, "train": {"steps": 1, "compile": True}})
     process = build(config.process)
-    one = objective.build(config, process, 40, SHAPE)
+    one = objectives.build(config, process, 40, SHAPE)
     torch._dynamo.reset()
     compiled = torch.compile(network_for(config, SHAPE), backend=compiler, fullgraph=True)
     for epoch in range(0, 40, 2):
@@ -266,7 +268,7 @@ def test_every_parameter_has_a_gradient_after_a_teachers_call_under_autocast(nam
     network = {"width": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "dropout": dropout}
     train = {"steps": 8, "precision": "bf16"}
     config = resolve({"objective": {"name": name, "warmup": 0}, "network": network, "train": train})
-    one = objective.build(config, build(config.process), 40, SHAPE)
+    one = objectives.build(config, build(config.process), 40, SHAPE)
     built = TorchEngine(network_for(config, SHAPE), config.train, Ranks(0, 1, torch.device("cpu")), 8)
     x0, visits = torch.zeros(16, *SHAPE), one.plan(np.arange(16), 30)
     assert len(visits.fresh)
@@ -279,7 +281,7 @@ def test_every_parameter_has_a_gradient_after_a_teachers_call_under_autocast(nam
 def test_where_calls_exchange_weights_every_step_has_two() -> None:
     process = build(ProcessConfig())
     for every_row in (False, True):
-        teacher = objective.Teacher(every_row=every_row, lockstep=True)
+        teacher = objectives.Teacher(every_row=every_row, lockstep=True)
         one, network = Denoiser(process, DenoiserConfig(), 3, 16, False, teacher), Network()
         images = torch.zeros(50, *SHAPE)
         one(network, images, images, one.plan(np.arange(50), 0))
@@ -295,7 +297,7 @@ def test_heun_reaches_the_data_of_an_exact_denoiser(process: Process) -> None:
             return torch.zeros_like(x)
 
     def deviation(steps: int) -> float:
-        return float(sampler.sample(Zero(), process, SHAPE, torch.arange(2000), steps=steps, sampler="heun").std())
+        return float(samplers.sample(Zero(), process, SHAPE, torch.arange(2000), steps=steps, sampler="heun").std())
 
     assert deviation(79) == pytest.approx(0.5, rel=0.03)
     assert deviation(1) < 0.1  # one evaluation of a denoiser is the mean
@@ -328,7 +330,7 @@ def test_warm_up_is_a_denoiser_and_then_the_objective_from_its_beginning() -> No
     for name in ("chain", "consistency", "tuning", "algorithm-1"):
         config = resolve({"objective": {"name": name, "warmup": 0.25}})
         plain = resolve({"objective": {"name": name, "warmup": 0.0}})
-        warmed, after = objective.build(config, process, 40, SHAPE), objective.build(plain, process, 30, SHAPE)
+        warmed, after = objectives.build(config, process, 40, SHAPE), objectives.build(plain, process, 30, SHAPE)
         assert bool((warmed.plan(IDS, 9).guide == 1).all()) and not len(warmed.plan(IDS, 9).fresh)
         first, then = warmed.plan(IDS, 10), after.plan(IDS, 0)
         assert torch.equal(first.coefficients, then.coefficients) and torch.equal(first.guide, then.guide)
@@ -350,7 +352,7 @@ def test_what_begins_with_a_denoiser(settings: dict[str, Any], share: float) -> 
     assert config.warmup == share
     assert config.objective_in_words.startswith(config.objective.name)
     assert ("after a denoiser" in config.objective_in_words) == (share > 0)
-    built = objective.build(config, build(config.process), 40, SHAPE)
-    assert isinstance(built, objective.WarmedUp) == (share > 0)
-    if isinstance(built, objective.WarmedUp):
+    built = objectives.build(config, build(config.process), 40, SHAPE)
+    assert isinstance(built, objectives.WarmedUp) == (share > 0)
+    if isinstance(built, objectives.WarmedUp):
         assert built.epochs == share * 40

@@ -11,10 +11,11 @@ import torch
 from scipy import stats
 from torch import nn
 
-from udddm import noise
+from udddm import rng
 from udddm.config import ChainConfig, ProcessConfig
-from udddm.objective import Chain, Visits, pseudo_huber
-from udddm.process import Coefficients, build
+from udddm.diffusion.schedule import Coefficients, build
+from udddm.objectives import Chain, pseudo_huber
+from udddm.objectives.base import Visits
 
 SHAPE = (1, 4, 4)
 SEED, C = 5, 0.03
@@ -264,7 +265,7 @@ def test_every_target_is_f_at_the_level_below_on_the_same_path(length: int | str
     stored = 0
     for epoch in range(22):
         visits, (_, _, visit, level) = chosen.plan(ids, epoch), chosen.position(ids, epoch)
-        eps = noise.normal(visits.noise_key, SHAPE)
+        eps = rng.normal(visits.noise_key, SHAPE)
         losses, output = chosen(network, x0, state, visits)
         for i in range(40):
             own = torch.from_numpy(chosen.process.coefficients(times[level[i : i + 1]]))[:, 0]
@@ -290,9 +291,9 @@ def test_the_condition_is_fresh_noise_and_not_the_state() -> None:
         chosen(network, x0, state, visits)
         (_, first, _), (_, second, _) = network.calls[-2:]  # the target's evaluation, then the one that learns
         assert first is not None and second is not None
-        torch.testing.assert_close(second, noise.normal(visits.condition_key, SHAPE))
+        torch.testing.assert_close(second, rng.normal(visits.condition_key, SHAPE))
         torch.testing.assert_close(first, second)  # one condition a visit
-        eps = noise.normal(visits.noise_key, SHAPE)
+        eps = rng.normal(visits.noise_key, SHAPE)
         assert abs(np.corrcoef(second.flatten(), eps.flatten())[0, 1]) < 4.5 / np.sqrt(eps.numel())
         seen.append(second)
     assert abs(np.corrcoef(seen[0].flatten(), seen[1].flatten())[0, 1]) < 4.5 / np.sqrt(seen[0].numel())
@@ -323,7 +324,7 @@ def test_only_the_learning_evaluation_has_a_gradient_and_none_flows_into_the_sta
             other.weight.fill_(weight)
         at = Coefficients(*visits.coefficients.double())
         x64 = x0.double()
-        eps = noise.normal(visits.noise_key, SHAPE).double()
+        eps = rng.normal(visits.noise_key, SHAPE).double()
         s = [c[:, None, None, None] for c in at]
         xt = s[0] * x64 + s[1] * eps
         output = s[2] * xt + s[3] * torch.tanh(weight * s[4] * xt + s[5])

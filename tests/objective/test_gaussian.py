@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from udddm.config import ProcessConfig
-from udddm.process import Coefficients, build
+from udddm.diffusion.schedule import Coefficients, build
 
 
 @pytest.fixture(scope="module")

@@ -11,13 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udddm import api, objective
-from udddm.config import ConfigError, RunConfig, resolve
+from udddm import api, objectives
+from udddm.config import RunConfig, resolve
 from udddm.data import ImageDataset
-from udddm.data.prefetch import Prefetch
-from udddm.objective import LabelDropout
+from udddm.diffusion.schedule import build
+from udddm.errors import ConfigError
+from udddm.objectives import LabelDropout
 from udddm.order import Order
-from udddm.process import build
+from udddm.training.inputs import Prefetch
 
 SHAPE = (1, 8, 8)
 IDS = np.arange(3000)
@@ -39,7 +40,7 @@ def config(name: str = "chain", share: float = 0.2, seed: int = 0, **sections: A
 
 
 def dropped(ids: np.ndarray, epoch: int, chosen: RunConfig) -> np.ndarray:
-    planned = objective.build(chosen, build(chosen.process), 40, SHAPE).plan(ids, epoch)
+    planned = objectives.build(chosen, build(chosen.process), 40, SHAPE).plan(ids, epoch)
     return LabelDropout.of(chosen).drops(planned)
 
 
@@ -56,8 +57,8 @@ def test_the_share_is_the_configured_one_and_changes_with_epoch_and_seed(name: s
 @pytest.mark.parametrize("length", [2, 5, "trajectory"])
 def test_a_chain_keeps_its_label_or_goes_without_to_its_end(length: int | str) -> None:
     chosen = config(share=0.4, objective={"chain": {"length": length}})
-    chain = objective.build(chosen, build(chosen.process), 40, SHAPE)
-    assert isinstance(chain, objective.Chain)
+    chain = objectives.build(chosen, build(chosen.process), 40, SHAPE)
+    assert isinstance(chain, objectives.Chain)
     without: dict[tuple[int, int, int], set[bool]] = {}
     for epoch in range(40):
         stage, number, *_ = chain.position(IDS, epoch)
@@ -83,7 +84,7 @@ def test_a_step_gets_the_label_that_stands_for_none_and_else_its_own(share: floa
     chosen = config(share=share, train={"batch_size": 64})
     order = Order.build(chosen.order, 0, 64, 64, SHAPE)
     lanes = order.lanes_of(0, 1)
-    made = objective.build(chosen, build(chosen.process), 40, SHAPE)
+    made = objectives.build(chosen, build(chosen.process), 40, SHAPE)
     device = torch.device("cpu")
     inputs = Prefetch(order, lanes, dataset, made, device, step=0, depth=1, labels=LabelDropout.of(chosen), parts=2)
     seen = torch.cat([part.labels for part in inputs.next() if part.labels is not None])

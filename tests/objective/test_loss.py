@@ -10,8 +10,10 @@ import torch
 from torch import nn
 
 from udddm.config import ProcessConfig
-from udddm.objective.loss import Visits, adaptive_loss, add_noise, denoise, pseudo_huber
-from udddm.process import Coefficients, build
+from udddm.diffusion.denoise import add_noise, denoise
+from udddm.diffusion.schedule import Coefficients, build
+from udddm.objectives.base import Visits
+from udddm.objectives.loss import adaptive_loss, pseudo_huber
 
 SHAPE = (3, 4, 5)
 

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from udddm.config import StoreConfig
+from udddm.errors import DamagedChunkError
 from udddm.order import Order
-from udddm.run import Run
-from udddm.store import DamagedChunkError, Encoding, X0Store, build
+from udddm.runs.run import Run
+from udddm.storage.local import LocalObjects
+from udddm.store import Encoding, X0Store, build
 from udddm.store.compression import Compression, compress, decompress
 from udddm.store.encoding import StateDtype
 from udddm.store.generations import Generations
-from udddm.store.objects import LocalObjects
 from udddm.testing.store import SHAPE, ModelledRun, StoreConformance
 
 ORDER = Order(seed=5, samples=61, batch=8, lanes=2, chunk=4, window=2)

@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from udddm.order import Order
+from udddm.storage.base import Objects, Retry, open_objects
 from udddm.store import Encoding, X0Store
 from udddm.store.device import DeviceStore
-from udddm.store.objects import Objects, Retry, open_objects
 from udddm.store.pinned import MemoryTable, PinnedStore
 from udddm.store.zarr import ZarrStore
 from udddm.testing.objects import DelayedObjects, FaultyObjects, Operation

@@ -13,15 +13,14 @@ import pytest
 
 import udddm
 from udddm import cli, config
-from udddm.config import ConfigError
-from udddm.run import Run
-from udddm.store.convert import collect, convert
+from udddm.errors import ConfigError, StoreError
+from udddm.runs.run import Run
+from udddm.storage.base import open_objects
+from udddm.storage.lease import Lease
 from udddm.store.encoding import Rows
-from udddm.store.errors import StoreError
 from udddm.store.generations import Generations
-from udddm.store.inspect import find
-from udddm.store.lease import Lease
-from udddm.store.objects import open_objects
+from udddm.tools.convert import collect, convert
+from udddm.tools.inspect import find
 
 SETTINGS = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.0, condition: none}",

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 import zarr
 
+from udddm.errors import DamagedChunkError, StoreError
 from udddm.order import Order
-from udddm.store import DamagedChunkError, Encoding, StoreError
+from udddm.storage.base import open_objects
+from udddm.storage.local import LocalObjects
+from udddm.store import Encoding
 from udddm.store.encoding import Rows, StateDtype
 from udddm.store.generations import Generations, generation_name, open_existing
-from udddm.store.objects import LocalObjects, open_objects
 
 SHAPE = (3, 4, 4)
 ORDER = Order(

@@ -13,16 +13,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from udddm.backends.ranks import Ranks
-from udddm.errors import CheckpointError
-from udddm.guard import Guard
+from udddm.backends.distributed.ranks import Ranks
+from udddm.errors import CheckpointError, StoreError
 from udddm.order import Order
-from udddm.remote_run import MANIFEST, WRITER, RemoteCheckpoints
+from udddm.runs.remote import MANIFEST, WRITER, RemoteCheckpoints
+from udddm.storage.base import Objects, open_objects
+from udddm.storage.guard import Guard
+from udddm.storage.lease import KEY, MARGIN, Instant, Lease
+from udddm.storage.s3 import PART, REQUEST_TIMEOUT
 from udddm.store import Encoding
-from udddm.store.errors import StoreError
-from udddm.store.lease import KEY, MARGIN, Instant, Lease
-from udddm.store.objects import Objects, open_objects
-from udddm.store.remote import PART, REQUEST_TIMEOUT
 from udddm.store.zarr import ZarrStore
 from udddm.testing.s3 import BUCKET, S3Server
 

@@ -8,10 +8,11 @@ from PIL import Image
 
 import udddm
 from udddm import cli, config
-from udddm.store import StoreError, inspect
+from udddm.errors import StoreError
+from udddm.storage.lease import Lease
+from udddm.storage.local import LocalObjects
 from udddm.store.generations import generation_name
-from udddm.store.lease import Lease
-from udddm.store.objects import LocalObjects
+from udddm.tools import inspect
 
 SETTINGS = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.0, condition: none}",

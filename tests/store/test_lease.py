@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from udddm.store.errors import StoreError
-from udddm.store.lease import GRACE, KEY, Holder, Lease, process_identity, process_table
-from udddm.store.objects import Objects, Retry, open_objects
+from udddm.errors import StoreError
+from udddm.storage.base import Objects, Retry, open_objects
+from udddm.storage.lease import GRACE, KEY, Holder, Lease, process_identity, process_table
 from udddm.testing.s3 import BUCKET
 
 YEAR = 365 * 86_400.0

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from udddm.errors import StoreError
 from udddm.order import Order
-from udddm.store.errors import StoreError
-from udddm.store.pace import FEWEST, MOST, Pace, Smoothed
+from udddm.store.autotune import FEWEST, MOST, Pace, Smoothed
 from udddm.store.pool import Pool
 
 ORDER = Order(seed=1, samples=100_000, batch=256, lanes=8, chunk=256, window=4)

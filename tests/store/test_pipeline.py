@@ -19,9 +19,11 @@ import pytest
 import torch
 
 from udddm import cli
+from udddm.errors import StoreError
 from udddm.order import Order
-from udddm.store import Encoding, StoreError
-from udddm.store.objects import LocalObjects, Retry
+from udddm.storage.base import Retry
+from udddm.storage.local import LocalObjects
+from udddm.store import Encoding
 from udddm.store.pinned import MemoryTable, PinnedStore
 from udddm.store.pipeline import HostStore, _Window
 from udddm.store.zarr import ZarrStore

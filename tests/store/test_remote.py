@@ -17,13 +17,15 @@ import numpy as np
 import pytest
 import zarr
 
+from udddm.errors import DamagedChunkError, StoreError
 from udddm.order import Order
-from udddm.store import DamagedChunkError, Encoding
-from udddm.store.errors import StoreError
-from udddm.store.failures import of_fsspec, refusal
+from udddm.storage.base import Objects, Refused, Retry, open_objects
+from udddm.storage.failures import of_fsspec, refusal
+from udddm.storage.filesystem import FsspecObjects
+from udddm.storage.local import LocalObjects
+from udddm.storage.s3 import ObstoreObjects
+from udddm.store import Encoding
 from udddm.store.generations import Generations
-from udddm.store.objects import LocalObjects, Objects, Refused, Retry, open_objects
-from udddm.store.remote import FsspecObjects, ObstoreObjects
 from udddm.testing.faults import BROKEN, ERRORS, FaultProxy
 from udddm.testing.s3 import BUCKET, S3Server
 

@@ -11,12 +11,13 @@ import torch
 
 from udddm import cli
 from udddm.config import StoreConfig
+from udddm.errors import DamagedChunkError, StoreError
 from udddm.order import Order
-from udddm.run import Run
-from udddm.store import DamagedChunkError, Encoding, StoreError, X0Store, build
+from udddm.runs.run import Run
+from udddm.storage.local import LocalObjects
+from udddm.store import Encoding, X0Store, build
 from udddm.store.encoding import generation_zero
 from udddm.store.generations import Generations, open_existing
-from udddm.store.objects import LocalObjects
 from udddm.testing.store import SHAPE, ModelledRun
 
 ORDER = Order(seed=5, samples=61, batch=8, lanes=2, chunk=4, window=2)

@@ -12,8 +12,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from udddm.errors import StoreError
 from udddm.order import Order
-from udddm.store import Encoding, Snapshot, StoreError, X0Store
+from udddm.store import Encoding, Snapshot, X0Store
 from udddm.store.device import DeviceStore
 from udddm.store.encoding import StateDtype
 from udddm.store.pinned import MemoryTable, PinnedStore

@@ -14,9 +14,9 @@ import torch
 
 import udddm
 from udddm.config import RunConfig, load
-from udddm.store import inspect
 from udddm.testing.faults import FaultProxy
 from udddm.testing.s3 import BUCKET, S3Server
+from udddm.tools import inspect
 
 OVERRIDES = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0, condition: none}",

@@ -3,7 +3,7 @@
 This package imports neither torch nor numpy: it is what `udddm-train --help` and a configuration error pay for.
 """
 
-from udddm.config.base import ConfigError, Section
+from udddm.config.base import Section
 from udddm.config.objective import ChainConfig, ConsistencyConfig, DenoiserConfig, ObjectiveConfig, Stage, TuningConfig
 from udddm.config.reading import apply, load, resolve
 from udddm.config.run import (
@@ -20,11 +20,11 @@ from udddm.config.run import (
     StoreConfig,
     TrainConfig,
 )
+from udddm.errors import ConfigError
 
 __all__ = [
     "ChainConfig",
     "CheckpointConfig",
-    "ConfigError",
     "ConsistencyConfig",
     "DataConfig",
     "DenoiserConfig",

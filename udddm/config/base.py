@@ -6,18 +6,9 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from udddm.urls import redact
-
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 UnderOne = Annotated[float, Field(ge=0, lt=1)]
-
-
-class ConfigError(ValueError):
-    """A configuration the user has to correct; the message names the key and the cure."""
-
-    def __init__(self, message: str):
-        super().__init__(redact(message))
 
 
 class Section(BaseModel):

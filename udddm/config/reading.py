@@ -11,8 +11,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from udddm.config.base import ConfigError
 from udddm.config.run import RunConfig
+from udddm.errors import ConfigError
 
 
 def load(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:

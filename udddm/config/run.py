@@ -9,8 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from udddm.config.base import ConfigError, Positive, Section, UnderOne
+from udddm.config.base import Positive, Section, UnderOne
 from udddm.config.objective import TUNING_WARMUP, ObjectiveConfig
+from udddm.errors import ConfigError
 
 
 class ExpectConfig(Section):

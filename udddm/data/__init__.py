@@ -5,13 +5,13 @@ images, labels = dataset.batch(ids)                 # float32 [n, C, H, W] in [-
 """
 
 from udddm.data.dataset import ImageDataset, check_unchanged
-from udddm.data.images import ArrayImages, BatchSource, DataError, MapDataset
+from udddm.data.images import ArrayImages, BatchSource, MapDataset
 from udddm.data.loading import expected, load_dataset
+from udddm.errors import DataError
 
 __all__ = [
     "ArrayImages",
     "BatchSource",
-    "DataError",
     "ImageDataset",
     "MapDataset",
     "check_unchanged",

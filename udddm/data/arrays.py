@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from udddm.data.images import Array, ArrayImages, DataError, Ids
+from udddm.data.images import Array, ArrayImages, Ids
+from udddm.errors import DataError
 
 
 class ZarrImages(ArrayImages):

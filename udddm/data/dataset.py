@@ -14,7 +14,6 @@ import torch
 from udddm.data.images import (
     ArrayImages,
     BatchSource,
-    DataError,
     Ids,
     Labels,
     MapDataset,
@@ -25,6 +24,7 @@ from udddm.data.images import (
     scaled,
     split_sample,
 )
+from udddm.errors import DataError
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import urllib.request
 from pathlib import Path
 from typing import BinaryIO
 
-from udddm.data.images import DataError
+from udddm.errors import DataError
 
 _BLOCK = 1 << 20  # bytes read at a time
 

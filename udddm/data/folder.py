@@ -13,7 +13,6 @@ from udddm.data.images import (
     GRAY_MODES,
     Array,
     BatchSource,
-    DataError,
     Ids,
     Labels,
     check_depth,
@@ -21,6 +20,7 @@ from udddm.data.images import (
     pil_pixels,
     to_gray_or_rgb,
 )
+from udddm.errors import DataError
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from udddm.urls import redact
+from udddm.errors import DataError
 
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
@@ -25,13 +25,6 @@ GRAY_MODES = ("1", "L", "LA")  # PIL's modes without colour and with at most 8 b
 COLOURS = (1, 3, 4)  # gray, RGB, RGBA: the channel counts by which [H, W, C] is told from [C, H, W]
 # How far outside [-1, 1] a float may lie: bfloat16's next value after 1 is 1.0078. Such values are clamped.
 TOLERANCE = 0.01
-
-
-class DataError(ValueError):
-    """Data the user has to correct; the message names the file or sample, what is wrong and the cure."""
-
-    def __init__(self, message: str):
-        super().__init__(redact(message))
 
 
 class MapDataset(Protocol):

@@ -20,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from udddm.data.download import cache_directory, fetch, md5_of
-from udddm.data.images import ArrayImages, DataError
+from udddm.data.images import ArrayImages
+from udddm.errors import DataError
 
 Bytes = npt.NDArray[np.uint8]
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from udddm.config import ConfigError, DataConfig
+from udddm.config import DataConfig
+from udddm.errors import ConfigError
 
 
 def reaching(data: DataConfig, overrides: Sequence[str] = ()) -> list[str]:

@@ -14,7 +14,7 @@ from udddm.config import EvaluateConfig
 from udddm.data import ImageDataset
 from udddm.evaluation import evaluate
 from udddm.evaluation.features import extract, load_features
-from udddm.progress import say
+from udddm.log import say
 
 
 class BackgroundEvaluation:

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from udddm.backends.ranks import choose_device
-from udddm.data import DataError, ImageDataset, MapDataset
+from udddm.backends.distributed.ranks import choose_device
+from udddm.data import ImageDataset, MapDataset
 from udddm.data.download import cache_directory
-from udddm.evaluation import measures
+from udddm.errors import DataError
+from udddm.evaluation import metrics
 from udddm.evaluation.features import INCEPTION, FeatureNetwork, Rows, extract, load_features
 
 T = TypeVar("T")
@@ -45,13 +46,13 @@ def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
 class Reference:
     """A data set in a feature space."""
 
-    mean: measures.Array
-    covariance: measures.Array
+    mean: metrics.Array
+    covariance: metrics.Array
     probe: Rows
     """[at most KERNEL, D]: features of images drawn at random, the last MANIFOLD of them for precision and recall."""
 
     @property
-    def moments(self) -> tuple[measures.Array, measures.Array]:
+    def moments(self) -> tuple[metrics.Array, metrics.Array]:
         return self.mean, self.covariance
 
 
@@ -80,7 +81,7 @@ def reference(dataset: ImageDataset, network: FeatureNetwork, cache: Path | None
             path.unlink()  # half a file of a full disk: make it anew
     features, _ = extract(network, ahead(_read(dataset)))
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[-KERNEL:].numpy()
-    found = Reference(*measures.moments(features), features[drawn])
+    found = Reference(*metrics.moments(features), features[drawn])
     directory.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     with temporary.open("wb") as file:
@@ -91,23 +92,23 @@ def reference(dataset: ImageDataset, network: FeatureNetwork, cache: Path | None
 
 def score(features: Rows, logits: Rows | None, real: Reference, name: str) -> dict[str, Any]:
     """The figures of samples with these features. `name` is the feature network's: FID is only Inception's."""
-    own = measures.moments(features)
-    precision, recall = measures.precision_recall(real.probe[-MANIFOLD:], features[:MANIFOLD])
+    own = metrics.moments(features)
+    precision, recall = metrics.precision_recall(real.probe[-MANIFOLD:], features[:MANIFOLD])
     distance = "fid" if name == INCEPTION else "fd"
-    kid, kid_deviation = measures.kernel_distance(real.probe, features)
-    spread = measures.spread(real.moments, own)
+    kid, kid_deviation = metrics.kernel_distance(real.probe, features)
+    spread = metrics.spread(real.moments, own)
     found: dict[str, Any] = {
         "n": len(features),
-        distance: measures.frechet(own, real.moments),
+        distance: metrics.frechet(own, real.moments),
         "kid": kid,
         "kid_deviation": kid_deviation,
         "precision": precision,
         "recall": recall,
         "spread": spread,
-        "collapsed": bool(spread < measures.COLLAPSED),
+        "collapsed": bool(spread < metrics.COLLAPSED),
     }
     if logits is not None:
-        found["inception_score"], found["inception_score_deviation"] = measures.inception_score(logits)
+        found["inception_score"], found["inception_score_deviation"] = metrics.inception_score(logits)
     return found
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from udddm.config import ConfigError
-from udddm.data.loading import named
+from udddm.config.plugins import named
+from udddm.errors import ConfigError
 
 Rows = npt.NDArray[np.float32]
 INCEPTION = "inception"

@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 
 from udddm.config import StoreConfig
+from udddm.errors import DamagedChunkError, StoreError
 from udddm.order import Order
-from udddm.run import Run, run_id
+from udddm.runs.run import Run, run_id
+from udddm.storage.base import local_path
 from udddm.store.base import StoreCounters, X0Store, finite_rows
 from udddm.store.device import DeviceStore
 from udddm.store.encoding import Encoding
-from udddm.store.errors import DamagedChunkError, StoreError
-from udddm.store.objects import local_path
 from udddm.store.pinned import MemoryTable, PinnedStore
 from udddm.store.repair import Repair
 from udddm.store.snapshot import Snapshot

@@ -27,7 +27,7 @@ from udddm.order import Order
 from udddm.store.encoding import Encoding, Rows
 
 if TYPE_CHECKING:
-    from udddm.backends.ranks import Ranks
+    from udddm.backends.distributed.ranks import Ranks
     from udddm.store.repair import Repair
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from udddm import noise
-from udddm.noise import Stream
+from udddm import rng
+from udddm.rng import Stream
 
 StateDtype = Literal["fp32", "fp16", "bf16", "uint8"]
 Rows = npt.NDArray[Any]
@@ -73,5 +73,5 @@ def generation_zero(
     device: torch.device | None = None,
 ) -> torch.Tensor:
     """x_0^(0) ~ N(0, I) of `samples`, encoded: computed wherever it is needed, never stored."""
-    keys = noise.as_tensor(noise.keys(seed, Stream.INITIAL_STATE, samples))
-    return encoding.encode(noise.normal(keys if device is None else keys.to(device), shape))
+    keys = rng.as_tensor(rng.keys(seed, Stream.INITIAL_STATE, samples))
+    return encoding.encode(rng.normal(keys if device is None else keys.to(device), shape))

@@ -24,11 +24,11 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
+from udddm.errors import DamagedChunkError, StoreError
 from udddm.order import Order
+from udddm.storage.base import Objects
 from udddm.store.compression import Compression, codec, compress, decompress, of_array
 from udddm.store.encoding import Encoding, Rows, StateDtype, generation_zero
-from udddm.store.errors import DamagedChunkError, StoreError
-from udddm.store.objects import Objects
 
 FORMAT = 1
 Checksums = dict[int, int]

@@ -31,12 +31,12 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from udddm.guard import Guard
+from udddm.errors import StoreError
 from udddm.order import Batch, Order
+from udddm.storage.guard import Guard
+from udddm.store.autotune import Pace
 from udddm.store.base import StateSource, X0Store
 from udddm.store.encoding import Encoding, Rows
-from udddm.store.errors import StoreError
-from udddm.store.pace import Pace
 from udddm.store.pool import Pool
 from udddm.store.snapshot import visited_rows
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import threading
 
-from udddm.progress import say
+from udddm.errors import DamagedChunkError
+from udddm.log import say
 from udddm.store.base import StoreCounters
-from udddm.store.errors import DamagedChunkError
 
 
 class Repair:

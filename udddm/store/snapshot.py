@@ -15,11 +15,12 @@ from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
+from udddm.errors import StoreError
 from udddm.order import Order
+from udddm.storage.base import open_objects
+from udddm.storage.local import LocalObjects
 from udddm.store.encoding import Encoding, Rows, StateDtype
-from udddm.store.errors import StoreError
 from udddm.store.generations import Checksums, Generations, order_of
-from udddm.store.objects import LocalObjects, open_objects
 
 if TYPE_CHECKING:
     from udddm.store.base import X0Store

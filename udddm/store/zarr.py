@@ -11,20 +11,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from udddm.guard import Guard, Guards
+from udddm.backends.distributed.lease import follow
+from udddm.errors import StoreError
 from udddm.order import Order
+from udddm.storage.base import open_objects
+from udddm.storage.guard import Guard, Guards
+from udddm.storage.lease import Lease
 from udddm.store.base import StateSource
 from udddm.store.compression import Compression
 from udddm.store.encoding import Encoding, Rows
-from udddm.store.errors import StoreError
 from udddm.store.generations import Checksums, Generations
-from udddm.store.lease import Lease, follow
-from udddm.store.objects import open_objects
 from udddm.store.pipeline import ChunkTable, HostStore
 from udddm.store.snapshot import Snapshot, write_reference
 
 if TYPE_CHECKING:
-    from udddm.backends.ranks import Ranks
+    from udddm.backends.distributed.ranks import Ranks
 
 
 class GenerationTable(ChunkTable):

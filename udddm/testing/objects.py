@@ -1,4 +1,4 @@
-"""Objects that are slow, fail on purpose, or keep a record: wrappers around any `udddm.store.objects.Objects`.
+"""Objects that are slow, fail on purpose, or keep a record: wrappers around any `udddm.storage.base.Objects`.
 
     inner = open_objects("s3://bucket/prefix")
     faulty = FaultyObjects(DelayedObjects(inner, seconds=0.05))
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar, get_args
 
-from udddm.store.objects import Objects
+from udddm.storage.base import Objects
 
 T = TypeVar("T")
 Operation = Literal["get", "put", "put_if_absent", "replace_if", "list", "delete"]

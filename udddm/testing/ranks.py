@@ -10,11 +10,12 @@ from pathlib import Path
 
 import torch
 
-from udddm import ema, portable
-from udddm.backends import engine
-from udddm.backends.ranks import RENDEZVOUS, Ranks, join
+from udddm import ema
+from udddm.backends.distributed.ranks import RENDEZVOUS, Ranks, join
+from udddm.backends.engines import base
 from udddm.config import RunConfig
-from udddm.trainer import network_for
+from udddm.runs import weights
+from udddm.training.trainer import network_for
 
 
 def _rank(rank: int, world: int, meeting: str, work: Callable[[Ranks], None]) -> None:
@@ -48,10 +49,10 @@ class Copy:
         self.config, self.shape, self.source, self.target = config, shape, source, target
 
     def __call__(self, ranks: Ranks) -> None:
-        built = engine.build(network_for(self.config, self.shape), self.config, ranks, 8)
+        built = base.build(network_for(self.config, self.shape), self.config, ranks, 8)
         emas = ema.build(self.config.train, built.weights())
-        portable.load(self.source, built, emas)
+        weights.load(self.source, built, emas)
         if ranks.first:
             self.target.mkdir()
         ranks.barrier()
-        portable.save(self.target, built, emas)
+        weights.save(self.target, built, emas)

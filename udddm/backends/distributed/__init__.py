@@ -1,0 +1,1 @@
+"""The ranks of a run, and the signals and requests that reach them."""

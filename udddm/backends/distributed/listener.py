@@ -1,0 +1,17 @@
+"""TODO."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+
+class Listener(ABC):
+    """Somebody outside of this process who is told of metrics and may ask for a stop, as a launcher does."""
+
+    @abstractmethod
+    def asked(self) -> int:
+        """The signal for which to checkpoint and stop, or 0. Called at every step: it must not wait."""
+
+    @abstractmethod
+    def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
+        """Called on the first rank every `log_every_steps`."""

@@ -1,0 +1,194 @@
+"""The processes of a run: one, or those that a launcher started."""
+
+from __future__ import annotations
+
+import os
+import socket
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+import torch.distributed.nn.functional  # see `join`
+from torch._C._distributed_c10d import HashStore
+
+from udddm.errors import ConfigError, RankError
+from udddm.order import check_world
+
+T = TypeVar("T")
+RENDEZVOUS = "UDDDM_RENDEZVOUS"
+"""Environment variable: a file through which ranks on one machine find each other, in place of a network address."""
+TIMEOUT = 600.0
+"""Seconds a collective operation may take before it counts as hung."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the ranks, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+    local_rank: int = 0
+
+    @property
+    def leads_machine(self) -> bool:
+        """Whether this rank does what is to be done once on every machine."""
+        return self.local_rank == 0
+
+    @property
+    def first(self) -> bool:
+        """Whether this rank writes what a run has one of."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def sum(self, value: torch.Tensor) -> float:
+        """The sum of the ranks' scalars, on every rank. Waits for the device."""
+        if self.world > 1:
+            value = value.clone()
+            dist.all_reduce(value)
+        return float(value)
+
+    def gather(self, value: T) -> list[T]:
+        """Every rank's object, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def gather_first(self, value: T) -> list[T]:
+        """Every rank's object, in rank order, on the first rank; elsewhere nothing."""
+        if self.world == 1:
+            return [value]
+        values: list[Any] | None = [None] * self.world if self.first else None
+        dist.gather_object(value, values)
+        return values or []
+
+    def together(self, action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
+        """Run `action` on every rank. If it raises one of `errors` somewhere, all ranks raise: that one its own
+        error, the others RankError; nobody waits for a rank that is gone."""
+        failed, result = None, None
+        try:
+            result = action()
+        except errors as error:
+            failed = error
+        problems = self.gather("" if failed is None else f"rank {self.rank} ({socket.gethostname()}): {failed}")
+        if failed is not None:
+            raise failed
+        if any(problems):
+            raise RankError(next(p for p in problems if p))
+        return result  # type: ignore[return-value]
+
+    def first_only(self, action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
+        """`together`, with work for the first rank only. Its result, on every rank."""
+        return self.gather(self.together(action if self.first else lambda: None, errors))[0]  # type: ignore[return-value]
+
+    def check_shared(self, directory: Path, what: str) -> None:
+        """Raise ConfigError on every rank unless all see one and the same directory."""
+        if self.world == 1:
+            return
+        token = directory / f".shared-{self.gather(uuid.uuid4().hex)[0]}"
+        if self.first:
+            directory.mkdir(parents=True, exist_ok=True)
+            token.touch()
+        self.barrier()
+        seen = self.gather((token.exists(), socket.gethostname()))
+        if self.first:
+            token.unlink(missing_ok=True)
+        blind = sorted({host for found, host in seen if not found})
+        if blind:
+            raise ConfigError(
+                f"{what} {directory} of {seen[0][1]} is not there on {', '.join(blind)}: ranks on several machines "
+                "need a shared file system, or a URL such as s3://bucket/path (--run-dir, --store-url)"
+            )
+
+    def close(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+class Vote:
+    """Agreement on whether to stop, without waiting: the outcome of one step's vote is read at the next.
+
+    So all ranks stop after the same step, whichever of them were sent a signal.
+    """
+
+    def __init__(self, ranks: Ranks):
+        self._group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+        self._value = torch.zeros(1, dtype=torch.int64)
+        self._pending: Any = None
+
+    def cast(self, value: int) -> int:
+        """Vote for this step. Returns the largest value that any rank voted at the step before (alone: `value`)."""
+        if self._group is None:
+            return value
+        outcome = self.outcome()
+        self._value = torch.tensor([value])
+        self._pending = dist.all_reduce(self._value, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+        return outcome
+
+    def outcome(self) -> int:
+        """The last vote's outcome, waiting for it. 0 before the first."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+        return int(self._value)
+
+
+def choose_device(name: str, local_rank: int = 0) -> torch.device:
+    """`auto` is CUDA where there is any. Raises ConfigError for a device that is not there."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError("--device cuda: no CUDA device is available; use --device cpu")
+        device = torch.device("cuda", _gpu(local_rank, torch.cuda.device_count()))
+        torch.cuda.set_device(device)
+        return device
+    if name != "cpu":
+        raise ConfigError(f"--device {name}: choose auto, cpu or cuda")
+    return torch.device("cpu")
+
+
+def _gpu(local_rank: int, visible: int) -> int:
+    """The index of a rank's GPU. Where launchers show each rank its own one, that is the only one it sees."""
+    if visible == 1 and os.environ.get("CUDA_VISIBLE_DEVICES") and RENDEZVOUS not in os.environ:
+        return 0
+    if local_rank >= visible:
+        raise ConfigError(f"rank {local_rank} of this machine has no GPU: there are {visible}; use fewer workers")
+    return local_rank
+
+
+def join(device: str = "auto", lanes: int | None = None, *, group: bool = False, timeout: float = TIMEOUT) -> Ranks:
+    """Join the ranks that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK as torchrun sets them), or be the
+    only one, which has a process group only if `group`. A collective of more than `timeout` seconds is an error.
+
+    `lanes` is checked before anything waits: raises ConfigError when the number of ranks does not divide it.
+
+    torch.distributed.nn takes the default group as its functions' default, and so is imported before there is one: a
+    group still held when the interpreter ends has threads, and one that then frees a tensor aborts the process.
+    """
+    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    if lanes is not None:
+        check_world(lanes, world)
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    chosen = choose_device(device, local_rank)
+    if (world > 1 or group) and not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
+        limit = timedelta(seconds=timeout)
+        if world == 1:
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
+        elif RENDEZVOUS in os.environ:
+            method = f"file://{os.environ[RENDEZVOUS]}"
+            dist.init_process_group(backend, init_method=method, rank=rank, world_size=world, timeout=limit)
+        else:
+            dist.init_process_group(backend, timeout=limit)
+    return Ranks(rank, world, chosen, local_rank)

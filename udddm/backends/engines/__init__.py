@@ -1,0 +1,1 @@
+"""Engines: what turns losses into optimizer steps."""

@@ -1,0 +1,225 @@
+"""The contract of an engine: what turns losses into optimizer steps. torch (DDP) and DeepSpeed (ZeRO) keep it.
+
+A step is one or more micro-batches, then `step`:
+
+    with engine.micro_batch(last=True):
+        with engine.autocast():
+            loss = ... engine.module(...) ...
+        engine.backward(loss)
+    engine.step(step)
+
+Whatever the precision, an engine keeps float32 master weights and Adam's moments, whole on every rank or in parts. A
+`Pieces` holds what this rank has of one such set: by parameter, the whole tensor or a flat part of it. That is enough
+for an EMA, and for checkpoints that any engine at any number of ranks can pick up (`udddm/runs/weights.py`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from udddm.backends.distributed.ranks import Ranks
+from udddm.config import RunConfig, TrainConfig
+from udddm.errors import ConfigError
+
+Pieces = dict[str, torch.Tensor]
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where this rank keeps elements [start, start + numel) of a parameter, in row-major order."""
+
+    master: torch.Tensor
+    """The float32 tensor that the optimizer knows: the parameter itself, or the parts of many one after another."""
+    offset: int
+    """Of the first element in `master`."""
+    start: int
+    numel: int
+
+    def of(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
+        """This slot's part of a tensor that is laid out as `master`: a view."""
+        return tensor if tensor.shape == shape else tensor.view(-1).narrow(0, self.offset, self.numel)
+
+
+class Engine(ABC):
+    """`module` is what objectives call. `total_steps` is the length of the run, for the learning rate."""
+
+    module: nn.Module
+    adam: torch.optim.Optimizer
+    """Its state is keyed by the slots' masters."""
+
+    def __init__(self, network: nn.Module, config: TrainConfig, ranks: Ranks, total_steps: int):
+        self.config, self.ranks, self.total_steps = config, ranks, total_steps
+        self.shapes = {name: p.shape for name, p in network.named_parameters()}
+
+    # Steps.
+
+    def autocast(self) -> contextlib.AbstractContextManager[object]:
+        if self.config.precision == "fp32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.ranks.device.type, AUTOCAST[self.config.precision])
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of step `step` (from 0): linear warm-up, then constant or falling to 0 at the run's end."""
+        c = self.config
+        if step < c.warmup_steps:
+            return c.learning_rate * (step + 1) / c.warmup_steps
+        done = (step - c.warmup_steps) / max(1, self.total_steps - c.warmup_steps)
+        factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[c.decay]
+        return c.learning_rate * factor
+
+    @abstractmethod
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[object]:
+        """Around the forward and backward pass of a micro-batch; `last` for the step's last."""
+
+    @abstractmethod
+    def backward(self, loss: torch.Tensor) -> None:
+        """Accumulate the gradients of this rank's share of the loss: the sum over its samples over the step's total."""
+
+    def step(self, step: int) -> None:
+        """The optimizer's step number `step` (from 0), from what was accumulated."""
+        for group in self.adam.param_groups:
+            group["lr"] = self.learning_rate(step)
+        self._step()
+
+    @abstractmethod
+    def _step(self) -> None: ...
+
+    def backward_and_step(self, loss: torch.Tensor, step: int) -> None:
+        """A step of one micro-batch."""
+        with self.micro_batch(last=True):
+            self.backward(loss)
+        self.step(step)
+
+    # What is kept.
+
+    @abstractmethod
+    def slots(self) -> dict[str, Slot]:
+        """By parameter, where this rank's part is. A parameter of which it has nothing may be absent."""
+
+    @property
+    def sharded(self) -> bool:
+        """Whether the ranks keep different parts."""
+        return False
+
+    def weights(self) -> Pieces:
+        """Views of the float32 master weights; they stay valid, and change with every step."""
+        return {name: slot.of(slot.master.detach(), self.shapes[name]) for name, slot in self.slots().items()}
+
+    def moments(self) -> dict[str, Pieces]:
+        """Views of Adam's moments, zeros before the first step."""
+        self._materialize()
+        return {
+            key: {n: s.of(self.adam.state[s.master][key], self.shapes[n]) for n, s in self.slots().items()}
+            for key in MOMENTS
+        }
+
+    def _materialize(self) -> None:
+        """Give Adam the state that its first step would make, so that there is something to read or to fill."""
+        for master in {id(s.master): s.master for s in self.slots().values()}.values():
+            state = self.adam.state[master]
+            if "exp_avg" not in state:
+                where = master.device if master.device.type == "cuda" else torch.device("cpu")
+                state["step"] = torch.zeros((), dtype=torch.float32, device=where)
+                for key in MOMENTS:
+                    state[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
+
+    def scalars(self) -> dict[str, torch.Tensor]:
+        """Adam's `step`, and `scaler` = [loss scale, steps since it changed] in float16 training."""
+        steps = [float(state["step"]) for state in self.adam.state.values() if "step" in state]
+        found = {"step": torch.tensor(max(steps, default=0.0), dtype=torch.float32)}
+        if self.config.precision == "fp16":
+            found["scaler"] = torch.tensor(self._scale(), dtype=torch.float64)
+        return found
+
+    @abstractmethod
+    def _scale(self) -> list[float]: ...
+
+    @abstractmethod
+    def _load_scale(self, scale: float, since: int) -> None: ...
+
+    def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Take up whole tensors by parameter."""
+        pieces = self.weights()
+        for name in self.shapes:
+            self.fill(pieces, name, weights[name])
+        self._loaded()
+
+    def load(self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]) -> None:
+        """Take up whole tensors by parameter, and `exp_avg/<name>`, `exp_avg_sq/<name>`, `step`, `scaler`."""
+        self.load_weights(weights)
+        moments = self.moments()
+        for name in self.shapes:
+            for key in MOMENTS:
+                self.fill(moments[key], name, optimizer[f"{key}/{name}"])
+        for state in self.adam.state.values():
+            if "step" in state:
+                state["step"].fill_(float(optimizer["step"]))
+        if self.config.precision == "fp16" and "scaler" in optimizer:
+            scale, since = optimizer["scaler"].tolist()
+            self._load_scale(scale, int(since))
+
+    def _loaded(self) -> None:
+        """The master weights were set: bring what the forward pass uses in line."""
+        return
+
+    @torch.no_grad()
+    def fill(self, pieces: Pieces, name: str, whole: torch.Tensor) -> None:
+        """Copy this rank's part of a whole tensor into its piece."""
+        if name in pieces:
+            piece = pieces[name]
+            if piece.shape == whole.shape:
+                piece.copy_(whole)
+            else:
+                slot = self.slots()[name]
+                piece.copy_(whole.reshape(-1)[slot.start : slot.start + slot.numel])
+
+    @torch.no_grad()
+    def whole(self, pieces: Pieces, name: str, to: int | None = None) -> torch.Tensor | None:
+        """The whole tensor, float32 on the host, on rank `to` (None: on all). Every rank must call it, in one order."""
+        wanted = to is None or to == self.ranks.rank
+        if not self.sharded:
+            return pieces[name].detach().float().cpu().contiguous() if wanted else None
+        shape = self.shapes[name]
+        full = torch.zeros(shape.numel(), dtype=torch.int32, device=self.ranks.device)
+        if name in pieces:  # bits are summed as integers: -0.0 + 0.0 would lose its sign
+            slot = self.slots()[name]
+            part = pieces[name].detach().float().contiguous().view(-1).view(torch.int32)
+            full[slot.start : slot.start + slot.numel] = part.to(full.device)
+        if to is None:
+            dist.all_reduce(full)
+        else:
+            dist.reduce(full, dst=to)
+        return full.view(torch.float32).view(shape).cpu() if wanted else None
+
+
+def samples_a_part(config: RunConfig, world: int) -> int:
+    """The samples of a micro-batch. Raises ConfigError when train.accumulation does not divide a rank's samples."""
+    rows = config.train.batch_size // world
+    if rows % config.train.accumulation:
+        raise ConfigError(
+            f"train.accumulation ({config.train.accumulation}) must divide the {rows} samples a rank takes of a step "
+            f"({world} rank{'s' if world > 1 else ''}, train.batch_size={config.train.batch_size})"
+        )
+    return rows // config.train.accumulation
+
+
+def build(network: nn.Module, config: RunConfig, ranks: Ranks, total_steps: int) -> Engine:
+    """The configured engine, around a network on the host. Raises ConfigError."""
+    samples_a_part(config, ranks.world)
+    if config.engine.name == "deepspeed":
+        from udddm.backends.engines.deepspeed import DeepSpeedEngine
+
+        return DeepSpeedEngine(network, config, ranks, total_steps)
+    from udddm.backends.engines.ddp import TorchEngine
+
+    return TorchEngine(network, config.train, ranks, total_steps)

@@ -1,0 +1,71 @@
+"""The torch engine: autocast, gradient clipping, fused Adam, and DDP over several ranks. Every rank keeps all."""
+
+from __future__ import annotations
+
+import contextlib
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from udddm.backends.distributed.ranks import Ranks
+from udddm.backends.engines.base import Engine, Slot
+from udddm.config import TrainConfig
+
+
+class TorchEngine(Engine):
+    def __init__(self, network: nn.Module, config: TrainConfig, ranks: Ranks, total_steps: int):
+        super().__init__(network, config, ranks, total_steps)
+        network.to(ranks.device)
+        if config.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._parameters = dict(network.named_parameters())
+        self.module = network
+        self._ddp: DistributedDataParallel | None = None
+        if ranks.world > 1:
+            # No device_ids: inputs are on the device, and with them DDP refuses `_settle_buckets`'s call without any.
+            self.module = self._ddp = DistributedDataParallel(network, gradient_as_bucket_view=True)
+            self._settle_buckets(network, self._ddp)
+        if config.compile:
+            self.module = torch.compile(self.module)  # type: ignore[assignment]
+        self.adam = torch.optim.Adam(network.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
+        self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
+        self._begun = False
+
+    def _settle_buckets(self, network: nn.Module, ddp: DistributedDataParallel) -> None:
+        """DDP arranges its buckets anew after the first backward pass, in the order in which gradients came. Among more
+        than two ranks the arrangement decides how sums are rounded, so it must not change after the first step, which
+        is another one in a resumed run. This pass, of a sum of the parameters, is the first."""
+        network.forward = lambda: torch.stack([p.sum() for p in self._parameters.values()]).sum()
+        ddp().backward()
+        del network.forward
+        network.zero_grad(set_to_none=True)
+
+    def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if last or self._ddp is None else self._ddp.no_sync()
+
+    def backward(self, loss: torch.Tensor) -> None:
+        if not self._begun:
+            self.adam.zero_grad(set_to_none=True)
+            self._begun = True
+        if self.ranks.world > 1:
+            loss = loss * self.ranks.world  # DDP averages over ranks what should be summed
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def _step(self) -> None:
+        if self.config.clip is not None:
+            self.scaler.unscale_(self.adam)
+            torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.clip)
+        self.scaler.step(self.adam)
+        self.scaler.update()
+        self._begun = False
+
+    def slots(self) -> dict[str, Slot]:
+        return {name: Slot(p, 0, 0, p.numel()) for name, p in self._parameters.items()}
+
+    def _scale(self) -> list[float]:
+        state = self.scaler.state_dict()
+        return [state["scale"], state["_growth_tracker"]]
+
+    def _load_scale(self, scale: float, since: int) -> None:
+        self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": since})

@@ -1,0 +1,133 @@
+"""From a run's configuration and a user's DeepSpeed file to the configuration that DeepSpeed gets.
+
+Torch and DeepSpeed are not needed here: a contradiction is found before anything starts.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from udddm.config import RunConfig
+from udddm.errors import ConfigError
+
+REFUSED = {
+    "scheduler": "the learning rate is train.learning_rate, train.warmup_steps and train.decay",
+    "amp": "the precision is train.precision",
+    "torch_autocast": "the precision is train.precision",
+    "elasticity": "the number of workers is --workers MIN:MAX",
+    "curriculum_learning": "the order of samples is the x0-state store's",
+    "data_efficiency": "the order of samples is the x0-state store's",
+    "pipeline": "there is no pipeline parallelism here",
+    "tensor_parallel": "there is no tensor parallelism here",
+    "compression_training": "weights are not compressed in training here",
+    "data_types": "master weights and accumulated gradients are float32 here",
+}
+"""Sections that a DeepSpeed file may not have, and where their settings live."""
+
+
+def read(path: str | Path) -> dict[str, Any]:
+    """A DeepSpeed JSON file. Raises ConfigError."""
+    try:
+        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise ConfigError(f"cannot read the DeepSpeed configuration {path}: {error}") from error
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"the DeepSpeed configuration {path} must hold an object, not a {type(loaded).__name__}")
+    return loaded
+
+
+def zero_stage(config: RunConfig) -> int:
+    """`engine.zero`, or else what the DeepSpeed file says, or else 0."""
+    if config.engine.zero is not None:
+        return config.engine.zero
+    section = config.engine.deepspeed.get("zero_optimization")
+    stage = section.get("stage", 0) if isinstance(section, dict) else 0
+    if stage == "auto":
+        return 0
+    if stage not in (0, 1, 2, 3):
+        raise ConfigError(f"DeepSpeed configuration, zero_optimization.stage: {stage!r} is none of 0, 1, 2, 3")
+    return int(stage)
+
+
+def _ours(config: RunConfig, world: int) -> dict[str, Any]:
+    train, stage = config.train, zero_stage(config)
+    zero: dict[str, Any] = {"stage": stage}
+    if config.engine.offload:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    return {
+        "train_batch_size": train.batch_size,
+        "train_micro_batch_size_per_gpu": train.batch_size // world // train.accumulation,
+        "gradient_accumulation_steps": train.accumulation,
+        "gradient_clipping": train.clip or 0.0,
+        "fp16": {"enabled": train.precision == "fp16"},
+        "bf16": {"enabled": train.precision == "bf16"},
+        "optimizer": {
+            "type": "Adam",
+            "params": {"lr": train.learning_rate, "betas": list(train.betas), "eps": 1e-8, "weight_decay": 0.0},
+        },
+        "zero_optimization": zero,
+    }
+
+
+CURES = {
+    "train_batch_size": "train.batch_size",
+    "train_micro_batch_size_per_gpu": "train.batch_size, train.accumulation and the number of workers",
+    "gradient_accumulation_steps": "train.accumulation",
+    "gradient_clipping": "train.clip",
+    "fp16.enabled": "train.precision",
+    "bf16.enabled": "train.precision",
+    "optimizer.type": "fixed: the method is trained with Adam",
+    "optimizer.params.lr": "train.learning_rate",
+    "optimizer.params.betas": "train.betas",
+    "zero_optimization.stage": "engine.zero",
+    "zero_optimization.offload_optimizer.device": "engine.offload",
+}
+
+
+def _merge(ours: dict[str, Any], theirs: dict[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in theirs.items():
+        name = prefix + key
+        if value == "auto":
+            continue  # ours, or DeepSpeed's default
+        if isinstance(value, dict):
+            own = ours.get(key, {})
+            merged[key] = _merge(own if isinstance(own, dict) else {}, value, name + ".", problems)
+        elif key in ours and ours[key] != value:
+            where = CURES.get(name)
+            problems.append(
+                f"{name} is {json.dumps(value)} in the file and {json.dumps(ours[key])} in the run's configuration"
+                + (f" ({where})" if where else "")
+            )
+        else:
+            merged[key] = value
+    return merged
+
+
+def resolve(config: RunConfig, world: int) -> dict[str, Any]:
+    """What DeepSpeed gets for a run of `world` ranks; every "auto" is filled in or left to DeepSpeed's default.
+
+    Raises ConfigError naming every key of the file that contradicts the run's configuration or has no meaning here.
+    """
+    theirs = config.engine.deepspeed
+    problems = [f"{key}: {why}" for key, why in REFUSED.items() if theirs.get(key) not in (None, "auto", {})]
+    merged = _merge(_ours(config, world), {k: v for k, v in theirs.items() if k not in REFUSED}, "", problems)
+    zero = merged["zero_optimization"]
+    for side in ("offload_optimizer", "offload_param"):
+        if isinstance(zero.get(side), dict) and zero[side].get("device") == "nvme":
+            problems.append(f"zero_optimization.{side}.device: nvme is not supported; use cpu")
+    if isinstance(zero.get("offload_param"), dict) and zero["offload_param"].get("device", "none") != "none":
+        problems.append("zero_optimization.offload_param: only the optimizer is offloaded here (engine.offload)")
+    if problems:
+        raise ConfigError("DeepSpeed configuration:\n  " + "\n  ".join(problems) + '\n  make them agree, or use "auto"')
+    del merged["optimizer"]  # ours is handed over as an object: fused torch Adam, which needs no compiler
+    fp16 = merged["fp16"]
+    if fp16["enabled"]:  # torch's loss scaling, so that the engines agree
+        for key, value in {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}.items():
+            fp16.setdefault(key, value)
+    merged.setdefault("steps_per_print", 1 << 60)
+    merged.setdefault("zero_force_ds_cpu_optimizer", False)
+    merged.setdefault("zero_allow_untested_optimizer", True)
+    return merged

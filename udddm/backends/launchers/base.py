@@ -1,0 +1,190 @@
+"""Launchers: what starts the processes of a run, watches them, and starts them again after a failure.
+
+A launcher runs one *attempt* at a job with a number of workers, to its end; `supervise` decides what a failed attempt
+means. Errors that another attempt would only repeat (a configuration, the data, a diverged loss) are raised at once; a
+worker that was killed, a node that is gone or a collective that hung costs one of `max_failures`, and the next attempt
+resumes from the newest valid checkpoint, with as many workers as there is room for then.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import platform
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from udddm.backends.distributed.listener import Listener
+from udddm.backends.distributed.ranks import TIMEOUT, join
+from udddm.config import RunConfig
+from udddm.data import MapDataset
+from udddm.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    Diverged,
+    Interrupted,
+    RankError,
+    StoreError,
+    WorkerLost,
+)
+from udddm.log import say
+from udddm.order import check_world
+
+KNOWN = (CheckpointError, ConfigError, DataError, Diverged, Interrupted, RankError, StoreError)
+"""What is told to the user as a message."""
+FINAL = (ConfigError, DataError, Diverged, Interrupted)
+"""What another attempt would only repeat, or must not be repeated."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a launcher runs: a run, and how many workers it may have."""
+
+    config: RunConfig
+    run: str | Path
+    dataset: MapDataset | Callable[[], MapDataset] | None = None
+    device: str = "auto"
+    workers: tuple[int, int] = (1, 1)
+    max_failures: int = 0
+    timeout: float = TIMEOUT
+    versions: dict[str, str] = field(default_factory=lambda: versions())
+
+    def fitting(self, room: int) -> int:
+        """The largest number of workers that is wanted, divides the lanes, and fits into `room`. Raises ConfigError."""
+        low, high = self.workers
+        lanes = self.config.order.lanes
+        for workers in range(min(high, room), low - 1, -1):
+            if lanes % workers == 0:
+                return workers
+        if not any(lanes % workers == 0 for workers in range(low, high + 1)):
+            check_world(lanes, high)
+        raise ConfigError(
+            f"--workers {low if low == high else f'{low}:{high}'}: there is room for {room} "
+            f"worker{'' if room == 1 else 's'} here; ask for fewer, or add machines"
+        )
+
+
+def versions() -> dict[str, str]:
+    """What must be the same on a driver and its workers."""
+    import torch
+
+    import udddm
+
+    return {"udddm": udddm.__version__, "torch": torch.__version__, "Python": platform.python_version()}
+
+
+def check_versions(expected: dict[str, str]) -> None:
+    """Raises ConfigError naming what differs from the driver's versions."""
+    differing = [f"{name} {versions()[name]} (driver: {v})" for name, v in expected.items() if versions()[name] != v]
+    if differing:
+        raise ConfigError(
+            f"this worker ({platform.node()}) has other versions than the driver: {', '.join(differing)}; "
+            "install the same environment everywhere"
+        )
+
+
+class Launcher(ABC):
+    @abstractmethod
+    def room(self, job: Job) -> int:
+        """The number of workers that could start now. May wait for machines. Raises ConfigError."""
+
+    @abstractmethod
+    def attempt(self, job: Job, workers: int) -> dict[str, Any]:
+        """Run the job to its end. Raises what a rank raised, or WorkerLost."""
+
+
+def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
+    """Join the ranks that the environment describes and do this rank's part."""
+    from udddm.training.rank import train_rank
+
+    check_versions(job.versions)
+    needs_group = job.config.engine.name == "deepspeed"
+    ranks = join(job.device, job.config.order.lanes, group=needs_group, timeout=job.timeout)
+    try:
+        dataset = job.dataset
+        factory = isinstance(dataset, type) or (callable(dataset) and not hasattr(dataset, "__getitem__"))
+        made = dataset() if factory else dataset  # type: ignore[operator,misc]
+        return train_rank(job.config, made, job.run, ranks, listener)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        if ranks.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            raise RankError(f"the other ranks are gone or did not answer in {job.timeout:.0f} s: {error}") from error
+        raise
+    finally:
+        ranks.close()
+
+
+def sendable(error: BaseException) -> BaseException:
+    """The error, or one that says the same where it cannot be pickled."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RankError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def cause(errors: list[BaseException]) -> BaseException:
+    """Of the ranks' errors, the one that the others followed from."""
+
+    def order(error: BaseException) -> int:
+        if isinstance(error, RankError):
+            return 3
+        return 0 if isinstance(error, KNOWN) else 1 if isinstance(error, WorkerLost) else 2
+
+    return min(errors, key=order)
+
+
+def supervise(launcher: Launcher, job: Job) -> dict[str, Any]:
+    """Attempts until the job is done or has failed more than `max_failures` times. Raises what ended it."""
+    failures = 0
+    while True:
+        workers = job.fitting(launcher.room(job))
+        try:
+            return launcher.attempt(job, workers)
+        except FINAL:
+            raise
+        except Exception as error:
+            failures += 1
+            if failures > job.max_failures:
+                if job.max_failures:
+                    error.add_note(f"that was failure {failures}; --max-failures is {job.max_failures}")
+                raise
+            say(f"failure {failures} of {job.max_failures} that are allowed: {error}")
+            say("starting again from the newest valid checkpoint")
+
+
+def inside_ray_job() -> bool:
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "RAY_JOB_ID" in os.environ
+
+
+def choose(backend: str, job: Job) -> tuple[Launcher, str] | None:
+    """The launcher that `backend` (auto, local, ray) means here, and why. None where nothing is to be launched: this
+    process is the run, or one rank of it that torchrun, Slurm or another launcher started, whose restarts those are.
+
+    Raises ConfigError.
+    """
+    ranked = "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    if backend == "ray" or (backend == "auto" and not ranked and inside_ray_job()):
+        from udddm.backends.launchers.ray_train import RayTrain
+
+        return RayTrain(), "asked for" if backend == "ray" else "this is a Ray job"
+    if ranked or (job.workers == (1, 1) and not job.max_failures):
+        return None
+    from udddm.backends.launchers.local import Processes
+
+    return Processes(), "several workers on this machine" if max(job.workers) > 1 else "restarts after failures"
+
+
+def run(job: Job, backend: str = "auto") -> dict[str, Any]:
+    """Run a job where `backend` says. Raises what ended it."""
+    chosen = choose(backend, job)
+    if chosen is None:
+        return run_rank(job, None)
+    launcher, why = chosen
+    say(f"backend: {type(launcher).__name__} ({why})")
+    return supervise(launcher, job)

@@ -1,0 +1,129 @@
+"""Several ranks on this machine: child processes that find each other through a file."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from udddm.backends.distributed.ranks import RENDEZVOUS
+from udddm.backends.distributed.signals import handled
+from udddm.backends.launchers.base import Job, Launcher, cause, run_rank, sendable
+from udddm.errors import RankError, WorkerLost
+
+GRACE = 20.0
+"""Seconds that the other ranks are given to end by themselves after one has failed."""
+
+
+def _end_with(parent: BaseProcess) -> None:
+    parent.join()
+    os._exit(1)
+
+
+def _child(job: Job, rank: int, world: int, rendezvous: str, outcome: Connection) -> None:
+    os.setpgid(0, 0)  # Ctrl-C reaches the parent, which passes it on once
+    parent = multiprocessing.parent_process()
+    assert isinstance(parent, BaseProcess)
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    os.environ.update(
+        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+    )
+    os.environ[RENDEZVOUS] = rendezvous
+    try:
+        outcome.send(run_rank(job, None))
+    except KeyboardInterrupt:
+        os._exit(130)
+    except BaseException as error:
+        outcome.send(sendable(error))
+    outcome.close()
+
+
+class Processes(Launcher):
+    def room(self, job: Job) -> int:
+        if job.device == "cpu":
+            return max(job.workers)
+        import torch
+
+        return torch.cuda.device_count() if torch.cuda.is_available() else max(job.workers)
+
+    def attempt(self, job: Job, workers: int) -> dict[str, Any]:
+        spawn = multiprocessing.get_context("spawn")
+        threads = str(max(1, (os.cpu_count() or 1) // workers))
+        with tempfile.TemporaryDirectory(prefix="udddm-") as place:
+            pipes, children = [], []
+            had = os.environ.get("OMP_NUM_THREADS")
+            os.environ.setdefault("OMP_NUM_THREADS", threads)  # read when the children import torch
+            try:
+                for rank in range(workers):
+                    ours, theirs = spawn.Pipe(duplex=False)
+                    arguments = (job, rank, workers, str(Path(place) / "rendezvous"), theirs)
+                    child = spawn.Process(target=_child, args=arguments, name=f"rank {rank}")
+                    child.start()
+                    theirs.close()
+                    pipes.append(ours)
+                    children.append(child)
+                with _forwarded(children):
+                    outcomes = _collect(pipes, children)
+                    for child in children:  # they have said all; what is left of them is to end
+                        child.join(GRACE)
+            finally:
+                if had is None:
+                    os.environ.pop("OMP_NUM_THREADS", None)
+                for child in children:
+                    if child.is_alive():
+                        child.kill()
+                    child.join()
+        errors = [o for o in outcomes if isinstance(o, BaseException)]
+        if errors:
+            raise cause(errors)
+        result = outcomes[0]
+        assert isinstance(result, dict)
+        return result
+
+
+def _collect(pipes: list[Connection], children: Sequence[BaseProcess]) -> list[Any]:
+    """Every rank's result or error. After the first error the others get `GRACE` seconds, then they are killed."""
+    outcomes: list[Any] = [None] * len(pipes)
+    open_pipes = dict(zip(pipes, range(len(pipes)), strict=True))
+    deadline: float | None = None
+    while open_pipes:
+        left = None if deadline is None else max(0.0, deadline - time.monotonic())
+        ready = wait(list(open_pipes), left)
+        if not ready:
+            for rank in open_pipes.values():
+                children[rank].kill()
+                outcomes[rank] = RankError(f"rank {rank} did not end by itself when another had failed")
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            rank = open_pipes.pop(pipe)
+            try:
+                outcomes[rank] = pipe.recv()
+            except EOFError:
+                children[rank].join()
+                code = children[rank].exitcode or 0
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                outcomes[rank] = WorkerLost(f"rank {rank} {how}")
+            if isinstance(outcomes[rank], BaseException) and deadline is None:
+                deadline = time.monotonic() + GRACE
+    return outcomes
+
+
+def _forwarded(children: Sequence[BaseProcess]) -> AbstractContextManager[None]:
+    """SIGTERM and SIGINT go to the ranks, which agree on a step, checkpoint and stop."""
+
+    def pass_on(signum: int, frame: object) -> None:
+        for child in children:
+            if child.is_alive() and child.pid is not None:
+                os.kill(child.pid, signum)
+
+    return handled(pass_on)

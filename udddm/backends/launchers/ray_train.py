@@ -1,0 +1,274 @@
+"""Ray Train: workers on a Ray cluster, or on one that is started here.
+
+Training runs in `run_rank`, as everywhere. A small actor, the board, carries what passes between it and the driver: a
+request to stop, metrics, and each rank's result or error, so that the driver ends as the run did. Restarts are
+`supervise`'s and not Ray's: the next attempt may have another number of workers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import os
+import socket
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from udddm.backends.distributed.listener import Listener
+from udddm.backends.distributed.signals import handled
+from udddm.backends.launchers.base import KNOWN, Job, Launcher, cause, inside_ray_job, run_rank, sendable
+from udddm.errors import ConfigError, WorkerLost
+from udddm.log import say
+from udddm.runs.remote import scratch
+from udddm.storage.base import local_path
+from udddm.training.progress import Line
+
+RUNS = "UDDDM_RUNS"
+"""Environment variable: where a Ray job's relative run directory goes. Default: ~/udddm-runs."""
+QUIET = {
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # of Ray Train's controller; ours are `_Watch.metrics`
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for what SIGTERM and `supervise` do
+    "RAY_TRAIN_V2_ENABLED": "1",
+}
+
+
+def _ray() -> Any:
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    try:
+        import ray
+        import ray.train
+        import ray.train.torch
+    except ImportError as error:
+        raise ConfigError(f"--backend ray: Ray cannot be imported ({error}); pip install 'udddm[ray]'") from error
+    return ray
+
+
+def _check_answers(address: str) -> None:
+    """Raise ConfigError when nobody listens at `host:port`: Ray would wait for minutes."""
+    host, separator, port = address.rpartition(":")
+    if not separator or "/" in host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConfigError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it, or unset RAY_ADDRESS, and one "
+            "is started here"
+        ) from error
+
+
+class Board:
+    """The actor. Methods are remote; nobody has to ask twice for what is not there yet."""
+
+    def __init__(self) -> None:
+        self._stop, self._asked = 0, asyncio.Event()
+        self._latest, self._news = (0, 0, dict[str, float]()), asyncio.Event()
+        self._outcomes: dict[int, Any] = {}
+
+    async def stop(self, signum: int) -> None:
+        self._stop = signum
+        self._asked.set()
+
+    async def stopped(self) -> int:
+        """The signal, once somebody asks to stop."""
+        await self._asked.wait()
+        return self._stop
+
+    async def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
+        self._latest = (step, total, values)
+        self._news.set()
+
+    async def latest(self) -> tuple[int, int, dict[str, float]]:
+        """The newest metrics, once there are any that were not given before."""
+        await self._news.wait()
+        self._news.clear()
+        return self._latest
+
+    async def outcome(self, rank: int, value: Any) -> None:
+        self._outcomes[rank] = value
+
+    async def outcomes(self) -> dict[int, Any]:
+        return self._outcomes
+
+
+class _Watch(Listener):
+    """A worker's side: waits for the board in the background, so that a step never does."""
+
+    def __init__(self, ray: Any, board: Any, rank: int):
+        self._ray, self._board, self._signal = ray, board, 0
+        self._gauges: dict[str, Any] = {}
+        if rank == 0:
+            threading.Thread(target=self._wait, name="stop request", daemon=True).start()
+
+    def _wait(self) -> None:
+        with contextlib.suppress(Exception):  # the board is gone, and this process goes with it or is done
+            self._signal = self._ray.get(self._board.stopped.remote())
+
+    def asked(self) -> int:
+        return self._signal
+
+    def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
+        self._board.metrics.remote(step, total, values)
+        for name, value in values.items():  # Ray's dashboard and its Prometheus endpoint
+            if name not in self._gauges:
+                self._gauges[name] = self._ray.util.metrics.Gauge(f"udddm_{name}", description=f"udddm-train: {name}")
+            self._gauges[name].set(value)
+
+
+def _worker(settings: dict[str, Any]) -> None:
+    """What Ray Train runs on every worker."""
+    import ray
+    import ray.util.metrics
+
+    job: Job = settings["job"]
+    board = settings["board"]
+    if Path(settings["cwd"]).is_dir():
+        os.chdir(settings["cwd"])
+    rank = int(os.environ["RANK"])
+    listener = _Watch(ray, board, rank)
+    try:
+        value: Any = run_rank(job, listener)
+    except KNOWN as error:
+        value = sendable(error)
+    ray.get(board.outcome.remote(rank, value))
+
+
+class RayTrain(Launcher):
+    def __init__(self) -> None:
+        self._ray = _ray()
+        if not self._ray.is_initialized():
+            given = os.environ.get("RAY_ADDRESS", "")
+            local = not given and not inside_ray_job()
+            _check_answers(given)
+            # Ray would else look for a cluster on this machine, and wait for one that has crashed.
+            self._ray.init(address="local" if local else None, log_to_driver=True, logging_level="ERROR")
+            which = "a cluster of its own (RAY_ADDRESS=auto joins one that runs here)" if local else "the cluster"
+            say(f"Ray {self._ray.__version__}: {which} at {self._ray.get_runtime_context().gcs_address}")
+
+    def _resources(self, job: Job) -> dict[str, float]:
+        """Of one worker. A GPU each where the cluster has any and the CPU was not asked for."""
+        if job.device == "cuda" or (job.device == "auto" and self._ray.cluster_resources().get("GPU", 0) > 0):
+            return {"GPU": 1.0, "CPU": 1.0}
+        return {"CPU": 1.0}
+
+    def _fit(self, wanted: dict[str, float]) -> int:
+        nodes = [n["Resources"] for n in self._ray.nodes() if n["Alive"]]
+        return sum(int(min(node.get(kind, 0) // amount for kind, amount in wanted.items())) for node in nodes)
+
+    def room(self, job: Job) -> int:
+        """Waits up to `timeout` seconds for an autoscaler, or a node that comes back; not for what can never be."""
+        wanted, least = self._resources(job), job.workers[0]
+        room = self._fit(wanted)
+        if room < least and (inside_ray_job() or os.environ.get("RAY_ADDRESS")):
+            from ray.autoscaler.sdk import request_resources
+
+            request_resources(bundles=[wanted] * least)
+            say(f"the cluster has room for {room} of {least} workers of {wanted}; waiting up to {job.timeout:.0f} s")
+            deadline = time.monotonic() + job.timeout
+            while room < least and time.monotonic() < deadline:
+                time.sleep(1)
+                room = self._fit(wanted)
+        if room < least:
+            total = {k: v for k, v in self._ray.cluster_resources().items() if k in ("CPU", "GPU")}
+            raise ConfigError(
+                f"--workers {least}: each worker needs {wanted}, and the cluster has {total}, room for {room}; "
+                "ask for fewer workers, or start the cluster with more"
+            )
+        return room
+
+    def attempt(self, job: Job, workers: int) -> dict[str, Any]:
+        from ray.train import FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        resources = self._resources(job)
+        run = job_directory(job.run)
+        job = replace(job, run=run, device="cuda" if "GPU" in resources else "cpu")
+        board = self._ray.remote(num_cpus=0)(Board).remote()
+        trainer = TorchTrainer(
+            _worker,
+            train_loop_config={"job": job, "board": board, "cwd": str(Path.cwd())},
+            torch_config=TorchConfig(
+                backend="cpu:gloo,cuda:nccl" if "GPU" in resources else "gloo", timeout_s=max(1, round(job.timeout))
+            ),
+            scaling_config=ScalingConfig(
+                num_workers=workers, use_gpu="GPU" in resources, resources_per_worker=resources
+            ),
+            run_config=RunConfig(
+                name=Path(str(run)).name,
+                storage_path=str(_beside(run)),
+                failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
+            ),
+        )
+        lost: list[str] = []
+
+        def fit() -> None:
+            try:
+                trainer.fit()
+            except BaseException as error:
+                lost.append(_brief(error))  # not the error: its trace keeps Ray's controller alive
+
+        thread = threading.Thread(target=fit, name="ray train", daemon=True)
+        thread.start()
+        self._watch(board, thread)
+        gc.collect()  # a trace that is left would keep the controller alive, and the workers' places taken
+        outcomes = self._ray.get(board.outcomes.remote())
+        self._ray.kill(board)
+        errors = [o for o in outcomes.values() if isinstance(o, BaseException)]
+        if errors and not (lost and not any(isinstance(e, KNOWN) for e in errors)):
+            raise cause(errors)
+        if lost:
+            raise WorkerLost(lost[0])
+        result = outcomes[0]
+        assert isinstance(result, dict)
+        return result
+
+    def _watch(self, board: Any, thread: threading.Thread) -> None:
+        """Show progress, and pass SIGTERM and SIGINT on to the board, until the thread ends."""
+        asked: list[int] = []
+
+        def on_signal(signum: int, frame: object) -> None:
+            if asked:
+                raise KeyboardInterrupt
+            asked.append(signum)
+
+        line, told, news = Line(), False, board.latest.remote()
+        with contextlib.closing(line), handled(on_signal):
+            while thread.is_alive():
+                thread.join(0.5)
+                if asked and not told:
+                    self._ray.get(board.stop.remote(asked[0]))
+                    told = True
+                if self._ray.wait([news], timeout=0)[0]:
+                    line.show(*self._ray.get(news))
+                    news = board.latest.remote()
+
+
+def job_directory(where: str | Path) -> str | Path:
+    """A URL as it is, or an absolute run directory. In a Ray job the working directory is a copy that goes with the
+    job, so a relative one is put under `UDDDM_RUNS`."""
+    run = local_path(where)
+    if run is None:
+        return where
+    if run.is_absolute() or not inside_ray_job():
+        return run.absolute()
+    return Path(os.environ.get(RUNS, "~/udddm-runs")).expanduser() / run
+
+
+def _beside(run: str | Path) -> Path:
+    """Where Ray keeps a few bytes about a run of its own."""
+    local = local_path(run)
+    return scratch() / "ray" if local is None else local.with_name(f".{local.name}.ray")
+
+
+def _brief(error: BaseException) -> str:
+    """The first line that says something of Ray's long account of a failure."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3])[:500] or type(error).__name__

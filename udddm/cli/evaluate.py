@@ -1,0 +1,231 @@
+"""The command udddm-evaluate."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from udddm.cli import TRUST, positive, reported, version
+
+if TYPE_CHECKING:
+    import torch
+
+    from udddm.backends.distributed.ranks import Ranks
+    from udddm.config import RunConfig
+    from udddm.evaluation.features import FeatureNetwork
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="udddm-evaluate",
+        description="Score a model, or samples, against their data set. Under torchrun each rank makes a share.",
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--checkpoint", metavar="RUN", help="a run directory or URL, or one of its checkpoints")
+    what.add_argument("--samples", type=Path, metavar="FILE", help="an .npy of images: float in [-1, 1], or uint8")
+    parser.add_argument("--config", metavar="FILE", help="a preset that names the data set, for --samples")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="such as data.name=digits")
+    parser.add_argument("--trust", action="store_true", help=TRUST)
+    parser.add_argument(
+        "--features",
+        default="inception",
+        metavar="NET",
+        help="inception, a TorchScript file or package.module:function, both of which are programs that run with your "
+        "rights: name one only if you trust it",
+    )
+    parser.add_argument("--count", type=positive, default=50_000, metavar="N", help="samples to make (default 50,000)")
+    parser.add_argument("--steps", type=positive, default=1, metavar="N", help="network evaluations a sample")
+    parser.add_argument("--sampler", choices=["renoise", "algorithm-2", "heun"], default="renoise")
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, metavar="W", help="weight of the labels (default 1: plain sampling)"
+    )
+    parser.add_argument("--repeat", type=positive, default=1, metavar="R", help="times, each with other seeds")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="seeds from here on (default 0)")
+    average = parser.add_mutually_exclusive_group()
+    average.add_argument(
+        "--ema", metavar="NAME", help="which average of the weights: a decay, power-LENGTH, or 'none' for no average"
+    )
+    average.add_argument(
+        "--ema-length", type=float, metavar="S", help="make the average of this relative length, of train.power_ema's"
+    )
+    parser.add_argument("--batch", type=positive, default=250, metavar="N", help="images made at once (default 250)")
+    parser.add_argument("--cache", type=Path, metavar="DIR", help="where the data set's statistics are kept")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument("--version", action="version", version=version())
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = _parser()
+    arguments = parser.parse_args(argv)
+    if arguments.samples and arguments.repeat > 1:
+        parser.error("--repeat makes new samples each time: it needs --checkpoint")
+
+    def body() -> int:
+        from udddm.backends.distributed.ranks import join
+
+        ranks = join(arguments.device)
+        try:
+            found = _evaluate(arguments, ranks)
+        finally:
+            ranks.close()
+        if found is None:
+            return 0
+        if arguments.json:
+            arguments.json.parent.mkdir(parents=True, exist_ok=True)
+            temporary = arguments.json.with_name(arguments.json.name + ".partial")
+            temporary.write_text(json.dumps(found, indent=1) + "\n")
+            temporary.replace(arguments.json)
+        print("\n".join(_table(found)))
+        return 0
+
+    return reported(body)
+
+
+def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
+    """What was found, on the first rank."""
+    import torch
+
+    from udddm import config as configuration
+    from udddm.api import load_model
+    from udddm.data import ImageDataset, load_dataset
+    from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
+    from udddm.evaluation import evaluate
+    from udddm.evaluation.features import extract, load_features
+
+    refused = (ConfigError, DataError, CheckpointError, StoreError, OSError)
+    network = ranks.together(lambda: load_features(arguments.features, ranks.device), refused)
+    model, published = None, {}
+    if arguments.checkpoint:
+        chosen = {"ema": arguments.ema, "ema_length": arguments.ema_length}
+        model = ranks.together(lambda: load_model(arguments.checkpoint, **chosen, device=ranks.device), refused)
+        config = _configured(arguments, model.config)
+        published = config.published.get(arguments.steps, {})
+    else:
+        config = configuration.load(arguments.config, list(arguments.set))
+
+    dataset = ranks.together(lambda: ImageDataset(load_dataset(config.data)) if ranks.first else None, refused)
+    rows = []
+    if model is None:
+        if dataset is not None:
+            images = read_samples(arguments.samples, dataset.shape)
+            rows.append(extract(network, torch.split(images, evaluate.BATCH)))
+    else:
+        for repetition in range(arguments.repeat):
+            rows.append(_share(arguments, model, network, ranks, arguments.first_seed + repetition * arguments.count))
+    if dataset is None:
+        return None
+    # After the last exchange: the statistics of a large data set take longer than ranks wait for each other.
+    real = evaluate.reference(dataset, network, arguments.cache)
+    scores = [evaluate.score(features, logits, real, network.name) for features, logits in rows]
+    found = evaluate.summarize(scores)
+    return {
+        "of": str(arguments.checkpoint or arguments.samples),
+        "data": config.data.name,
+        "features": network.name,
+        "evaluations": arguments.steps if model else None,
+        "guidance": arguments.guidance if model else None,
+        "repeat": len(scores),
+        **found,
+        "published": published,
+        "each": scores if len(scores) > 1 else [],
+    }
+
+
+def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
+    """The checkpoint's configuration with the command line's overrides. Raises ConfigError, also for one that would
+    import code or open files that the user did not name."""
+    from udddm import config as configuration
+    from udddm.data.trust import check_trusted
+
+    config.check_guidance(arguments.guidance, "--guidance")
+    if arguments.set:
+        tree = config.model_dump(mode="json")
+        for override in arguments.set:
+            configuration.apply(tree, override)
+        config = configuration.resolve(tree)
+    if not arguments.trust:
+        check_trusted(config.data, str(arguments.checkpoint), arguments.set)
+    return config
+
+
+def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, ranks: Ranks, first: int) -> Any:
+    """Features and logits of all samples on the first rank; each rank makes its own and sends their features."""
+    import numpy as np
+
+    from udddm.api import default_labels
+    from udddm.diffusion import samplers
+    from udddm.evaluation.evaluate import ahead
+    from udddm.evaluation.features import extract
+
+    seeds = (first + np.array_split(np.arange(arguments.count), ranks.world)[ranks.rank]).tolist()
+    drawn = samplers.batches(
+        model.network,
+        model.process,
+        model.shape,
+        seeds,
+        batch=min(arguments.batch, arguments.count),
+        steps=arguments.steps,
+        sampler=arguments.sampler,
+        labels=default_labels(model.config, seeds),
+        guidance=arguments.guidance,
+        device=ranks.device,
+    )
+    pieces = [piece for piece in ranks.gather_first(extract(network, ahead(drawn))) if len(piece[0])]
+    if not pieces:
+        return None
+    logits = None if pieces[0][1] is None else np.concatenate([piece[1] for piece in pieces])
+    return np.concatenate([piece[0] for piece in pieces]), logits
+
+
+def read_samples(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
+    """Images [N, *shape], float in [-1, 1], of an .npy file. Raises DataError, naming the file."""
+    import numpy as np
+    import torch
+
+    from udddm.errors import DataError
+
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"cannot read the samples {path}: {error}") from error
+    if array.shape[1:] != shape or len(array) < 2:
+        raise DataError(
+            f"{path} holds {list(array.shape)}: wanted two or more images [N, {', '.join(map(str, shape))}]"
+        )
+    if array.dtype == np.uint8:
+        return torch.from_numpy(array).float() / 127.5 - 1
+    if not np.issubdtype(array.dtype, np.floating):
+        raise DataError(f"{path} is {array.dtype}: wanted uint8, or floats in [-1, 1]")
+    images = torch.from_numpy(array).float()
+    bad = (~images.isfinite()).flatten(1).any(1).nonzero()
+    if len(bad):
+        raise DataError(f"{path}: sample {int(bad[0])} holds values that are not finite")
+    return images
+
+
+def _table(found: dict[str, Any]) -> list[str]:
+    from udddm.evaluation.evaluate import notes
+
+    names = {"fid": "FID", "fd": "fd", "inception_score": "IS", "kid": "KID", "precision": "P", "recall": "R"}
+    cells = []
+    for key, name in names.items():
+        if key in found:
+            over = f" ± {found[f'{key}_over_seeds']:.2g}" if f"{key}_over_seeds" in found else ""
+            stated = f" (published {found['published'][key]:g})" if key in found["published"] else ""
+            cells.append(f"{name} {found[key]:.4g}{over}{stated}")
+    times = f" x {found['repeat']}" if found["repeat"] > 1 else ""
+    evaluations = (
+        f", {found['evaluations']} evaluation{'s' if found['evaluations'] != 1 else ''}" if found["evaluations"] else ""
+    )
+    guided = f", guidance {found['guidance']:g}" if found["guidance"] not in (None, 1) else ""
+    head = f"{found['of']} ({found['n']} images{times}{evaluations}{guided}; {found['features']})"
+    return [f"{head}: {'  '.join(cells)}", *notes(found)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

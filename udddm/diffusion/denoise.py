@@ -1,0 +1,30 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from udddm.diffusion.schedule import Coefficients
+
+
+def spread(row: torch.Tensor) -> torch.Tensor:
+    """[B] -> [B, 1, 1, 1]."""
+    return row[:, None, None, None]
+
+
+def add_noise(x0: torch.Tensor, eps: torch.Tensor, at: Coefficients) -> torch.Tensor:
+    """x_t = signal x_0 + noise eps, all [B, C, H, W]."""
+    return spread(at.signal) * x0 + spread(at.noise) * eps
+
+
+def denoise(
+    network: nn.Module,
+    xt: torch.Tensor,
+    at: Coefficients,
+    condition: torch.Tensor | None,
+    labels: torch.Tensor | None,
+) -> torch.Tensor:
+    """f = a(t) x_t + b(t) F(condition, x_t, t), in float32. [B, C, H, W]."""
+    output: torch.Tensor = network(spread(at.scale) * xt, at.embedding, condition, labels)
+    return spread(at.skip) * xt + spread(at.out) * output.float()

@@ -1,5 +1,0 @@
-"""The network F(condition, x_t, t): an ADM U-Net with cross-attention to the conditioning image."""
-
-from udddm.network.unet import UNet, build
-
-__all__ = ["UNet", "build"]

@@ -1,0 +1,216 @@
+"""The ADM U-Net (Dhariwal & Nichol 2021, arXiv 2105.05233) with cross-attention to the conditioning image.
+
+What the uDDDM paper settles (arXiv 2405.21059, section 4) is the stages, the blocks, the dropout and where attention
+runs. How the image becomes tokens it leaves open: here a learned patch embedding, one token a pixel of the stage.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from udddm.config import NetworkConfig
+from udddm.networks.blocks import (
+    ConditionTokens,
+    CrossAttention,
+    NoiseEmbedding,
+    Resample,
+    ResidualBlock,
+    SelfAttention,
+    group_norm,
+    zero,
+)
+
+
+class Layer(nn.Module):
+    """A residual block, then what the place has of: self-attention, cross-attention, upsampling to the next stage."""
+
+    def __init__(
+        self,
+        stage: int,
+        block: ResidualBlock,
+        attention: SelfAttention | None = None,
+        cross: CrossAttention | None = None,
+        up: ResidualBlock | None = None,
+    ):
+        super().__init__()
+        self.stage, self.block, self.attention, self.cross, self.up = stage, block, attention, cross, up
+
+    def forward(
+        self, x: torch.Tensor, embedding: torch.Tensor, stage_tokens: list[torch.Tensor | None]
+    ) -> torch.Tensor:
+        x = self.block(x, embedding)
+        if self.attention is not None:
+            x = self.attention(x)
+        if self.cross is not None:
+            tokens = stage_tokens[self.stage]
+            assert tokens is not None
+            x = self.cross(x, tokens)
+        return x if self.up is None else self.up(x, embedding)
+
+
+class UNet(nn.Module):
+    """F: noisy images, noise levels and conditioning images -> [B, C, H, W].
+
+    `shape` is one image's (C, H, W). Any height and width will do: the image is padded, by repeating its edge, to
+    multiples of patch * 2**(stages - 1), and the output cropped. With `config.patch` above 1 the blocks of
+    patch x patch pixels become channels first (pixel unshuffle). Stage `i` works on sides of 2**-i of what that leaves,
+    and `config.attention` names stages by their height. The middle block, at the last stage's side, always has
+    attention.
+
+    `max_frequency` is the highest frequency at which the noise level is embedded, in radians a unit: 1 for levels in
+    [0, 1000] (as in DDPM), more for levels such as ln(sigma) / 4 that span a few units.
+
+    Raises ValueError for a shape that is not three positive numbers, or an attention side that no stage has.
+    """
+
+    def __init__(self, config: NetworkConfig, shape: tuple[int, int, int], *, max_frequency: float = 1.0):
+        super().__init__()
+        if len(shape) != 3 or min(shape) < 1:
+            raise ValueError(f"an image's shape is (channels, height, width), all at least 1, not {tuple(shape)}")
+        self.config, self.shape = config, (shape[0], shape[1], shape[2])
+        image_channels, height, width = self.shape
+        stages = len(config.multipliers)
+        multiple = config.patch * 2 ** (stages - 1)
+        down, across = -height % multiple, -width % multiple
+        self._padding = (across // 2, across - across // 2, down // 2, down - down // 2)
+        rows, columns = (height + down) // config.patch, (width + across) // config.patch
+        self._grids = [(rows >> i, columns >> i) for i in range(stages)]
+        self._channels = [config.width * multiplier for multiplier in config.multipliers]
+        self._embedding_width = 4 * config.width
+        self._attended = self._attended_stages()  # the middle block's attention apart
+
+        self.noise_embedding = NoiseEmbedding(config.width, self._embedding_width, max_frequency)
+        self.label_embedding = nn.Embedding(config.classes + 1, self._embedding_width) if config.classes else None
+        self.condition_tokens = nn.ModuleDict()  # one for each stage with attention, shared by the stage's layers
+        if config.condition == "cross-attention":
+            for stage in sorted(self._attended | {stages - 1}):
+                self.condition_tokens[str(stage)] = ConditionTokens(
+                    image_channels, self._channels[stage], config.patch * 2**stage, self._grids[stage]
+                )
+
+        channels = self._channels[0]
+        pixels = image_channels * config.patch**2
+        self.stem = nn.Conv2d(pixels, channels, 3, padding=1)
+        skips = [channels]
+        self.encoder = nn.ModuleList()
+        for stage, out_channels in enumerate(self._channels):
+            if stage > 0:
+                self.encoder.append(Layer(stage, self._resampling(channels, "down")))
+                skips.append(channels)
+            for _ in range(config.blocks):
+                self.encoder.append(self._layer(stage, channels, stage in self._attended))
+                channels = out_channels
+                skips.append(channels)
+        self.middle_in = self._layer(stages - 1, channels, True)
+        self.middle_out = self._layer(stages - 1, channels, False)
+        self.decoder = nn.ModuleList()
+        for stage in reversed(range(stages)):
+            for index in range(config.blocks + 1):
+                layer = self._layer(stage, channels + skips.pop(), stage in self._attended)
+                channels = self._channels[stage]
+                if stage > 0 and index == config.blocks:
+                    layer.up = self._resampling(channels, "up")
+                self.decoder.append(layer)
+        assert not skips
+        self.norm_out = group_norm(channels)
+        self.conv_out = zero(nn.Conv2d(channels, pixels, 3, padding=1))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        noise_level: torch.Tensor,
+        condition: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """x [B, C, H, W], noise_level [B] (keep it float32), condition [B, C, H, W], labels [B] int64 -> [B, C, H, W].
+
+        The output is float32 whatever the precision inside. Label `config.classes` stands for "no label", as does
+        `None`. A condition is ignored if `config.condition` is "none", and labels if `config.classes` is 0.
+
+        Raises ValueError for images of another shape than the network's, or a condition that is needed and missing.
+        """
+        self._check(x, "x")
+        embedding = self.noise_embedding(noise_level)
+        if self.label_embedding is not None:
+            if labels is None:
+                labels = torch.full((len(x),), self.config.classes, device=x.device)
+            embedding = embedding + self.label_embedding(labels)
+        embedding = F.silu(embedding)
+        tokens = self._tokens(condition, len(x))
+
+        x = self.stem(F.pixel_unshuffle(self._pad(x), self.config.patch))
+        skips = [x]
+        for layer in self.encoder:
+            x = layer(x, embedding, tokens)
+            skips.append(x)
+        x = self.middle_out(self.middle_in(x, embedding, tokens), embedding, tokens)
+        for layer in self.decoder:
+            x = layer(torch.cat([x, skips.pop()], dim=1), embedding, tokens)
+        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch)
+        left, _, top, _ = self._padding
+        _, height, width = self.shape
+        return x[:, :, top : top + height, left : left + width].float()
+
+    def _tokens(self, condition: torch.Tensor | None, count: int) -> list[torch.Tensor | None]:
+        """For each stage, the tokens of the `count` conditioning images, or None where nothing attends to them."""
+        tokens: list[torch.Tensor | None] = [None] * len(self._grids)
+        if self.config.condition == "none":
+            return tokens
+        if condition is None:
+            raise ValueError(
+                "this network cross-attends to a conditioning image and was given none; "
+                "pass one, or configure network.condition=none"
+            )
+        self._check(condition, "condition")
+        if len(condition) != count:
+            raise ValueError(f"{count} images came with {len(condition)} conditioning images")
+        image = self._pad(condition)
+        for stage, embed in self.condition_tokens.items():
+            tokens[int(stage)] = embed(image)
+        return tokens
+
+    def _pad(self, image: torch.Tensor) -> torch.Tensor:
+        image = image.to(self.stem.weight.dtype)  # for a network cast as a whole; under autocast this does nothing
+        return F.pad(image, self._padding, mode="replicate") if any(self._padding) else image
+
+    def _check(self, image: torch.Tensor, name: str) -> None:
+        if image.shape[1:] != self.shape:
+            raise ValueError(f"{name} is {list(image.shape)}, but the network was built for [B, *{list(self.shape)}]")
+
+    def _attended_stages(self) -> set[int]:
+        sides = [grid[0] for grid in self._grids]
+        missing = sorted(set(self.config.attention) - set(sides))
+        if missing:
+            _, height, width = self.shape
+            padded = f", padded to {sides[0]}x{self._grids[0][1]}" if any(self._padding) else ""
+            raise ValueError(
+                f"network.attention: no stage has side {', '.join(map(str, missing))}; images of {height}x{width} "
+                f"pixels{padded} give {len(sides)} stages with sides {', '.join(map(str, sides))}"
+            )
+        return {stage for stage, side in enumerate(sides) if side in self.config.attention}
+
+    def _layer(self, stage: int, in_channels: int, attention: bool) -> Layer:
+        channels, head_width = self._channels[stage], self.config.head_width
+        crossing = attention and self.config.condition == "cross-attention"
+        return Layer(
+            stage,
+            ResidualBlock(in_channels, channels, self._embedding_width, self.config.dropout),
+            SelfAttention(channels, head_width) if attention else None,
+            CrossAttention(channels, head_width, self._grids[stage]) if crossing else None,
+        )
+
+    def _resampling(self, channels: int, resample: Resample) -> ResidualBlock:
+        return ResidualBlock(channels, channels, self._embedding_width, self.config.dropout, resample)
+
+
+def build(config: NetworkConfig, shape: tuple[int, int, int], *, max_frequency: float, seed: int) -> UNet:
+    """A network on the CPU whose initial weights are a function of the arguments alone.
+
+    The global random number generators are left as they were: the draws happen on the CPU, where the generator's
+    state is put back (`torch.manual_seed` would reach the accelerators' too).
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return UNet(config, shape, max_frequency=max_frequency)

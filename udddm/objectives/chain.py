@@ -1,0 +1,90 @@
+"""The chain objective: consistency training whose teacher is the x0-state store (docs/method.md).
+
+A chain keeps one noise for L visits and climbs one noise level at each. The target of level k is f at level k - 1 on
+the same noise path: the state stored one visit ago, or, at the first visit of a chain, one extra evaluation without
+gradient (consistency training, Song et al. 2023, does that at every step: L = 1). The target of the lowest level is
+x_0. Levels are cyclic: after level M a chain goes on at level 0, whose target needs no state, so that every level is
+visited equally often whatever L is. L = M + 1 begun at level 0 is the trajectory objective.
+
+With clock u = epochs since the stage began + offset(sample), a chain is the visits with equal u // L. The offset
+staggers the chains; the first chain of a stage is the shorter for it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from udddm import rng
+from udddm.config import ChainConfig
+from udddm.diffusion.schedule import SIGMA_HIGHEST, Process
+from udddm.objectives import special
+from udddm.objectives.base import Visits
+from udddm.objectives.target import EVERY_ROW, Ids, Matching, Teacher
+from udddm.rng import Stream
+
+
+class Chain(Matching):
+    """The objective for a run of `epochs` epochs (stages are fractions of it)."""
+
+    def __init__(
+        self,
+        process: Process,
+        config: ChainConfig,
+        huber_c: float,
+        seed: int,
+        epochs: float,
+        conditioned: bool,
+        teacher: Teacher = EVERY_ROW,
+    ):
+        super().__init__(process, huber_c, seed, conditioned, teacher)
+        self.config = config
+        self._starts = [math.ceil(stage.start * epochs) for stage in config.stages]
+        self._times = [process.levels(stage.levels) for stage in config.stages]
+        self._sigmas = [np.minimum(process.sigma(times), SIGMA_HIGHEST) for times in self._times]
+
+    def position(self, ids: Ids, epoch: int) -> tuple[int, Ids, Ids, Ids]:
+        """(stage, chain number, visit within the chain, level) of samples `ids` in `epoch`."""
+        stage = max(j for j, start in enumerate(self._starts) if start <= epoch)
+        levels = self.config.stages[stage].levels
+        length = levels + 1 if self.config.length == "trajectory" else self.config.length
+        offset = rng.below(length, rng.keys(self.seed, Stream.CHAIN_OFFSET, ids, stage))
+        since = epoch - self._starts[stage]
+        chain, visit = np.divmod(since + offset, length)
+        visit = np.where(chain == 0, since, visit).astype(np.int64)
+        if self.config.length == "trajectory":
+            first = np.zeros_like(ids)
+        else:
+            first = self._first(stage, rng.keys(self.seed, Stream.CHAIN_LEVEL, ids, stage, chain))
+        return stage, chain, visit, (first + visit) % (levels + 1)
+
+    def _first(self, stage: int, keys: rng.Keys) -> Ids:
+        """The level at which a chain begins, by its key."""
+        if self.config.distribution == "uniform":
+            return rng.below(self.config.stages[stage].levels + 1, keys)
+        cumulated = special.ndtr((np.log(self._sigmas[stage]) - self.config.mean) / self.config.deviation)
+        return np.searchsorted(cumulated[:-1] / cumulated[-1], rng.uniform(keys), side="right")
+
+    def plan(self, ids: Ids, epoch: int) -> Visits:
+        stage, chain, visit, level = self.position(ids, epoch)
+        times = self._times[stage]
+        lowest = level == 0
+        if self.config.guiding == "visits":
+            guide = 1 / (level + 1.0)
+        else:
+            guide = lowest.astype(np.float64)
+        weight = np.ones(len(ids))
+        if self.config.weighting == "gap":
+            weight = 1 / np.diff(self._sigmas[stage], prepend=0.0)[level]
+        fresh = np.flatnonzero((visit == 0) & ~lowest)
+        return self.visits(
+            ids,
+            epoch,
+            times[level],
+            rng.keys(self.seed, Stream.NOISE, ids, stage, chain),
+            guide=guide,
+            weight=weight,
+            fresh=fresh,
+            fresh_times=times[level[fresh] - 1],
+        )

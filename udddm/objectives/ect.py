@@ -1,0 +1,94 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from udddm import rng
+from udddm.config import TuningConfig
+from udddm.diffusion.schedule import Process
+from udddm.objectives import special
+from udddm.objectives.base import Visits
+from udddm.objectives.ict import lognormal
+from udddm.objectives.target import EVERY_ROW, Floats, Ids, Matching, Teacher
+from udddm.rng import Stream
+
+
+class Tuning(Matching):
+    """sigma lognormal and its teacher at r = sigma (1 - n(sigma) / q^a), n = 1 + k sigmoid(-b sigma): the gap shrinks.
+
+    a = 1, 2, ..., `stages` over equal shares of a run of `epochs` epochs. Where r is below the lowest level, the target
+    is x_0. The weight is 1 / (sigma - r).
+
+    With `length` L above 1, visits come in chains, as in `Chain`: a sample keeps its noise for L visits, and each next
+    one is at the sigma whose r is the sigma of the visit before, so that its target is the x0-state stored then.
+    """
+
+    def __init__(
+        self,
+        process: Process,
+        config: TuningConfig,
+        huber_c: float,
+        seed: int,
+        epochs: float,
+        conditioned: bool,
+        teacher: Teacher = EVERY_ROW,
+    ):
+        super().__init__(process, huber_c, seed, conditioned, teacher)
+        self.config = config
+        self._starts = [math.ceil(stage * epochs / config.stages) for stage in range(config.stages)]
+
+    def below(self, sigma: Floats, stage: int) -> Floats:
+        """r of `sigma`, which may be negative."""
+        c = self.config
+        near = 1 + c.k * special.expit(-c.b * sigma)
+        found: Floats = sigma * (1 - near / c.q ** (stage + 1))
+        return found
+
+    def above(self, r: Floats, stage: int) -> Floats:
+        """The sigma whose r is `r` > 0: by bisection, for `below` rises wherever it is positive."""
+        low, high = r.copy(), r * 2
+        while (self.below(high, stage) < r).any():
+            high *= 2
+        for _ in range(50):
+            middle = (low + high) / 2
+            under = self.below(middle, stage) < r
+            low, high = np.where(under, middle, low), np.where(under, high, middle)
+        return high
+
+    def visit(self, ids: Ids, epoch: int) -> tuple[Floats, Floats, npt.NDArray[np.bool_], rng.Keys]:
+        """(sigma, r, whether the target at r is stored, key of the noise) of each visit; r = 0 stands for the image."""
+        c = self.config
+        stage = max(j for j, start in enumerate(self._starts) if start <= epoch)
+        since = epoch - self._starts[stage]
+        chain, visit = np.divmod(since + rng.below(c.length, self._key(Stream.CHAIN_OFFSET, ids, stage)), c.length)
+        visit = np.where(chain == 0, since, visit)
+        sigma = lognormal(self.process, self._key(Stream.CHAIN_LEVEL, ids, stage, chain), c.mean, c.deviation)
+        stored = visit > 0
+        for step in range(1, int(visit.max(initial=0)) + 1):
+            sigma = np.where(visit >= step, self.above(sigma, stage), sigma)
+        beyond = sigma > self.process.highest  # the chain has left at the top: its visit is one of its own
+        anew = lognormal(self.process, self._key(Stream.TIME, ids, epoch), c.mean, c.deviation)
+        sigma, stored = np.where(beyond, anew, sigma), stored & ~beyond
+        r = self.below(sigma, stage)
+        return sigma, np.where(r < self.process.lowest, 0.0, r), stored, self._key(Stream.NOISE, ids, stage, chain)
+
+    def _key(self, stream: Stream, *parts: rng.Integers) -> rng.Keys:
+        return rng.keys(self.seed, stream, *parts)
+
+    def plan(self, ids: Ids, epoch: int) -> Visits:
+        sigma, r, stored, noise_key = self.visit(ids, epoch)
+        fresh = np.flatnonzero((r > 0) & ~stored)
+        return self.visits(
+            ids,
+            epoch,
+            self.process.time(sigma),
+            noise_key,
+            guide=((r == 0) & ~stored).astype(np.float64),
+            weight=1 / (sigma - r),
+            fresh=fresh,
+            fresh_times=self.process.time(r[fresh]),
+        )

@@ -1,0 +1,1 @@
+"""Run directories, checkpoints, and weights on disk or at a URL."""

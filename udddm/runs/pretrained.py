@@ -1,0 +1,68 @@
+"""Trained weights, wherever they are: a run, one of its checkpoints, or a release; a directory or a URL."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from udddm.backends.engines.base import Engine
+from udddm.ema import Average
+from udddm.errors import CheckpointError
+from udddm.log import say
+from udddm.runs.checkpoint import NAME, damage, load_config
+from udddm.runs.remote import open_copy
+from udddm.runs.run import Run
+from udddm.runs.weights import Saved
+from udddm.storage.base import local_path
+
+
+@contextmanager
+def checkpoint_files(where: str | Path, wanted: tuple[str, ...] = ("config", "model", "ema")) -> Iterator[Path]:
+    """The directory of the checkpoint that a run, or the path of a checkpoint itself, means: of a run the newest whole
+    one. Either may be at a URL, from which files come whose names begin with one of `wanted`. Raises CheckpointError,
+    StoreError."""
+    local = local_path(where)
+    if local is not None:
+        yield _local_checkpoint(local)
+        return
+    url, _, last = str(where).rstrip("/").rpartition("/")
+    one = NAME.fullmatch(last) is not None
+    run = open_copy(
+        url.removesuffix("/checkpoints") if one else where,
+        wanted=lambda name: name.startswith(wanted),
+    )
+    checkpoints = run.checkpoints()
+    path = checkpoints.directory / last if one else checkpoints.newest_valid(say)
+    if path is None:
+        raise CheckpointError(f"{where} holds no checkpoint")
+    if one and (problem := checkpoints.damage(path)):
+        raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
+    yield path
+
+
+def _local_checkpoint(where: Path) -> Path:
+    if not where.exists():
+        raise CheckpointError(f"{where} does not exist")
+    if (where / "config.json").exists() or (where / "manifest.json").exists():
+        if (where / "manifest.json").exists() and (problem := damage(where)):
+            raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
+        return where
+    newest = Run(where).checkpoints().newest_valid(say)
+    if newest is None:
+        raise CheckpointError(f"{where} holds no checkpoint")
+    return newest
+
+
+def begin_from(where: str | Path, engine: Engine, emas: Sequence[Average]) -> str:
+    """Give a run that has not begun the first average of `where`, as its weights and as each of its averages; Adam
+    begins with zeros. Returns the checkpoint's name. Raises CheckpointError, StoreError, ConfigError."""
+    with checkpoint_files(where) as directory:
+        trained, _ = load_config(directory)
+        weights = Saved.average(directory, trained.train.averages, None)
+        weights.check_network(engine.shapes)
+        engine.load_weights(weights)
+        for average in emas:
+            for name in engine.shapes:
+                engine.fill(average.weights, name, weights[name])
+        return directory.resolve().name

@@ -1,0 +1,277 @@
+"""A run at a URL: `--run-dir s3://bucket/run`. No machine's disk holds anything that the run needs.
+
+What ranks write goes into a directory of their machine, under `UDDDM_SCRATCH` (default: ~/.cache/udddm), and from there
+to the URL: checkpoints when they are made, the manifest last; metrics, TensorBoard and pictures with them. A start
+begins from the URL alone. A lease (udddm/storage/lease.py) keeps other machines out, a lock this one's other processes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import socket
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from udddm.backends.distributed.lease import follow
+from udddm.backends.distributed.ranks import Ranks
+from udddm.errors import CheckpointError, Unreadable
+from udddm.files import write_json
+from udddm.runs import manifest
+from udddm.runs.checkpoint import NAME, Checkpoints, damage, step_of
+from udddm.runs.manifest import MANIFEST, Entries
+from udddm.runs.run import AVERAGES, Run, locked
+from udddm.storage.base import Objects, local_path, open_objects
+from udddm.storage.guard import Guard
+from udddm.storage.lease import Lease
+from udddm.store.zarr import LEASE_PATIENCE
+
+SCRATCH = "UDDDM_SCRATCH"
+"""Environment variable: where files of runs at URLs are on their way."""
+FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json")
+"""What a run appends to or reads again: all that it writes at the top of its directory except for its final samples."""
+WRITER = "writer.json"
+"""Of a checkpoint: the lease under which it was begun."""
+
+
+def scratch() -> Path:
+    return Path(os.environ.get(SCRATCH) or "~/.cache/udddm").expanduser()
+
+
+def open_run(where: str | Path) -> Run:
+    """The run in a directory or at a URL, which need not exist yet. Raises StoreError for a malformed URL."""
+    local = local_path(where)
+    if local is not None:
+        return Run(local)
+    url = str(where).rstrip("/")
+    return RemoteRun(url, scratch() / f"{url.rpartition('/')[2]}-{_digest(url)}" / _machine())
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _machine() -> str:
+    """This machine's part of a directory that several may see: a home directory often is the same on all."""
+    try:
+        number = Path("/etc/machine-id").read_text().strip()
+    except OSError:
+        number = ""
+    host = re.sub(r"[^A-Za-z0-9.-]", "-", socket.gethostname())
+    return f"{host}-{_digest(number)}" if number else host
+
+
+def open_copy(where: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> Run:
+    """A run to look into: of one at a URL, with what it holds in a temporary directory that lasts as long as the
+    result. `wanted` says which of a checkpoint's files are needed. Raises StoreError."""
+    if local_path(where) is not None:
+        return open_run(where)
+    run = RemoteRun(str(where).rstrip("/"), None, wanted)
+    run.fetch()
+    return run
+
+
+class RemoteCheckpoints(Checkpoints):
+    """Under a URL: complete once their manifest is there. The paths are those of the copies on this machine."""
+
+    def __init__(self, run: Path, objects: Objects, wanted: Callable[[str], bool] = lambda name: True):
+        super().__init__(run)
+        self.objects, self.wanted = objects, wanted
+        self._left: set[Path] = set()
+
+    def all(self) -> list[Path]:
+        names = [name for name in self.objects.list("") if NAME.fullmatch(name)]
+        return sorted((self.directory / n for n in names if self.objects.exists(f"{n}/{MANIFEST}")), key=step_of)
+
+    def name(self, path: Path) -> str:
+        return self.objects.describe("" if path == self.directory else path.name)
+
+    def bring(self, path: Path) -> None:
+        """Raises CheckpointError for one that is not there whole, StoreError when it cannot be read."""
+        if (path / MANIFEST).exists() and damage(path) is None:
+            return
+        shutil.rmtree(path, ignore_errors=True)
+        key = f"{path.name}/{MANIFEST}"
+        try:
+            path.mkdir(parents=True)
+            self.objects.download(key, path / MANIFEST, manifest.LARGEST)
+            entries = {n: e for n, e in manifest.read(path).items() if self.wanted(n)}
+            for name, entry in entries.items():
+                key = f"{path.name}/{name}"
+                (path / name).parent.mkdir(parents=True, exist_ok=True)
+                self.objects.download(key, path / name, entry["bytes"])
+        except FileNotFoundError:
+            raise CheckpointError(f"{self.objects.describe(key)} is missing") from None
+        except ValueError as error:
+            raise CheckpointError(f"{self.objects.describe(key)} cannot be read: {error}") from error
+        write_json(path / MANIFEST, entries)
+
+    def damage(self, path: Path) -> str | None:
+        try:
+            self.bring(path)
+        except Unreadable:
+            raise
+        except CheckpointError as error:
+            return str(error)
+        problem = damage(path)
+        return problem and problem.replace(str(path), self.name(path))
+
+    def _keep(self, path: Path, key: str) -> None:
+        self.objects.upload(path, key)
+
+    def newest_valid(self, say: Callable[[str], None]) -> Path | None:
+        self._left = self._unfinished()
+        return super().newest_valid(say)
+
+    def _unfinished(self) -> set[Path]:
+        """What has no manifest: left by a write that was interrupted, or being written."""
+        return {self.directory / n for n in self.objects.list("") if NAME.fullmatch(n)} - set(self.all())
+
+    def _announce(self, final: Path) -> None:
+        """Say whose the files are that are about to come, so that another run's start does not remove them."""
+        self.objects.delete(final.name)  # left there by a run that did not resume from it: it was not whole
+        if isinstance(lease := self.objects.guard, Lease):
+            self.objects.put(f"{final.name}/{WRITER}", json.dumps({"lease": lease.id}).encode())
+
+    def _publish(self, partial: Path, final: Path, entries: Entries) -> None:
+        self.objects.put(f"{final.name}/{MANIFEST}", manifest.dumps(entries).encode())
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep`, once the newest is there in full; and what interrupted writes left.
+
+        Of those only this run's own, and those from before it held the run: others are being written by a successor.
+        """
+        found = self.all()
+        unfinished = {path for path in self._unfinished() if self._own(path)}
+        if found and (problem := self._missing(found[-1])):
+            self.objects.guard.confirm()
+            raise CheckpointError(
+                f"{problem}, although it was just written. Older checkpoints stay; run the same command again to resume"
+            )
+        for old in [*found[:-keep], *unfinished]:
+            self._remove(old)
+
+    def _set_aside(self, path: Path) -> str:
+        self._remove(path)  # an object cannot be renamed
+        return f"{path.name} is removed"
+
+    def _own(self, path: Path) -> bool:
+        lease = self.objects.guard
+        if not isinstance(lease, Lease) or path in self._left:
+            return True
+        try:
+            return bool(json.loads(self.objects.get(f"{path.name}/{WRITER}"))["lease"] == lease.id)
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            return False
+
+    def _missing(self, path: Path) -> str:
+        """Which object of a checkpoint is not there, or not of the size that its manifest says; "" for none."""
+        sizes = self.objects.sizes(path.name)
+        try:
+            entries = manifest.parse(self.objects.get(f"{path.name}/{MANIFEST}"))
+        except (FileNotFoundError, ValueError) as error:
+            return f"{self.objects.describe(f'{path.name}/{MANIFEST}')} cannot be read ({error})"
+        for name, entry in entries.items():
+            where = self.objects.describe(f"{path.name}/{name}")
+            if name not in sizes:
+                return f"{where} is missing"
+            if sizes[name] != entry["bytes"]:
+                return f"{where} has {sizes[name]} bytes instead of {entry['bytes']}"
+        return ""
+
+    def _remove(self, path: Path) -> None:
+        self.objects.delete(f"{path.name}/{MANIFEST}")
+        self.objects.delete(path.name)
+        shutil.rmtree(path, ignore_errors=True)
+
+
+class RemoteRun(Run):
+    """`path` is where this machine keeps what is on its way; None: a temporary directory."""
+
+    def __init__(self, url: str, path: Path | None, wanted: Callable[[str], bool] = lambda name: True):
+        super().__init__(path or Path(tempfile.mkdtemp(prefix="udddm-")))
+        if path is None:
+            weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
+        self.url, self.wanted, self.objects = url, wanted, open_objects(url)
+        self._lease: Lease | None = None  # of its own objects: those of the run are guarded by it
+        self._pushed: dict[str, tuple[int, int]] = {}
+
+    def __str__(self) -> str:
+        return self.url
+
+    @property
+    def state(self) -> str | Path:
+        return f"{self.url}/state"
+
+    @property
+    def identity(self) -> str:
+        return self.url
+
+    @property
+    def guard(self) -> Guard:
+        return self._lease or Guard()
+
+    def checkpoints(self) -> Checkpoints:
+        objects = open_objects(f"{self.url}/checkpoints")
+        objects.guard = self.guard
+        return RemoteCheckpoints(self.path, objects, self.wanted)
+
+    def averages(self) -> Path:
+        for step in self.objects.list(AVERAGES):
+            for name in self.objects.list(f"{AVERAGES}/{step}"):
+                key = f"{AVERAGES}/{step}/{name}"
+                (self.path / key).parent.mkdir(parents=True, exist_ok=True)
+                self.objects.download(key, self.path / key)
+        return self.path / AVERAGES
+
+    @contextmanager
+    def held(self, patience: float | None = None) -> Iterator[None]:
+        with locked(self.path):
+            lease = Lease(open_objects(self.url), self.url)
+            lease.acquire(patience=LEASE_PATIENCE if patience is None else patience)
+            self._lease = self.objects.guard = lease
+            try:
+                yield
+            finally:
+                lease.release()
+
+    def fetch(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        for left in self.path.iterdir():
+            if left.is_dir():
+                shutil.rmtree(left, ignore_errors=True)
+            elif left.name != ".lock":
+                left.unlink()
+        for name in FETCHED:
+            try:
+                (self.path / name).write_bytes(self.objects.get(name))
+            except FileNotFoundError:
+                (self.path / name).unlink(missing_ok=True)
+
+    def share(self, ranks: Ranks) -> None:
+        if self._lease is None:
+            self._lease = self.objects.guard = Lease(open_objects(self.url), self.url)
+        follow(self._lease, ranks)
+        if ranks.leads_machine and not ranks.first:
+            self.fetch()
+
+    def leave(self) -> None:
+        if self._lease is not None:
+            self._lease.release()
+
+    def push(self) -> None:
+        """The files that have changed since the last time, `result.json` after all others."""
+        passed = {"checkpoints", ".lock"}
+        files = [p for p in self.path.rglob("*") if p.is_file() and p.relative_to(self.path).parts[0] not in passed]
+        for path in sorted(files, key=lambda p: (p.name == "result.json", p)):
+            name, now = str(path.relative_to(self.path)), path.stat()
+            seen = (now.st_mtime_ns, now.st_size)
+            if path.suffix != ".partial" and self._pushed.get(name) != seen:
+                self.objects.upload(path, name)
+                self._pushed[name] = seen

@@ -1,0 +1,167 @@
+"""Weights, averages and moments in files that any engine, at any number of ranks, can pick up.
+
+    model.safetensors                                    one rank
+    model-00001-of-00004.safetensors ...                 four ranks: each holds whole tensors, and each tensor once
+    ema-<name>..., optimizer...                          likewise: `exp_avg/<name>`, `exp_avg_sq/<name>`, `step`
+
+A rank gathers and writes its own share of the parameters, one at a time, and reads them one at a time: none holds all
+of a large network. Whole tensors, because then a file is of use without knowing how it was trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from udddm.backends.engines.base import MOMENTS, Engine, Pieces
+from udddm.ema import Average
+from udddm.errors import CheckpointError
+
+
+def share_out(shapes: Mapping[str, torch.Size], world: int) -> dict[str, int]:
+    """Which rank writes which parameter: the largest first, each to the rank with the least so far."""
+    loads = [0] * world
+    owners = {}
+    for name in sorted(shapes, key=lambda n: (-shapes[n].numel(), n)):
+        rank = loads.index(min(loads))
+        owners[name] = rank
+        loads[rank] += shapes[name].numel()
+    return owners
+
+
+def file_name(kind: str, rank: int, world: int) -> str:
+    return f"{kind}.safetensors" if world == 1 else f"{kind}-{rank + 1:05d}-of-{world:05d}.safetensors"
+
+
+def save(directory: Path, engine: Engine, emas: Sequence[Average]) -> None:
+    """Write this rank's share. Every rank must call it."""
+    rank, world = engine.ranks.rank, engine.ranks.world
+    owners = share_out(engine.shapes, world)
+
+    def gathered(pieces: Pieces, prefix: str = "") -> dict[str, torch.Tensor]:
+        found = {}
+        for name, owner in owners.items():
+            whole = engine.whole(pieces, name, owner)
+            if whole is not None:
+                found[prefix + name] = whole
+        return found
+
+    def write(kind: str, tensors: dict[str, torch.Tensor]) -> None:
+        save_file(tensors, directory / file_name(kind, rank, world))
+
+    write("model", gathered(engine.weights()))
+    for ema in emas:
+        write(f"ema-{ema.name}", gathered(ema.weights))
+    moments = engine.moments()
+    optimizer = {k: v for key in MOMENTS for k, v in gathered(moments[key], f"{key}/").items()}
+    if rank == 0:
+        optimizer |= engine.scalars()
+    write("optimizer", optimizer)
+
+
+@torch.no_grad()
+def not_finite(engine: Engine, emas: Sequence[Average]) -> torch.Tensor:
+    """A scalar on the training device: 0, or not a number where this rank's part of the weights, moments or averages
+    holds a value that is not finite. Nothing waits for it here."""
+    sets = [engine.weights(), *engine.moments().values(), *(ema.weights for ema in emas)]
+    by_device: dict[torch.device, list[torch.Tensor]] = {}
+    for tensor in (tensor for pieces in sets for tensor in pieces.values() if tensor.numel()):
+        by_device.setdefault(tensor.device, []).append(tensor)
+    found = torch.zeros((), device=engine.ranks.device)
+    for tensors in by_device.values():
+        largest = torch.stack([norm.float() for norm in torch._foreach_norm(tensors, math.inf)])
+        found += (largest * 0).sum().to(found.device)
+    return found
+
+
+class Saved(Mapping[str, torch.Tensor]):
+    """The tensors of one kind in a checkpoint, read when asked for. Raises CheckpointError, naming the file."""
+
+    def __init__(self, directory: Path, kind: str):
+        single = directory / f"{kind}.safetensors"
+        files = [single] if single.exists() else sorted(directory.glob(f"{kind}-?????-of-?????.safetensors"))
+        if not files:
+            raise CheckpointError(f"{single} does not exist")
+        self.path = files[0]
+        wanted = 1 if single.exists() else int(files[0].stem[-5:])
+        if len(files) != wanted:
+            raise CheckpointError(f"{directory} has {len(files)} of {wanted} files {kind}-*.safetensors")
+        self._files: dict[str, Path] = {}
+        for path in files:
+            try:
+                with safe_open(path, "pt") as file:
+                    self._files.update(dict.fromkeys(file.keys(), path))
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"cannot read {path}: {error}") from error
+
+    @classmethod
+    def average(cls, directory: Path, names: Sequence[str], chosen: float | str | None) -> Saved:
+        """The average of this name among `names`; None for the first, "none" for the weights themselves, which is also
+        what there is where nothing was averaged."""
+        known = [*names, "none"]
+        name = known[0] if chosen is None else str(chosen)
+        if name not in known:
+            with contextlib.suppress(ValueError):  # 0.99990 is 0.9999
+                name = f"{float(name):g}"
+        if name not in known:
+            raise CheckpointError(f"{directory} has no average {name}; it has {', '.join(known)}")
+        return cls(directory, "model" if name == "none" else f"ema-{name}")
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        path = self._files[name]
+        try:
+            with safe_open(path, "pt") as file:
+                value: torch.Tensor = file.get_tensor(name)
+                return value
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {name} in {path}: {error}") from error
+
+    def shape(self, name: str) -> torch.Size:
+        with safe_open(self._files[name], "pt") as file:
+            return torch.Size(file.get_slice(name).get_shape())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def check_network(self, shapes: Mapping[str, torch.Size]) -> None:
+        """Raises CheckpointError when these are the weights of another network."""
+        for name in sorted(set(self) ^ set(shapes)):
+            raise CheckpointError(f"{self.path} is of another network: it {'has' if name in self else 'lacks'} {name}")
+        for name, shape in shapes.items():
+            found = self.shape(name)
+            if found != shape:
+                raise CheckpointError(
+                    f"{self.path} is of another network: {name} is {list(found)}, this network's is {list(shape)}"
+                )
+
+
+def load(directory: Path, engine: Engine, emas: Sequence[Average]) -> None:
+    """Take up a checkpoint, whatever engine and number of ranks wrote it. Raises CheckpointError."""
+    weights = Saved(directory, "model")
+    weights.check_network(engine.shapes)
+    engine.load(weights, Saved(directory, "optimizer"))
+    for ema in emas:
+        saved = Saved(directory, f"ema-{ema.name}")
+        for name in engine.shapes:
+            engine.fill(ema.weights, name, saved[name])
+
+
+def digest(engine: Engine, sets: Mapping[str, Pieces]) -> str:
+    """SHA-256 of whole tensors' names and bytes, by name; "" but on rank 0. Every rank must call it."""
+    found = hashlib.sha256()
+    for prefix, pieces in sorted(sets.items()):
+        for name in sorted(engine.shapes):
+            whole = engine.whole(pieces, name, 0)
+            if whole is not None:
+                found.update((prefix + name).encode() + whole.view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest() if engine.ranks.first else ""

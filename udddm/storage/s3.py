@@ -1,0 +1,254 @@
+"""Objects that are not on a local disk: S3, GCS and Azure through obstore, everything else through fsspec."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from datetime import timedelta
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from udddm.errors import StoreError
+from udddm.storage.base import Objects, Oversized, Retry
+from udddm.storage.failures import of_obstore, refusal
+from udddm.storage.filesystem import FsspecObjects
+from udddm.urls import secret_in
+
+T = TypeVar("T")
+
+REMOTE_RETRY = Retry(attempts=10, first_pause=0.1, longest_pause=20.0)  # 45 s of pauses, and the requests' own time
+REQUEST_TIMEOUT = 30.0  # seconds for a whole request: a chunk of 8 MB at 280 kB/s
+CONNECT_TIMEOUT = 5.0  # seconds
+PART = 8 << 20
+"""Bytes of a file that a request carries."""
+
+_STORES = {"s3": "S3Store", "gs": "GCSStore", "gcs": "GCSStore", "az": "AzureStore"}  # obstore's, of a scheme
+_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "gcs": "GOOGLE_", "az": "AZURE_STORAGE_"}
+_PAGE = 1000
+"""Keys that S3 lists or deletes in a request."""
+
+_ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+
+
+def open_remote(scheme: str, rest: str) -> Objects:
+    """The objects at `scheme://rest`. Raises StoreError for a malformed URL or a missing package."""
+    if secret_in(f"{scheme}://{rest}") or "?" in rest or "#" in rest:
+        raise StoreError(
+            f"store.url {scheme}://...: leave user, password and query out of it; give credentials by the environment"
+        )
+    if scheme in _STORES:
+        return ObstoreObjects(rest, scheme)
+    return FsspecObjects(f"{scheme}://{rest}")
+
+
+class ObstoreObjects(Objects):
+    """Objects under `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
+
+    obstore makes one attempt at each request, so that `retries` counts all that happen. An object is written by a
+    single request, which S3 makes visible whole or not at all, and which carries the SHA-256 of its body; the length
+    of what is read is checked, and obstore reports a reply that ends early.
+    """
+
+    retry = REMOTE_RETRY
+
+    def __init__(self, location: str, scheme: str = "s3", *, timeout: float = REQUEST_TIMEOUT):
+        """`location` is `bucket/prefix`, `timeout` the seconds that a request may take in all. Raises StoreError."""
+        super().__init__()
+        try:
+            import obstore
+            from obstore import store as obstore_stores
+        except ImportError:
+            raise StoreError(f"store.url {scheme}://{location} needs obstore: pip install 'udddm[s3]'") from None
+        self._obstore = obstore
+        bucket, _, prefix = location.partition("/")
+        prefix = prefix.strip("/")
+        self._url = f"{scheme}://{bucket}/{prefix}".rstrip("/")
+        # What obstore cannot parse makes it panic in the middle of a request.
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", bucket):
+            raise StoreError(f"store.url {scheme}://{location}: give the name of a bucket, as in s3://bucket/prefix")
+        endpoint = next((os.environ[n] for n in _ENDPOINTS if os.environ.get(n)), "") if scheme == "s3" else ""
+        if endpoint and not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", endpoint):
+            raise StoreError("AWS_ENDPOINT_URL is no URL: write http://host:port or https://host")
+        failure = ""
+        try:
+            self._store = getattr(obstore_stores, _STORES[scheme])(
+                bucket,
+                prefix=prefix or None,
+                config={"endpoint": endpoint} if endpoint else None,
+                client_options={
+                    "allow_http": endpoint.startswith("http://"),
+                    "timeout": timedelta(seconds=timeout),
+                    "connect_timeout": timedelta(seconds=min(timeout, CONNECT_TIMEOUT)),
+                },
+                retry_config={"max_retries": 0},
+            )
+        except Exception as error:  # its text may hold what the variables hold
+            failure = type(error).__name__
+        if failure:
+            raise StoreError(
+                f"cannot open {self._url}: {failure}; check the environment's {_VARIABLES[scheme]} variables"
+            )
+        self._answered = False
+
+    def _get(self, key: str) -> bytes:
+        return self._read(key)[0]
+
+    def _read(self, key: str) -> tuple[bytes, dict[str, str]]:
+        """The object's bytes, and what a put demands that is to replace just this version."""
+
+        def read() -> tuple[bytes, Any]:
+            result = self._obstore.get(self._store, key)
+            return result.bytes().to_bytes(), result.meta
+
+        data, meta = self._asking(read, reading=True)
+        if len(data) != meta["size"]:
+            raise OSError(f"the reply was cut: {len(data)} of {meta['size']} bytes came")
+        return data, _version(meta)
+
+    def _put(self, key: str, parts: Iterable[bytes | memoryview]) -> None:
+        views = [memoryview(part).cast("B") for part in parts]
+        if self.guard.fences:
+            self._put_fenced(key, views)
+            return
+        self._asking(lambda: self._obstore.put(self._store, key, iter(views), use_multipart=False))
+
+    def _put_fenced(self, key: str, views: Sequence[memoryview]) -> None:
+        """Never over what a successor wrote, however long this process stood still in the middle.
+
+        An object that is there is looked at before the guard is asked: what the guard still allows to replace then was
+        not a successor's, and is no more the same once a successor has replaced it.
+        """
+        if self._put_on_condition(key, views, "create"):
+            return
+        try:
+            found = self._asking(lambda: self._obstore.head(self._store, key), reading=True)
+        except FileNotFoundError:
+            raise OSError("it was removed meanwhile") from None
+        self.guard.wait()
+        if not self._put_on_condition(key, views, _version(found)):
+            raise OSError("another client replaced it meanwhile")
+
+    def _upload(self, path: Path, key: str) -> None:
+        if not self.guard.fences:  # in parts where it is larger
+            self._asking(lambda: self._obstore.put(self._store, key, path, chunk_size=PART))
+        elif path.stat().st_size <= PART:
+            self._put(key, (path.read_bytes(),))
+        else:
+            self._upload_guarded(path, key)
+
+    def _upload_guarded(self, path: Path, key: str) -> None:
+        """In parts, which take long together: the guard is asked before each, and before the object becomes visible."""
+        writer = self._obstore.open_writer(self._store, key, buffer_size=PART)
+        with path.open("rb") as file:
+            while block := file.read(PART):
+                self.guard.wait()
+                self._asking(partial(writer.write, block))
+        self.guard.wait()
+        self._asking(writer.close)  # a writer that is not closed leaves no object
+
+    def _download(self, key: str, path: Path, most: int | None) -> None:
+        """By ranges, so that the time that a request may take is no limit to what it can read."""
+        size = self._asking(lambda: self._obstore.head(self._store, key), reading=True)["size"]
+        if most is not None and size > most:
+            raise Oversized(f"it has {size} bytes instead of {most}")
+        with path.open("wb") as file:
+            for start in range(0, size, PART):
+                end = min(size, start + PART)
+                request = partial(self._obstore.get_range, self._store, key, start=start, end=end)
+                part = self._asking(request, reading=True)
+                file.write(part.to_bytes())
+
+    def _put_if_absent(self, key: str, data: bytes) -> bool:
+        return self._put_on_condition(key, (data,), "create")
+
+    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
+        try:
+            found, version = self._read(key)
+        except FileNotFoundError:
+            return False
+        return found == expected and self._put_on_condition(key, (data,), version)
+
+    def _put_on_condition(self, key: str, parts: Sequence[bytes | memoryview], mode: Any) -> bool:
+        failed = (self._obstore.exceptions.AlreadyExistsError, self._obstore.exceptions.PreconditionError)
+
+        def put() -> bool:
+            try:
+                self._obstore.put(self._store, key, iter(parts), mode=mode, use_multipart=False)
+            except failed:
+                return False
+            return True
+
+        return self._asking(put)
+
+    def _list(self, prefix: str) -> Sequence[str]:
+        return [path.rpartition("/")[2] for path in self._listed(prefix) if path != prefix]
+
+    def _listed(self, prefix: str) -> Sequence[str]:
+        """The paths directly under a prefix; of an empty directory, which SeaweedFS keeps, its own."""
+        found = self._asking(lambda: self._obstore.list_with_delimiter(self._store, prefix or None))
+        return sorted({*found["common_prefixes"], *(each["path"] for each in found["objects"])})
+
+    def _under(self, prefix: str) -> Sequence[Any]:
+        """What obstore knows of every object under a prefix."""
+        pages = self._asking(lambda: list(self._obstore.list(self._store, prefix or None, chunk_size=_PAGE)))
+        return [each for page in pages for each in page]
+
+    def _sizes(self, prefix: str) -> dict[str, int]:
+        return {each["path"].removeprefix(prefix).lstrip("/"): each["size"] for each in self._under(prefix)}
+
+    def _delete(self, prefix: str) -> None:
+        keys = [each["path"] for each in self._under(prefix)]
+        self._delete_keys([*keys, prefix])
+        if not self._listed(prefix):
+            return
+        # SeaweedFS lists directories whose objects are gone, for minutes. There a key of an empty one deletes it.
+        parents = {key.rsplit("/", n)[0] for key in keys for n in range(1, key.count("/") + 1)}
+        self._delete_directories({path for path in parents if path.startswith(f"{prefix}/")} | {prefix})
+        self._delete_directories({*self._directories(prefix), prefix})
+
+    def _directories(self, prefix: str) -> Iterator[str]:
+        for path in self._listed(prefix):
+            if path != prefix:
+                yield path
+                yield from self._directories(path)
+
+    def _delete_directories(self, directories: set[str]) -> None:
+        for depth in sorted({d.count("/") for d in directories}, reverse=True):
+            self._delete_keys([d for d in directories if d.count("/") == depth])  # one request: the order counts
+
+    def _delete_keys(self, keys: Sequence[str]) -> None:
+        """A page of them a request, with a look at the guard before each."""
+
+        def delete(page: Sequence[str]) -> None:
+            try:
+                self._obstore.delete(self._store, page)
+            except FileNotFoundError as error:  # of a bucket, or of an object on a server that minds
+                if "NoSuchBucket" in str(error):
+                    raise
+
+        named = [key for key in keys if key]
+        for first in range(0, len(named), _PAGE):
+            self.guard.wait()
+            self._asking(partial(delete, named[first : first + _PAGE]))
+
+    def describe(self, key: str) -> str:
+        return f"{self._url}/{key}".rstrip("/")
+
+    def _asking(self, request: Callable[[], T], *, reading: bool = False) -> T:
+        """The request's result. Raises Refused, OSError and, of reading, FileNotFoundError, without a reply's text."""
+        try:
+            result = request()
+            self._answered = True
+            return result
+        except Exception as error:
+            failure = of_obstore(error, answered=self._answered)
+        if isinstance(failure, FileNotFoundError) and not reading:
+            failure = refusal(404, "")
+        raise failure  # outside the handler, so that the original is not chained to it
+
+
+def _version(meta: Any) -> dict[str, str]:
+    """What tells an object's content from any other: S3 and Azure go by its tag, GCS by its version."""
+    return {name: meta[name] for name in ("e_tag", "version") if meta.get(name)}

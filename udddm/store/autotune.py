@@ -1,0 +1,117 @@
+"""How many requests, how many windows and how many batches the pipeline holds: chosen from what it measures.
+
+Reading and writing have to keep up with the steps, without more threads or memory than that takes:
+
+    requests a second, each way   lanes x samples a step and lane / (samples a chunk x the step's seconds)
+    requests at once              that rate x the seconds of a request (Little's law), and half as many again
+    windows ahead                 as many as are used up while one is read, and while one is written
+    batches ahead                 the steps that pass during a hiccup: a slow request, or another thread's turn
+
+The order of visits depends on none of it: `order.chunk` and `order.window` decide the result, so they stay.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from udddm.errors import StoreError
+from udddm.order import Order
+
+FEWEST, MOST = 2, 32
+"""Requests at once, each way."""
+DEFAULT_MEMORY = 1 << 30
+"""Bytes of windows and batches, where the least that works is below it."""
+_SPARE = 1.5
+_HICCUP = 0.05  # seconds
+_DEPTHS = 4, 64
+
+
+class Smoothed:
+    """The mean and mean deviation of the newer values, as RFC 6298 estimates a connection's round trip."""
+
+    def __init__(self) -> None:
+        self.mean = self.deviation = 0.0
+        self.known = False
+
+    def add(self, value: float) -> None:
+        if not self.known:
+            self.mean, self.deviation, self.known = value, value / 2, True
+            return
+        self.deviation += (abs(value - self.mean) - self.deviation) / 4
+        self.mean += (value - self.mean) / 8
+
+    @property
+    def slow(self) -> float:
+        """What few values exceed."""
+        return self.mean + 4 * self.deviation
+
+
+@dataclass
+class Pace:
+    """The numbers for one rank's `lanes` of an `order` with rows of `row_bytes`.
+
+    `threads`, `prefetch` and `memory` (bytes) fix what is otherwise chosen. Seconds of a step exclude what it waited
+    for the store. Raises StoreError when `memory` is less than the least that works.
+    """
+
+    order: Order
+    lanes: range
+    row_bytes: int
+    threads: int | None = None
+    prefetch: int | None = None
+    memory: int | None = None
+    first_threads: int = FEWEST
+    """Requests at once until enough is measured."""
+    step: Smoothed = field(default_factory=Smoothed)
+    load: Smoothed = field(default_factory=Smoothed)
+    save: Smoothed = field(default_factory=Smoothed)
+
+    def __post_init__(self) -> None:
+        order = self.order
+        smallest = min(order.smallest_window(lane) for lane in self.lanes)
+        self._fewest_windows = 2 + -(-order.share // smallest)
+        largest = min(order.window_chunks * order.chunk, order.longest_lane)
+        window, batch = len(self.lanes) * largest * self.row_bytes, len(self.lanes) * order.share * self.row_bytes
+        least = self._fewest_windows * window + 2 * (self.prefetch or 1) * batch
+        if self.memory is not None and self.memory < least:
+            raise StoreError(
+                f"store.memory_mb: {self._fewest_windows} windows of {len(self.lanes)} lanes and their batches take "
+                f"{math.ceil(least / 1e6)} MB: allow that, or let more ranks share the lanes"
+            )
+        budget = max(least, self.memory or DEFAULT_MEMORY)
+        for_batches = max(2 * batch, min(budget // 8, budget - self._fewest_windows * window))
+        self._most_depth = min(_DEPTHS[1], for_batches // (2 * batch))
+        self._most_windows = max(self._fewest_windows, (budget - for_batches) // window)
+        self._most_threads = max(FEWEST, min(MOST, budget // 4 // (order.chunk * self.row_bytes)))
+        self.update()
+
+    def update(self) -> None:
+        """Choose again."""
+        self.readers = self.writers = self.threads or min(self.first_threads, self._most_threads)
+        self.ahead, self.windows = 1, self._fewest_windows
+        self.depth = self.prefetch or max(1, min(_DEPTHS[0], self._most_depth))
+        if not self.step.known or self.step.mean <= 0:
+            return
+        order = self.order
+        rate = len(self.lanes) * order.share / order.chunk / self.step.mean
+        in_use = order.window_chunks * order.chunk / order.share * self.step.mean  # a window's seconds
+        if self.threads is None:
+            if self.load.known:
+                self.readers = self._within(_SPARE * rate * self.load.mean)
+            if self.save.known:
+                self.writers = self._within(_SPARE * rate * self.save.mean)
+        chunks = len(self.lanes) * order.window_chunks  # the lanes pass from window to window together
+        reading = -(-chunks // self.readers) * self.load.mean + 4 * self.load.deviation
+        writing = -(-chunks // self.writers) * self.save.mean + 4 * self.save.deviation
+        room = self._most_windows - self._fewest_windows
+        more_ahead = min(room, max(0, math.ceil(reading / in_use) - 1))
+        more_behind = min(room - more_ahead, max(0, math.ceil(writing / in_use) - 1))
+        self.ahead = 1 + more_ahead
+        self.windows = self._fewest_windows + more_ahead + more_behind
+        if self.prefetch is None:
+            wanted = math.ceil(max(_HICCUP, self.load.slow if self.load.known else 0.0) / self.step.mean)
+            self.depth = max(1, min(max(wanted, _DEPTHS[0]), self._most_depth))
+
+    def _within(self, wanted: float) -> int:
+        return max(FEWEST, min(self._most_threads, math.ceil(wanted)))

@@ -1,0 +1,1 @@
+"""What commands do around a run: plan, measure, inspect, convert."""

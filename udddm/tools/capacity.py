@@ -1,0 +1,155 @@
+"""What a data set's x0-state needs, and what this machine and a URL give: `udddm-store plan` and `bench`."""
+
+from __future__ import annotations
+
+import math
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from udddm.config import OrderConfig
+from udddm.order import Order
+from udddm.storage.base import Objects
+from udddm.store.encoding import Encoding, StateDtype
+
+S3_PUTS_A_SECOND = 3500
+S3_GETS_A_SECOND = 5500
+"""Requests a second that S3 sustains for one key prefix (Amazon S3 user guide, "Best practices design patterns")."""
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What training at a given speed asks of a store. Bytes and seconds."""
+
+    order: Order
+    workers: int
+    generation_bytes: int
+    chunk_bytes: int
+    window_bytes: int
+    bytes_per_second: float
+    """Read, and as much again written, over all workers."""
+    chunks_per_second: float
+    """Gets, and as many puts, over all workers."""
+    window_seconds: float
+    """How long a window is in use: the time there is to read the next one and write the last."""
+
+    @property
+    def rank_bytes_in_memory(self) -> int:
+        return self.generation_bytes // self.workers
+
+    @property
+    def rank_bytes_in_windows(self) -> int:
+        lanes = self.order.lanes // self.workers
+        return 3 * lanes * self.window_bytes
+
+
+def needs(
+    samples: int, shape: tuple[int, ...], dtype: StateDtype, images_per_second: float, workers: int, batch: int
+) -> Needs:
+    """Raises ConfigError for workers that do not divide the lanes (a multiple of 8 of them is taken beyond 8)."""
+    lanes = max(8, workers)
+    config = OrderConfig(lanes=lanes)
+    order = Order.build(config, 0, samples, batch * lanes // math.gcd(batch, lanes), shape)
+    order.lanes_of(0, workers)
+    item = int(np.prod(shape)) * Encoding(dtype).array.itemsize
+    window = min(order.window_chunks * order.chunk, order.longest_lane)
+    return Needs(
+        order=order,
+        workers=workers,
+        generation_bytes=samples * item,
+        chunk_bytes=order.chunk * item,
+        window_bytes=window * item,
+        bytes_per_second=images_per_second * item,
+        chunks_per_second=images_per_second / order.chunk,
+        window_seconds=window * lanes / images_per_second,
+    )
+
+
+def plan(needed: Needs) -> list[str]:
+    """Lines that say what the state needs, which store fits and why, and what S3 would bill for."""
+    order, gib = needed.order, 2.0**30
+    lines = [
+        f"x0-state: {needed.generation_bytes / gib:.2f} GiB a generation; two to four generations are kept on disk",
+        f"layout: {order.lanes} lanes of {order.chunks(0)} chunks of {order.chunk} samples "
+        f"({needed.chunk_bytes / 2**20:.2f} MiB), windows of at most {order.window_chunks} chunks",
+        f"memory a rank: gpu and pinned {needed.rank_bytes_in_memory / gib:.2f} GiB; "
+        f"zarr {needed.rank_bytes_in_windows / gib:.2f} GiB",
+        f"bandwidth: {needed.bytes_per_second / 1e6:.1f} MB/s read and as much written, over {needed.workers} workers",
+        f"requests: {needed.chunks_per_second:.2f} gets and as many puts a second, over all workers",
+        f"patience: a window is in use for {needed.window_seconds:.1f} s; where reading the next or writing the last "
+        "takes longer, a rank holds more windows, up to store.memory_mb",
+    ]
+    if needed.rank_bytes_in_memory < 2 * gib:
+        lines.append("fits: gpu, the state is small beside a network's activations; pinned and zarr do as well")
+    elif needed.rank_bytes_in_memory < 64 * gib:
+        lines.append("fits: pinned, if the host has the memory; zarr on a local NVMe disk needs less of it")
+    else:
+        lines.append("fits: zarr, on local disks for one node and on object storage for several; no memory holds it")
+    share = needed.chunks_per_second / S3_PUTS_A_SECOND
+    lines.append(
+        f"on S3: {needed.chunks_per_second * 3600:.0f} puts and as many gets an hour, "
+        f"{needed.bytes_per_second * 3600 / gib:.1f} GiB an hour each way (free within a region, billed across), "
+        f"{3 * needed.generation_bytes / gib:.1f} GiB stored; {share:.2%} of one prefix's {S3_PUTS_A_SECOND} puts/s"
+    )
+    return lines
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a place gives for objects of one size. Seconds and bytes a second, over all threads."""
+
+    object_bytes: int
+    threads: int
+    write_latency: float
+    read_latency: float
+    write_rate: float
+    read_rate: float
+
+
+def measure(objects: Objects, object_bytes: int, *, threads: int = 8, count: int = 32) -> Speed:
+    """Write, read and remove `count` objects under `bench/`. Latencies are of one request alone, at the median."""
+    data = np.random.default_rng(0).bytes(object_bytes)
+    keys = [f"bench/{i}" for i in range(count)]
+    latencies: dict[str, list[float]] = {"put": [], "get": []}
+    try:
+        for key in keys[:5]:
+            began = time.perf_counter()
+            objects.put(key, data)
+            latencies["put"].append(time.perf_counter() - began)
+            began = time.perf_counter()
+            objects.get(key)
+            latencies["get"].append(time.perf_counter() - began)
+        with ThreadPoolExecutor(threads) as pool:
+            began = time.perf_counter()
+            list(pool.map(lambda key: objects.put(key, data), keys))
+            writing = time.perf_counter() - began
+            began = time.perf_counter()
+            list(pool.map(objects.get, keys))
+            reading = time.perf_counter() - began
+    finally:
+        objects.delete("bench")
+    return Speed(
+        object_bytes,
+        threads,
+        float(np.median(latencies["put"])),
+        float(np.median(latencies["get"])),
+        count * object_bytes / writing,
+        count * object_bytes / reading,
+    )
+
+
+def verdict(needed: Needs, speed: Speed) -> list[str]:
+    """Lines that hold what was measured against what is needed."""
+    lines = [
+        f"one request of {speed.object_bytes / 2**20:.2f} MiB alone: write {speed.write_latency * 1e3:.1f} ms, "
+        f"read {speed.read_latency * 1e3:.1f} ms",
+        f"{speed.threads} threads: write {speed.write_rate / 1e6:.0f} MB/s, read {speed.read_rate / 1e6:.0f} MB/s",
+    ]
+    for name, rate in (("write", speed.write_rate), ("read", speed.read_rate)):
+        ratio = rate / needed.bytes_per_second
+        slow = "TOO SLOW: training will wait for the store"
+        word = "enough" if ratio >= 1.5 else "just enough" if ratio >= 1 else slow
+        lines.append(f"{name}: {ratio:.1f} times what {needed.bytes_per_second / 1e6:.1f} MB/s needs ({word})")
+    return lines

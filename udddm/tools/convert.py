@@ -1,0 +1,154 @@
+"""Copying a state to another place or dtype, and removing generations nobody refers to: `udddm-store convert`, `gc`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from udddm.errors import StoreError
+from udddm.files import load_json
+from udddm.order import Order
+from udddm.runs.remote import open_copy
+from udddm.runs.run import Run, run_id
+from udddm.storage.base import open_objects
+from udddm.storage.lease import Lease
+from udddm.store.encoding import Encoding, Rows, StateDtype
+from udddm.store.generations import Generations, generation_name
+from udddm.store.snapshot import Snapshot
+from udddm.tools.inspect import Place, find, of_run
+
+
+def convert(place: Place, destination: str, dtype: StateDtype | None) -> str:
+    """Write the newest state of a run or store as one complete generation at `destination`, a path or URL.
+
+    A run's is that of its newest checkpoint (within an epoch: the rows as they stand). Returns a line about it.
+    Raises StoreError when there is nothing to copy, or the destination holds another state or is being written.
+    """
+    generation, order, shape, encoding, rows = _newest(place)
+    target_encoding = Encoding(dtype or encoding.name)
+    target = Generations(open_objects(destination), order, shape, target_encoding)
+    if place.generations is not None and target.objects.describe("") == place.generations.objects.describe(""):
+        raise StoreError(f"{destination} is the store itself; choose another destination")
+    lease = Lease(open_objects(destination), "udddm-store convert")
+    lease.acquire()
+    target.objects.guard = lease
+    try:
+        return _copy(place, target, generation, rows, encoding)
+    finally:
+        lease.release()
+
+
+def _copy(
+    place: Place, target: Generations, generation: int, rows: Callable[[int, int], Rows], encoding: Encoding
+) -> str:
+    order, destination = target.order, target.objects.describe("")
+    target.create()
+    if target.is_complete(generation):
+        raise StoreError(f"{destination} already holds {generation_name(generation)}; choose another destination")
+    target.begin(generation)
+    for lane in range(order.lanes):
+        checksums = {}
+        for chunk in range(order.chunks(lane)):
+            checksums[chunk] = target.write(
+                generation, lane, chunk, target.encoding.recode(rows(lane, chunk), encoding)
+            )
+        target.objects.sync()
+        target.complete(generation, lane, checksums)
+    target.objects.sync()
+    return (
+        f"{generation_name(generation)} of {place.name} ({encoding.name}) is in {destination} ({target.encoding.name})"
+    )
+
+
+def _newest(place: Place) -> tuple[int, Order, tuple[int, ...], Encoding, Callable[[int, int], Rows]]:
+    if place.checkpoints:
+        assert place.run is not None
+        snapshot = Snapshot(place.checkpoints[-1] / "state", place.run.state)
+        return snapshot.epoch, snapshot.order, snapshot.shape, snapshot.encoding, snapshot.rows
+    if place.generations is not None:
+        stored = place.generations
+        whole = [g for g in stored.existing() if stored.is_complete(g)]
+        if whole:
+            newest = whole[-1]
+
+            def rows(lane: int, chunk: int) -> Rows:
+                return stored.read(newest, lane, chunk, stored.record(newest, lane)[chunk])
+
+            return newest, stored.order, stored.shape, stored.encoding, rows
+    raise StoreError(f"{place.name} holds neither a checkpoint nor a complete generation")
+
+
+def collect(path: str, say: Callable[[str], None]) -> list[int]:
+    """Remove the generations that no checkpoint of a stopped run refers to, and return their numbers.
+
+    `say` gets a line about each, and the reason, before anything is removed. What is newer than the newest checkpoint
+    stays: a run that resumes writes it again, and another copy of the run directory may refer to it. Raises StoreError
+    and removes nothing for a bare store, a store of another run, and where a checkpoint is damaged or all are missing;
+    ConfigError or StoreError when the run is alive.
+    """
+    run = open_copy(path)
+    if not (run.path / "run.json").exists():
+        find(path)  # says what is wrong with a place that is no store either
+        raise StoreError(
+            f"{path} is a store without its run: only a run's checkpoints say which generations are needed; "
+            "give the run directory"
+        )
+    with ExitStack() as held:
+        # Without patience: a list of checkpoints from before a wait would lack those that were made during it.
+        held.enter_context(run.held(patience=0.0))
+        run.fetch()
+        place = of_run(path, run)
+        if place.generations is None:
+            return []
+        stored = place.generations
+        default = stored.objects.describe("") == open_objects(run.state).describe("")
+        check = _hold_store(run, stored, held) if not default else run.guard.check
+        unneeded = _unneeded(place, stored, say)
+        for generation in unneeded:
+            check()
+            stored.delete(generation, range(stored.order.lanes))
+    return unneeded
+
+
+def _hold_store(run: Run, stored: Generations, held: ExitStack) -> Callable[[], None]:
+    """Hold a store that another directory may name too. Returns the check that it is still held."""
+    owner, own = stored.owner(), run_id(run.path)
+    where = stored.objects.describe("")
+    if owner != own:
+        raise StoreError(
+            f"{where} is the store of another run ({owner or 'none that is named'}), not of {run} ({own or 'no id'}): "
+            "nothing was removed. Run gc on the run whose store it is"
+        )
+    lease = Lease(open_objects(where), run.identity)
+    lease.acquire()
+    held.callback(lease.release)
+    return lease.check
+
+
+def _unneeded(place: Place, stored: Generations, say: Callable[[str], None]) -> list[int]:
+    """The generations to remove; says why. Raises StoreError where that cannot be known."""
+    assert place.run is not None
+    existing, kept = stored.existing(), place.run.checkpoints()
+    if not place.checkpoints and existing:
+        raise StoreError(
+            f"{kept.name(kept.directory)} holds no checkpoint, but {stored.objects.describe('')} holds generations: "
+            "nothing was removed. Restore the checkpoints (is their disk mounted?), or delete the store by hand"
+        )
+    for path in place.checkpoints:
+        if (problem := kept.damage(path)) is not None:
+            raise StoreError(
+                f"checkpoint {path.name} is damaged, so that what it needs is not known: {problem}. Nothing was "
+                "removed; restore the checkpoint from a copy, or delete it if it is not needed"
+            )
+    epochs = {path.name: int(load_json(path / "state" / "snapshot.json")["epoch"]) for path in place.checkpoints}
+    needed = {epoch + ahead for epoch in epochs.values() for ahead in (0, 1)}
+    newest = max(needed, default=0)
+    unneeded = [g for g in existing if g not in needed and g <= newest]
+    if unneeded:
+        references = ", ".join(f"{name} to {epoch} and {epoch + 1}" for name, epoch in epochs.items())
+        say(f"checkpoints refer to generations: {references}")
+    for generation in unneeded:
+        say(f"removing {generation_name(generation)} from {stored.objects.describe('')}: no checkpoint refers to it")
+    for generation in (g for g in existing if g > newest):
+        say(f"keeping {generation_name(generation)}: it is newer than the newest checkpoint")
+    return unneeded

@@ -1,0 +1,118 @@
+"""`udddm-train --dry-run`: what a run would do and need, counted and measured, with nothing written or downloaded."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from udddm import objectives
+from udddm.backends.distributed.ranks import join
+from udddm.config import ExpectConfig, RunConfig
+from udddm.data import ImageDataset, MapDataset, expected, load_dataset
+from udddm.diffusion import schedule
+from udddm.errors import ConfigError
+from udddm.networks.cost import cost as network_cost
+from udddm.order import Order
+from udddm.store import Encoding
+from udddm.tools.throughput import GPUS, an_image, emulated, measure, on_h100s, teacher_share
+
+
+def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = None) -> list[str]:
+    """Lines that say what a run of `config` is: parameters, operations, state, memory, bandwidth, steps and time.
+
+    Without `dataset` the data are loaded if `data.path` says where they are, or if nothing else tells what they hold.
+    Raises ConfigError and DataError as a run would.
+    """
+    ranks = join(device, config.order.lanes, group=config.engine.name == "deepspeed")
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    train = config.train
+    data, origin = _data(config, dataset)
+    order = Order.build(config.order, config.seed, data.samples, train.batch_size, data.shape)
+    lanes = order.lanes_of(ranks.rank, ranks.world)
+    steps = train.steps or max(1, round((train.epochs or 0) * order.steps))
+    sample_bytes = math.prod(data.shape) * Encoding(config.store.dtype).array.itemsize
+    visit = objectives.build(config, schedule.build(config.process), steps / order.steps, data.shape)
+    cost = network_cost(config.network, data.shape)
+    teacher = teacher_share(visit, data.samples, steps / order.steps)
+    operations = train.batch_size * an_image(cost, teacher)
+
+    speed = measure(config, data, order, ranks, steps, visit, cost)
+    step = speed.step(operations / ranks.world)
+    rate = train.batch_size / step
+    gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
+
+    window = order.window_chunks * order.chunk * sample_bytes
+    generation = data.samples * sample_bytes
+    resident = {
+        "gpu": f"{_size(generation / ranks.world)} on {ranks.device.type}",
+        "pinned": f"{_size(generation / ranks.world)} of host memory",
+        "zarr": f"at most {_size(3 * len(lanes) * min(window, order.longest_lane * sample_bytes))} of host memory",
+    }
+    averages = len(train.averages)
+    device = f"{ranks.device.type} in fp32" if emulated(config, ranks) else ranks.device.type
+    return [
+        f"data: {data.samples} images {'x'.join(map(str, data.shape))} ({origin}), batches of {train.batch_size}",
+        f"network: {cost.parameters:,} parameters; objective: {config.objective_in_words}; "
+        f"process: {config.process.kind} ({config.process.preconditioning})",
+        f"compute: {an_image(cost, teacher) / 1e9:.4g} GFLOP an image and step: {cost.training / 1e9:.4g} forward "
+        f"and backward, and {cost.forward / 1e9:.4g} forward for targets that are not stored, at {teacher:.1%} of the "
+        "visits",
+        f"memory: {_size(cost.parameters * 4 * (4 + averages))} for weights, gradients, Adam's moments and "
+        f"{averages} EMA, and activations",
+        f"x0-state: {_size(generation)} a generation in {config.store.dtype}; "
+        f"{order.lanes} lanes of {order.chunks(0)} chunks of {order.chunk} samples "
+        f"({_size(order.chunk * sample_bytes)})",
+        f"store {config.store.kind}: a rank holds {resident[config.store.kind]}",
+        f"bandwidth: {_size(rate * sample_bytes)}/s read and as much written, at the measured speed",
+        f"length: {steps:,} steps, {steps / order.steps:.1f} epochs of {order.steps} steps",
+        f"time: {_duration(steps * step)} at {_duration(step)} a step, {rate:.4g} images/s (measured here, "
+        f"{_count(ranks.world, 'rank')}, {device}: {_count(speed.images, 'image')} forward and backward in "
+        f"{_duration(speed.passes)}, scaled in proportion to a step's {train.batch_size}, and "
+        f"{_duration(speed.update)} for the optimizer and EMA)",
+        _h100s(*on_h100s(speed, operations, train.precision, gpu), steps, train.batch_size, sample_bytes),
+    ]
+
+
+def _data(config: RunConfig, dataset: MapDataset | None) -> tuple[ExpectConfig, str]:
+    """What the data hold, and how that is known."""
+    known = expected(config.data)
+    if dataset is None and config.data.path is None and known is not None:
+        data, origin = known, "not loaded"
+    else:
+        images = ImageDataset(dataset if dataset is not None else load_dataset(config.data))
+        classes = (images.classes or config.network.classes or None) if images.labelled else None
+        data, origin = ExpectConfig(samples=len(images), shape=images.shape, classes=classes), "loaded"
+    if config.network.classes and data.classes is None:
+        raise ConfigError("network.classes is set, but the data set has no labels")
+    return data, origin
+
+
+def _h100s(step: float | None, how: str, steps: int, batch: int, sample_bytes: int) -> str:
+    if step is None:
+        return f"on {GPUS} H100: {how}"
+    rate = batch / step
+    return (
+        f"on {GPUS} H100: {steps * step / 86400:.2f} days at {_duration(step)} a step, {rate:.0f} images/s ({how}; "
+        f"communication left out); the node then reads {_size(rate * sample_bytes)}/s of state and writes as much"
+    )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' if number != 1 else ''}"
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("years", 365.25 * 86400), ("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+        if seconds >= length:
+            return f"{seconds / length:.3g} {unit}"
+    return f"{seconds * 1000:.3g} ms"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if count < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("unreachable")

@@ -1,0 +1,137 @@
+"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from udddm.log import _tqdm, say
+
+
+class _Writer(Protocol):
+    def add_scalar(self, tag: str, value: float, step: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _tensorboard(directory: Path, purge_step: int) -> _Writer | None:
+    """A writer of event files, or None where TensorBoard is not installed, which the log then mentions."""
+    if importlib.util.find_spec("tensorboard") is None:
+        say("metrics go to metrics.jsonl only: for TensorBoard, pip install 'udddm[tensorboard]'")
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tensorboard's own imports
+        logging.getLogger("tensorboard").setLevel(logging.ERROR)
+        from torch.utils.tensorboard import SummaryWriter
+
+        writer: _Writer = SummaryWriter(str(directory), purge_step=purge_step)
+    return writer
+
+
+class Line:
+    """Progress as a person sees it: a bar on a terminal, now and then a plain line elsewhere."""
+
+    PLAIN_EVERY = 10.0  # seconds between plain lines
+
+    def __init__(self) -> None:
+        self._bar: Any = None
+        self._spoke = time.monotonic()
+        self._told = -1
+
+    def advance(self, step: int, total: int) -> None:
+        with suppress(OSError, ValueError):
+            if sys.stderr is None or not sys.stderr.isatty():
+                return
+            if self._bar is None:
+                self._bar = _tqdm()(total=total, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
+            self._bar.update(step - self._bar.n)
+
+    def show(self, step: int, total: int, values: dict[str, float]) -> None:
+        """The rates, the store's counters and the ETA at a step."""
+        if step == self._told:
+            return
+        self._told = step
+        shown = {
+            "loss": f"{values['loss']:.4g}",
+            "images/s": f"{values['images_per_second']:.0f}",
+            "store wait": f"{values['store_wait_fraction']:.1%}",
+        }
+        if values["store_megabytes_per_second"]:  # a store that moves nothing has no queue
+            shown["queue"] = f"{values['store_queue_depth']:.1f}"
+            shown["MB/s"] = f"{values['store_megabytes_per_second']:.0f}"
+            shown["retries"] = f"{values['store_retries']:.0f}"
+        self.advance(step, total)
+        if self._bar is not None:
+            with suppress(OSError, ValueError):
+                self._bar.set_postfix(shown)
+        elif time.monotonic() - self._spoke >= self.PLAIN_EVERY or step == total:
+            self._spoke = time.monotonic()
+            minutes, seconds = divmod(round(values["eta_seconds"]), 60)
+            text = "  ".join(f"{name} {value}" for name, value in shown.items())
+            say(f"step {step}/{total}  {text}  ETA {minutes}:{seconds:02d}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            with suppress(OSError, ValueError):
+                self._bar.close()
+
+
+class Progress:
+    """Reports on training from step `start` of `total`. `metrics` writes a line; `close` finishes the bar.
+
+    `listener` is told of the metrics too, and then nothing is shown here.
+    """
+
+    def __init__(
+        self, run: Path, start: int, total: int, listener: Callable[[int, int, dict[str, float]], None] | None = None
+    ):
+        self._path = run / "metrics.jsonl"
+        self._keep_until(start)
+        self._tensorboard = _tensorboard(run / "tensorboard", start + 1)
+        self._step, self._total, self._listener = start, total, listener
+        self._line = Line()
+
+    def _keep_until(self, step: int) -> None:
+        """Drop the lines of steps that a killed run took after the checkpoint: they are about to be taken again."""
+        if not self._path.exists():
+            return
+        kept = []
+        for line in self._path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    kept.append(line + "\n")
+            except (ValueError, KeyError, TypeError):
+                continue
+        temporary = self._path.with_name(self._path.name + ".partial")
+        temporary.write_text("".join(kept))
+        temporary.replace(self._path)
+
+    def advance(self) -> None:
+        self._step += 1
+        if self._listener is None:
+            self._line.advance(self._step, self._total)
+
+    def metrics(self, step: int, values: dict[str, float]) -> None:
+        """Record values at a step: the rates, the store's counters and the ETA are also shown."""
+        with self._path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self._tensorboard is not None:
+            for name, value in values.items():
+                self._tensorboard.add_scalar(name, value, step)
+        if self._listener is None:
+            self._line.show(step, self._total, values)
+        else:
+            self._listener(step, self._total, values)
+
+    def close(self) -> None:
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        self._line.close()

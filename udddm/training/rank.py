@@ -1,0 +1,103 @@
+"""TODO."""
+
+from __future__ import annotations
+
+import platform
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import udddm
+from udddm.backends.distributed.listener import Listener
+from udddm.backends.distributed.ranks import Ranks
+from udddm.backends.engines.deepspeed_config import zero_stage
+from udddm.config import RunConfig
+from udddm.data import ImageDataset, MapDataset, load_dataset
+from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
+from udddm.files import load_json
+from udddm.log import say
+from udddm.runs.remote import open_run
+from udddm.runs.run import Run, claim
+from udddm.storage.base import local_path, open_objects
+from udddm.training.trainer import Trainer
+
+
+def train_rank(
+    config: RunConfig, dataset: MapDataset | None, where: str | Path, ranks: Ranks, listener: Listener | None = None
+) -> dict[str, Any]:
+    """This rank's part of a run: what every launcher calls on every rank once they have joined."""
+    refused = (ConfigError, DataError, StoreError, CheckpointError, OSError)
+    run = ranks.together(lambda: open_run(where), refused)
+
+    def load() -> ImageDataset:
+        images = ImageDataset(dataset if dataset is not None else load_dataset(config.data))
+        if config.network.classes and not images.labelled:
+            raise ConfigError("network.classes is set, but the data set has no labels")
+        return images
+
+    images = ranks.together(load, refused)
+    with ExitStack() as held:
+
+        def take() -> None:
+            held.enter_context(run.held())
+            run.fetch()
+            claim(run.path, config, images)
+            run.push()
+
+        ranks.first_only(take, refused)
+        held.callback(run.leave)
+        ranks.together(lambda: run.share(ranks), refused)
+        if config.store.kind == "zarr" and config.store.url:
+            url = config.store.url
+            directory = local_path(url)
+            if directory is not None:
+                ranks.check_shared(directory, "the x0-state's directory")
+            else:  # every rank must get there, with its machine's credentials
+                ranks.together(lambda: open_objects(url).exists("zarr.json"), refused)
+        return _train(config, images, run, ranks, listener)
+
+
+def _train(
+    config: RunConfig, images: ImageDataset, run: Run, ranks: Ranks, listener: Listener | None
+) -> dict[str, Any]:
+    def finished() -> dict[str, Any] | None:
+        path = run.path / "result.json"
+        return load_json(path) if path.exists() else None
+
+    result = ranks.first_only(finished, (CheckpointError,))
+    if result is not None:
+        if ranks.first:
+            say(f"{run} is finished; its result is in {run}/result.json")
+        return result
+    if config.train.threads is not None:
+        torch.set_num_threads(config.train.threads)
+    if ranks.first:
+        for line in describe(config, images, run, ranks):
+            say(line)
+    return Trainer(config, images, run, ranks, listener).train()
+
+
+def describe(config: RunConfig, images: ImageDataset, run: Run, ranks: Ranks) -> list[str]:
+    """The first lines of a run: what runs where, and why."""
+    device = ranks.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    reasons = {
+        "gpu": "a tensor on the training device" if device.type == "cuda" else "no GPU here: a tensor in host memory",
+        "pinned": "host memory, copied in the background",
+        "zarr": f"{config.store.url or run.state}, read and written in the background",
+    }
+    precision = "as configured" if config.train.precision != "fp32" else "the default"
+    engine: str = config.engine.name
+    if engine == "deepspeed":
+        engine += f", ZeRO {zero_stage(config)}" + (", optimizer in host memory" if config.engine.offload else "")
+    return [
+        f"udddm {udddm.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
+        f"device: {name}, {ranks.world} {'ranks' if ranks.world > 1 else 'rank'}; engine: {engine}; "
+        f"precision: {config.train.precision} ({precision})",
+        f"data: {len(images)} images {'x'.join(map(str, images.shape))}; objective: {config.objective_in_words}; "
+        f"seed: {config.seed}",
+        f"x0-state store: {config.store.kind}, {config.store.dtype} ({reasons[config.store.kind]})",
+        f"run directory: {run}; the same command resumes it",
+    ]

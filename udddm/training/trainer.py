@@ -1,0 +1,368 @@
+"""The training loop. One step, from its inputs to the state that is written back, is `Trainer.train_step`."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import resource
+import time
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+
+from udddm import ema, image_grid, objectives, rng, store
+from udddm.backends.distributed.listener import Listener
+from udddm.backends.distributed.ranks import Ranks, Vote
+from udddm.backends.distributed.signals import handled
+from udddm.backends.engines import base
+from udddm.config import RunConfig
+from udddm.data import ImageDataset
+from udddm.diffusion import samplers, schedule
+from udddm.ema import PowerEMA
+from udddm.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted, StoreError
+from udddm.evaluation.background import BackgroundEvaluation
+from udddm.files import write_array, write_json
+from udddm.log import say
+from udddm.networks import UNet
+from udddm.networks import build as build_network
+from udddm.order import Order
+from udddm.rng import Stream
+from udddm.runs import posthoc_ema, weights
+from udddm.runs.checkpoint import load_step, step_of
+from udddm.runs.pretrained import begin_from
+from udddm.runs.run import Run
+from udddm.store import Snapshot, StoreCounters, finite_rows
+from udddm.training.inputs import Prefetch
+from udddm.training.progress import Progress
+
+
+def network_for(config: RunConfig, shape: tuple[int, int, int]) -> UNet:
+    """The run's network for images [C, H, W], with the run's initial weights."""
+    frequency = schedule.build(config.process).max_frequency
+    seed = rng.key(config.seed, Stream.INITIAL_WEIGHTS)
+    return build_network(config.network, shape, max_frequency=frequency, seed=seed)
+
+
+class Trainer:
+    """A run on one rank: built from a configuration and a data set, resumed from the newest whole checkpoint."""
+
+    def __init__(
+        self, config: RunConfig, dataset: ImageDataset, run: Run, ranks: Ranks, listener: Listener | None = None
+    ):
+        self.config, self.dataset, self.run, self.ranks, self.listener = config, dataset, run, ranks, listener
+        train, shape = config.train, dataset.shape
+        self.order = Order.build(config.order, config.seed, len(dataset), train.batch_size, shape)
+        self.lanes = self.order.lanes_of(ranks.rank, ranks.world)
+        self.total_steps = train.steps or max(1, round((train.epochs or 0) * self.order.steps))
+        self.process = schedule.build(config.process)
+        self.objective = objectives.build(config, self.process, self.total_steps / self.order.steps, shape)
+        self.engine = base.build(network_for(config, shape), config, ranks, self.total_steps)
+        self.emas = ema.build(train, self.engine.weights())
+        self.powers = [average for average in self.emas if isinstance(average, PowerEMA)]
+        self.store = store.build(config.store, self.order, self.lanes, shape, ranks.device, run)
+        self.checkpoints = run.checkpoints()
+        self.evaluation: BackgroundEvaluation | None = None
+        if config.evaluate.every_steps:  # on one rank; where it cannot be had, all must know
+            self.evaluation = ranks.together(
+                lambda: BackgroundEvaluation(config.evaluate, dataset, ranks.device, run.path) if ranks.first else None,
+                (ConfigError, DataError),
+            )
+        self.step = 0
+        self._kept_rows = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self._newest: Path | None = None
+        """The newest checkpoint that this process wrote or resumed from."""
+        self._signal: int | None = None
+
+    # One step.
+
+    def train_step(self, inputs: Prefetch) -> torch.Tensor:
+        """Train on the next samples and move their x0-states on. Returns this rank's share of the loss, on device."""
+        parts = inputs.next()
+        states = self.store.read().chunk(len(parts))
+        if self.config.network.dropout:  # the only generator in use; everything else is a function of its position
+            torch.manual_seed(rng.key(self.config.seed, Stream.DROPOUT, self.step, self.ranks.rank) >> 1)
+        total, new_states = torch.zeros((), device=self.ranks.device), []
+        for part, state in zip(parts, states, strict=True):
+            with self.engine.micro_batch(last=part is parts[-1]):
+                with self.engine.autocast():
+                    losses, new = self.objective(self.engine.module, part.images, state, part.visits, part.labels)
+                loss = (losses * part.weights).sum()
+                self.engine.backward(loss)
+            total += loss.detach()
+            new, kept = finite_rows(new, state)
+            self._kept_rows += kept
+            new_states.append(new)
+        self.engine.step(self.step)
+        self.step += 1
+        for average in self.emas:
+            average.update(self.step)
+        self.store.write(new_states[0] if len(new_states) == 1 else torch.cat(new_states))
+        return total
+
+    # The run.
+
+    def train(self) -> dict[str, Any]:
+        """Train to the end and return what `result.json` says.
+
+        Raises Interrupted after SIGTERM or SIGINT, Diverged, StoreError, CheckpointError, DataError; the newest
+        checkpoint is intact in every case.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(handled(self._on_signal))
+            stack.callback(self.store.close)
+            inputs = self.begin()
+            stack.callback(inputs.close)
+            if self.evaluation is not None:
+                stack.callback(self.evaluation.close)
+            told = self.listener.metrics if self.listener else None
+            progress = Progress(self.run.path, self.step, self.total_steps, told) if self.ranks.first else None
+            if progress is not None:
+                stack.callback(progress.close)
+            self._loop(inputs, progress)
+            state = self.ranks.gather(self.store.sha256())
+            reinitialized = self.ranks.gather(self.store.counters.reinitialized)
+        result = self._result(state)
+        result["store_reinitialized"] = sum(reinitialized)
+        images = self._samples(self.config.sample.final) if self.config.sample.final else None
+        self.ranks.first_only(lambda: self._finish(result, images), (OSError, StoreError))
+        return result
+
+    def begin(self) -> Prefetch:
+        """Resume, or start, and begin to make ready what the coming steps need."""
+        self._resume()
+        return Prefetch(
+            self.order,
+            self.lanes,
+            self.dataset,
+            self.objective,
+            self.ranks.device,
+            step=self.step,
+            depth=self.config.store.prefetch or 4,
+            labels=objectives.LabelDropout.of(self.config) if self.config.network.classes else None,
+            parts=self.config.train.accumulation,
+        )
+
+    def _loop(self, inputs: Prefetch, progress: Progress | None) -> None:
+        config = self.config
+        every = config.log_every_steps
+        self._started, self._first_step = time.perf_counter(), self.step
+        window = (self._started, self.step, replace(self.store.counters))
+        losses = torch.zeros((), device=self.ranks.device)
+        vote = Vote(self.ranks)
+        while self.step < self.total_steps:
+            losses += self.train_step(inputs)
+            if progress is not None:
+                progress.advance()
+            last = self.step == self.total_steps
+            if self.step % every == 0 or last:
+                window = self._report(progress, losses, window)
+                losses.zero_()
+            stop = vote.cast(self._signal or (self.listener.asked() if self.listener else 0))
+            saves = self.step % config.checkpoint.every_steps == 0 or last or bool(stop)
+            averages = bool(self.powers) and (self.step % config.train.power_ema_every_steps == 0 or last)
+            if saves or averages:  # the losses say nothing about what the last step made of the weights
+                finite = math.isfinite(self.ranks.sum(losses + weights.not_finite(self.engine, self.emas)))
+                if not finite:
+                    raise Diverged(self._diverged("the loss, a weight, one of Adam's moments or an average"))
+            if averages:  # before the checkpoint: a run that resumes from it has them
+                posthoc_ema.write(self.run.path, self.step, self.powers, self.engine)
+            if saves:
+                self.save()
+            if config.sample.every_steps and self.step % config.sample.every_steps == 0:
+                self._sample_grid()
+            if config.evaluate.every_steps and self.step % config.evaluate.every_steps == 0:
+                images = self._samples(config.evaluate.count)
+                if self.evaluation is not None:
+                    self.evaluation.submit(self.step, images, config.sample.steps)
+            if stop and not last:
+                raise Interrupted(stop, self.step)
+        vote.outcome()
+
+    def _report(
+        self, progress: Progress | None, losses: torch.Tensor, window: tuple[float, int, StoreCounters]
+    ) -> tuple[float, int, StoreCounters]:
+        since, first, before = window
+        loss = self.ranks.sum(losses) / (self.step - first)  # waits for the device: once every log_every_steps
+        if not math.isfinite(loss):
+            raise Diverged(self._diverged("the loss"))
+        self.store.counters.kept = int(self._kept_rows)
+        now = time.perf_counter()
+        counters, seconds = replace(self.store.counters), now - since
+        read_wait, write_wait = counters.read_wait - before.read_wait, counters.write_wait - before.write_wait
+        rate = (self.step - first) / seconds
+        if progress is not None:
+            progress.metrics(
+                self.step,
+                {
+                    "epoch": self.step / self.order.steps,
+                    "loss": loss,
+                    "learning_rate": self.engine.learning_rate(self.step - 1),
+                    "images_per_second": rate * self.order.samples / self.order.steps,
+                    "store_wait_fraction": (read_wait + write_wait) / seconds,
+                    "store_read_wait_seconds": read_wait,
+                    "store_write_wait_seconds": write_wait,
+                    "store_queue_depth": (counters.queued - before.queued) / max(1, counters.reads - before.reads),
+                    "store_megabytes_per_second": (
+                        (counters.bytes_read + counters.bytes_written - before.bytes_read - before.bytes_written)
+                        / 1e6
+                        / seconds
+                    ),
+                    "store_bytes_read": counters.bytes_read,
+                    "store_bytes_written": counters.bytes_written,
+                    "store_retries": counters.retries,
+                    "store_reinitialized": counters.reinitialized,
+                    "store_kept": counters.kept,
+                    **{f"store_{name}": value for name, value in self.store.gauges().items()},
+                    "eta_seconds": (self.total_steps - self.step) / rate,
+                },
+            )
+        return now, self.step, counters
+
+    def _diverged(self, what: str) -> str:
+        cure = "a lower train.learning_rate, train.clip or another train.precision needs a new run: another --run-dir"
+        if self._newest is None:
+            return f"{what} is not finite after step {self.step}, and there is no checkpoint yet: {cure}"
+        newest = self.checkpoints.name(self._newest)
+        return (
+            f"{what} is not finite after step {self.step}. The newest checkpoint is kept and is from step "
+            f"{step_of(self._newest)}; the same command resumes from it, which helps if the machine was at fault. Else "
+            f"{cure}, with train.initial={newest} to begin with that checkpoint's weights"
+        )
+
+    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
+        """SIGTERM and SIGINT ask for a checkpoint and a stop after the step in progress."""
+        if self._signal is not None:  # asked twice: stop at once
+            raise KeyboardInterrupt
+        self._signal = signum
+
+    # Checkpoints.
+
+    def save(self) -> Path:
+        """Write a checkpoint of this position and remove those that `checkpoint.keep` lets go."""
+        errors = (StoreError, CheckpointError, OSError)
+        self.ranks.first_only(self.run.push, errors)  # first: a run that resumes from it has its metrics
+        path = self._newest = self.checkpoints.write(self.step, self.ranks, self._fill)
+
+        def kept() -> list[int]:
+            self.checkpoints.prune(self.config.checkpoint.keep)
+            return self._kept()
+
+        self._retain(self.ranks.first_only(kept, errors))
+        return path
+
+    def _kept(self) -> list[int]:
+        """The steps of the checkpoints that there are, as the first rank sees them: another machine's listing of a
+        shared directory may be a minute old, and would let go of generations that the newest checkpoint refers to."""
+        assert self.ranks.first
+        return [step_of(p) for p in self.checkpoints.all()]
+
+    def _retain(self, steps: list[int]) -> None:
+        epochs = {step // self.order.steps for step in steps}
+        self.store.retain(epochs | {e + 1 for e in epochs})
+
+    def _fill(self, directory: Path) -> None:
+        self.store.snapshot(directory / "state")
+        weights.save(directory, self.engine, self.emas)
+        if not self.ranks.first:
+            return
+        config = {"config": self.config.model_dump(mode="json"), "shape": list(self.dataset.shape)}
+        write_json(directory / "config.json", config)
+        write_json(directory / "position.json", {"step": self.step})
+
+    def _resume(self) -> None:
+        """Take up the newest whole checkpoint, or begin."""
+
+        def newest() -> tuple[str | None, list[int]]:
+            found = self.checkpoints.newest_valid(say)
+            return found.name if found else None, self._kept()
+
+        errors = (CheckpointError, StoreError)
+        self.store.hold(self.ranks)
+        name, kept = self.ranks.first_only(newest, errors)
+        self._retain(kept)
+        if name is None:
+            if initial := self.config.train.initial:
+                refused = (ConfigError, CheckpointError, StoreError)
+                begun = self.ranks.together(lambda: begin_from(initial, self.engine, self.emas), refused)
+                if len(seen := set(self.ranks.gather(begun))) > 1:
+                    raise CheckpointError(
+                        f"the ranks see different checkpoints as the newest of {initial} ({', '.join(sorted(seen))}): "
+                        "name one of them in train.initial"
+                    )
+                if self.ranks.first:
+                    say(f"beginning from the weights in {initial}")
+            self.store.start(0, 0, None)
+            return
+        path = self._newest = self.checkpoints.directory / name
+        self.ranks.together(lambda: self.checkpoints.bring(path) if self.ranks.leads_machine else None, errors)
+        self.step = load_step(path)
+        weights.load(path, self.engine, self.emas)
+        snapshot = Snapshot(path / "state", self.run.state, self.store.repair)
+        if snapshot.order.fingerprint() != self.order.fingerprint() or snapshot.shape != self.dataset.shape:
+            raise StoreError(f"the x0-state in {path} was made with another order or image shape")
+        self.store.start(*divmod(self.step, self.order.steps), snapshot)
+        if self.ranks.first:
+            for line in self.checkpoints.discard_after(self.step):
+                say(line)
+            say(f"resuming from {path.name}")
+
+    # Samples and the result.
+
+    def _samples(self, count: int) -> torch.Tensor:
+        """`count` images of the first EMA (the weights, where there is none), [count, C, H, W] clamped to [-1, 1],
+        on the host of the first rank; each rank makes its share. Elsewhere nothing."""
+        network = network_for(self.config, self.dataset.shape)
+        pieces = self.emas[0].weights if self.emas else self.engine.weights()
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                parameter.copy_(self.engine.whole(pieces, name))  # type: ignore[arg-type]
+        network.to(self.ranks.device).eval()
+        seeds = [int(i) for i in np.array_split(np.arange(count), self.ranks.world)[self.ranks.rank]]
+        labels = [i % self.config.network.classes for i in seeds] if self.config.network.classes else None
+        drawn = samplers.batches(
+            network,
+            self.process,
+            self.dataset.shape,
+            seeds,
+            steps=self.config.sample.steps,
+            sampler=self.config.sample.sampler,
+            labels=labels,
+            guidance=self.config.sample.guidance,
+            device=self.ranks.device,
+        )
+        own = torch.cat([torch.empty(0, *self.dataset.shape), *drawn]).clamp(-1, 1)
+        return torch.cat(self.ranks.gather_first(own) or [own[:0]])
+
+    def _sample_grid(self) -> None:
+        directory = self.run.path / "samples"
+        images = self._samples(64)
+        if self.ranks.first:
+            directory.mkdir(exist_ok=True)
+            image_grid.grid(images, directory / f"step-{self.step:08d}.png")
+
+    def _result(self, state: list[str]) -> dict[str, Any]:
+        elapsed = time.perf_counter() - self._started
+        counters = self.store.counters
+        visited = (self.step - self._first_step) / self.order.steps * self.order.samples
+        return {
+            "steps": self.step,
+            "epochs": self.step / self.order.steps,
+            "images_per_second": visited / elapsed,
+            "store_wait_fraction": (counters.read_wait + counters.write_wait) / elapsed,
+            "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            "weights_sha256": weights.digest(self.engine, {"": self.engine.weights()}),
+            "ema_sha256": weights.digest(self.engine, {f"{e.name}/": e.weights for e in self.emas}),
+            "state_sha256": hashlib.sha256("".join(state).encode()).hexdigest(),
+        }
+
+    def _finish(self, result: dict[str, Any], images: torch.Tensor | None) -> None:
+        if images is not None:
+            write_array(self.run.path / "samples.npy", images.numpy())
+            image_grid.grid(images[:100], self.run.path / "samples.png")
+        write_json(self.run.path / "result.json", result)
+        self.run.push()
