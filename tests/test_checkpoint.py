@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from udddm.backends.distributed.ranks import Ranks
 from udddm.errors import CheckpointError
 from udddm.files import load_json
-from udddm.runs.checkpoint import Checkpoints, damage, step_of
+from udddm.runs.checkpoint import Checkpoints, corruption, step_of
 from udddm.runs.weights import Saved
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -33,7 +33,7 @@ def fill(directory: Path) -> None:
 def test_a_written_checkpoint_is_whole(tmp_path: Path) -> None:
     path = Checkpoints(tmp_path).write(12, ALONE, fill)
     assert path.name == "step-00000012" and step_of(path) == 12
-    assert damage(path) is None
+    assert corruption(path) is None
     assert torch.equal(Saved(path, "model")["weight"], torch.arange(300.0))
     assert Checkpoints(tmp_path).newest_valid(print) == path
 
@@ -53,7 +53,7 @@ def test_every_damage_is_found_and_names_its_file(tmp_path: Path) -> None:
             victim.write_bytes(data[: rng.randrange(len(data))])
         else:
             victim.unlink()
-        problem = damage(path)
+        problem = corruption(path)
         if problem is None:  # a flipped space in the manifest's layout changes nothing it says
             assert victim.name == "manifest.json" and kind == "flip"
             continue
@@ -102,10 +102,10 @@ def test_what_cannot_be_read_is_not_damaged_and_nothing_is_removed(
         with pytest.raises(CheckpointError, match=r"Too many open files.*nothing was removed"):
             checkpoints.newest_valid(print)
         with pytest.raises(CheckpointError, match=r"step-00000003: .*Too many open files.*nothing was removed"):
-            damage(paths[-1])
+            corruption(paths[-1])
         assert len(pauses) == 6
         checkpoints.prune(1)
-    assert checkpoints.all() == paths and all(damage(path) is None for path in paths)
+    assert checkpoints.all() == paths and all(corruption(path) is None for path in paths)
 
 
 def test_a_checkpoint_that_can_be_read_at_the_second_attempt_is_taken(
@@ -126,7 +126,7 @@ def test_a_loop_of_links_is_damage(tmp_path: Path) -> None:
         shutil.rmtree(path / name, ignore_errors=True)
         (path / name).unlink(missing_ok=True)
         (path / name).symlink_to(path / name)
-        assert name in str(damage(path))
+        assert name in str(corruption(path))
 
 
 def test_old_ones_go_only_when_the_newest_verifies(tmp_path: Path) -> None:
@@ -152,7 +152,7 @@ def test_a_failed_write_leaves_the_earlier_ones(tmp_path: Path, error: OSError) 
 
     with pytest.raises(CheckpointError, match="Earlier checkpoints are intact"):
         checkpoints.write(2, ALONE, failing)
-    assert checkpoints.all() == [kept] and damage(kept) is None
+    assert checkpoints.all() == [kept] and corruption(kept) is None
     assert [p.name for p in checkpoints.directory.iterdir()] == [kept.name]
 
 

@@ -53,8 +53,8 @@ def test_help_imports_nothing_heavy(command: str) -> None:
         (["seed=-1"], ["seed", "-1"]),
         (["store.kind=s4"], ["store.kind", "zarr"]),
         (["order.lanes=7"], ["order.lanes", "64"]),
-        (["process.sigma_min=60"], ["sigma_min", "sigma_max"]),
-        (["objective.name=algorithm-1"], ["Algorithm 1", "network.condition"]),
+        (["schedule.sigma_min=60"], ["sigma_min", "sigma_max"]),
+        (["objective.name=uddm"], ["Algorithm 1", "network.condition"]),
         (["objective.chain.stages=[{start: 0, levels: 8}, {start: 0.5, levels: 12}]"], ["12", "8"]),
         (["train.steps=3", "train.epochs=4", "train.steps=5", "nonsense"], ["nonsense", "key=value"]),
         (["train=3"], ["train"]),
@@ -87,31 +87,31 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixt
 
 @pytest.mark.parametrize("preset", sorted(p.name for p in CONFIGS.glob("*.yaml")))
 def test_every_preset_is_valid_and_says_what_it_needs(preset: str) -> None:
-    from udddm.config import load
+    from udddm.config import load_config
 
-    load(CONFIGS / preset)
+    load_config(CONFIGS / preset)
     assert "What it needs" in (CONFIGS / preset).read_text()
 
 
 def test_the_papers_presets_are_the_papers() -> None:
-    from udddm.config import load
+    from udddm.config import load_config
 
     for name, blocks in (("vp", 3), ("ve", 3), ("vp-deep", 6), ("ve-deep", 6)):
-        config = load(CONFIGS / f"cifar10-{name}.yaml")
+        config = load_config(CONFIGS / f"cifar10-{name}.yaml")
         kind = name[:2]
-        assert config.objective.name == "algorithm-1"
+        assert config.objective.name == "uddm"
         assert config.objective.huber_c == {"vp": 0.00014, "ve": 0.00015}[kind]
-        assert config.process.kind == kind and config.process.preconditioning == "paper"
-        assert config.process.timesteps == {"vp": 8000, "ve": 1000}[kind]
-        assert (config.process.beta_min, config.process.beta_max) == (1.5e-3, 2.0e-2)
-        assert (config.process.sigma_min, config.process.sigma_max, config.process.rho) == (0.01, 50.0, 7.0)
+        assert config.schedule.kind == kind and config.schedule.preconditioning == "paper"
+        assert config.schedule.timesteps == {"vp": 8000, "ve": 1000}[kind]
+        assert (config.schedule.beta_min, config.schedule.beta_max) == (1.5e-3, 2.0e-2)
+        assert (config.schedule.sigma_min, config.schedule.sigma_max, config.schedule.rho) == (0.01, 50.0, 7.0)
         network = config.network
-        assert (network.width, network.multipliers, network.blocks) == (128, (1, 2, 2, 2), blocks)
-        assert (network.attention, network.dropout, network.classes) == ((16, 8), 0.3, 0)
+        assert (network.base_channels, network.channel_mult, network.blocks_per_level) == (128, (1, 2, 2, 2), blocks)
+        assert (network.attention_resolutions, network.dropout, network.classes) == ((16, 8), 0.3, 0)
         assert network.condition == "cross-attention"
         train = config.train
         assert (train.steps, train.batch_size, train.learning_rate) == (400_000, 1024, 2e-4)
-        assert (train.decay, train.warmup_steps, train.ema, train.ema_warmup) == ("constant", 0, (0.9999,), False)
+        assert (train.lr_schedule, train.warmup_steps, train.ema, train.ema_warmup) == ("constant", 0, (0.9999,), False)
 
 
 def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

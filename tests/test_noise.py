@@ -128,7 +128,7 @@ def test_scalar_and_array_keys_are_the_same(seed: int, a: int, b: int) -> None:
 @given(st.integers(0, 2**64 - 1))
 def test_mix_is_the_finaliser_of_splitmix64(value: int) -> None:
     with np.errstate(over="ignore"):
-        assert int(rng.mix(np.uint64(value))) == naive_mix(value)
+        assert int(rng.splitmix64(np.uint64(value))) == naive_mix(value)
 
 
 @given(SEEDS, PARTS, PARTS)
@@ -155,36 +155,36 @@ def test_bits_of_keys_are_fair_and_change_with_every_part() -> None:
 
 @given(st.integers(1, 2**32 - 1), SEEDS)
 def test_below_stays_below_its_limit(limit: int, seed: int) -> None:
-    drawn = rng.below(limit, rng.keys(seed, Stream.TIME, np.arange(20)))
+    drawn = rng.randint(limit, rng.keys(seed, Stream.TIME, np.arange(20)))
     assert drawn.dtype == np.int64 and drawn.min() >= 0 and drawn.max() < limit
 
 
 def test_below_reaches_both_ends_and_takes_a_limit_for_each_key() -> None:
     ends = np.array([0, 2**64 - 1], dtype=np.uint64)
-    assert rng.below(2**32 - 1, ends).tolist() == [0, 2**32 - 2]
-    assert rng.below(np.array([5, 7]), ends).tolist() == [0, 6]
+    assert rng.randint(2**32 - 1, ends).tolist() == [0, 2**32 - 2]
+    assert rng.randint(np.array([5, 7]), ends).tolist() == [0, 6]
 
 
 @pytest.mark.parametrize("limit", [2, 7, 33, 1000])
 def test_below_is_uniform(limit: int) -> None:
-    drawn = rng.below(limit, rng.keys(0, Stream.TIME, np.arange(200_000)))
+    drawn = rng.randint(limit, rng.keys(0, Stream.TIME, np.arange(200_000)))
     assert stats.chisquare(np.bincount(drawn, minlength=limit)).pvalue > 1e-4
 
 
 @given(st.integers(0, 500), st.integers(0, 2**64 - 1))
 def test_shuffled_is_a_permutation(count: int, key: int) -> None:
-    assert sorted(rng.shuffled(count, key)) == list(range(count))
+    assert sorted(rng.permutation(count, key)) == list(range(count))
 
 
 def test_shuffled_looks_uniform() -> None:
-    rows = np.array([rng.shuffled(4, rng.key(0, Stream.WINDOW, i)) for i in range(24_000)])
+    rows = np.array([rng.permutation(4, rng.key(0, Stream.WINDOW, i)) for i in range(24_000)])
     _, counts = np.unique(rows @ np.array([64, 16, 4, 1]), return_counts=True)
     assert len(counts) == 24  # every order of four
     assert stats.chisquare(counts).pvalue > 1e-4
 
 
 def test_shuffled_moves_every_value_everywhere() -> None:
-    rows = np.array([rng.shuffled(30, rng.key(0, Stream.WINDOW, i)) for i in range(20_000)])
+    rows = np.array([rng.permutation(30, rng.key(0, Stream.WINDOW, i)) for i in range(20_000)])
     for place in (0, 13, 29):
         assert stats.chisquare(np.bincount(rows[:, place], minlength=30)).pvalue > 1e-4
 
@@ -192,14 +192,14 @@ def test_shuffled_moves_every_value_everywhere() -> None:
 def test_the_generator_gives_the_numbers_it_always_gave() -> None:
     """Golden values. If these change, no old run can be resumed, and seeds no longer mean the images they meant."""
     with np.errstate(over="ignore"):
-        first = rng.mix(np.uint64(0x9E3779B97F4A7C15))
+        first = rng.splitmix64(np.uint64(0x9E3779B97F4A7C15))
     assert int(first) == 0xE220A8397B1DCDAF  # what splitmix64's reference code gives first from seed 0
     assert rng.key(0, Stream.PERMUTATION) == 0xE220A8397B1DCDAF
     assert rng.key(0, Stream.NOISE, 0) == 0x43974CC0ECEB0AA8
     assert rng.key(1, Stream.NOISE, 123456, 7) == 0x060498FCA51CA0EA
     assert rng.key(2**63 - 1, Stream.SAMPLE_NOISE, 5, 6, 7) == 0x5D08A6F3FDBC672D
-    assert rng.shuffled(10, 42).tolist() == [5, 2, 7, 3, 9, 4, 0, 1, 8, 6]
-    assert rng.below(1000, rng.keys(0, Stream.TIME, np.arange(5))).tolist() == [115, 779, 795, 909, 665]
+    assert rng.permutation(10, 42).tolist() == [5, 2, 7, 3, 9, 4, 0, 1, 8, 6]
+    assert rng.randint(1000, rng.keys(0, Stream.TIME, np.arange(5))).tolist() == [115, 779, 795, 909, 665]
     drawn = rng.normal(rng.as_tensor(rng.keys(0, Stream.NOISE, np.array([0, 1]))), (1, 1, 3))
     expected = [[[[-0.62009609, -1.45820725, 0.83977008]]], [[[-0.03926511, 0.68494242, 0.53458887]]]]
     np.testing.assert_allclose(drawn.numpy(), expected, rtol=1e-6)

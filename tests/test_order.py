@@ -57,11 +57,11 @@ def cases(draw: st.DrawFn) -> Case:
 def batches(order: Order, epoch: int, world: int = 1) -> list[list[Batch]]:
     """[step][rank]."""
     lanes = [order.lanes_of(rank, world) for rank in range(world)]
-    return [[order.batch_of(own, epoch, step) for own in lanes] for step in range(order.steps)]
+    return [[order.batch_of(own, epoch, step) for own in lanes] for step in range(order.steps_per_epoch)]
 
 
 def visited(order: Order, epoch: int, lane: int) -> list[LaneStep]:
-    return [part for step in range(order.steps) for part in order.lane_step(lane, epoch, step)]
+    return [part for step in range(order.steps_per_epoch) for part in order.lane_step(lane, epoch, step)]
 
 
 @quick
@@ -79,11 +79,11 @@ def test_batches_have_one_shape_and_only_padding_has_weight_0(case: Case) -> Non
     for world in case.worlds:
         for step, ranks in enumerate(batches(order, case.epoch, world)):
             for batch in ranks:
-                assert batch.ids.shape == batch.slots.shape == batch.weights.shape == (order.batch // world,)
+                assert batch.ids.shape == batch.slots.shape == batch.weights.shape == (order.batch_size // world,)
                 assert set(batch.weights.tolist()) <= {0.0, 1.0}
                 padding = batch.weights == 0
                 assert not batch.ids[padding].any() and not batch.slots[padding].any()
-                if step < order.steps - 1:  # lanes differ by one sample: only the last step is short
+                if step < order.steps_per_epoch - 1:  # lanes differ by one sample: only the last step is short
                     assert not padding.any()
                 assert sum(len(part.rows) for part in batch.parts) == (~padding).sum()
 
@@ -94,8 +94,8 @@ def test_an_epoch_has_no_more_steps_than_its_longest_lane_needs(case: Case) -> N
     order = case.order()
     longest = max(order.lane_slots(lane) for lane in range(case.lanes))
     assert order.longest_lane == longest
-    assert (order.steps - 1) * case.share < longest <= order.steps * case.share
-    assert not order.lane_step(0, case.epoch, order.steps)
+    assert (order.steps_per_epoch - 1) * case.share < longest <= order.steps_per_epoch * case.share
+    assert not order.lane_step(0, case.epoch, order.steps_per_epoch)
 
 
 @quick
@@ -133,7 +133,7 @@ def test_a_step_is_a_pure_function_of_its_position(case: Case, random: object) -
     forward, backward = case.order(), case.order()
     expected = batches(forward, case.epoch)
     backward.batch_of(range(case.lanes), case.epoch + 1, 0)
-    for step in reversed(range(backward.steps)):
+    for step in reversed(range(backward.steps_per_epoch)):
         batch = backward.batch_of(range(case.lanes), case.epoch, step)
         np.testing.assert_array_equal(batch.ids, expected[step][0].ids)
 
@@ -145,12 +145,12 @@ def test_a_lane_reads_each_chunk_in_one_window_and_each_window_in_one_run_of_ste
     for lane in range(case.lanes):
         parts = visited(order, case.epoch, lane)
         windows = [part.window for part in parts]
-        assert [w for w, _ in itertools.groupby(windows)] == list(range(order.windows(lane)))
+        assert [w for w, _ in itertools.groupby(windows)] == list(range(order.num_windows(lane)))
         home: dict[int, set[int]] = defaultdict(set)
         for part in parts:
             for slot in order.part_slots(part, case.epoch) - order.lane_start(lane):
-                home[int(slot) // order.chunk].add(part.window)
-        assert {chunk: {order.window_of(lane, case.epoch, chunk)} for chunk in range(order.chunks(lane))} == home
+                home[int(slot) // order.chunk_size].add(part.window)
+        assert {chunk: {order.window_of(lane, case.epoch, chunk)} for chunk in range(order.num_chunks(lane))} == home
         assert max(len([c for c, w in home.items() if w == {window}]) for window in set(windows)) <= case.window
 
 
@@ -162,7 +162,7 @@ def test_a_rank_touches_only_chunks_of_its_own_lanes(case: Case) -> None:
         for rank in range(world):
             own = order.lanes_of(rank, world)
             low, high = order.lane_start(own.start), order.lane_start(own.stop)
-            for step in range(order.steps):
+            for step in range(order.steps_per_epoch):
                 batch = order.batch_of(own, case.epoch, step)
                 slots = batch.slots[batch.weights > 0]
                 assert ((slots >= low) & (slots < high)).all()
@@ -174,8 +174,10 @@ def test_a_rank_touches_only_chunks_of_its_own_lanes(case: Case) -> None:
 def test_windows_are_finished_at_the_step_that_is_told(case: Case) -> None:
     order = case.order()
     for lane in range(case.lanes):
-        last = {p.window: step for step in range(order.steps) for p in order.lane_step(lane, case.epoch, step)}
-        for window in range(order.windows(lane)):
+        last = {
+            p.window: step for step in range(order.steps_per_epoch) for p in order.lane_step(lane, case.epoch, step)
+        }
+        for window in range(order.num_windows(lane)):
             assert order.last_step_of_window(lane, case.epoch, window) == last[window]
 
 
@@ -186,7 +188,7 @@ def test_spans_rows_offsets_and_slots_tell_one_story(case: Case) -> None:
     order = case.order()
     for lane in range(case.lanes):
         start = 0
-        for window in range(order.windows(lane)):
+        for window in range(order.num_windows(lane)):
             low, high = order.window_span(lane, case.epoch, window)
             chunks = order.window_chunks_of(lane, case.epoch, window)
             assert low == start and high - low == sum(order.chunk_slots(lane, c) for c in chunks)
@@ -198,7 +200,7 @@ def test_spans_rows_offsets_and_slots_tell_one_story(case: Case) -> None:
             low, _ = order.window_span(lane, case.epoch, part.window)
             rows = order.window_rows(lane, case.epoch, part.window)
             np.testing.assert_array_equal(part.rows, rows[count - low : count - low + len(part.rows)])
-            assert part.first == count % order.share
+            assert part.first == count % order.samples_per_lane_step
             count += len(part.rows)
             slots = order.part_slots(part, case.epoch)
             for sample, row in zip(order.sample_of(slots), part.rows, strict=True):
@@ -213,9 +215,9 @@ def test_chunks_partition_the_samples(case: Case) -> None:
     order = case.order()
     found = []
     for lane in range(case.lanes):
-        for chunk in range(order.chunks(lane)):
+        for chunk in range(order.num_chunks(lane)):
             samples = order.chunk_samples(lane, chunk)
-            assert 1 <= len(samples) == order.chunk_slots(lane, chunk) <= order.chunk
+            assert 1 <= len(samples) == order.chunk_slots(lane, chunk) <= order.chunk_size
             assert [order.locate(int(s)) for s in samples] == [(lane, chunk, row) for row in range(len(samples))]
             found += samples.tolist()
     assert sorted(found) == list(range(case.samples))
@@ -243,7 +245,7 @@ def test_slots_invert_for_a_billion_samples_without_a_table(samples: int) -> Non
         ends = np.array([order.lane_start(lane), order.lane_start(lane + 1) - 1])
         assert [order.locate(int(i)) for i in order.sample_of(ends)] == [
             (lane, 0, 0),
-            (lane, *divmod(order.lane_slots(lane) - 1, order.chunk)),
+            (lane, *divmod(order.lane_slots(lane) - 1, order.chunk_size)),
         ]
 
 
@@ -264,7 +266,7 @@ def test_slots_spread_the_samples_of_a_sorted_data_set() -> None:
 def test_with_one_window_a_lane_the_shuffle_is_over_the_whole_lane() -> None:
     """Every slot comes first, and every pair of slots comes in either order, equally often."""
     order = Order(0, 40, 4, 2, 4, 5)
-    assert order.windows(0) == order.windows(1) == 1
+    assert order.num_windows(0) == order.num_windows(1) == 1
     epochs = 4000
     for lane in (0, 1):
         slots = np.array(
@@ -338,9 +340,9 @@ def test_lanes_must_divide_the_batch_and_each_have_a_sample() -> None:
 
 def test_defaults_are_chunks_of_4_mib_of_float16_and_eight_of_them_a_window() -> None:
     order = Order.build(OrderConfig(), 0, 10**6, 128, (3, 32, 32))
-    assert order.chunk * 3 * 32 * 32 * 2 <= 4 << 20 < (order.chunk + 1) * 3 * 32 * 32 * 2
-    assert order.window_chunks == 8
-    assert Order.build(OrderConfig(), 0, 100, 8, (3, 2048, 2048)).chunk == 1
+    assert order.chunk_size * 3 * 32 * 32 * 2 <= 4 << 20 < (order.chunk_size + 1) * 3 * 32 * 32 * 2
+    assert order.chunks_per_window == 8
+    assert Order.build(OrderConfig(), 0, 100, 8, (3, 2048, 2048)).chunk_size == 1
     assert Order.build(OrderConfig(chunk=7, window=3), 0, 100, 8, (1, 2, 2)).fingerprint() == {
         "seed": 0,
         "samples": 100,

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from udddm.image_grid import grid
+from udddm.image_grid import save_image_grid
 
 
 @pytest.mark.parametrize("channels", [1, 3, 4])
 def test_a_grid_shows_every_image_enlarged_with_a_white_gap(tmp_path: Path, channels: int) -> None:
     images = torch.rand((5, channels, 4, 6), generator=torch.Generator().manual_seed(channels)) * 2.4 - 1.2
-    grid(images, tmp_path / "grid.png", columns=3, side=12)
+    save_image_grid(images, tmp_path / "grid.png", columns=3, side=12)
     with Image.open(tmp_path / "grid.png") as picture:
         picture.verify()  # the checksums of the chunks
     with Image.open(tmp_path / "grid.png") as picture:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from udddm import objectives
-from udddm.config import RunConfig, load
+from udddm.config import RunConfig, load_config
 from udddm.data import expected
 from udddm.diffusion import schedule
 from udddm.errors import ConfigError, DataError
@@ -29,7 +29,7 @@ BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def teacher(config: RunConfig, samples: int, epochs: float, shape: tuple[int, int, int]) -> float:
-    visit = objectives.build(config, schedule.build(config.process), epochs, shape)
+    visit = objectives.build(config, schedule.build(config.schedule), epochs, shape)
     return throughput.teacher_share(visit, samples, epochs)
 
 
@@ -40,7 +40,7 @@ def test_every_preset_is_planned_without_its_data_as_its_header_says(
     measured = Speed(images=2, operations=1e12, passes=1.0, update=0.5)
     monkeypatch.setattr(plan, "measure", lambda *_: measured)  # which needs gigabytes, and a minute
     monkeypatch.setattr(plan, "load_dataset", lambda _: pytest.fail("a plan loaded data"))
-    config = load(preset)
+    config = load_config(preset)
     lines = "\n".join(dry_run.plan(config, "cpu"))
     header = " ".join(line.lstrip("# ") for line in preset.read_text().splitlines() if line.startswith("#"))
 
@@ -61,13 +61,13 @@ def test_own_presets_say_that_they_were_not_trained() -> None:
     for name in ("cifar10", "ffhq-64", "imagenet-64", "imagenet-256-latents"):
         path = next(p for p in PRESETS if p.stem == name)
         assert "has not been trained" in path.read_text()
-        assert load(path).objective.name == "tuning"
+        assert load_config(path).objective.name == "ect"
 
 
 def test_the_state_is_samples_times_pixels_times_bytes() -> None:
     for dtype, size in (("fp32", "1.0 GiB"), ("fp16", "512.0 MiB"), ("uint8", "256.0 MiB")):
         settings = ["data={name: array, expect: {samples: 1048576, shape: [1, 16, 16]}}", f"store.dtype={dtype}"]
-        lines = dry_run.plan(load(None, [*TINY, *settings]), "cpu")
+        lines = dry_run.plan(load_config(None, [*TINY, *settings]), "cpu")
         assert any(line.startswith(f"x0-state: {size} a generation in {dtype}") for line in lines)
 
 
@@ -91,11 +91,11 @@ def test_gpus_are_scaled_by_their_peak_and_others_by_the_assumption() -> None:
 @pytest.mark.parametrize(
     ("settings", "low", "high"),
     [
-        (["objective.name=denoiser"], 0.0, 0.0),
+        (["objective.name=edm"], 0.0, 0.0),
         (["objective.chain.length=trajectory", "objective.chain.stages=[{start: 0, levels: 8}]"], 0.0, 0.0),
         (["objective.chain.length=1", "objective.chain.stages=[{start: 0, levels: 8}]"], 0.86, 0.92),
         (
-            ["objective.chain.length=1", "objective.chain.stages=[{start: 0, levels: 8}]", "objective.warmup=0.5"],
+            ["objective.chain.length=1", "objective.chain.stages=[{start: 0, levels: 8}]", "objective.pretrain=0.5"],
             0.4,
             0.5,
         ),
@@ -103,17 +103,17 @@ def test_gpus_are_scaled_by_their_peak_and_others_by_the_assumption() -> None:
     ],
 )
 def test_the_teachers_share_is_that_of_the_whole_run(settings: list[str], low: float, high: float) -> None:
-    config = load(None, [*TINY, *settings])
+    config = load_config(None, [*TINY, *settings])
     assert low <= teacher(config, 5000, 100.0, (1, 8, 8)) <= high
 
 
 def test_a_measured_step_counts_the_teachers_passes_it_made() -> None:
-    config = load(None, [*TINY, "data.name=digits", "objective.chain.length=1"])
+    config = load_config(None, [*TINY, "data.name=digits", "objective.chain.length=1"])
     known = cost(config.network, (1, 8, 8))
     data = expected(config.data)
     assert data is not None
     order = dry_run.Order.build(config.order, 0, data.samples, 64, data.shape)
-    visit = objectives.build(config, schedule.build(config.process), 10.0, data.shape)
+    visit = objectives.build(config, schedule.build(config.schedule), 10.0, data.shape)
     ranks = dry_run.join("cpu", 8)
     found = throughput.measure(config, data, order, ranks, 6, visit, known)
     assert found.images == 64
@@ -124,11 +124,11 @@ def test_a_measured_step_counts_the_teachers_passes_it_made() -> None:
 
 def test_the_first_pass_is_not_a_steps_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """It compiles, for minutes where train.compile is set."""
-    config = load(None, [*TINY, "data.name=digits"])
+    config = load_config(None, [*TINY, "data.name=digits"])
     data = expected(config.data)
     assert data is not None
     order = dry_run.Order.build(config.order, 0, data.samples, 64, data.shape)
-    visit = objectives.build(config, schedule.build(config.process), 10.0, data.shape)
+    visit = objectives.build(config, schedule.build(config.schedule), 10.0, data.shape)
     taken, clock = type(visit).__call__, [0.0]
 
     def slow(self: objectives.Objective, *arguments: Any) -> Any:
@@ -142,11 +142,11 @@ def test_the_first_pass_is_not_a_steps_time(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load(None, [*TINY, "data.name=digits"])
+    config = load_config(None, [*TINY, "data.name=digits"])
     data = expected(config.data)
     assert data is not None
     order = dry_run.Order.build(config.order, 0, data.samples, 64, data.shape)
-    visit = objectives.build(config, schedule.build(config.process), 10.0, data.shape)
+    visit = objectives.build(config, schedule.build(config.schedule), 10.0, data.shape)
     taken = type(visit).__call__
 
     def small(self: objectives.Objective, network: nn.Module, x0: torch.Tensor, *rest: Any) -> Any:
@@ -162,13 +162,15 @@ def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPat
 def test_a_dry_run_reads_the_data_that_it_is_pointed_to(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((64, 1, 8, 8), np.uint8))
     where = f"data={{name: array, path: {tmp_path / 'images.npy'}, expect: {{samples: SAMPLES, shape: [1, 8, 8]}}}}"
-    assert "64 images 1x8x8 (loaded)" in dry_run.plan(load(None, [*TINY, where.replace("SAMPLES", "64")]), "cpu")[0]
+    assert (
+        "64 images 1x8x8 (loaded)" in dry_run.plan(load_config(None, [*TINY, where.replace("SAMPLES", "64")]), "cpu")[0]
+    )
     with pytest.raises(DataError, match="holds 64 samples, not 65"):
-        dry_run.plan(load(None, [*TINY, where.replace("SAMPLES", "65")]), "cpu")
+        dry_run.plan(load_config(None, [*TINY, where.replace("SAMPLES", "65")]), "cpu")
     with pytest.raises(ConfigError, match="no labels"):
-        dry_run.plan(load(None, [*TINY, where.replace("SAMPLES", "64"), "network.classes=3"]), "cpu")
+        dry_run.plan(load_config(None, [*TINY, where.replace("SAMPLES", "64"), "network.classes=3"]), "cpu")
 
 
 def test_an_unknown_key_of_what_is_expected_is_named() -> None:
     with pytest.raises(ConfigError, match=r"data.expect.sampels: unknown key; did you mean data.expect.samples\?"):
-        load(None, ["data.expect={sampels: 3, samples: 3, shape: [1, 8, 8]}"])
+        load_config(None, ["data.expect={sampels: 3, samples: 3, shape: [1, 8, 8]}"])

@@ -27,14 +27,21 @@ from udddm.runs.weights import Saved
 LENGTHS = st.floats(0.01, 0.287)
 TINY: dict[str, Any] = {
     "data": {"name": "digits"},
-    "network": {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.1, "condition": "none"},
+    "network": {
+        "base_channels": 8,
+        "channel_mult": [1],
+        "blocks_per_level": 1,
+        "attention_resolutions": [],
+        "dropout": 0.1,
+        "condition": "none",
+    },
     "sample": {"every_steps": 0},
     "checkpoint": {"every_steps": 10},
 }
 
 
 def config(*lengths: float, every: int = 2, plain: tuple[float, ...] = (0.9,), steps: int = 40) -> RunConfig:
-    train = {"steps": steps, "batch_size": 64, "threads": 1, "learning_rate": 3e-3, "ema": plain}
+    train = {"steps": steps, "batch_size": 64, "torch_threads": 1, "learning_rate": 3e-3, "ema": plain}
     return resolve(TINY | {"train": train | {"power_ema": lengths, "power_ema_every_steps": every}})
 
 

@@ -8,22 +8,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from udddm.config import ProcessConfig, resolve
-from udddm.diffusion.schedule import SIGMA_HIGHEST, Coefficients, Process, build
+from udddm.config import ScheduleConfig, resolve
+from udddm.diffusion.schedule import SIGMA_HIGHEST, Coefficients, NoiseSchedule, build
 from udddm.errors import ConfigError
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
 
 
-def vp(**changes: Any) -> Process:
-    return build(ProcessConfig(kind="vp", timesteps=8000, **changes))
+def vp(**changes: Any) -> NoiseSchedule:
+    return build(ScheduleConfig(kind="vp", timesteps=8000, **changes))
 
 
-def ve(**changes: Any) -> Process:
-    return build(ProcessConfig(kind="ve", timesteps=1000, **changes))
+def ve(**changes: Any) -> NoiseSchedule:
+    return build(ScheduleConfig(kind="ve", timesteps=1000, **changes))
 
 
-def at(process: Process, t: Array) -> Coefficients:
+def at(process: NoiseSchedule, t: Array) -> Coefficients:
     """The rows as numpy arrays."""
     return Coefficients(*process.coefficients(t))
 
@@ -43,8 +43,8 @@ def naive_alpha_bar() -> Array:
 def test_vp_noises_by_the_product_of_alphas() -> None:
     alpha_bar, t = naive_alpha_bar(), np.arange(1.0, 8001)
     found = at(vp(), t)
-    np.testing.assert_allclose(found.signal, np.sqrt(alpha_bar), rtol=1e-6)
-    np.testing.assert_allclose(found.noise, np.sqrt(1 - alpha_bar), rtol=1e-6)
+    np.testing.assert_allclose(found.alpha, np.sqrt(alpha_bar), rtol=1e-6)
+    np.testing.assert_allclose(found.sigma, np.sqrt(1 - alpha_bar), rtol=1e-6)
     np.testing.assert_allclose(vp().sigma(t), np.sqrt((1 - alpha_bar) / alpha_bar), rtol=1e-9)
     assert math.log(alpha_bar[-1]) == pytest.approx(-86, abs=1)
 
@@ -63,18 +63,18 @@ def test_ve_noises_by_the_paper_s_formula() -> None:
         t = np.arange(1.0, 1001)
         np.testing.assert_allclose(ve(rho=rho).sigma(t), expected, rtol=1e-12)
         found = at(ve(rho=rho), t)
-        np.testing.assert_allclose(found.noise, expected, rtol=1e-6)
-        assert (found.signal == 1).all()
+        np.testing.assert_allclose(found.sigma, expected, rtol=1e-6)
+        assert (found.alpha == 1).all()
     assert ve().sigma(np.array([1.0, 1000.0])) == pytest.approx([0.01, 50], rel=1e-12)
-    assert ProcessConfig().rho == 7
+    assert ScheduleConfig().rho == 7
 
 
 def test_vp_combines_by_1_and_minus_1_in_the_paper() -> None:
     t = np.arange(1.0, 8001)
     found = at(vp(preconditioning="paper"), t)
-    assert (found.skip == 1).all() and (found.out == -1).all()
-    assert (found.scale == 1).all()
-    np.testing.assert_allclose(found.embedding, 1000 * t / 8000, rtol=1e-6)
+    assert (found.c_skip == 1).all() and (found.c_out == -1).all()
+    assert (found.c_in == 1).all()
+    np.testing.assert_allclose(found.c_noise, 1000 * t / 8000, rtol=1e-6)
 
 
 @pytest.mark.parametrize("data", [0.5, 0.3])
@@ -90,15 +90,15 @@ def test_ve_combines_by_kappa_and_1_minus_kappa(name: Any, kappa: Any, data: flo
     t = np.arange(1.0, 1001)
     process = ve(preconditioning=name, sigma_data=data)
     sigma, found = process.sigma(t), at(process, t)
-    np.testing.assert_allclose(found.skip, kappa(sigma, data), rtol=1e-6)
-    np.testing.assert_allclose(found.out, 1 - kappa(sigma, data), rtol=1e-6, atol=1e-7)
-    np.testing.assert_allclose(found.scale, 1 / np.sqrt(sigma**2 + data**2), rtol=1e-6)
-    np.testing.assert_allclose(found.embedding, np.log(sigma) / 4, rtol=1e-6)
+    np.testing.assert_allclose(found.c_skip, kappa(sigma, data), rtol=1e-6)
+    np.testing.assert_allclose(found.c_out, 1 - kappa(sigma, data), rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found.c_in, 1 / np.sqrt(sigma**2 + data**2), rtol=1e-6)
+    np.testing.assert_allclose(found.c_noise, np.log(sigma) / 4, rtol=1e-6)
 
 
 def test_the_paper_s_kappa_leaves_the_lowest_level_as_it_is() -> None:
     found = at(ve(preconditioning="paper"), np.array([1.0]))
-    assert found.skip[0] == 1 and found.out[0] == pytest.approx(0, abs=1e-7)
+    assert found.c_skip[0] == 1 and found.c_out[0] == pytest.approx(0, abs=1e-7)
 
 
 @pytest.mark.parametrize("data", [0.5, 0.3])
@@ -108,11 +108,11 @@ def test_edm_gives_unit_variance_input_and_target(kind: str, data: float) -> Non
     process = {"vp": vp, "ve": ve}[kind](sigma_data=data)
     t = process.levels(40)[:-1] if kind == "vp" else process.levels(40)  # VP's t = T: below
     a = Coefficients(*process.coefficients(t).astype(np.float64))
-    variance = (a.signal * data) ** 2 + a.noise**2
-    np.testing.assert_allclose(a.scale**2 * variance, 1, rtol=2e-6)
-    target = ((1 - a.skip * a.signal) * data) ** 2 + (a.skip * a.noise) ** 2
-    np.testing.assert_allclose(target / a.out**2, 1, rtol=2e-3)  # out^2 is ~1e-4, float32 skip's error ~1e-7
-    assert (a.skip * a.noise * a.signal * data >= 0).all()
+    variance = (a.alpha * data) ** 2 + a.sigma**2
+    np.testing.assert_allclose(a.c_in**2 * variance, 1, rtol=2e-6)
+    target = ((1 - a.c_skip * a.alpha) * data) ** 2 + (a.c_skip * a.sigma) ** 2
+    np.testing.assert_allclose(target / a.c_out**2, 1, rtol=2e-3)  # out^2 is ~1e-4, float32 skip's error ~1e-7
+    assert (a.c_skip * a.sigma * a.alpha * data >= 0).all()
 
 
 @pytest.mark.parametrize("kind", ["vp", "ve"])
@@ -122,9 +122,9 @@ def test_edm_minimises_the_share_of_the_network(kind: str) -> None:
     a = Coefficients(*process.coefficients(process.levels(20)[:-1]).astype(np.float64))
 
     def share(skip: Any) -> Any:
-        return np.hypot((1 - skip * a.signal) * 0.5, skip * a.noise)
+        return np.hypot((1 - skip * a.alpha) * 0.5, skip * a.sigma)
 
-    assert (share(a.skip * 1.01) > share(a.skip)).all() and (share(a.skip * 0.99) > share(a.skip)).all()
+    assert (share(a.c_skip * 1.01) > share(a.c_skip)).all() and (share(a.c_skip * 0.99) > share(a.c_skip)).all()
 
 
 def test_coefficients_are_finite_at_every_step_of_the_paper() -> None:
@@ -135,15 +135,15 @@ def test_coefficients_are_finite_at_every_step_of_the_paper() -> None:
 
 def test_at_the_last_step_of_vp_the_image_is_gone_and_edm_still_feeds_unit_noise() -> None:
     found = at(vp(), np.array([8000.0]))
-    assert found.noise[0] == 1 and found.signal[0] < 1e-18
-    assert found.scale[0] == pytest.approx(1, rel=1e-6)
-    assert found.skip[0] == pytest.approx(0, abs=1e-15)
-    assert found.out[0] == pytest.approx(0.5, rel=1e-6)
+    assert found.sigma[0] == 1 and found.alpha[0] < 1e-18
+    assert found.c_in[0] == pytest.approx(1, rel=1e-6)
+    assert found.c_skip[0] == pytest.approx(0, abs=1e-15)
+    assert found.c_out[0] == pytest.approx(0.5, rel=1e-6)
 
 
 @BOTH
 @pytest.mark.parametrize("count", [1, 2, 8, 33, 128])
-def test_levels_climb_from_the_first_step_to_the_last(process: Process, count: int) -> None:
+def test_levels_climb_from_the_first_step_to_the_last(process: NoiseSchedule, count: int) -> None:
     levels = process.levels(count)
     assert len(levels) == count + 1
     assert levels[0] == 1 and levels[-1] == process.last
@@ -151,14 +151,14 @@ def test_levels_climb_from_the_first_step_to_the_last(process: Process, count: i
 
 
 @BOTH
-def test_levels_nest(process: Process) -> None:
+def test_levels_nest(process: NoiseSchedule) -> None:
     for count in (1, 4, 8, 16, 32, 64):
         np.testing.assert_allclose(process.levels(count), process.levels(2 * count)[::2], rtol=1e-9)
         np.testing.assert_allclose(process.levels(count), process.levels(3 * count)[::3], rtol=1e-9)
 
 
 @BOTH
-def test_levels_are_spaced_as_karras(process: Process) -> None:
+def test_levels_are_spaced_as_karras(process: NoiseSchedule) -> None:
     """Eq. 5 of Karras et al. 2022, upwards. VP's last level is T, whose sigma is beyond all levels."""
     low, high = float(process.sigma(np.array(1.0))), min(SIGMA_HIGHEST, float(process.sigma(np.array(process.last))))
     expected = [(high ** (1 / 7) + k / 16 * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for k in range(16, -1, -1)]
@@ -177,7 +177,7 @@ def test_levels_approach_the_geometric_schedule_as_rho_grows() -> None:
 
 
 @BOTH
-def test_time_inverts_sigma(process: Process) -> None:
+def test_time_inverts_sigma(process: NoiseSchedule) -> None:
     t = np.concatenate([np.linspace(1, process.last, 999), np.arange(1.0, 50)])
     np.testing.assert_allclose(process.time(process.sigma(t)), t, rtol=1e-7)
     sigma = np.geomspace(process.sigma(np.array(1.0)), 49, 500)
@@ -185,12 +185,12 @@ def test_time_inverts_sigma(process: Process) -> None:
 
 
 @BOTH
-def test_time_stays_within_1_and_t(process: Process) -> None:
+def test_time_stays_within_1_and_t(process: NoiseSchedule) -> None:
     assert process.time(np.array([1e-6, 1e30])).tolist() == [1, process.last]
 
 
 @BOTH
-def test_noise_grows_with_time(process: Process) -> None:
+def test_noise_grows_with_time(process: NoiseSchedule) -> None:
     t = np.linspace(1, process.last, 5000)
     assert (np.diff(process.sigma(t)) > 0).all()
     assert (np.diff(process.signal(t)) <= 0).all()
@@ -199,4 +199,4 @@ def test_noise_grows_with_time(process: Process) -> None:
 @pytest.mark.parametrize("name", ["linear", "quadratic"])
 def test_vp_refuses_the_kappas_of_ve(name: str) -> None:
     with pytest.raises(ConfigError, match=f"preconditioning '{name}' is a kappa of the VE process"):
-        resolve({"process": {"kind": "vp", "preconditioning": name}})
+        resolve({"schedule": {"kind": "vp", "preconditioning": name}})

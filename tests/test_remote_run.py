@@ -22,15 +22,15 @@ import udddm
 from udddm.backends.distributed.ranks import Ranks
 from udddm.cli import sample as sample_command
 from udddm.cli import store as store_command
-from udddm.config import RunConfig, load
+from udddm.config import RunConfig, load_config
 from udddm.errors import CheckpointError, ConfigError, StoreError
 from udddm.runs import remote
 from udddm.runs.remote import RemoteCheckpoints, RemoteRun, open_run
 from udddm.runs.run import locked
-from udddm.storage.base import Objects, open_objects
-from udddm.storage.s3 import PART, ObstoreObjects
+from udddm.storage.base import ObjectStore, open_object_store
+from udddm.storage.s3 import PART, S3ObjectStore
 from udddm.testing.cluster import free_port
-from udddm.testing.objects import WrappedObjects
+from udddm.testing.objects import WrappedObjectStore
 from udddm.testing.s3 import BUCKET, S3Server
 from udddm.tools import inspect
 
@@ -46,10 +46,10 @@ ALONE = Ranks(0, 1, torch.device("cpu"))
 
 
 def config(*more: str) -> RunConfig:
-    return load(None, [*SETTINGS, "store.kind=zarr", *more])
+    return load_config(None, [*SETTINGS, "store.kind=zarr", *more])
 
 
-def fingerprints(objects: Objects) -> dict[str, object]:
+def fingerprints(objects: ObjectStore) -> dict[str, object]:
     return {k: v for k, v in json.loads(objects.get("result.json")).items() if k.endswith("sha256")}
 
 
@@ -90,7 +90,7 @@ def machines(place: Path, url: str, *more: str) -> list[Machine]:
 def test_two_machines_without_a_shared_disk_are_lost_and_replaced(url: str, tmp_path: Path) -> None:
     """Killed on their way, they leave nothing; the next two have empty disks. As two processes with a directory."""
     udddm.train(config(), run_dir=tmp_path / "run", device="cpu", workers=2)
-    objects = open_objects(url)
+    objects = open_object_store(url)
     first = machines(tmp_path, url)
     deadline = time.monotonic() + 120
     while not objects.exists("checkpoints/step-00000012/manifest.json"):
@@ -106,7 +106,7 @@ def test_two_machines_without_a_shared_disk_are_lost_and_replaced(url: str, tmp_
     second = [machine.end() for machine in machines(tmp_path, url)]
     assert [code for code, _ in second] == [0, 0], second
     assert "resuming from step-" in second[0][1] and f"run directory: {url}" in second[0][1]
-    assert fingerprints(objects) == fingerprints(open_objects(tmp_path / "run"))
+    assert fingerprints(objects) == fingerprints(open_object_store(tmp_path / "run"))
     steps = [json.loads(line)["step"] for line in objects.get("metrics.jsonl").splitlines()]
     assert steps == list(range(5, 61, 5))
     assert set(objects.list("samples")) == {"step-00000030.png", "step-00000060.png"}
@@ -128,7 +128,7 @@ def test_the_tools_read_a_run_at_a_url(url: str, tmp_path: Path, capsys: pytest.
     assert store_command(["verify", url]) == 0
     assert "2 checkpoints are whole" in capsys.readouterr().out
     assert store_command(["gc", url]) == 0
-    open_objects(url).delete("checkpoints/step-00000060/position.json")
+    open_object_store(url).delete("checkpoints/step-00000060/position.json")
     assert store_command(["verify", url]) == 1
     assert "step-00000060/position.json is missing" in capsys.readouterr().out
 
@@ -152,9 +152,9 @@ def test_a_checkpoint_comes_after_the_metrics_before_it(files: str, monkeypatch:
         patched.setattr(RemoteCheckpoints, "write", lost)
         with pytest.raises(KeyboardInterrupt):
             udddm.train(config(), run_dir=files, device="cpu")
-    assert open_objects(files).exists("checkpoints/step-00000006/manifest.json")
+    assert open_object_store(files).exists("checkpoints/step-00000006/manifest.json")
     udddm.train(config(), run_dir=files, device="cpu")
-    steps = [json.loads(line)["step"] for line in open_objects(files).get("metrics.jsonl").splitlines()]
+    steps = [json.loads(line)["step"] for line in open_object_store(files).get("metrics.jsonl").splitlines()]
     assert steps == list(range(5, 61, 5))
 
 
@@ -169,7 +169,7 @@ def test_a_run_that_resumes_keeps_what_it_wrote_under_the_same_names(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     settings = config("evaluate={every_steps: 6, count: 16, features: 'test_remote_run:pixels'}", "train.steps=30")
-    push, pushed = RemoteRun.push, 0
+    push, pushed = RemoteRun.upload, 0
 
     def lost(run: RemoteRun) -> None:
         nonlocal pushed
@@ -183,7 +183,7 @@ def test_a_run_that_resumes_keeps_what_it_wrote_under_the_same_names(
         patched.setenv(remote.SCRATCH, str(tmp_path / "first"))
         with pytest.raises(KeyboardInterrupt):
             udddm.train(settings, run_dir=files, device="cpu")
-    objects = open_objects(files)
+    objects = open_object_store(files)
     before = [json.loads(line)["step"] for line in objects.get("evaluation.jsonl").splitlines()]
     assert before and before[0] == 6
     monkeypatch.setenv(remote.SCRATCH, str(tmp_path / "second"))
@@ -197,7 +197,7 @@ def test_a_run_that_resumes_keeps_what_it_wrote_under_the_same_names(
 def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On this machine by the lock; from another, with another disk, by the lease."""
     monkeypatch.setattr(remote_run, "LEASE_PATIENCE", 0.0)
-    with open_run(files).held():
+    with open_run(files).lock():
         with pytest.raises(ConfigError, match="another process"):
             udddm.train(config(), run_dir=files, device="cpu")
         monkeypatch.setenv(remote.SCRATCH, str(tmp_path))
@@ -210,7 +210,7 @@ def test_what_a_live_run_removes_meanwhile_is_no_damage(files: str) -> None:
     udddm.train(config(), run_dir=files, device="cpu")
     place = inspect.find(files)
     assert [path.name for path in place.checkpoints] == ["step-00000054", "step-00000060"]
-    kept, state = open_run(files).checkpoints(), open_objects(f"{files}/state")
+    kept, state = open_run(files).checkpoints(), open_object_store(f"{files}/state")
     kept._remove(kept.all()[0])
     for lane in range(8):  # as the store does: records first
         state.delete(f"gen-000003/complete/lane-{lane:04d}.json")
@@ -231,13 +231,13 @@ def test_what_a_live_run_removes_meanwhile_is_no_damage(files: str) -> None:
 def test_a_checkpoint_that_is_removed_while_it_is_copied_is_missing(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    objects = open_objects(url)
+    objects = open_object_store(url)
     objects.put("file", b"x")
-    assert isinstance(objects, ObstoreObjects)
+    assert isinstance(objects, S3ObjectStore)
     read = objects._obstore.get_range
 
     def removed(*given: Any, **named: Any) -> Any:
-        open_objects(url).delete("file")
+        open_object_store(url).delete("file")
         return read(*given, **named)
 
     monkeypatch.setattr(objects._obstore, "get_range", removed)
@@ -261,7 +261,7 @@ def fill(directory: Path) -> None:
     (directory / "state" / "rows.bin").write_bytes(os.urandom(300))
 
 
-class Refusing(WrappedObjects):
+class Refusing(WrappedObjectStore):
     """Refuses the put that comes after `passed` others."""
 
     passed = 1 << 60
@@ -274,7 +274,7 @@ class Refusing(WrappedObjects):
 
 
 def checkpoints(files: str, place: Path) -> tuple[RemoteCheckpoints, Refusing]:
-    objects = Refusing(open_objects(f"{files}/checkpoints"))
+    objects = Refusing(open_object_store(f"{files}/checkpoints"))
     return RemoteCheckpoints(place, objects), objects
 
 
@@ -326,7 +326,7 @@ def test_what_interrupted_writes_left_is_removed(files: str, tmp_path: Path) -> 
 @pytest.mark.parametrize("kind", ["s3", "memory", "local"])
 def test_files_go_there_and_back(kind: str, size: int, tmp_path: Path, s3: S3Server) -> None:
     names = {"s3": f"s3://{BUCKET}/files", "memory": "memory://files", "local": str(tmp_path / "objects")}
-    objects = open_objects(names[kind])
+    objects = open_object_store(names[kind])
     data = np.random.default_rng(size).bytes(size)
     (tmp_path / "file").write_bytes(data)
     objects.upload(tmp_path / "file", "some/where")

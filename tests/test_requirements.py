@@ -63,7 +63,7 @@ def test_the_base_installation_trains_samples_and_draws(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "pip install 'udddm[tensorboard]'" in done.stderr
-    for name in ("consistency", "tuning", "chain"):
+    for name in ("ict", "ect", "chain"):
         assert json.loads((tmp_path / name / "result.json").read_text())["steps"] == 6
         assert (tmp_path / name / "samples.png").exists() and not (tmp_path / name / "tensorboard").exists()
 

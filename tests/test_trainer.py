@@ -244,7 +244,7 @@ def test_no_checkpoint_holds_what_is_not_finite(
     monkeypatch.setattr(TorchEngine, "_step", faulty)
     settings = tiny(train={"steps": 9})
     kept = tmp_path / "run" / "checkpoints" / "step-00000003"
-    said = rf"after step 6\. .* from step 3; .*needs a new run: another --run-dir, with train.initial={kept} "
+    said = rf"after step 6\. .* from step 3; .*needs a new run: another --run-dir, with train.init_from={kept} "
     with pytest.raises(Diverged, match=said):
         train(settings, tmp_path / "run")
     assert finite(tmp_path / "run") == [kept.name]
@@ -268,7 +268,7 @@ def test_a_row_that_is_not_finite_leaves_its_state_as_it_was(kind: str, dtype: s
     ids = trainer.order.batch_of(range(1), 0, 0).ids
 
     def states() -> dict[int, bytes]:
-        chunks = range(trainer.order.chunks(0))
+        chunks = range(trainer.order.num_chunks(0))
         samples = [int(i) for chunk in chunks for i in trainer.order.chunk_samples(0, chunk)]
         rows = np.concatenate([trainer.store.rows(0, chunk) for chunk in chunks])
         return {sample: row.tobytes() for sample, row in zip(samples, rows, strict=False)}

@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from udddm.api import Model, load_model, sample, train
-    from udddm.config import RunConfig, load
+    from udddm.config import RunConfig, load_config
     from udddm.errors import ConfigError
     from udddm.evaluation.evaluate import evaluate
     from udddm.store import X0Store
@@ -24,12 +24,12 @@ _HOMES = {
     "train": "udddm.api",
     "ConfigError": "udddm.config",
     "RunConfig": "udddm.config",
-    "load": "udddm.config",
+    "load_config": "udddm.config",
     "evaluate": "udddm.evaluation.evaluate",
     "X0Store": "udddm.store",
 }
 
-__all__ = ["ConfigError", "Model", "RunConfig", "X0Store", "evaluate", "load", "load_model", "sample", "train"]
+__all__ = ["ConfigError", "Model", "RunConfig", "X0Store", "evaluate", "load_config", "load_model", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -16,7 +16,7 @@ from udddm.backends.engines.deepspeed_config import resolve as resolve_deepspeed
 from udddm.config import RunConfig
 from udddm.data import MapDataset
 from udddm.diffusion import samplers
-from udddm.diffusion.schedule import Process
+from udddm.diffusion.schedule import NoiseSchedule
 from udddm.diffusion.schedule import build as build_process
 from udddm.errors import CheckpointError, ConfigError
 from udddm.networks import UNet
@@ -27,7 +27,7 @@ from udddm.runs.remote import open_copy
 from udddm.runs.run import Run
 from udddm.runs.weights import Saved
 from udddm.storage.base import local_path
-from udddm.training.trainer import network_for
+from udddm.training.trainer import build_network_of
 from udddm.urls import secret_in
 
 
@@ -62,7 +62,7 @@ def train(
     job = base.Job(config, run_dir, dataset, device, wanted, max_failures, timeout)
     if config.engine.name == "deepspeed":
         world = os.environ.get("WORLD_SIZE")  # another launcher's
-        resolve_deepspeed(config, int(world) if world else job.fitting(wanted[1]))
+        resolve_deepspeed(config, int(world) if world else job.resolve_num_workers(wanted[1]))
     return base.run(job, backend)
 
 
@@ -72,7 +72,7 @@ def _refuse_secrets(config: RunConfig, run_dir: str | Path) -> None:
         "the run directory": str(run_dir),
         "store.url": config.store.url,
         "data.path": config.data.path,
-        "train.initial": config.train.initial,
+        "train.init_from": config.train.init_from,
     }
     for key, url in urls.items():
         if url is not None and (what := secret_in(url)):
@@ -87,7 +87,7 @@ class Model:
     """A trained model: `denoiser` weights in evaluation mode, with what sampling needs to know."""
 
     network: UNet
-    process: Process
+    process: NoiseSchedule
     config: RunConfig
     shape: tuple[int, int, int]
 
@@ -111,7 +111,7 @@ def load_model(
         raise ConfigError("ema names an average that the run kept, ema_length makes another: give one of them")
     with checkpoint_files(checkpoint, ("config",) if ema_length is not None else ("config", "model", "ema")) as path:
         config, shape = load_config(path)
-        network = network_for(config, shape)
+        network = build_network_of(config, shape)
         parameters = dict(network.named_parameters())
         shapes = {name: p.shape for name, p in parameters.items()}
         weights: Mapping[str, torch.Tensor]
@@ -128,7 +128,7 @@ def load_model(
                         f"{checkpoint}: the weights of {name} are not all finite; use another checkpoint"
                     )
     network.to(device if isinstance(device, torch.device) else choose_device(device)).eval()
-    return Model(network, build_process(config.process), config, shape)
+    return Model(network, build_process(config.schedule), config, shape)
 
 
 def _run_of(where: str | Path) -> Run:

@@ -21,7 +21,7 @@ class StoreError(RuntimeError):
         super().__init__(redact(message))
 
 
-class DamagedChunkError(StoreError):
+class CorruptChunkError(StoreError):
     """A chunk is missing, truncated, changed, or not the one that was written there.
 
     `generation`, `lane` and `chunk` say which, `what` all of it in words; the message also says what to do.

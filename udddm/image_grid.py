@@ -14,7 +14,7 @@ import torch
 from udddm.files import atomic_write
 
 
-def grid(images: torch.Tensor, path: Path, *, columns: int | None = None, side: int = 64) -> None:
+def save_image_grid(images: torch.Tensor, path: Path, *, columns: int | None = None, side: int = 64) -> None:
     """Write images [N, C, H, W] in [-1, 1] (clamped) as one PNG.
 
     C = 1 is gray, 3 is RGB, of any other number the first channel is shown. Small images are enlarged, pixel by

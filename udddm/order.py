@@ -68,23 +68,25 @@ class Batch:
 class Order:
     """The order of a run. `chunk` (C) and `window` (W) are in slots a chunk and chunks a window."""
 
-    def __init__(self, seed: int, samples: int, batch: int, lanes: int, chunk: int, window: int):
-        if samples < lanes:
-            raise ConfigError(f"the data set has {samples} samples, fewer than order.lanes={lanes}; lower order.lanes")
-        if batch % lanes:
-            raise ConfigError(f"order.lanes={lanes} must divide train.batch_size={batch}")
-        self.seed, self.samples, self.batch, self.lanes = seed, samples, batch, lanes
-        self.share = batch // lanes
-        self.longest_lane = -(-samples // lanes)
-        self.chunk = min(chunk, self.longest_lane)
-        self.window_chunks = window
-        self.steps = -(-self.longest_lane // self.share)
+    def __init__(self, seed: int, samples: int, batch_size: int, num_lanes: int, chunk_size: int, window: int):
+        if samples < num_lanes:
+            raise ConfigError(
+                f"the data set has {samples} samples, fewer than order.lanes={num_lanes}; lower order.lanes"
+            )
+        if batch_size % num_lanes:
+            raise ConfigError(f"order.lanes={num_lanes} must divide train.batch_size={batch_size}")
+        self.seed, self.samples, self.batch_size, self.num_lanes = seed, samples, batch_size, num_lanes
+        self.samples_per_lane_step = batch_size // num_lanes
+        self.longest_lane = -(-samples // num_lanes)
+        self.chunk_size = min(chunk_size, self.longest_lane)
+        self.chunks_per_window = window
+        self.steps_per_epoch = -(-self.longest_lane // self.samples_per_lane_step)
         self._half_bits = max(1, ((samples - 1).bit_length() + 1) // 2)
         self._round_keys = [rng.key(seed, Stream.PERMUTATION, r) for r in range(_ROUNDS)]
-        self._lane_windows = functools.lru_cache(maxsize=4 * lanes)(self._compute_window)
+        self._lane_windows = functools.lru_cache(maxsize=4 * num_lanes)(self._compute_window)
         self._batches = functools.lru_cache(maxsize=32)(self._compute_batch)
-        self._lane_places = functools.lru_cache(maxsize=4 * lanes)(self._compute_places)
-        self._lane_chunks = functools.lru_cache(maxsize=4 * lanes)(self._compute_chunks)
+        self._lane_places = functools.lru_cache(maxsize=4 * num_lanes)(self._compute_places)
+        self._lane_chunks = functools.lru_cache(maxsize=4 * num_lanes)(self._compute_chunks)
 
     @classmethod
     def build(cls, config: OrderConfig, seed: int, samples: int, batch: int, shape: tuple[int, ...]) -> Order:
@@ -96,10 +98,10 @@ class Order:
         return {
             "seed": self.seed,
             "samples": self.samples,
-            "batch": self.batch,
-            "lanes": self.lanes,
-            "chunk": self.chunk,
-            "window": self.window_chunks,
+            "batch": self.batch_size,
+            "lanes": self.num_lanes,
+            "chunk": self.chunk_size,
+            "window": self.chunks_per_window,
         }
 
     # Slots and samples: a keyed permutation that needs no table, so that N may be a billion.
@@ -126,29 +128,29 @@ class Order:
         with np.errstate(over="ignore"):
             for key in reversed(round_keys) if inverse else round_keys:
                 if inverse:
-                    left, right = right ^ (rng.mix(left + np.uint64(key)) & mask), left
+                    left, right = right ^ (rng.splitmix64(left + np.uint64(key)) & mask), left
                 else:
-                    left, right = right, left ^ (rng.mix(right + np.uint64(key)) & mask)
+                    left, right = right, left ^ (rng.splitmix64(right + np.uint64(key)) & mask)
         return ((left << bits) | right).astype(np.int64)
 
     # Lanes, chunks and windows.
 
     def lane_start(self, lane: int) -> int:
         """The first global slot of a lane; the first N mod L lanes have one slot more."""
-        return lane * (self.samples // self.lanes) + min(lane, self.samples % self.lanes)
+        return lane * (self.samples // self.num_lanes) + min(lane, self.samples % self.num_lanes)
 
     def lane_slots(self, lane: int) -> int:
         return self.lane_start(lane + 1) - self.lane_start(lane)
 
-    def chunks(self, lane: int) -> int:
-        return -(-self.lane_slots(lane) // self.chunk)
+    def num_chunks(self, lane: int) -> int:
+        return -(-self.lane_slots(lane) // self.chunk_size)
 
     def chunk_slots(self, lane: int, chunk: int) -> int:
-        return min(self.chunk, self.lane_slots(lane) - chunk * self.chunk)
+        return min(self.chunk_size, self.lane_slots(lane) - chunk * self.chunk_size)
 
     def chunk_samples(self, lane: int, chunk: int) -> Indices:
         """The samples of a chunk, in slot order."""
-        start = self.lane_start(lane) + chunk * self.chunk
+        start = self.lane_start(lane) + chunk * self.chunk_size
         return self.sample_of(np.arange(start, start + self.chunk_slots(lane, chunk)))
 
     def locate(self, sample: int) -> tuple[int, int, int]:
@@ -156,16 +158,16 @@ class Order:
         if not 0 <= sample < self.samples:
             raise ConfigError(f"there is no sample {sample}: the data set has {self.samples}, numbered from 0")
         slot = int(self.slot_of(np.array([sample]))[0])
-        lane = next(i for i in range(self.lanes) if slot < self.lane_start(i + 1))
-        return lane, *divmod(slot - self.lane_start(lane), self.chunk)
+        lane = next(i for i in range(self.num_lanes) if slot < self.lane_start(i + 1))
+        return lane, *divmod(slot - self.lane_start(lane), self.chunk_size)
 
-    def windows(self, lane: int) -> int:
-        return -(-self.chunks(lane) // self.window_chunks)
+    def num_windows(self, lane: int) -> int:
+        return -(-self.num_chunks(lane) // self.chunks_per_window)
 
     def smallest_window(self, lane: int) -> int:
         """The least number of rows that a window of the lane can have."""
-        shortfall = self.chunk - self.chunk_slots(lane, self.chunks(lane) - 1)
-        return self.chunks(lane) // self.windows(lane) * self.chunk - shortfall
+        shortfall = self.chunk_size - self.chunk_slots(lane, self.num_chunks(lane) - 1)
+        return self.num_chunks(lane) // self.num_windows(lane) * self.chunk_size - shortfall
 
     def window_chunks_of(self, lane: int, epoch: int, window: int) -> list[int]:
         """The chunks of a window, in the order in which their rows lie in the window's buffer."""
@@ -174,10 +176,10 @@ class Order:
 
     def _window_start(self, lane: int, window: int) -> int:
         """Windows share a lane's chunks evenly: reading the next one then always has a whole window's time."""
-        return window * self.chunks(lane) // self.windows(lane)
+        return window * self.num_chunks(lane) // self.num_windows(lane)
 
     def _compute_chunks(self, lane: int, epoch: int) -> Indices:
-        return rng.shuffled(self.chunks(lane), rng.key(self.seed, Stream.CHUNKS, epoch, lane))
+        return rng.permutation(self.num_chunks(lane), rng.key(self.seed, Stream.CHUNKS, epoch, lane))
 
     def window_rows(self, lane: int, epoch: int, window: int) -> Indices:
         """The rows of the window's buffer in the order in which they are visited."""
@@ -189,43 +191,43 @@ class Order:
 
     def _compute_window(self, lane: int, epoch: int, window: int) -> Indices:
         low, high = self.window_span(lane, epoch, window)
-        return rng.shuffled(high - low, rng.key(self.seed, Stream.WINDOW, epoch, lane, window))
+        return rng.permutation(high - low, rng.key(self.seed, Stream.WINDOW, epoch, lane, window))
 
     def window_span(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
         """The half-open range of the lane's visits, counted from the epoch's start, that fall into a window.
 
         Only the last chunk of a lane may be short; the window that holds it is the shorter for it.
         """
-        short = self.chunks(lane) - 1
-        shortfall = self.chunk - self.chunk_slots(lane, short)
+        short = self.num_chunks(lane) - 1
+        shortfall = self.chunk_size - self.chunk_slots(lane, short)
         place = int(self._lane_places(lane, epoch)[short])
         first, past = self._window_start(lane, window), self._window_start(lane, window + 1)
-        start = first * self.chunk - (shortfall if place < first else 0)
-        stop = past * self.chunk - (shortfall if place < past else 0)
+        start = first * self.chunk_size - (shortfall if place < first else 0)
+        stop = past * self.chunk_size - (shortfall if place < past else 0)
         return start, stop
 
     def lane_step(self, lane: int, epoch: int, step: int) -> list[LaneStep]:
         """The rows of `lane` that `step` visits: one part, or two or more at the seam of windows."""
-        start = step * self.share
-        stop = min(start + self.share, self.lane_slots(lane))
+        start = step * self.samples_per_lane_step
+        stop = min(start + self.samples_per_lane_step, self.lane_slots(lane))
         parts = []
-        window = max(0, start // self.chunk * self.windows(lane) // self.chunks(lane) - 1)
+        window = max(0, start // self.chunk_size * self.num_windows(lane) // self.num_chunks(lane) - 1)
         while start < stop:
             low, high = self.window_span(lane, epoch, window)
             if start < high:
                 rows = self.window_rows(lane, epoch, window)[start - low : stop - low]
-                parts.append(LaneStep(lane, window, rows, start - step * self.share))
+                parts.append(LaneStep(lane, window, rows, start - step * self.samples_per_lane_step))
                 start += len(rows)
             window += 1
         return parts
 
     def last_step_of_window(self, lane: int, epoch: int, window: int) -> int:
         """The step after which every row of the window has been visited."""
-        return (self.window_span(lane, epoch, window)[1] - 1) // self.share
+        return (self.window_span(lane, epoch, window)[1] - 1) // self.samples_per_lane_step
 
     def window_of(self, lane: int, epoch: int, chunk: int) -> int:
         place = int(self._lane_places(lane, epoch)[chunk])
-        return ((place + 1) * self.windows(lane) - 1) // self.chunks(lane)
+        return ((place + 1) * self.num_windows(lane) - 1) // self.num_chunks(lane)
 
     def row_offset(self, lane: int, epoch: int, chunk: int) -> int:
         """The first row of a chunk within the buffer of its window."""
@@ -238,13 +240,13 @@ class Order:
         ends = np.cumsum([self.chunk_slots(part.lane, int(c)) for c in chunks])
         place = np.searchsorted(ends, part.rows, side="right")
         starts = np.concatenate([[0], ends[:-1]])
-        slots: Indices = self.lane_start(part.lane) + chunks[place] * self.chunk + part.rows - starts[place]
+        slots: Indices = self.lane_start(part.lane) + chunks[place] * self.chunk_size + part.rows - starts[place]
         return slots
 
     def lanes_of(self, rank: int, world: int) -> range:
         """The lanes that a rank owns. Raises ConfigError when `world` does not divide the lanes."""
-        check_world(self.lanes, world)
-        own = self.lanes // world
+        check_world(self.num_lanes, world)
+        own = self.num_lanes // world
         return range(rank * own, (rank + 1) * own)
 
     def batch_of(self, lanes: range, epoch: int, step: int) -> Batch:
@@ -252,16 +254,21 @@ class Order:
         return self._batches(lanes, epoch, step)
 
     def _compute_batch(self, lanes: range, epoch: int, step: int) -> Batch:
-        slots = np.zeros(len(lanes) * self.share, np.int64)
+        slots = np.zeros(len(lanes) * self.samples_per_lane_step, np.int64)
         weights = np.zeros(len(slots), np.float32)
         parts: list[LaneStep] = []
         for i, lane in enumerate(lanes):
             for part in self.lane_step(lane, epoch, step):
-                place = slice(i * self.share + part.first, i * self.share + part.first + len(part.rows))
+                place = slice(
+                    i * self.samples_per_lane_step + part.first,
+                    i * self.samples_per_lane_step + part.first + len(part.rows),
+                )
                 slots[place] = self.part_slots(part, epoch)
                 weights[place] = 1
                 parts.append(part)
-        first = step * self.share
-        total = sum(min(max(self.lane_slots(lane) - first, 0), self.share) for lane in range(self.lanes))
+        first = step * self.samples_per_lane_step
+        total = sum(
+            min(max(self.lane_slots(lane) - first, 0), self.samples_per_lane_step) for lane in range(self.num_lanes)
+        )
         ids = np.where(weights > 0, self.sample_of(slots), 0)
         return Batch(ids, slots, weights, total, tuple(parts))

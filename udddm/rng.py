@@ -43,7 +43,7 @@ class Stream(IntEnum):
     LABEL_DROPOUT = 16
 
 
-def mix(z: Keys) -> Keys:
+def splitmix64(z: Keys) -> Keys:
     z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
     return z ^ (z >> np.uint64(31))
@@ -52,9 +52,9 @@ def mix(z: Keys) -> Keys:
 def keys(seed: int, stream: Stream, *parts: Integers) -> Keys:
     """A 64-bit key for every element of the broadcast `parts` (integers or int64 arrays)."""
     with np.errstate(over="ignore"):
-        z: Keys = np.asarray(mix(np.asarray(seed % 2**64, np.uint64) + np.uint64(_GOLDEN * int(stream) % 2**64)))
+        z: Keys = np.asarray(splitmix64(np.asarray(seed % 2**64, np.uint64) + np.uint64(_GOLDEN * int(stream) % 2**64)))
         for part in parts:
-            z = mix((z ^ mix(np.asarray(part).astype(np.uint64) + np.uint64(_PART))) + np.uint64(_GOLDEN))
+            z = splitmix64((z ^ splitmix64(np.asarray(part).astype(np.uint64) + np.uint64(_PART))) + np.uint64(_GOLDEN))
     return z
 
 
@@ -62,7 +62,7 @@ def key(seed: int, stream: Stream, *parts: int) -> int:
     return int(keys(seed, stream, *parts))
 
 
-def below(limit: npt.NDArray[np.int64] | int, key: Keys) -> npt.NDArray[np.int64]:
+def randint(limit: npt.NDArray[np.int64] | int, key: Keys) -> npt.NDArray[np.int64]:
     """An integer in [0, limit) from each key, uniform to within limit / 2^32. limit < 2^32."""
     high = key >> np.uint64(32)
     return ((high * np.asarray(limit).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
@@ -74,10 +74,10 @@ def uniform(key: Keys) -> npt.NDArray[np.float64]:
     return found
 
 
-def shuffled(count: int, key: int) -> npt.NDArray[np.int64]:
+def permutation(count: int, key: int) -> npt.NDArray[np.int64]:
     """A permutation of range(count)."""
     with np.errstate(over="ignore"):
-        z = mix(np.asarray(key, np.uint64) + np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN))
+        z = splitmix64(np.asarray(key, np.uint64) + np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN))
     return np.argsort(z, kind="stable")
 
 

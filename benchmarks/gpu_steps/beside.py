@@ -62,7 +62,9 @@ def scoring(bench: Bench) -> None:
 def beside_training(bench: Bench, background: BackgroundEvaluation, images: torch.Tensor) -> dict[str, Any]:
     """Milliseconds of a step without and with a score under way."""
     config = tiny(
-        f"network.width={bench.pick(64, 32)}", "network.attention=[16]", f"train.batch_size={bench.pick(64, 8)}"
+        f"network.base_channels={bench.pick(64, 32)}",
+        "network.attention_resolutions=[16]",
+        f"train.batch_size={bench.pick(64, 8)}",
     )
     ranks, count = alone(bench), bench.pick(100, 5)
     with running(config, pixels(512, SHAPE), bench.scratch / "run", ranks) as (trainer, inputs):

@@ -25,10 +25,10 @@ def deterministic() -> None:
 
 def config(bench: Bench, precision: str, mode: str) -> RunConfig:
     settings = [
-        f"network.width={bench.pick(64, 32)}",
-        "network.attention=[16]",
+        f"network.base_channels={bench.pick(64, 32)}",
+        "network.attention_resolutions=[16]",
         "network.dropout=0.1",
-        "objective.name=consistency",
+        "objective.name=ict",
         f"train.batch_size={bench.pick(64, 8)}",
         f"train.precision={precision}",
         "checkpoint.every_steps=1000000",

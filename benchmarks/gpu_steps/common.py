@@ -27,7 +27,7 @@ from udddm.data import ArrayImages, ImageDataset
 from udddm.diffusion import schedule
 from udddm.runs.run import Run
 from udddm.training.inputs import Prefetch
-from udddm.training.trainer import Trainer, network_for
+from udddm.training.trainer import Trainer, build_network_of
 
 Shape = tuple[int, int, int]
 TINY = (
@@ -36,18 +36,23 @@ TINY = (
     "sample={every_steps: 0, final: 0}",
 )
 TINY_SHAPE: Shape = (1, 8, 8)
-SMALLER = ("network.width=32", "network.multipliers=[1, 2]", "network.blocks=1", "network.attention=[16]")
+SMALLER = (
+    "network.base_channels=32",
+    "network.channel_mult=[1, 2]",
+    "network.blocks_per_level=1",
+    "network.attention_resolutions=[16]",
+)
 """A preset for 32x32 pixels at a size for a test."""
 
 
 def tiny(*settings: str) -> RunConfig:
     """A network that a CPU trains in milliseconds."""
-    return configuration.load(None, [*TINY, *settings])
+    return configuration.load_config(None, [*TINY, *settings])
 
 
 def preset(bench: Bench, name: str, *settings: str) -> RunConfig:
     """One of configs/."""
-    return configuration.load(bench.root / "configs" / f"{name}.yaml", list(settings))
+    return configuration.load_config(bench.root / "configs" / f"{name}.yaml", list(settings))
 
 
 def alone(bench: Bench) -> Ranks:
@@ -113,10 +118,10 @@ class Passes:
         )
         ranks = alone(bench)
         self.device, self.shape, self.taken = ranks.device, shape, 0
-        self.network = network_for(config, shape)
+        self.network = build_network_of(config, shape)
         self.engine = base.build(self.network, config, ranks, 1_000_000)
         self.averages = ema.build(config.train, self.engine.weights())
-        self.objective = objectives.build(config, schedule.build(config.process), 1000.0, shape)
+        self.objective = objectives.build(config, schedule.build(config.schedule), 1000.0, shape)
         self.resize(batch, full=teacher == "full", plans=plans, epoch=epoch)
 
     def resize(self, batch: int, *, full: bool = False, plans: int = 1, epoch: int = 0) -> None:
@@ -137,8 +142,8 @@ class Passes:
         known = {f.name for f in fields(visits)}
         if not {"fresh", "fresh_coefficients"} <= known:
             raise RuntimeError("Visits has no `fresh` and `fresh_coefficients`: adapt gpu_steps/common.py")
-        rows = torch.arange(len(visits.guide))
-        return replace(visits, fresh=rows, fresh_coefficients=visits.coefficients)
+        rows = torch.arange(len(visits.x0_weight))
+        return replace(visits, teacher_rows=rows, teacher_coefficients=visits.coefficients)
 
     def evaluated(self) -> list[int]:
         """How many rows the teacher's pass has, by batch of visits."""
@@ -147,7 +152,9 @@ class Passes:
 
     def without_teacher(self) -> None:
         """Go on with visits whose targets are all stored."""
-        self.visits = [replace(v, fresh=v.fresh[:0], fresh_coefficients=v.coefficients[:, :0]) for v in self.visits]
+        self.visits = [
+            replace(v, teacher_rows=v.teacher_rows[:0], teacher_coefficients=v.coefficients[:, :0]) for v in self.visits
+        ]
 
     def passes(self) -> torch.Tensor:
         """The forward and backward pass. Returns the loss."""

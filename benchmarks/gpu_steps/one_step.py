@@ -9,16 +9,16 @@ from gpu_steps.common import TINY_SHAPE, Passes, device_of, no_tf32, tiny
 from gpu_steps.harness import Bench, Check
 from udddm import rng
 
-OBJECTIVES = ("chain", "algorithm-1", "consistency", "tuning", "denoiser")
+OBJECTIVES = ("chain", "uddm", "ict", "ect", "edm")
 LOSS_LIMIT = 1e-4
 
 
 def trained(bench: Bench, name: str, steps: int) -> list[float]:
     """The losses of the first steps, in float32."""
     settings = [f"objective.name={name}"]
-    if name == "algorithm-1":
+    if name == "uddm":
         settings.append("network.condition=cross-attention")
-    made = Passes(tiny(*settings), TINY_SHAPE, bench, batch=16, teacher="none" if name == "denoiser" else "planned")
+    made = Passes(tiny(*settings), TINY_SHAPE, bench, batch=16, teacher="none" if name == "edm" else "planned")
     return [float(made.step()) for _ in range(steps)]
 
 
@@ -40,9 +40,9 @@ def gradients(bench: Bench) -> None:
     """In half precision, in a step with a teacher's pass, every parameter gets a finite gradient."""
     counts = {}
     for precision, dtype in (("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        made = Passes(tiny("objective.name=consistency"), TINY_SHAPE, bench, batch=16)
+        made = Passes(tiny("objective.name=ict"), TINY_SHAPE, bench, batch=16)
         visits = made.visits[0]
-        assert len(visits.fresh), "this batch has no teacher's pass: the check shows nothing"
+        assert len(visits.teacher_rows), "this batch has no teacher's pass: the check shows nothing"
         with torch.autocast(made.device.type, dtype):
             found, _ = made.objective(made.network, made.x0, made.state, visits, None)
         (found.mean() * (256 if precision == "fp16" else 1)).backward()  # type: ignore[no-untyped-call]
@@ -50,14 +50,14 @@ def gradients(bench: Bench) -> None:
         without = [name for name, p in named if p.grad is None]
         infinite = [name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
         counts[precision] = {"parameters": len(named), "without": len(without), "not_finite": len(infinite)}
-        bench.report(gradients=dict(counts), fresh=len(visits.fresh))
+        bench.report(gradients=dict(counts), fresh=len(visits.teacher_rows))
         assert not without, f"{precision}: no gradient for {without[:5]}"
         assert not infinite, f"{precision}: gradient not finite for {infinite[:5]}"
 
 
 def shared_rows(bench: Bench, teacher: str) -> tuple[int, int, int]:
     """(rows with a teacher's pass, rows that drop the same units in the first layer, and in the last)."""
-    config = tiny("objective.name=consistency", "network.dropout=0.5")
+    config = tiny("objective.name=ict", "network.dropout=0.5")
     made = Passes(config, TINY_SHAPE, bench, batch=32, teacher=teacher)
     made.network.train()
     seen: dict[str, list[torch.Tensor]] = {}
@@ -72,7 +72,7 @@ def shared_rows(bench: Bench, teacher: str) -> tuple[int, int, int]:
         if "Dropout" in type(module).__name__:
             keep(name)
     made.passes()
-    rows = made.visits[0].fresh.cpu()
+    rows = made.visits[0].teacher_rows.cpu()
     shared = []
     for first, second in seen.values():
         teachers = first[rows] if len(first) == len(second) else first[: len(rows)]

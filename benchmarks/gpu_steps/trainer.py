@@ -18,7 +18,7 @@ from udddm.diffusion import schedule
 from udddm.diffusion.denoise import denoise
 from udddm.diffusion.schedule import Coefficients
 from udddm.objectives import pseudo_huber
-from udddm.training.trainer import network_for
+from udddm.training.trainer import build_network_of
 
 STORES = ("gpu", "pinned", "zarr")
 
@@ -29,14 +29,14 @@ def config(bench: Bench) -> tuple[RunConfig, Shape]:
     if bench.small:
         return tiny(objective, "train.batch_size=32"), TINY_SHAPE
     settings = (objective, "train.batch_size=128", "train.precision=bf16", "network.dropout=0")
-    return preset(bench, "cifar10", *settings, "network.width=64"), (3, 32, 32)
+    return preset(bench, "cifar10", *settings, "network.base_channels=64"), (3, 32, 32)
 
 
 def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
     """A function that takes one step: images and states in two tensors, torch's generator, no averages."""
     device, shape = images.device, tuple(images.shape[1:])
-    steps = schedule.build(config.process)
-    network = network_for(config, (shape[0], shape[1], shape[2])).to(device)
+    steps = schedule.build(config.schedule)
+    network = build_network_of(config, (shape[0], shape[1], shape[2])).to(device)
     if config.train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(network.parameters(), lr=config.train.learning_rate, fused=True)
@@ -46,7 +46,7 @@ def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
     batch, c = config.train.batch_size, 0.3
 
     def noised(x0: torch.Tensor, eps: torch.Tensor, at: Coefficients) -> torch.Tensor:
-        return at.signal[:, None, None, None] * x0 + at.noise[:, None, None, None] * eps
+        return at.alpha[:, None, None, None] * x0 + at.sigma[:, None, None, None] * eps
 
     def step() -> None:
         rows = torch.randint(len(images), (batch,), device=device)

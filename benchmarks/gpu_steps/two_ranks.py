@@ -26,7 +26,7 @@ STEPS = 8
 
 
 def config(*settings: str) -> RunConfig:
-    return tiny("objective.name=consistency", "train.channels_last=true", "checkpoint.every_steps=1000000", *settings)
+    return tiny("objective.name=ict", "train.channels_last=true", "checkpoint.every_steps=1000000", *settings)
 
 
 def on_two(bench: Bench, work: Callable[[Ranks], Any]) -> None:
@@ -72,7 +72,7 @@ def train_and_keep(bench: Bench, run: str, stops: tuple[int, ...], *settings: st
         no_tf32()
         warnings.simplefilter("always")
         found = stepped(config(*settings), pixels(128, TINY_SHAPE), bench.scratch / run, ranks, stop)
-        if ranks.first:
+        if ranks.is_rank_zero:
             torch.save({name: found[name] for name in ("weights", "resumed_at")}, result)
 
     for stop in stops:
@@ -89,7 +89,7 @@ def starts(bench: Bench) -> None:
     found = {
         "two": train_and_keep(bench, "two", (STEPS,)),
         "resumed": train_and_keep(bench, "resumed", (STEPS // 2, STEPS)),
-        "accumulated": train_and_keep(bench, "accumulated", (STEPS,), "train.accumulation=2"),
+        "accumulated": train_and_keep(bench, "accumulated", (STEPS,), "train.grad_accumulation=2"),
     }
     no_tf32()
     one = stepped(config(), pixels(128, TINY_SHAPE), bench.scratch / "one", alone(bench), STEPS)["weights"]

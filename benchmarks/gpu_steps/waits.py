@@ -85,7 +85,7 @@ def one_store(bench: Bench, config: RunConfig, store: str) -> dict[str, Any]:
 
 
 def check(bench: Bench, precision: str, *settings: str) -> None:
-    config = tiny(f"train.precision={precision}", "objective.name=consistency", *settings)
+    config = tiny(f"train.precision={precision}", "objective.name=ict", *settings)
     figures: dict[str, Any] = {}
     for store in STORES if bench.device == "cuda" or precision != "fp16" else STORES[1:2]:  # which a CPU emulates
         figures[store] = one_store(bench, config, store)
@@ -100,7 +100,7 @@ def bf16(bench: Bench) -> None:
 
 def fp16(bench: Bench) -> None:
     """With clipping, which on a host would need the norm."""
-    check(bench, "fp16", "train.clip=1.0")
+    check(bench, "fp16", "train.grad_clip=1.0")
 
 
 CHECKS = (Check("P3", "bf16", 15, bf16), Check("P3", "fp16_clip", 15, fp16))

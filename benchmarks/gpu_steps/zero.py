@@ -20,7 +20,7 @@ from udddm.backends.engines import base
 from udddm.backends.engines.base import Engine
 from udddm.config import RunConfig
 from udddm.runs import weights
-from udddm.training.trainer import network_for
+from udddm.training.trainer import build_network_of
 
 STAGES = {
     "zero0": "engine={name: deepspeed, zero: 0}",
@@ -134,7 +134,7 @@ def checkpoints(bench: Bench) -> None:
         config, ranks = configured(precision, *settings), alone(bench)
         made: Engine
         if places:
-            made = base.build(network_for(config, TINY_SHAPE), config, ranks, 100)
+            made = base.build(build_network_of(config, TINY_SHAPE), config, ranks, 100)
             weights.load(places[-1], made, [])
         else:
             first = Passes(config, TINY_SHAPE, bench, batch=16)

@@ -28,11 +28,11 @@ stored="objective={name: tuning, warmup: 0, tuning: {q: 256, stages: 1, length: 
 release fashion-mnist $releases/tuning
 
 # 2. 12 epochs of iCT at 640 levels.
-train second 12 3.0e-4 "[0.999, 0.9997]" --workers 2 --set train.initial=$releases/tuning --set "$ict"
+train second 12 3.0e-4 "[0.999, 0.9997]" --workers 2 --set train.init_from=$releases/tuning --set "$ict"
 release second $releases/continued
 
 # 3. 5 epochs of the same, up to sigma 80; beside it the two others, each on a core.
-third=(5 2.0e-4 "[0.9998, 0.9995, 0.9999]" --set process.sigma_max=80 --set train.initial=$releases/continued)
+third=(5 2.0e-4 "[0.9998, 0.9995, 0.9999]" --set schedule.sigma_max=80 --set train.init_from=$releases/continued)
 train third "${third[@]}" --set "$ict" &
 ict_run=$!
 train third-ect "${third[@]}" --set "$ect"

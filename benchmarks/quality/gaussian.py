@@ -43,15 +43,15 @@ from udddm.config import (
     NetworkConfig,
     ObjectiveConfig,
     OrderConfig,
-    ProcessConfig,
     RunConfig,
+    ScheduleConfig,
     Stage,
     StoreConfig,
     TrainConfig,
 )
 from udddm.diffusion import schedule
 from udddm.diffusion.denoise import add_noise
-from udddm.diffusion.schedule import Array, Coefficients, Process
+from udddm.diffusion.schedule import Array, Coefficients, NoiseSchedule
 from udddm.ema import EMA
 from udddm.networks.blocks import NoiseEmbedding
 from udddm.order import Order
@@ -62,7 +62,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, write_json
 
 Kind = Literal["ve", "vp"]
-ObjectiveName = Literal["chain", "algorithm-1"]
+ObjectiveName = Literal["chain", "uddm"]
 
 SHAPE = (1, 2, 2)
 SPREAD = 0.5
@@ -71,7 +71,7 @@ TIMESTEPS: dict[Kind, int] = {"ve": 1000, "vp": 8000}
 TEST_SEED = 1_000_003
 
 
-class Denoiser(nn.Module):
+class EDM(nn.Module):
     """F as an MLP of 2 x 2 pixels, for which a U-Net would be a detour. The condition, if any, is more input."""
 
     def __init__(self, width: int, conditioned: bool, max_frequency: float):
@@ -105,7 +105,7 @@ def gaussian_images(seed: int, ids: np.ndarray[Any, np.dtype[np.int64]]) -> torc
 
 def exact(xt: torch.Tensor, at: Coefficients) -> torch.Tensor:
     """f*(x_t, t), [B, 1, 2, 2]."""
-    signal, scale = at.signal[:, None, None, None], at.noise[:, None, None, None]
+    signal, scale = at.alpha[:, None, None, None], at.sigma[:, None, None, None]
     return MEAN + (xt - signal * MEAN) * SPREAD / torch.hypot(signal * SPREAD, scale)
 
 
@@ -124,8 +124,8 @@ def configure(kind: Kind, name: ObjectiveName, settings: argparse.Namespace) -> 
     stages = tuple(Stage(start=s, levels=m) for s, m in zip((0, 0.1, 0.25, 0.5), levels, strict=True))
     return RunConfig(
         seed=settings.seed,
-        process=ProcessConfig(kind=kind, timesteps=TIMESTEPS[kind]),
-        network=NetworkConfig(condition="cross-attention" if name == "algorithm-1" else "none"),
+        schedule=ScheduleConfig(kind=kind, timesteps=TIMESTEPS[kind]),
+        network=NetworkConfig(condition="cross-attention" if name == "uddm" else "none"),
         objective=ObjectiveConfig(name=name, huber_c=settings.huber_c, chain=ChainConfig(length=2, stages=stages)),
         order=OrderConfig(lanes=1, chunk=4096, window=settings.samples // 4096),
         store=StoreConfig(kind="gpu", dtype="fp32"),
@@ -135,7 +135,7 @@ def configure(kind: Kind, name: ObjectiveName, settings: argparse.Namespace) -> 
             learning_rate=settings.learning_rate,
             betas=(0.9, 0.99),
             warmup_steps=200,
-            decay="cosine",
+            lr_schedule="cosine",
             ema=(settings.ema,),
             ema_warmup=True,
             channels_last=False,
@@ -145,33 +145,33 @@ def configure(kind: Kind, name: ObjectiveName, settings: argparse.Namespace) -> 
 
 @dataclass
 class Trained:
-    network: Denoiser
-    process: Process
+    network: EDM
+    process: NoiseSchedule
     seconds: float
     """Of one core, which is all that training uses."""
 
 
 def train(config: RunConfig, samples: int, width: int) -> Trained:
     """The steps of `udddm.training.trainer` with this network: order, store, objective, engine and EMA are the project's."""
-    chosen = schedule.build(config.process)
+    chosen = schedule.build(config.schedule)
     conditioned = config.network.condition != "none"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = Denoiser(width, conditioned, chosen.max_frequency)
-        average = Denoiser(width, conditioned, chosen.max_frequency)
+        network = EDM(width, conditioned, chosen.max_frequency)
+        average = EDM(width, conditioned, chosen.max_frequency)
     ranks = Ranks(0, 1, torch.device("cpu"))
     images = gaussian_images(config.seed, np.arange(samples))
     order = Order.build(config.order, config.seed, samples, config.train.batch_size, SHAPE)
     lanes = order.lanes_of(0, 1)
     assert config.train.steps is not None
-    goal = objectives.build(config, chosen, config.train.steps / order.steps, (1, 2, 2))
+    goal = objectives.build(config, chosen, config.train.steps / order.steps_per_epoch, (1, 2, 2))
     engine = TorchEngine(network, config.train, ranks, config.train.steps)
     ema = EMA(engine.weights(), config.train.ema[0], config.train.ema_warmup)
     states = store.build(config.store, order, lanes, SHAPE, ranks.device, Run(Path()))
     states.start(0, 0, None)
     started = time.process_time()
     for step in range(config.train.steps):
-        epoch, place = divmod(step, order.steps)
+        epoch, place = divmod(step, order.steps_per_epoch)
         batch = order.batch_of(lanes, epoch, place)
         losses, state = goal(network, images[batch.ids], states.read(), goal.plan(batch.ids, epoch))
         engine.backward_and_step((losses * torch.from_numpy(batch.weights)).sum() / batch.total, step)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 
 import udddm
 from udddm.data import load_dataset
-from udddm.image_grid import grid
+from udddm.image_grid import save_image_grid
 from udddm.runs import pretrained
 from udddm.runs.weights import Saved
 
@@ -74,8 +74,8 @@ def main() -> None:
     model = udddm.load_model(destination, device="cpu")
     images = udddm.sample(model, range(arguments.count))
     np.save(destination / "samples-1.npy", pixels(images))
-    grid(torch.from_numpy(images[:100]), destination / "grid.png")
-    grid(torch.from_numpy(udddm.sample(model, range(100), steps=2)), destination / "grid-2.png")
+    save_image_grid(torch.from_numpy(images[:100]), destination / "grid.png")
+    save_image_grid(torch.from_numpy(udddm.sample(model, range(100), steps=2)), destination / "grid-2.png")
     metrics = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text().splitlines()]
     report = {
         "steps": position["step"],

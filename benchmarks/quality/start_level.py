@@ -40,10 +40,10 @@ def main() -> None:
     mean = np.mean([np.asarray(dataset[i][0], np.float32) / 127.5 - 1 for i in range(len(dataset))], axis=0)
     offset = float(np.linalg.norm(mean))
     rows = []
-    print(f"{arguments.checkpoint.name}, trained up to sigma {model.config.process.sigma_max:g}")
+    print(f"{arguments.checkpoint.name}, trained up to sigma {model.config.schedule.sigma_max:g}")
     print("sigma  |mean|/sigma      fd  precision  recall")
     for sigma in arguments.sigma:
-        up_to = schedule.build(model.config.process.model_copy(update={"sigma_max": sigma}))
+        up_to = schedule.build(model.config.schedule.model_copy(update={"sigma_max": sigma}))
         images = udddm.sample(replace(model, process=up_to), range(arguments.count))
         scores = udddm.evaluate(images, dataset, features=arguments.features, device="cpu")
         rows.append({"sigma": sigma, "offset": offset / sigma} | {k: scores[k] for k in ("fd", "precision", "recall")})

@@ -7,7 +7,7 @@
 
 --data digits (the default) or fashion-mnist. Every run is scored by the yardstick's network (benchmarks/yardstick:
 Frechet distance in the feature space of a small classifier; lower is better). Rows are kept in --json as they are made,
-and those that it has are not made again. One core: `train.threads` is 1.
+and those that it has are not made again. One core: `train.torch_threads` is 1.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from udddm.diffusion import schedule
 from udddm.ema import EMA
 from udddm.evaluation import evaluate
 from udddm.evaluation.features import extract, load_features
-from udddm.training.trainer import network_for
+from udddm.training.trainer import build_network_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import ROOT, about, write_json
@@ -58,7 +58,7 @@ ECT = f"objective={{name: tuning, warmup: {WARMUP}}}"
 OBJECTIVES: dict[str, list[str]] = {
     "chain L=2, tuned": TUNED,
     "chain L=2, tuned, M to 1024": [*TUNED, MANY],
-    "ECT, stored teacher L=2": [ECT, "objective.tuning.length=2"],
+    "ECT, stored teacher L=2": [ECT, "objective.ect.length=2"],
     "iCT": ["objective={name: consistency}"],
     "ECT": [ECT],
     "iCT, warm-up 0.4": [f"objective={{name: consistency, warmup: {WARMUP}}}"],
@@ -81,7 +81,7 @@ COMPARED = (
 """Over several seeds; the others once."""
 PROCESSES = {
     "ve": [],
-    "vp": ["process.kind=vp", "process.timesteps=8000"],
+    "vp": ["schedule.kind=vp", "schedule.timesteps=8000"],
 }
 ABLATIONS: dict[str, dict[str, list[str]]] = {
     "levels M at the end": {
@@ -94,14 +94,14 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "4": ["objective.chain.length=4"],
     },
     "coefficients": {
-        "paper's kappa": ["process.preconditioning=paper"],
-        "quadratic kappa": ["process.preconditioning=quadratic"],
+        "paper's kappa": ["schedule.preconditioning=paper"],
+        "quadratic kappa": ["schedule.preconditioning=quadratic"],
     },
     "c": {"0.19 sqrt(d)": ["objective.huber_c=1.5"]},
     "levels drawn": {"uniformly": ["objective.chain.distribution=uniform"]},
     "weighting": {"none": ["objective.chain.weighting=none"]},
-    "guiding weight": {"1/(n+1), n the level": ["objective.chain.guiding=visits"]},
-    "warm-up": {"0": ["objective.warmup=0"], "0.2": ["objective.warmup=0.2"], "0.6": ["objective.warmup=0.6"]},
+    "guiding weight": {"1/(n+1), n the level": ["objective.chain.x0_weight=visits"]},
+    "warm-up": {"0": ["objective.pretrain=0"], "0.2": ["objective.pretrain=0.2"], "0.6": ["objective.pretrain=0.6"]},
     "learning rate": {"3.5e-4": ["train.learning_rate=3.5e-4"], "1.4e-3": ["train.learning_rate=1.4e-3"]},
     "state's age": {
         "28 steps, ten times the images": ["longer=10"],
@@ -118,16 +118,16 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "iCT": ["objective={name: consistency}", "longer=10"],
         "iCT, warm-up 0.4": ["objective={name: consistency, warmup: 0.4}", "longer=10"],
         "ECT": [ECT, "longer=10"],
-        "ECT, warm-up 0.2": [ECT, "objective.warmup=0.2", "longer=10"],
-        "ECT, stored teacher L=2": [ECT, "objective.tuning.length=2", "longer=10"],
+        "ECT, warm-up 0.2": [ECT, "objective.pretrain=0.2", "longer=10"],
+        "ECT, stored teacher L=2": [ECT, "objective.ect.length=2", "longer=10"],
         "chain L=2, tuned, M to 1024": [*TUNED, MANY, "longer=10"],
     },
     "ECT": {
         "as published": [ECT],
-        "warm-up 0.2": [ECT, "objective.warmup=0.2"],
-        "no warm-up": [ECT, "objective.warmup=0"],
-        "stored teacher, L = 2": [ECT, "objective.tuning.length=2"],
-        "stored teacher, L = 2, state in fp32": [ECT, "objective.tuning.length=2", "store.dtype=fp32"],
+        "warm-up 0.2": [ECT, "objective.pretrain=0.2"],
+        "no warm-up": [ECT, "objective.pretrain=0"],
+        "stored teacher, L = 2": [ECT, "objective.ect.length=2"],
+        "stored teacher, L = 2, state in fp32": [ECT, "objective.ect.length=2", "store.dtype=fp32"],
     },
 }
 """Each changes one thing of "chain L=2, tuned", VE: L = 2, M to 128, c = 0.00054 sqrt(d), warm-up 0.4, learning rate
@@ -157,7 +157,13 @@ DATA = {
     "digits": Data("digits", (), "features:digits", 1797, 1000, 56_000, 32_000),
     "fashion-mnist": Data(
         "fashion-mnist",
-        ("network.patch=4", "network.width=64", "network.multipliers=[1]", "network.blocks=1", "train.ema=[0.999]"),
+        (
+            "network.patch=4",
+            "network.base_channels=64",
+            "network.channel_mult=[1]",
+            "network.blocks_per_level=1",
+            "train.ema=[0.999]",
+        ),
         "features:fashion_mnist",
         6000,
         2000,
@@ -192,7 +198,7 @@ def configured(data: Data, overrides: list[str], steps: int, seed: int) -> RunCo
         f"seed={seed}",
         f"train.steps={steps}",
         "train.epochs=null",
-        "train.threads=1",
+        "train.torch_threads=1",
         "store.kind=gpu",
         f"checkpoint.every_steps={steps}",
         "sample.every_steps=0",
@@ -252,7 +258,7 @@ def speeds(data: Data, names: list[str], rounds: int, ict: float | None, seconds
     denoiser = float(np.median(ratios["denoiser, Heun"]))
     result = {}
     for name, ratio in ratios.items():
-        over, warmup = float(np.median(ratio)), configured(data, OBJECTIVES[name], 100, 0).objective.warmup or 0.0
+        over, warmup = float(np.median(ratio)), configured(data, OBJECTIVES[name], 100, 0).objective.pretrain or 0.0
         run = 1 / (warmup / denoiser + (1 - warmup) / over)
         result[name] = {
             "images_per_second": ict * over,
@@ -269,8 +275,8 @@ def _steps(data: Data, overrides: list[str], ranks: Any) -> Iterator[int]:
     config = configured(data, overrides, 10_000, 0)
     images = ImageDataset(load_dataset(config.data))
     epochs = 60
-    visit = objectives.build(config, schedule.build(config.process), epochs, images.shape)
-    engine = build_engine(network_for(config, images.shape), config, ranks, 10_000)
+    visit = objectives.build(config, schedule.build(config.schedule), epochs, images.shape)
+    engine = build_engine(build_network_of(config, images.shape), config, ranks, 10_000)
     emas = [EMA(engine.weights(), decay) for decay in config.train.ema]
     batch, step = config.train.batch_size, 0
     state = torch.zeros(batch, *images.shape)
@@ -300,7 +306,7 @@ def planned(suite: str, seeds: list[int], only: list[str] | None) -> Iterator[tu
         if not only or "coefficients" in only:
             vp = [*TUNED, *PROCESSES["vp"]]
             yield "coefficients = EDM's, VP | vp | ablation", vp, "", 0, "ablation"
-            paper = [*vp, "process.preconditioning=paper"]
+            paper = [*vp, "schedule.preconditioning=paper"]
             yield "coefficients = paper's, VP | vp | ablation", paper, "", 0, "ablation"
         return
     for seed in seeds:

@@ -31,10 +31,10 @@ import torch
 
 from udddm import store
 from udddm.config import StoreConfig
-from udddm.errors import DamagedChunkError, StoreError
+from udddm.errors import CorruptChunkError, StoreError
 from udddm.order import Order
 from udddm.runs.run import Run
-from udddm.storage.base import Objects, open_objects
+from udddm.storage.base import ObjectStore, open_object_store
 from udddm.store import Encoding, Snapshot, X0Store
 from udddm.store.generations import Generations, open_existing
 from udddm.store.zarr import GenerationTable
@@ -44,9 +44,9 @@ from udddm.tools.inspect import Place, verify
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json
 
-ORDER = Order(seed=11, samples=4 * 12 * 16 - 5, batch=64, lanes=4, chunk=16, window=4)
+ORDER = Order(seed=11, samples=4 * 12 * 16 - 5, batch_size=64, num_lanes=4, chunk_size=16, window=4)
 SHAPE = (3, 8, 8)
-LANES = range(ORDER.lanes)
+LANES = range(ORDER.num_lanes)
 NEWEST = 3
 KINDS = ("bit flip", "truncation", "deletion", "swap", "stale chunk")
 FOUND = ("found by training", "found by verify", "nothing else named")
@@ -54,7 +54,7 @@ Chunk = tuple[int, int]
 
 
 def opened(url: str, run: Path, on_damage: str = "stop") -> X0Store:
-    config = StoreConfig.model_validate({"kind": "zarr", "url": url, "on_damage": on_damage})
+    config = StoreConfig.model_validate({"kind": "zarr", "url": url, "on_corruption": on_damage})
     return store.build(config, ORDER, LANES, SHAPE, torch.device("cpu"), Run(run))
 
 
@@ -63,7 +63,7 @@ def make(url: str, run: Path) -> Path:
     made = opened(url, run)
     made.retain({1, 2, NEWEST})
     made.start(0, 0, None)
-    for _ in range(NEWEST * ORDER.steps):
+    for _ in range(NEWEST * ORDER.steps_per_epoch):
         made.write(0.9 * made.read() + 0.1)
     made.snapshot(run / "checkpoint")
     made.close()
@@ -71,13 +71,13 @@ def make(url: str, run: Path) -> Path:
 
 
 def inflict(
-    kind: str, objects: Objects, stored: Generations, rng: random.Random
+    kind: str, objects: ObjectStore, stored: Generations, rng: random.Random
 ) -> tuple[dict[str, bytes], set[Chunk]]:
     """Damage a chunk (two by a swap) of the newest generation: the bytes that were there, and which chunks."""
 
     def pick() -> Chunk:
         lane = rng.choice(LANES)
-        return lane, rng.randrange(ORDER.chunks(lane))
+        return lane, rng.randrange(ORDER.num_chunks(lane))
 
     chunk = pick()
     key = stored.chunk_key(NEWEST, *chunk)
@@ -106,13 +106,13 @@ def inflict(
 
 def read_all(url: str) -> set[Chunk]:
     """The chunks of the newest generation that training cannot read."""
-    table = GenerationTable(Generations(open_objects(url), ORDER, SHAPE, Encoding("fp16")), LANES)
+    table = GenerationTable(Generations(open_object_store(url), ORDER, SHAPE, Encoding("fp16")), LANES)
     found = set()
     for lane in LANES:
-        for chunk in range(ORDER.chunks(lane)):
+        for chunk in range(ORDER.num_chunks(lane)):
             try:
                 table.load(NEWEST, lane, chunk)
-            except DamagedChunkError as error:
+            except CorruptChunkError as error:
                 if error.generation == NEWEST:
                     found.add((error.lane, error.chunk))
     return found
@@ -120,11 +120,11 @@ def read_all(url: str) -> set[Chunk]:
 
 def listed(url: str) -> set[Chunk]:
     """The chunks that `udddm-store verify` lists."""
-    _, damaged = verify(Place(url, open_existing(open_objects(url))))
+    _, damaged = verify(Place(url, open_existing(open_object_store(url))))
     return {
         (lane, chunk)
         for lane in LANES
-        for chunk in range(ORDER.chunks(lane))
+        for chunk in range(ORDER.num_chunks(lane))
         if any(f"generation {NEWEST}, lane {lane}, chunk {chunk} is damaged" in line for line in damaged)
     }
 
@@ -140,7 +140,7 @@ def resume(url: str, run: Path, checkpoint: Path, damaged: set[Chunk]) -> str:
             for lane, chunk in damaged:
                 again.rows(lane, chunk)
             ended = "went on"
-        except DamagedChunkError as error:
+        except CorruptChunkError as error:
             ended = "named" if (error.lane, error.chunk) in damaged else "named another"
         except StoreError as error:
             ended = f"{error}"
@@ -157,7 +157,7 @@ def resume(url: str, run: Path, checkpoint: Path, damaged: set[Chunk]) -> str:
 
 def measure(url: str, run: Path, count: int, seed: int) -> dict[str, Counter[str]]:
     checkpoint = make(url, run)
-    objects, rng = open_objects(url), random.Random(seed)
+    objects, rng = open_object_store(url), random.Random(seed)
     stored = open_existing(objects)
     rows: dict[str, Counter[str]] = {kind: Counter() for kind in KINDS}
     for number in range(count):

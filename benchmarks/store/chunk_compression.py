@@ -48,8 +48,8 @@ def states(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         newest = max(g for g in stored.existing() if stored.is_complete(g))
         chunks = [
             stored.read(newest, lane, chunk, stored.record(newest, lane)[chunk])
-            for lane in range(stored.order.lanes)
-            for chunk in range(stored.order.chunks(lane))
+            for lane in range(stored.order.num_lanes)
+            for chunk in range(stored.order.num_chunks(lane))
         ]
         samples = np.arange(stored.order.samples)
         zero = generation_zero(stored.order.seed, samples, stored.shape, Encoding("fp32"))

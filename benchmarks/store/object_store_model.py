@@ -16,7 +16,7 @@ import google_crc32c
 import numpy as np
 
 from udddm.order import Batch, LaneStep, Order
-from udddm.storage.base import Objects
+from udddm.storage.base import ObjectStore
 from udddm.storage.s3 import REMOTE_RETRY
 from udddm.store.base import StateSource
 from udddm.store.pipeline import HostStore
@@ -131,7 +131,7 @@ class Bucket:
         return max((count for (of, *_), count in self.asked.items() if of == kind), default=0)
 
 
-class ModelObjects(Objects):
+class ModelObjects(ObjectStore):
     """One rank's way to a bucket. A chunk is `chunk_bytes` to the model, whatever its length here."""
 
     retry = REMOTE_RETRY
@@ -178,7 +178,7 @@ class ModelObjects(Objects):
         return [*self._node(prefix)]
 
     def _delete(self, prefix: str) -> None:
-        """As `ObstoreObjects`: list, delete 1,000 keys a request (each counts as a put), list again."""
+        """As `S3ObjectStore`: list, delete 1,000 keys a request (each counts as a put), list again."""
         parent, _, name = prefix.rpartition("/")
         self._list(prefix)
         count = _leaves(self._node(prefix))
@@ -190,13 +190,13 @@ class ModelObjects(Objects):
     def _put_if_absent(self, key: str, data: bytes) -> bool:
         raise NotImplementedError  # no step needs it
 
-    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
+    def _compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
         raise NotImplementedError
 
     def _sizes(self, prefix: str) -> dict[str, int]:
         raise NotImplementedError
 
-    def describe(self, key: str) -> str:
+    def uri(self, key: str) -> str:
         return f"model://{key}"
 
 
@@ -215,9 +215,9 @@ class SteadyTable(GenerationTable):
         stored.begin(epoch)
         checksum = int(google_crc32c.value(model.blank[:-4]))
         for lane in self.lanes:
-            stored.complete(epoch, lane, dict.fromkeys(range(stored.order.chunks(lane)), checksum))
-            if stored.order.steps <= LONG_EPOCH:  # the generation will be deleted within the run
-                for chunk in range(stored.order.chunks(lane)):
+            stored.complete(epoch, lane, dict.fromkeys(range(stored.order.num_chunks(lane)), checksum))
+            if stored.order.steps_per_epoch <= LONG_EPOCH:  # the generation will be deleted within the run
+                for chunk in range(stored.order.num_chunks(lane)):
                     model.put(stored.chunk_key(epoch, lane, chunk), model.blank)
         model.free = False
 
@@ -232,9 +232,9 @@ class SampleFreeOrder(Order):
 
     def __init__(self, **settings: int):
         super().__init__(**settings)
-        self._batches = lru_cache(maxsize=16 * self.lanes)(self._compute_batch)
+        self._batches = lru_cache(maxsize=16 * self.num_lanes)(self._compute_batch)
 
     def _compute_batch(self, lanes: range, epoch: int, step: int) -> Batch:
         parts: list[LaneStep] = [part for lane in lanes for part in self.lane_step(lane, epoch, step)]
-        none = np.zeros(len(lanes) * self.share, np.int64)
+        none = np.zeros(len(lanes) * self.samples_per_lane_step, np.int64)
         return Batch(none, none, np.zeros(len(none), np.float32), 0, tuple(parts))

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from udddm.order import Order
-from udddm.storage.base import open_objects
+from udddm.storage.base import open_object_store
 from udddm.store.encoding import Encoding, Rows
 from udddm.store.generations import Generations
 from udddm.store.zarr import GenerationTable
@@ -273,8 +273,8 @@ class RivalEpochs:
 
     def round(self) -> float:
         began, images = time.perf_counter(), 0
-        for step in range(self.order.steps):
-            batch = self.order.batch_of(range(self.order.lanes), self.epoch, step)
+        for step in range(self.order.steps_per_epoch):
+            batch = self.order.batch_of(range(self.order.num_lanes), self.epoch, step)
             slots = batch.slots[batch.weights > 0]
             values = self.encoding.decode(self.encoding.to_tensor(self.rival.read(slots)))
             self.rival.write(slots, self.encoding.to_array(self.encoding.encode(values)))
@@ -329,11 +329,11 @@ def raw_turn(raw: RawFiles | RawObjects, turn: Turn, data: bytes, cold: bool) ->
 
 
 def store_turn(url: str | Path, order: Order, turn: Turn, data: bytes, cold: bool) -> Callable[[], float]:
-    lanes = range(order.lanes)
-    places = [(lane, chunk) for lane in lanes for chunk in range(order.chunks(lane))]
-    opened = GenerationTable(Generations(open_objects(url), order, SHAPE, Encoding("fp16")), lanes)
+    lanes = range(order.num_lanes)
+    places = [(lane, chunk) for lane in lanes for chunk in range(order.num_chunks(lane))]
+    opened = GenerationTable(Generations(open_object_store(url), order, SHAPE, Encoding("fp16")), lanes)
     opened.open(0, 0, None)
-    rows = np.frombuffer(data, np.float16).reshape(order.chunk, *SHAPE)
+    rows = np.frombuffer(data, np.float16).reshape(order.chunk_size, *SHAPE)
     for place in places:
         opened.save(1, *place, rows)
     for lane in lanes:

@@ -49,7 +49,7 @@ from udddm.config import OrderConfig
 from udddm.errors import StoreError
 from udddm.order import Order
 from udddm.store import REMOTE_THREADS
-from udddm.store.autotune import Pace
+from udddm.store.autotune import Autotune
 from udddm.store.encoding import Encoding
 from udddm.store.generations import Generations
 from udddm.store.pipeline import HostStore
@@ -137,8 +137,8 @@ class Outcome:
 
 def length(order: Order) -> int:
     """Steps of a run: two epochs, so that two seams of epochs are in it, or four windows where epochs are long."""
-    window = -(-order.window_chunks * order.chunk // order.share)
-    return max(24, 2 * order.steps + 1) if order.steps <= LONG_EPOCH else 4 * window
+    window = -(-order.chunks_per_window * order.chunk_size // order.samples_per_lane_step)
+    return max(24, 2 * order.steps_per_epoch + 1) if order.steps_per_epoch <= LONG_EPOCH else 4 * window
 
 
 def run(
@@ -158,8 +158,8 @@ def run(
     steps = steps or length(order)
     shape = workload.shape if real else (1,)
     encoding = Encoding("fp16")
-    chunk_bytes = order.chunk * math.prod(workload.shape) * encoding.array.itemsize
-    rows = bytes(order.chunk * math.prod(shape) * encoding.array.itemsize)
+    chunk_bytes = order.chunk_size * math.prod(workload.shape) * encoding.array.itemsize
+    rows = bytes(order.chunk_size * math.prod(shape) * encoding.array.itemsize)
     blank = rows + int(google_crc32c.value(rows)).to_bytes(4, "little")
     result = Outcome(
         workload.name,
@@ -167,9 +167,9 @@ def run(
         service.prefixes,
         threads,
         step_seconds=workload.batch / workload.images_per_second,
-        epoch_seconds=order.steps * workload.batch / workload.images_per_second,
-        window_seconds=min(order.window_chunks * order.chunk, order.longest_lane) / workload.images_per_second,
-        seams=(steps - 1) // order.steps,
+        epoch_seconds=order.steps_per_epoch * workload.batch / workload.images_per_second,
+        window_seconds=min(order.chunks_per_window * order.chunk_size, order.longest_lane) / workload.images_per_second,
+        seams=(steps - 1) // order.steps_per_epoch,
     )
     world = World()
     clock, sleep = (time.perf_counter, time.sleep) if real else (world.clock, world.sleep)
@@ -187,11 +187,11 @@ def run(
             store: HostStore = SteadyStore(
                 order, lanes, shape, encoding, torch.device("cpu"), table, threads=threads, prefetch=prefetch
             )
-            row_bytes = chunk_bytes // order.chunk  # of the modelled rows: they bound windows and threads
-            store.pace = Pace(order, lanes, row_bytes, threads, prefetch, first_threads=REMOTE_THREADS)
+            row_bytes = chunk_bytes // order.chunk_size  # of the modelled rows: they bound windows and threads
+            store.pace = Autotune(order, lanes, row_bytes, threads, prefetch, first_threads=REMOTE_THREADS)
             stack.callback(store.close)
             stores.append(store)
-        values = torch.zeros(order.batch // ranks, *shape)
+        values = torch.zeros(order.batch_size // ranks, *shape)
         began = waited = 0.0
         served, moved = Counter[Kind](), Counter[Kind]()
         try:
@@ -309,7 +309,7 @@ CURES: tuple[tuple[str, dict[str, float], dict[str, Any]], ...] = (
 
 def fits(workload: Workload, ranks: int) -> bool:
     order = workload.order(ranks)
-    return order.steps >= LEAST_STEPS and order.windows(0) <= MOST_WINDOWS
+    return order.steps_per_epoch >= LEAST_STEPS and order.num_windows(0) <= MOST_WINDOWS
 
 
 def cures(workload: Workload, ranks: int, service: Service, threads: int | None) -> dict[str, Outcome]:

@@ -72,7 +72,7 @@ from udddm.data import ArrayImages, ImageDataset
 from udddm.errors import StoreError
 from udddm.order import Order
 from udddm.runs.run import Run
-from udddm.storage.base import open_objects
+from udddm.storage.base import open_object_store
 from udddm.store import X0Store
 from udddm.store.pipeline import HostStore
 from udddm.training.trainer import Trainer
@@ -166,7 +166,7 @@ def s3(setting: Setting) -> Iterator[str | None]:
             endpoint = stack.enter_context(s3_server(setting.directory / "s3"))
             use_s3(endpoint)
             try:
-                open_objects(f"s3://{BUCKET}/probe").put("object", b"probe")
+                open_object_store(f"s3://{BUCKET}/probe").put("object", b"probe")
             except StoreError as error:
                 problem = str(error)
             else:
@@ -218,16 +218,16 @@ class Epochs:
         self.settling: list[float] = []
         """Seconds that a checkpoint at the end of a round would have waited."""
         order = opened.order
-        low, high = order.window_span(0, 0, (order.windows(0) - 1) // 2)
-        for _ in range((low + high) // 2 // order.share):
+        low, high = order.window_span(0, 0, (order.num_windows(0) - 1) // 2)
+        for _ in range((low + high) // 2 // order.samples_per_lane_step):
             step()
         self._counted = self._elapsed = 0.0
 
     def round(self) -> float:
-        for _ in range(self.store.order.steps if self.steady else 0):
+        for _ in range(self.store.order.steps_per_epoch if self.steady else 0):
             self.step()
         before, waited, began = self._backlog(), self._waited(), time.perf_counter()
-        for _ in range(self.store.order.steps):
+        for _ in range(self.store.order.steps_per_epoch):
             self.step()
         elapsed = time.perf_counter() - began
         self.backlogs.append((before, self._backlog()))
@@ -272,7 +272,7 @@ def over_gpu(title: str, found: dict[str, dict[str, float]]) -> None:
 
 def training(setting: Setting) -> dict[str, Any]:
     samples = setting.of(768, 128)
-    config = configuration.load(
+    config = configuration.load_config(
         None,
         [
             "network={width: 16, multipliers: [1, 2], blocks: 1, attention: [], dropout: 0, condition: none}",
@@ -317,10 +317,10 @@ def fast(setting: Setting) -> dict[str, Any]:
         for name, place in (("zarr-s3", endpoint), (DELAYED, slow)):
             if place is not None:
                 counts = sorted({setting.threads or 16, 8})
-                links[name] = {str(n): round(link(place, order.chunk, n), 1) for n in counts}
+                links[name] = {str(n): round(link(place, order.chunk_size, n), 1) for n in counts}
         epochs = {}
         for name, chosen in contestants(setting, endpoint, slow):
-            opened = store.build(chosen, order, range(order.lanes), SHAPE, CPU, Run(directory / name))
+            opened = store.build(chosen, order, range(order.num_lanes), SHAPE, CPU, Run(directory / name))
             stack.callback(opened.close)
             opened.start(0, 0, None)
             epochs[name] = Epochs(opened, partial(step, opened), steady=True)
@@ -404,7 +404,7 @@ def rivals(setting: Setting) -> dict[str, Any]:
         directory = setting.directory
         endpoint = stack.enter_context(s3(setting))
         for name, chosen in contestants(setting, endpoint, None):
-            opened = store.build(chosen, order, range(order.lanes), SHAPE, CPU, Run(directory / name))
+            opened = store.build(chosen, order, range(order.num_lanes), SHAPE, CPU, Run(directory / name))
             stack.callback(opened.close)
             opened.start(0, 0, None)
             everyone[name] = Epochs(opened, partial(step, opened)).round
@@ -412,7 +412,7 @@ def rivals(setting: Setting) -> dict[str, Any]:
             if importlib.util.find_spec(kind.package) is None:
                 missing[name] = f"not installed (pip install {kind.package})"
                 continue
-            rival = kind(directory / name.replace(", ", "-").replace(" ", "-"), initial, order.chunk)
+            rival = kind(directory / name.replace(", ", "-").replace(" ", "-"), initial, order.chunk_size)
             stack.callback(rival.close)
             racing[name] = RivalEpochs(rival, order, setting.of(3, 1))
             everyone[name] = racing[name].round

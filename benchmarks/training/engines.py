@@ -27,7 +27,7 @@ from udddm.config import RunConfig, resolve
 from udddm.order import Order
 from udddm.runs.weights import Saved
 from udddm.testing.ranks import Copy, on_ranks
-from udddm.training.trainer import network_for
+from udddm.training.trainer import build_network_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json
@@ -45,14 +45,20 @@ CHAIN = [("deepspeed-zero3", 2), ("torch", 1), ("deepspeed-zero1", 4), ("deepspe
 def config(engine: str, precision: str, steps: int) -> RunConfig:
     return resolve(
         {
-            "network": {"width": 32, "multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0},
+            "network": {
+                "base_channels": 32,
+                "channel_mult": [1, 2],
+                "blocks_per_level": 1,
+                "attention_resolutions": [4],
+                "dropout": 0.0,
+            },
             "engine": ZERO.get(engine, {}),
             "train": {
                 "steps": steps,
                 "batch_size": 64,
                 "learning_rate": 7e-4,
                 "ema": [EMA],
-                "clip": 1.0,
+                "grad_clip": 1.0,
                 "precision": precision,
             },
             "checkpoint": {"every_steps": steps},
@@ -67,7 +73,9 @@ def same_batches(steps: int, worlds: list[int]) -> bool:
     order = Order.build(config("torch", "fp32", steps).order, 0, SAMPLES, 64, SHAPE)
 
     def samples(world: int, step: int) -> list[int]:
-        batches = [order.batch_of(order.lanes_of(rank, world), *divmod(step, order.steps)) for rank in range(world)]
+        batches = [
+            order.batch_of(order.lanes_of(rank, world), *divmod(step, order.steps_per_epoch)) for rank in range(world)
+        ]
         return sorted(int(i) for batch in batches for i in batch.ids[batch.weights > 0])
 
     return all(samples(w, step) == samples(worlds[0], step) for w in worlds for step in range(steps))
@@ -87,7 +95,7 @@ def differences(run: Path, other: Path, steps: int) -> dict[str, float]:
 def moved(run: Path, steps: int) -> float:
     """How far training took the weights from where they began: what a difference is to be seen against."""
     saved = Saved(run / "checkpoints" / f"step-{steps:08d}", "model")
-    initial = dict(network_for(config("torch", "fp32", steps), SHAPE).named_parameters())
+    initial = dict(build_network_of(config("torch", "fp32", steps), SHAPE).named_parameters())
     return max(float((saved[name] - p.detach()).abs().max()) for name, p in initial.items())
 
 

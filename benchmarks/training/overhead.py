@@ -32,7 +32,7 @@ from udddm.diffusion.schedule import Coefficients
 from udddm.diffusion.schedule import build as build_process
 from udddm.objectives import pseudo_huber
 from udddm.runs.run import Run
-from udddm.training.trainer import Trainer, network_for
+from udddm.training.trainer import Trainer, build_network_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json
@@ -42,9 +42,9 @@ STORES = ("gpu", "pinned", "zarr")
 
 def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
     """A function that takes one step."""
-    process = build_process(config.process)
+    process = build_process(config.schedule)
     channels, height, width = images.shape[1:]
-    network = network_for(config, (channels, height, width))
+    network = build_network_of(config, (channels, height, width))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(network.parameters(), lr=config.train.learning_rate, fused=True)
     state = torch.randn_like(images)
@@ -52,7 +52,7 @@ def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
     batch, c = config.train.batch_size, 0.3
 
     def noised(x0: torch.Tensor, eps: torch.Tensor, at: Coefficients) -> torch.Tensor:
-        return at.signal[:, None, None, None] * x0 + at.noise[:, None, None, None] * eps
+        return at.alpha[:, None, None, None] * x0 + at.sigma[:, None, None, None] * eps
 
     def step() -> None:
         rows = torch.randint(len(images), (batch,))
@@ -79,7 +79,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12, help="steps of a round")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    config = configuration.load(
+    config = configuration.load_config(
         None,
         [
             "network={width: 32, multipliers: [1, 2], blocks: 1, attention: [], dropout: 0, condition: none}",

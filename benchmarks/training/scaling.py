@@ -55,7 +55,7 @@ def one_run(launcher: str, workers: int, run: Path, steps: int, engine: str) -> 
     from udddm import config as configuration
 
     preset = ROOT / "configs" / "digits.yaml"
-    chosen = configuration.load(
+    chosen = configuration.load_config(
         str(preset),
         [
             "objective={name: chain, huber_c: 1.5}",

@@ -19,7 +19,7 @@ from udddm.backends.engines.ddp import TorchEngine
 from udddm.config import resolve
 from udddm.runs.weights import Saved, share_out
 from udddm.testing.ranks import Copy, on_ranks
-from udddm.training.trainer import network_for
+from udddm.training.trainer import build_network_of
 
 SHAPE = (1, 8, 8)
 NETWORK = {"width": 8, "multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0}
@@ -35,7 +35,7 @@ def config(name: str = "torch", **train: Any) -> RunConfig:
         {
             "network": NETWORK,
             "engine": ENGINES[name],
-            "train": {"steps": 8, "batch_size": 64, "learning_rate": 1e-3, "ema": [0.9], "clip": 1.0, **train},
+            "train": {"steps": 8, "batch_size": 64, "learning_rate": 1e-3, "ema": [0.9], "grad_clip": 1.0, **train},
             "checkpoint": {"every_steps": 4},
             "sample": {"every_steps": 0, "final": 5},
             "log_every_steps": 4,
@@ -159,7 +159,7 @@ class HalfSteps:
 
         kind = type(get_accelerator())
         kind.is_fp16_supported = lambda self: True
-        built = base.build(network_for(self.config, SHAPE), self.config, ranks, 8)
+        built = base.build(build_network_of(self.config, SHAPE), self.config, ranks, 8)
         if self.good:
             built._load_scale(2.0**10, self.good)
         for step in range(3):
@@ -168,11 +168,11 @@ class HalfSteps:
             with built.micro_batch(last=True):
                 with built.autocast():
                     loss = (built.module(x, torch.ones(32), x, None) - x).square().mean() * 0.1
-                built.backward(loss / ranks.world)
+                built.backward(loss / ranks.world_size)
             built.step(step)
         saved = {f"{key}/{name}": m for key, pieces in built.moments().items() for name, m in pieces.items()}
         whole = {n: built.whole({n.partition("/")[2]: m}, n.partition("/")[2], to=0) for n, m in saved.items()}
-        if ranks.first:
+        if ranks.is_rank_zero:
             save_file({n: m for n, m in whole.items() if m is not None} | built.scalars(), self.target)
 
 
@@ -231,7 +231,7 @@ class Stays(torch.nn.Linear):
 class StartsOnAGPU:
     def __call__(self, ranks: Ranks) -> None:
         ddp.DistributedDataParallel = OnAGPU
-        there = Ranks(ranks.rank, ranks.world, torch.device("cuda", 0))
+        there = Ranks(ranks.rank, ranks.world_size, torch.device("cuda", 0))
         built = TorchEngine(Stays(3, 2), config().train, there, 8)
         built.backward_and_step(built.module(torch.ones(4, 3)).square().mean(), 0)
         assert all(bool(moment.any()) for moment in built.moments()["exp_avg"].values())
@@ -245,7 +245,7 @@ def test_bf16_keeps_unrounded_master_weights(tmp_path: Path) -> None:
     """EMA and masters begin at the float32 initial weights, not at what DeepSpeed made of their bf16 copies."""
     run = train(tmp_path / "run", "zero1", 2, precision="bf16", learning_rate=1e-12)
     chosen = config()
-    initial = dict(network_for(chosen, SHAPE).named_parameters())
+    initial = dict(build_network_of(chosen, SHAPE).named_parameters())
     for kind in ("model", "ema-0.9"):
         saved = Saved(run / "checkpoints" / "step-00000008", kind)
         assert max(float((saved[n] - p.detach()).abs().max()) for n, p in initial.items()) < 1e-9

@@ -100,7 +100,7 @@ def test_the_rayjob_s_command_is_one_of_ours() -> None:
     assert entry[0] == "udddm-train"
     arguments = cli._train_parser().parse_args(entry[1:])
     here = EXAMPLES.parent / Path(arguments.config).relative_to("/home/ray/udddm")
-    lanes = config.load(str(here), []).order.lanes
+    lanes = config.load_config(str(here), []).order.lanes
     assert any(lanes % workers == 0 for workers in range(arguments.workers[0], arguments.workers[1] + 1))
 
 

@@ -18,7 +18,7 @@ import torch
 import udddm
 from udddm import ConfigError
 from udddm.backends.distributed.ranks import RENDEZVOUS, Ranks, Vote, _gpu
-from udddm.backends.launchers.base import Job, cause, check_versions, sendable, versions
+from udddm.backends.launchers.base import Job, check_versions, picklable, root_cause, versions
 from udddm.config import resolve
 from udddm.errors import DataError, Interrupted, RankError, WorkerLost
 
@@ -170,13 +170,13 @@ def job(workers: tuple[int, int]) -> Job:
 
 
 def test_as_many_workers_as_fit_and_divide_the_lanes() -> None:
-    assert job((1, 8)).fitting(8) == 8
-    assert job((1, 8)).fitting(7) == 4
-    assert job((2, 6)).fitting(100) == 4
+    assert job((1, 8)).resolve_num_workers(8) == 8
+    assert job((1, 8)).resolve_num_workers(7) == 4
+    assert job((2, 6)).resolve_num_workers(100) == 4
     with pytest.raises(ConfigError, match="room for 1 worker here"):
-        job((2, 4)).fitting(1)
+        job((2, 4)).resolve_num_workers(1)
     with pytest.raises(ConfigError, match=r"order\.lanes"):
-        job((5, 7)).fitting(100)
+        job((5, 7)).resolve_num_workers(100)
 
 
 def test_another_version_on_a_worker_is_named() -> None:
@@ -187,7 +187,7 @@ def test_another_version_on_a_worker_is_named() -> None:
 
 def test_the_first_cause_of_several_ranks_errors_is_told() -> None:
     first = DataError("sample 3 is broken")
-    assert cause([RankError("rank 1: sample 3 is broken"), WorkerLost("killed"), first]) is first
+    assert root_cause([RankError("rank 1: sample 3 is broken"), WorkerLost("killed"), first]) is first
 
 
 def test_errors_cross_processes() -> None:
@@ -195,8 +195,8 @@ def test_errors_cross_processes() -> None:
         def __init__(self, a: int, b: int):
             super().__init__(f"{a} and {b}")
 
-    assert "Odd: 1 and 2" in str(sendable(Odd(1, 2)))
-    stopped = sendable(Interrupted(signal.SIGTERM, 7))
+    assert "Odd: 1 and 2" in str(picklable(Odd(1, 2)))
+    stopped = picklable(Interrupted(signal.SIGTERM, 7))
     assert isinstance(stopped, Interrupted) and stopped.exit_code == 143
 
 
@@ -217,7 +217,13 @@ def test_a_data_set_factory_runs_in_the_workers(tmp_path: Path) -> None:
     """A function is called in every worker; an object is sent to them."""
     config = resolve(
         {
-            "network": {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "condition": "none"},
+            "network": {
+                "base_channels": 8,
+                "channel_mult": [1],
+                "blocks_per_level": 1,
+                "attention_resolutions": [],
+                "condition": "none",
+            },
             "train": {"steps": 3, "batch_size": 32, "ema": [0.9]},
             "sample": {"every_steps": 0},
         }

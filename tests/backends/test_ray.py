@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from udddm.runs import remote
-from udddm.storage.base import open_objects
+from udddm.storage.base import open_object_store
 from udddm.testing.cluster import BIN, Cluster, free_port, running
 from udddm.testing.s3 import BUCKET, S3Server
 
@@ -140,7 +140,7 @@ def test_a_lost_node_is_replaced_and_no_disk_was_needed(cluster: Cluster, s3_ser
     with pytest.MonkeyPatch.context() as patch:
         for name, value in s3_server.environment().items():
             patch.setenv(name, value)
-        objects = open_objects(url)
+        objects = open_object_store(url)
         deadline = time.monotonic() + 150
         while not objects.exists("checkpoints/step-00000030/manifest.json"):
             if job.poll() is not None or time.monotonic() > deadline:

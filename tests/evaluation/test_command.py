@@ -27,9 +27,16 @@ from udddm.evaluation.features import FeatureNetwork, load_features
 YARDSTICK = Path(__file__).parents[2] / "benchmarks" / "yardstick"
 TINY: dict[str, Any] = {
     "data": {"name": "digits"},
-    "process": {"kind": "ve", "sigma_min": 0.05, "sigma_max": 30.0},
-    "network": {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.0, "condition": "none"},
-    "train": {"steps": 4, "batch_size": 32, "threads": 1},
+    "schedule": {"kind": "ve", "sigma_min": 0.05, "sigma_max": 30.0},
+    "network": {
+        "base_channels": 8,
+        "channel_mult": [1],
+        "blocks_per_level": 1,
+        "attention_resolutions": [],
+        "dropout": 0.0,
+        "condition": "none",
+    },
+    "train": {"steps": 4, "batch_size": 32, "torch_threads": 1},
     "sample": {"every_steps": 0},
 }
 

@@ -12,7 +12,13 @@ from udddm.networks.cost import cost
 
 
 def tiny(**changes: Any) -> NetworkConfig:
-    settings: dict[str, Any] = {"width": 8, "multipliers": (1,), "blocks": 1, "attention": (), "condition": "none"}
+    settings: dict[str, Any] = {
+        "base_channels": 8,
+        "channel_mult": (1,),
+        "blocks_per_level": 1,
+        "attention_resolutions": (),
+        "condition": "none",
+    }
     return NetworkConfig(**(settings | changes))
 
 
@@ -46,7 +52,7 @@ def test_operations_are_those_of_a_count_by_hand() -> None:
         tiny(),
         tiny(classes=10),
         tiny(condition="cross-attention"),
-        tiny(multipliers=(1, 2), attention=(4,), patch=2),
+        tiny(channel_mult=(1, 2), attention_resolutions=(4,), patch=2),
     ],
 )
 def test_parameters_are_those_of_the_network(config: NetworkConfig) -> None:

@@ -16,12 +16,23 @@ from udddm.networks.blocks import NoiseEmbedding, divisor, group_norm
 Shape = tuple[int, int, int]
 
 PAPER = NetworkConfig(
-    width=128, multipliers=(1, 2, 2, 2), blocks=3, attention=(16, 8), dropout=0.3, condition="cross-attention"
+    base_channels=128,
+    channel_mult=(1, 2, 2, 2),
+    blocks_per_level=3,
+    attention_resolutions=(16, 8),
+    dropout=0.3,
+    condition="cross-attention",
 )
 
 
 def small(**changes: Any) -> NetworkConfig:
-    settings: dict[str, Any] = {"width": 8, "multipliers": (1, 2), "blocks": 1, "attention": (4,), "dropout": 0.0}
+    settings: dict[str, Any] = {
+        "base_channels": 8,
+        "channel_mult": (1, 2),
+        "blocks_per_level": 1,
+        "attention_resolutions": (4,),
+        "dropout": 0.0,
+    }
     return NetworkConfig(**(settings | changes))
 
 
@@ -44,7 +55,7 @@ def inputs(shape: Shape, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, t
 
 @pytest.mark.parametrize("condition", ["none", "cross-attention"])
 @pytest.mark.parametrize(
-    ("shape", "multipliers", "attention"),
+    ("shape", "channel_mult", "attention"),
     [
         ((1, 8, 8), (1, 2), (4,)),
         ((1, 28, 28), (1, 2, 2), (14, 7)),
@@ -56,9 +67,9 @@ def inputs(shape: Shape, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, t
     ],
 )
 def test_output_has_the_shape_of_the_input(
-    shape: Shape, multipliers: tuple[int, ...], attention: tuple[int, ...], condition: str
+    shape: Shape, channel_mult: tuple[int, ...], attention: tuple[int, ...], condition: str
 ) -> None:
-    network = awake(small(multipliers=multipliers, attention=attention, condition=condition), shape)
+    network = awake(small(channel_mult=channel_mult, attention_resolutions=attention, condition=condition), shape)
     x, level, image = inputs(shape)
     out = network(x, level, image)
     assert out.shape == x.shape
@@ -69,7 +80,7 @@ def test_output_has_the_shape_of_the_input(
 
 def test_every_parameter_gets_a_gradient() -> None:
     shape = (3, 10, 13)
-    network = awake(small(attention=(10, 5), classes=3, blocks=2, multipliers=(1, 2)), shape)
+    network = awake(small(attention_resolutions=(10, 5), classes=3, blocks_per_level=2, channel_mult=(1, 2)), shape)
     x, level, image = inputs(shape, batch=4)
     network(x, level, image, torch.tensor([0, 1, 2, 3])).square().sum().backward()
     without = [name for name, p in network.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-7]
@@ -105,7 +116,7 @@ def test_blocks_start_as_the_identity() -> None:
 
 def test_padding_is_cropped_where_it_was_added() -> None:
     shape = (2, 5, 10)
-    network = build(small(multipliers=(1, 1, 1), attention=()), shape, max_frequency=16.0, seed=0)
+    network = build(small(channel_mult=(1, 1, 1), attention_resolutions=()), shape, max_frequency=16.0, seed=0)
     padded: list[torch.Tensor] = []
     network.stem.register_forward_hook(lambda _module, given, _output: padded.append(given[0]))
     network.conv_out.register_forward_hook(lambda _module, _given, _output: padded[-1])
@@ -116,7 +127,7 @@ def test_padding_is_cropped_where_it_was_added() -> None:
 
 @pytest.mark.parametrize(("shape", "attention"), [((1, 8, 8), (4,)), ((2, 9, 7), (5,)), ((1, 8, 8), ())])
 def test_every_pixel_of_the_condition_matters(shape: Shape, attention: tuple[int, ...]) -> None:
-    network = awake(small(attention=attention), shape)
+    network = awake(small(attention_resolutions=attention), shape)
     x, level, image = inputs(shape)
     image.requires_grad_()
     network(x, level, image).square().sum().backward()
@@ -227,14 +238,14 @@ def test_network_cast_to_bfloat16_runs() -> None:
 
 
 def test_embedding_cast_to_bfloat16_keeps_its_frequencies() -> None:
-    embedding = build(small(width=64), (1, 8, 8), max_frequency=1.0, seed=0).noise_embedding
+    embedding = build(small(base_channels=64), (1, 8, 8), max_frequency=1.0, seed=0).noise_embedding
     level = torch.tensor([811.25, 811.5])  # equal in bfloat16
     exact = embedding(level)
     assert (embedding.bfloat16()(level) - exact).norm() < 0.02 * exact.norm()
 
 
 def test_channels_last_gives_the_same_output() -> None:
-    network = awake(small(multipliers=(1, 2, 2), attention=(8, 4)), (3, 16, 16))
+    network = awake(small(channel_mult=(1, 2, 2), attention_resolutions=(8, 4)), (3, 16, 16))
     x, level, image = inputs((3, 16, 16))
     expected = network(x, level, image)
     network = network.to(memory_format=torch.channels_last)
@@ -244,7 +255,7 @@ def test_channels_last_gives_the_same_output() -> None:
 
 def test_forward_is_one_graph() -> None:
     """torch.compile needs no graph break: nothing in the forward pass depends on the values."""
-    network = awake(small(classes=2, attention=(5,)), (1, 9, 9))
+    network = awake(small(classes=2, attention_resolutions=(5,)), (1, 9, 9))
     x, level, image = inputs((1, 9, 9))
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, level, image), network(x, level, image))
@@ -277,15 +288,15 @@ def test_build_leaves_the_global_generator_alone() -> None:
     build(small(), (1, 8, 8), max_frequency=1.0, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
     with pytest.raises(ValueError, match="no stage has side"):
-        build(small(attention=(3,)), (1, 8, 8), max_frequency=1.0, seed=0)
+        build(small(attention_resolutions=(3,)), (1, 8, 8), max_frequency=1.0, seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_attention_that_no_stage_reaches_names_the_sides() -> None:
     with pytest.raises(ValueError, match=r"no stage has side 16; images of 8x8 pixels give 2 stages with sides 8, 4"):
-        UNet(small(attention=(16, 4)), (1, 8, 8))
+        UNet(small(attention_resolutions=(16, 4)), (1, 8, 8))
     with pytest.raises(ValueError, match=r"side 7; images of 28x30 pixels, padded to 32x32 give 4 .* 32, 16, 8, 4"):
-        UNet(small(multipliers=(1, 1, 1, 1), attention=(7,)), (1, 28, 30))
+        UNet(small(channel_mult=(1, 1, 1, 1), attention_resolutions=(7,)), (1, 28, 30))
 
 
 @pytest.mark.parametrize("side", [25, 28, 32])
@@ -318,7 +329,7 @@ def test_divisor() -> None:
     ],
 )
 def test_parameter_counts_of_the_paper_configuration(blocks: int, condition: str, count: int) -> None:
-    config = PAPER.model_copy(update={"blocks": blocks, "condition": condition})
+    config = PAPER.model_copy(update={"blocks_per_level": blocks, "condition": condition})
     with torch.device("meta"):
         network = UNet(config, (3, 32, 32))
     assert sum(math.prod(parameter.shape) for parameter in network.parameters()) == count
@@ -339,7 +350,13 @@ def test_paper_configuration_trains() -> None:
 def test_patches_are_taken_apart_and_put_together_again(side: int) -> None:
     """Pixel unshuffle: stages are `patch` times smaller, images come out whole, and every pixel can matter to each."""
     config = NetworkConfig(
-        patch=2, width=8, multipliers=(1, 2), blocks=1, attention=(4,), dropout=0.0, condition="cross-attention"
+        patch=2,
+        base_channels=8,
+        channel_mult=(1, 2),
+        blocks_per_level=1,
+        attention_resolutions=(4,),
+        dropout=0.0,
+        condition="cross-attention",
     )
     network = build(config, (1, side, side), max_frequency=16.0, seed=0)
     with torch.no_grad():

@@ -9,30 +9,30 @@ from torch import nn
 
 from udddm import objectives, rng
 from udddm.config import resolve
-from udddm.diffusion.schedule import Coefficients, Process
+from udddm.diffusion.schedule import Coefficients, NoiseSchedule
 from udddm.diffusion.schedule import build as build_process
-from udddm.objectives import AlgorithmOne
+from udddm.objectives import UDDM
 from udddm.objectives.base import Visits
 
 SHAPE = (1, 4, 4)
 SEED, C = 11, 0.00015
 
 
-def algorithm(timesteps: int = 20, kind: str = "ve") -> tuple[AlgorithmOne, Process]:
+def algorithm(timesteps: int = 20, kind: str = "ve") -> tuple[UDDM, NoiseSchedule]:
     config = resolve(
         {
             "seed": SEED,
-            "process": {"kind": kind, "timesteps": timesteps},
-            "objective": {"name": "algorithm-1", "huber_c": C},
+            "schedule": {"kind": kind, "timesteps": timesteps},
+            "objective": {"name": "uddm", "huber_c": C},
         }
     )
-    process = build_process(config.process)
+    process = build_process(config.schedule)
     chosen = objectives.build(config, process, 10, (1, 4, 4))
-    assert isinstance(chosen, AlgorithmOne)
+    assert isinstance(chosen, UDDM)
     return chosen, process
 
 
-def times(visits: Visits, process: Process) -> np.ndarray:
+def times(visits: Visits, process: NoiseSchedule) -> np.ndarray:
     """The integers t of a plan, from the noise levels that the device gets."""
     sigma = visits.coefficients[1].double() / visits.coefficients[0].double()
     t = process.time(sigma.numpy())
@@ -77,9 +77,9 @@ def test_x0_weighs_1_over_n_plus_1_where_n_is_the_epoch() -> None:
     chosen, _ = algorithm()
     for epoch in (0, 1, 9, 399):
         visits = chosen.plan(np.arange(3), epoch)
-        np.testing.assert_allclose(visits.guide, np.full(3, 1 / (epoch + 1)), rtol=1e-7)
+        np.testing.assert_allclose(visits.x0_weight, np.full(3, 1 / (epoch + 1)), rtol=1e-7)
         assert visits.weight.tolist() == [1, 1, 1]
-        assert len(visits.fresh) == 0
+        assert len(visits.teacher_rows) == 0
 
 
 def test_a_plan_is_a_pure_function_of_each_sample() -> None:
@@ -88,7 +88,7 @@ def test_a_plan_is_a_pure_function_of_each_sample() -> None:
     whole, part = chosen.plan(ids, 3), algorithm()[0].plan(ids[10:20], 3)
     assert torch.equal(whole.coefficients[:, 10:20], part.coefficients)
     assert torch.equal(whole.noise_key[10:20], part.noise_key)
-    assert torch.equal(whole.guide[10:20], part.guide)
+    assert torch.equal(whole.x0_weight[10:20], part.x0_weight)
 
 
 def test_a_visit_is_the_algorithm_s_three_lines() -> None:
@@ -99,8 +99,8 @@ def test_a_visit_is_the_algorithm_s_three_lines() -> None:
     a = Coefficients(*visits.coefficients)
     eps = rng.normal(visits.noise_key, SHAPE)
     for i in range(6):
-        xt = a.signal[i] * x0[i] + a.noise[i] * eps[i]
-        f = a.skip[i] * xt + a.out[i] * torch.tanh(0.7 * a.scale[i] * xt + 0.3 * state[i] + a.embedding[i])
+        xt = a.alpha[i] * x0[i] + a.sigma[i] * eps[i]
+        f = a.c_skip[i] * xt + a.c_out[i] * torch.tanh(0.7 * a.c_in[i] * xt + 0.3 * state[i] + a.c_noise[i])
         d = [float(((f - y).double().square().sum() + C**2).sqrt() - C) for y in (x0[i], state[i])]
         torch.testing.assert_close(new_state[i], f.detach(), rtol=1e-5, atol=1e-5)
         np.testing.assert_allclose(losses[i].item(), d[0] / 3 + d[1] * 2 / 3, rtol=1e-5)

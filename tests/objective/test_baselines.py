@@ -15,16 +15,16 @@ from torch._dynamo.backends.registry import lookup_backend
 from udddm import api, objectives, rng
 from udddm.backends.distributed.ranks import Ranks
 from udddm.backends.engines.ddp import TorchEngine
-from udddm.config import ConsistencyConfig, DenoiserConfig, ProcessConfig, TuningConfig, resolve
+from udddm.config import ECTConfig, EDMConfig, ICTConfig, ScheduleConfig, resolve
 from udddm.diffusion import samplers
-from udddm.diffusion.schedule import Coefficients, Process, build
-from udddm.objectives import Consistency, Denoiser, pseudo_huber
-from udddm.objectives.ect import Tuning
-from udddm.training.trainer import network_for
+from udddm.diffusion.schedule import Coefficients, NoiseSchedule, build
+from udddm.objectives import EDM, ICT, pseudo_huber
+from udddm.objectives.ect import ECT
+from udddm.training.trainer import build_network_of
 
 IDS = np.arange(4000)
 SHAPE = (1, 4, 4)
-PROCESSES = pytest.mark.parametrize("process", [build(ProcessConfig(kind="ve")), build(ProcessConfig(kind="vp"))])
+PROCESSES = pytest.mark.parametrize("process", [build(ScheduleConfig(kind="ve")), build(ScheduleConfig(kind="vp"))])
 
 
 class Network(nn.Module):
@@ -38,15 +38,15 @@ class Network(nn.Module):
         return torch.tanh(self.weight * x + level[:, None, None, None])
 
 
-def sigmas(process: Process, coefficients: torch.Tensor) -> np.ndarray:
+def sigmas(process: NoiseSchedule, coefficients: torch.Tensor) -> np.ndarray:
     at = Coefficients(*coefficients)
-    return (at.noise / at.signal).double().numpy()
+    return (at.sigma / at.alpha).double().numpy()
 
 
 @PROCESSES
-def test_ict_levels_double_and_the_teacher_is_one_level_below(process: Process) -> None:
-    config = ConsistencyConfig(first=10, last=1280)
-    one = Consistency(process, config, 0.1, 3, 160, False)
+def test_ict_levels_double_and_the_teacher_is_one_level_below(process: NoiseSchedule) -> None:
+    config = ICTConfig(s0=10, s1=1280)
+    one = ICT(process, config, 0.1, 3, 160, False)
     counts = [one.levels(epoch) for epoch in range(160)]
     assert sorted(set(counts)) == [10 * 2**i for i in range(8)]
     assert all(counts.count(n) == 20 for n in set(counts))  # equal shares of the run
@@ -56,9 +56,9 @@ def test_ict_levels_double_and_the_teacher_is_one_level_below(process: Process) 
         at = sigmas(process, visits.coefficients)
         k = np.abs(at[:, None].clip(0, 80) - levels[None]).argmin(1)
         assert k.min() == 1
-        np.testing.assert_allclose(visits.guide.numpy(), k == 1)
-        assert np.array_equal(visits.fresh.numpy(), np.flatnonzero(k > 1))
-        below = sigmas(process, visits.fresh_coefficients)
+        np.testing.assert_allclose(visits.x0_weight.numpy(), k == 1)
+        assert np.array_equal(visits.teacher_rows.numpy(), np.flatnonzero(k > 1))
+        below = sigmas(process, visits.teacher_coefficients)
         np.testing.assert_allclose(below, levels[k[k > 1] - 1], rtol=1e-4)
         np.testing.assert_allclose(
             visits.weight.numpy(), 1 / (levels[k] - np.where(k > 0, levels[k - 1], 0)), rtol=1e-4
@@ -67,8 +67,8 @@ def test_ict_levels_double_and_the_teacher_is_one_level_below(process: Process) 
 
 def test_ict_draws_levels_lognormally() -> None:
     """The share of each level is the normal probability of its interval of ln sigma, mean -1.1, deviation 2."""
-    process = build(ProcessConfig(kind="ve", sigma_min=0.002, sigma_max=80))
-    visits = Consistency(process, ConsistencyConfig(first=20, last=20), 0.1, 3, 10, False).plan(np.arange(40_000), 0)
+    process = build(ScheduleConfig(kind="ve", sigma_min=0.002, sigma_max=80))
+    visits = ICT(process, ICTConfig(s0=20, s1=20), 0.1, 3, 10, False).plan(np.arange(40_000), 0)
     log_levels = np.log(process.sigma(process.levels(20)))
     k = np.abs(np.log(sigmas(process, visits.coefficients))[:, None] - log_levels[None]).argmin(1)
     seen = np.bincount(k, minlength=21)[1:] / 40_000
@@ -78,9 +78,9 @@ def test_ict_draws_levels_lognormally() -> None:
 
 
 @PROCESSES
-def test_ect_gap_shrinks_by_its_formula(process: Process) -> None:
-    config = TuningConfig(stages=4)
-    one = Tuning(process, config, 0.1, 3, 40, False)
+def test_ect_gap_shrinks_by_its_formula(process: NoiseSchedule) -> None:
+    config = ECTConfig(stages=4)
+    one = ECT(process, config, 0.1, 3, 40, False)
     gaps = []
     for epoch, a in ((0, 1), (10, 2), (39, 4)):
         sigma, r, stored, _ = one.visit(IDS, epoch)
@@ -89,8 +89,8 @@ def test_ect_gap_shrinks_by_its_formula(process: Process) -> None:
         np.testing.assert_allclose(r, np.where(formula < process.lowest, 0, formula), rtol=1e-9)
         visits = one.plan(IDS, epoch)
         np.testing.assert_allclose(sigmas(process, visits.coefficients), sigma, rtol=2e-3)
-        np.testing.assert_allclose(sigmas(process, visits.fresh_coefficients), r[r > 0], rtol=2e-3)
-        np.testing.assert_allclose(visits.guide.numpy(), r == 0)
+        np.testing.assert_allclose(sigmas(process, visits.teacher_coefficients), r[r > 0], rtol=2e-3)
+        np.testing.assert_allclose(visits.x0_weight.numpy(), r == 0)
         np.testing.assert_allclose(visits.weight.numpy(), 1 / (sigma - r), rtol=1e-5)
         gaps.append((1 - r / sigma).mean())
     assert gaps[0] > gaps[1] > 1.5 * gaps[2]
@@ -98,9 +98,9 @@ def test_ect_gap_shrinks_by_its_formula(process: Process) -> None:
 
 @PROCESSES
 @pytest.mark.parametrize("length", [2, 3])
-def test_a_tuned_chain_takes_its_targets_from_the_visit_before(process: Process, length: int) -> None:
+def test_a_tuned_chain_takes_its_targets_from_the_visit_before(process: NoiseSchedule, length: int) -> None:
     """A stored target is f at r, with the noise of this visit: what the sample's last visit left in the store."""
-    one = Tuning(process, TuningConfig(stages=2, length=length), 0.1, 3, 20, False)
+    one = ECT(process, ECTConfig(stages=2, length=length), 0.1, 3, 20, False)
     shares = []
     before = one.visit(IDS, 0)
     assert not before[2].any()
@@ -109,7 +109,7 @@ def test_a_tuned_chain_takes_its_targets_from_the_visit_before(process: Process,
         np.testing.assert_allclose(r[stored], before[0][stored], rtol=1e-6)
         assert (key[stored] == before[3][stored]).all() and sigma.max() <= process.highest
         visits = one.plan(IDS, epoch)
-        assert not stored[visits.fresh.numpy()].any() and not visits.guide.numpy()[stored].any()
+        assert not stored[visits.teacher_rows.numpy()].any() and not visits.x0_weight.numpy()[stored].any()
         shares.append(stored.mean())
         before = sigma, r, stored, key
     assert shares[9] == 0  # another stage, other gaps: no state is of use
@@ -118,12 +118,12 @@ def test_a_tuned_chain_takes_its_targets_from_the_visit_before(process: Process,
 
 
 @PROCESSES
-@pytest.mark.parametrize("name", ["consistency", "tuning", "denoiser"])
-def test_loss_and_next_state_by_definition(process: Process, name: str) -> None:
+@pytest.mark.parametrize("name", ["ict", "ect", "edm"])
+def test_loss_and_next_state_by_definition(process: NoiseSchedule, name: str) -> None:
     made: dict[str, Any] = {
-        "consistency": Consistency(process, ConsistencyConfig(), 0.3, 3, 40, False),
-        "tuning": Tuning(process, TuningConfig(), 0.3, 3, 40, False),
-        "denoiser": Denoiser(process, DenoiserConfig(), 3, 16, False),
+        "ict": ICT(process, ICTConfig(), 0.3, 3, 40, False),
+        "ect": ECT(process, ECTConfig(), 0.3, 3, 40, False),
+        "edm": EDM(process, EDMConfig(), 3, 16, False),
     }
     one, network = made[name], Network()
     ids = np.arange(50)
@@ -134,15 +134,15 @@ def test_loss_and_next_state_by_definition(process: Process, name: str) -> None:
     eps = rng.normal(visits.noise_key, SHAPE)
 
     def f(at: Coefficients, rows: Any) -> torch.Tensor:
-        scale, signal, deviation = (v[:, None, None, None] for v in (at.scale, at.signal, at.noise))
+        scale, signal, deviation = (v[:, None, None, None] for v in (at.c_in, at.alpha, at.sigma))
         xt = signal * x0[rows] + deviation * eps[rows]
-        answer = torch.tanh(0.7 * scale * xt + at.embedding[:, None, None, None])
-        return at.skip[:, None, None, None] * xt + at.out[:, None, None, None] * answer
+        answer = torch.tanh(0.7 * scale * xt + at.c_noise[:, None, None, None])
+        return at.c_skip[:, None, None, None] * xt + at.c_out[:, None, None, None] * answer
 
     output = f(Coefficients(*visits.coefficients), slice(None))
     torch.testing.assert_close(after, output)
     assert not after.requires_grad
-    if name == "denoiser":
+    if name == "edm":
         sigma = torch.from_numpy(sigmas(process, visits.coefficients)).float()
         edm = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
         torch.testing.assert_close(losses, edm * (output - x0).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-5)
@@ -157,11 +157,11 @@ def test_loss_and_next_state_by_definition(process: Process, name: str) -> None:
 
 
 def test_plans_are_functions_of_seed_sample_and_epoch() -> None:
-    process = build(ProcessConfig())
+    process = build(ScheduleConfig())
     for kind in (
-        lambda seed: Consistency(process, ConsistencyConfig(), 0.1, seed, 40, True),
-        lambda seed: Tuning(process, TuningConfig(), 0.1, seed, 40, True),
-        lambda seed: Denoiser(process, DenoiserConfig(), seed, 16, True),
+        lambda seed: ICT(process, ICTConfig(), 0.1, seed, 40, True),
+        lambda seed: ECT(process, ECTConfig(), 0.1, seed, 40, True),
+        lambda seed: EDM(process, EDMConfig(), seed, 16, True),
     ):
         a, some = kind(3).plan(IDS, 7), kind(3).plan(IDS[[5, 900]], 7)
         assert torch.equal(a.coefficients[:, [5, 900]], some.coefficients)
@@ -197,7 +197,7 @@ DROPPING: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("settings", DROPPING.values(), ids=DROPPING)
 def test_teacher_and_student_drop_the_same_units_of_every_row(settings: dict[str, Any]) -> None:
     config = resolve({"objective": settings, "network": {"dropout": 0.3}})
-    process = build(config.process)
+    process = build(config.schedule)
     one, network = objectives.build(config, process, 40, SHAPE), Probe()
     images, ids = torch.zeros(64, *SHAPE), np.arange(64)
     partly = 0
@@ -206,24 +206,24 @@ def test_teacher_and_student_drop_the_same_units_of_every_row(settings: dict[str
         network.calls.clear()
         torch.manual_seed(epoch)
         one(network, images, images, visits)
-        if not len(visits.fresh):
+        if not len(visits.teacher_rows):
             assert len(network.calls) == 1
             continue
-        partly += len(visits.fresh) < 64
+        partly += len(visits.teacher_rows) < 64
         (below, first), (level, second) = network.calls
         for a, b in zip(first, second, strict=True):
             assert a.shape == b.shape and torch.equal(a, b) and not a.all()
         assert torch.equal(level, visits.coefficients[5])
-        assert torch.equal(below[visits.fresh], visits.fresh_coefficients[5])
+        assert torch.equal(below[visits.teacher_rows], visits.teacher_coefficients[5])
     assert partly
 
 
-@pytest.mark.parametrize("name", ["consistency", "tuning", "chain"])
+@pytest.mark.parametrize("name", ["ict", "ect", "chain"])
 def test_without_dropout_only_the_rows_that_need_it_are_evaluated(name: str) -> None:
     """With the targets of a teacher that evaluates every row."""
-    tree = {"objective": {"name": name, "warmup": 0.0}, "network": {"dropout": 0.0}, "train": {"steps": 1}}
+    tree = {"objective": {"name": name, "pretrain": 0.0}, "network": {"dropout": 0.0}, "train": {"steps": 1}}
     config, compiled = resolve(tree), resolve({**tree, "train": {"steps": 1, "compile": True}})
-    one, other = (objectives.build(c, build(c.process), 40, SHAPE) for c in (config, compiled))
+    one, other = (objectives.build(c, build(c.schedule), 40, SHAPE) for c in (config, compiled))
     g = torch.Generator().manual_seed(0)
     for epoch in range(40):
         for batch in (50, 7, 1):
@@ -232,12 +232,12 @@ def test_without_dropout_only_the_rows_that_need_it_are_evaluated(name: str) -> 
             visits, network = one.plan(ids, epoch), Network()
             losses, _ = one(network, images, state, visits)
             torch.testing.assert_close(losses, other(Network(), images, state, visits)[0])
-            fresh = len(visits.fresh)
+            fresh = len(visits.teacher_rows)
             assert network.calls == [*([(fresh, False)] if fresh else []), (batch, True)]
             assert one.evaluated(visits) == fresh and other.evaluated(visits) == (batch if fresh else 0)
 
 
-@pytest.mark.parametrize("settings", [*DROPPING.values(), {"name": "denoiser"}], ids=[*DROPPING, "denoiser"])
+@pytest.mark.parametrize("settings", [*DROPPING.values(), {"name": "denoiser"}], ids=[*DROPPING, "edm"])
 def test_the_network_is_compiled_whole_and_once_for_each_of_two_passes(settings: dict[str, Any]) -> None:
     """Whatever the number of rows that need a teacher, the epoch, the levels and the classes."""
     graphs: list[object] = []
@@ -248,10 +248,10 @@ def test_the_network_is_compiled_whole_and_once_for_each_of_two_passes(settings:
 
     network = {"width": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "dropout": 0.1, "classes": 3}
     config = resolve({"objective": settings, "network": network, "train": {"steps": 1, "compile": True}})
-    process = build(config.process)
+    process = build(config.schedule)
     one = objectives.build(config, process, 40, SHAPE)
     torch._dynamo.reset()
-    compiled = torch.compile(network_for(config, SHAPE), backend=compiler, fullgraph=True)
+    compiled = torch.compile(build_network_of(config, SHAPE), backend=compiler, fullgraph=True)
     for epoch in range(0, 40, 2):
         ids = np.arange(16) + 16 * epoch
         x0 = torch.zeros(16, *SHAPE)
@@ -262,16 +262,16 @@ def test_the_network_is_compiled_whole_and_once_for_each_of_two_passes(settings:
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("name", ["chain", "consistency", "tuning"])
+@pytest.mark.parametrize("name", ["chain", "ict", "ect"])
 def test_every_parameter_has_a_gradient_after_a_teachers_call_under_autocast(name: str, dropout: float) -> None:
     """Torch before 2.11 would give the trained call the casts that the teacher's made, which have none."""
     network = {"width": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "dropout": dropout}
     train = {"steps": 8, "precision": "bf16"}
-    config = resolve({"objective": {"name": name, "warmup": 0}, "network": network, "train": train})
-    one = objectives.build(config, build(config.process), 40, SHAPE)
-    built = TorchEngine(network_for(config, SHAPE), config.train, Ranks(0, 1, torch.device("cpu")), 8)
+    config = resolve({"objective": {"name": name, "pretrain": 0}, "network": network, "train": train})
+    one = objectives.build(config, build(config.schedule), 40, SHAPE)
+    built = TorchEngine(build_network_of(config, SHAPE), config.train, Ranks(0, 1, torch.device("cpu")), 8)
     x0, visits = torch.zeros(16, *SHAPE), one.plan(np.arange(16), 30)
-    assert len(visits.fresh)
+    assert len(visits.teacher_rows)
     with built.autocast():
         losses, _ = one(built.module, x0, x0, visits)
     built.backward(losses.mean())
@@ -279,17 +279,17 @@ def test_every_parameter_has_a_gradient_after_a_teachers_call_under_autocast(nam
 
 
 def test_where_calls_exchange_weights_every_step_has_two() -> None:
-    process = build(ProcessConfig())
+    process = build(ScheduleConfig())
     for every_row in (False, True):
         teacher = objectives.Teacher(every_row=every_row, lockstep=True)
-        one, network = Denoiser(process, DenoiserConfig(), 3, 16, False, teacher), Network()
+        one, network = EDM(process, EDMConfig(), 3, 16, False, teacher), Network()
         images = torch.zeros(50, *SHAPE)
         one(network, images, images, one.plan(np.arange(50), 0))
         assert network.calls == [(1, False), (50, True)]
 
 
 @PROCESSES
-def test_heun_reaches_the_data_of_an_exact_denoiser(process: Process) -> None:
+def test_heun_reaches_the_data_of_an_exact_denoiser(process: NoiseSchedule) -> None:
     """With sigma_data the deviation of Gaussian data, EDM's c_skip alone is the exact denoiser: F = 0."""
 
     class Zero(nn.Module):
@@ -305,16 +305,23 @@ def test_heun_reaches_the_data_of_an_exact_denoiser(process: Process) -> None:
 
 TINY: dict[str, Any] = {
     "data": {"name": "digits"},
-    "process": {"kind": "ve", "sigma_min": 0.05, "sigma_max": 30.0},
-    "network": {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.1, "condition": "none"},
-    "train": {"steps": 24, "batch_size": 256, "threads": 1},
+    "schedule": {"kind": "ve", "sigma_min": 0.05, "sigma_max": 30.0},
+    "network": {
+        "base_channels": 8,
+        "channel_mult": [1],
+        "blocks_per_level": 1,
+        "attention_resolutions": [],
+        "dropout": 0.1,
+        "condition": "none",
+    },
+    "train": {"steps": 24, "batch_size": 256, "torch_threads": 1},
     "sample": {"every_steps": 0},
 }
 
 
-@pytest.mark.parametrize("name", ["consistency", "tuning", "denoiser"])
+@pytest.mark.parametrize("name", ["ict", "ect", "edm"])
 def test_a_run_trains_and_resumes(tmp_path: Path, name: str) -> None:
-    config = resolve(TINY | {"objective": {"name": name, "warmup": 0.5}, "checkpoint": {"every_steps": 10}})
+    config = resolve(TINY | {"objective": {"name": name, "pretrain": 0.5}, "checkpoint": {"every_steps": 10}})
     whole = api.train(config, run_dir=tmp_path / "whole", device="cpu")
     assert math.isfinite(whole["epochs"]) and whole["steps"] == 24
     api.train(config, run_dir=tmp_path / "again", device="cpu")
@@ -326,33 +333,33 @@ def test_a_run_trains_and_resumes(tmp_path: Path, name: str) -> None:
 
 
 def test_warm_up_is_a_denoiser_and_then_the_objective_from_its_beginning() -> None:
-    process = build(ProcessConfig())
-    for name in ("chain", "consistency", "tuning", "algorithm-1"):
-        config = resolve({"objective": {"name": name, "warmup": 0.25}})
-        plain = resolve({"objective": {"name": name, "warmup": 0.0}})
+    process = build(ScheduleConfig())
+    for name in ("chain", "ict", "ect", "uddm"):
+        config = resolve({"objective": {"name": name, "pretrain": 0.25}})
+        plain = resolve({"objective": {"name": name, "pretrain": 0.0}})
         warmed, after = objectives.build(config, process, 40, SHAPE), objectives.build(plain, process, 30, SHAPE)
-        assert bool((warmed.plan(IDS, 9).guide == 1).all()) and not len(warmed.plan(IDS, 9).fresh)
+        assert bool((warmed.plan(IDS, 9).x0_weight == 1).all()) and not len(warmed.plan(IDS, 9).teacher_rows)
         first, then = warmed.plan(IDS, 10), after.plan(IDS, 0)
-        assert torch.equal(first.coefficients, then.coefficients) and torch.equal(first.guide, then.guide)
+        assert torch.equal(first.coefficients, then.coefficients) and torch.equal(first.x0_weight, then.x0_weight)
         assert torch.equal(first.huber_c, then.huber_c)
 
 
 @pytest.mark.parametrize(
     ("settings", "share"),
     [
-        ({"objective": {"name": "tuning"}}, 0.4),
-        ({"objective": {"name": "tuning"}, "train": {"epochs": 40, "initial": "runs/denoiser"}}, 0.0),
-        ({"objective": {"name": "tuning", "warmup": 0.2}, "train": {"epochs": 40, "initial": "runs/denoiser"}}, 0.2),
-        ({"objective": {"name": "consistency"}}, 0.0),
-        ({"objective": {"name": "denoiser", "warmup": 0.2}}, 0.0),
+        ({"objective": {"name": "ect"}}, 0.4),
+        ({"objective": {"name": "ect"}, "train": {"epochs": 40, "init_from": "runs/denoiser"}}, 0.0),
+        ({"objective": {"name": "ect", "pretrain": 0.2}, "train": {"epochs": 40, "init_from": "runs/denoiser"}}, 0.2),
+        ({"objective": {"name": "ict"}}, 0.0),
+        ({"objective": {"name": "edm", "pretrain": 0.2}}, 0.0),
     ],
 )
 def test_what_begins_with_a_denoiser(settings: dict[str, Any], share: float) -> None:
     config = resolve(settings)
-    assert config.warmup == share
+    assert config.pretrain_share == share
     assert config.objective_in_words.startswith(config.objective.name)
     assert ("after a denoiser" in config.objective_in_words) == (share > 0)
-    built = objectives.build(config, build(config.process), 40, SHAPE)
-    assert isinstance(built, objectives.WarmedUp) == (share > 0)
-    if isinstance(built, objectives.WarmedUp):
+    built = objectives.build(config, build(config.schedule), 40, SHAPE)
+    assert isinstance(built, objectives.Pretrained) == (share > 0)
+    if isinstance(built, objectives.Pretrained):
         assert built.epochs == share * 40

@@ -12,7 +12,7 @@ from scipy import stats
 from torch import nn
 
 from udddm import rng
-from udddm.config import ChainConfig, ProcessConfig
+from udddm.config import ChainConfig, ScheduleConfig
 from udddm.diffusion.schedule import Coefficients, build
 from udddm.objectives import Chain, pseudo_huber
 from udddm.objectives.base import Visits
@@ -33,7 +33,7 @@ def chain(
 ) -> Chain:
     """One stage of `levels`, unless `stages` are given; 40 epochs."""
     settings: dict[str, Any] = {"length": length, "stages": [{"start": 0, "levels": levels}]} | changes
-    process = build(ProcessConfig(kind=kind, timesteps=1000))
+    process = build(ScheduleConfig(kind=kind, timesteps=1000))
     return Chain(process, ChainConfig.model_validate(settings), C, seed, 40, conditioned)
 
 
@@ -149,7 +149,7 @@ def test_a_trajectory_begins_at_the_lowest_level_and_visits_every_level() -> Non
     for sample in range(50):
         for cycle in (1, 2):
             assert level[number[:, sample] == cycle, sample].tolist() == list(range(9))
-    assert all(len(chosen.plan(IDS, epoch).fresh) == 0 for epoch in range(40))
+    assert all(len(chosen.plan(IDS, epoch).teacher_rows) == 0 for epoch in range(40))
 
 
 @LENGTHS
@@ -164,7 +164,7 @@ def test_the_number_of_levels_changes_only_between_chains(length: int | str) -> 
         assert (before.noise_key != after.noise_key).all()
         _, _, visit, level = chosen.position(IDS, start)
         assert not visit.any()
-        assert after.fresh.tolist() == np.flatnonzero(level > 0).tolist()
+        assert after.teacher_rows.tolist() == np.flatnonzero(level > 0).tolist()
 
 
 def test_samples_epochs_and_seeds_draw_differently() -> None:
@@ -187,9 +187,9 @@ def test_a_plan_is_a_pure_function_of_each_sample(length: int | str) -> None:
         for name in ("noise_key", "condition_key", "guide", "weight"):
             assert torch.equal(getattr(whole, name)[100:150], getattr(part, name)), name
         assert torch.equal(whole.coefficients[:, 100:150], part.coefficients)
-        inside = (whole.fresh >= 100) & (whole.fresh < 150)
-        assert torch.equal(whole.fresh[inside] - 100, part.fresh)
-        assert torch.equal(whole.fresh_coefficients[:, inside], part.fresh_coefficients)
+        inside = (whole.teacher_rows >= 100) & (whole.teacher_rows < 150)
+        assert torch.equal(whole.teacher_rows[inside] - 100, part.teacher_rows)
+        assert torch.equal(whole.teacher_coefficients[:, inside], part.teacher_coefficients)
         assert same(chosen.plan(ids, epoch), whole)
 
 
@@ -200,9 +200,9 @@ def test_targets_are_evaluated_at_first_visits_above_the_lowest_level_only(lengt
     for epoch in range(12):
         _, _, visit, level = chosen.position(IDS, epoch)
         visits = chosen.plan(IDS, epoch)
-        assert visits.fresh.tolist() == [i for i in range(len(IDS)) if visit[i] == 0 and level[i] > 0]
-        below = chosen.process.coefficients(times[level[visits.fresh] - 1])
-        np.testing.assert_array_equal(visits.fresh_coefficients, below)
+        assert visits.teacher_rows.tolist() == [i for i in range(len(IDS)) if visit[i] == 0 and level[i] > 0]
+        below = chosen.process.coefficients(times[level[visits.teacher_rows] - 1])
+        np.testing.assert_array_equal(visits.teacher_coefficients, below)
         np.testing.assert_array_equal(visits.coefficients, chosen.process.coefficients(times[level]))
 
 
@@ -213,7 +213,7 @@ def test_chains_of_one_visit_are_consistency_training() -> None:
     for epoch in range(5):
         visits = chosen.plan(IDS, epoch)
         level = chosen.position(IDS, epoch)[3]
-        assert sorted([*visits.fresh.tolist(), *np.flatnonzero(level == 0)]) == IDS.tolist()
+        assert sorted([*visits.teacher_rows.tolist(), *np.flatnonzero(level == 0)]) == IDS.tolist()
         results = [chosen(network, x0, state, visits)[0] for state in (torch.zeros_like(x0), x0 + 100)]
         torch.testing.assert_close(results[0], results[1])
 
@@ -232,8 +232,8 @@ def test_the_target_of_the_lowest_level_is_x0(guiding: str) -> None:
 
 def test_x0_guides_the_lowest_level_alone_or_by_1_over_n_plus_1() -> None:
     level = chain(3).position(IDS, 6)[3]
-    np.testing.assert_array_equal(chain(3).plan(IDS, 6).guide, level == 0)
-    np.testing.assert_allclose(chain(3, guiding="visits").plan(IDS, 6).guide, 1 / (level + 1.0), rtol=1e-7)
+    np.testing.assert_array_equal(chain(3).plan(IDS, 6).x0_weight, level == 0)
+    np.testing.assert_allclose(chain(3, guiding="visits").plan(IDS, 6).x0_weight, 1 / (level + 1.0), rtol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["ve", "vp"])
@@ -328,15 +328,15 @@ def test_only_the_learning_evaluation_has_a_gradient_and_none_flows_into_the_sta
         s = [c[:, None, None, None] for c in at]
         xt = s[0] * x64 + s[1] * eps
         output = s[2] * xt + s[3] * torch.tanh(weight * s[4] * xt + s[5])
-        total = visits.guide.double() * pseudo_huber(output, x64, C)
-        total += (1 - visits.guide.double()) * pseudo_huber(output, target.double(), C)
+        total = visits.x0_weight.double() * pseudo_huber(output, x64, C)
+        total += (1 - visits.x0_weight.double()) * pseudo_huber(output, target.double(), C)
         return float(total.sum())
 
     target = state.detach().clone()
-    rows = visits.fresh
+    rows = visits.teacher_rows
     with torch.no_grad():
         below = Visits(**{**vars(visits), "coefficients": visits.coefficients.clone()})
-        below.coefficients[:, rows] = visits.fresh_coefficients
+        below.coefficients[:, rows] = visits.teacher_coefficients
         target[rows] = chosen(network, x0, state.detach(), below)[1][rows]
     slope = (held(0.7 + 1e-5) - held(0.7 - 1e-5)) / 2e-5
     assert float(network.weight.grad) == pytest.approx(slope, rel=1e-3)

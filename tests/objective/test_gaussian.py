@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from udddm.config import ProcessConfig
+from udddm.config import ScheduleConfig
 from udddm.diffusion.schedule import Coefficients, build
 
 
@@ -30,7 +30,7 @@ def gaussian() -> ModuleType:
 @pytest.mark.parametrize("kind", ["ve", "vp"])
 def test_the_exact_solution_solves_the_probability_flow_ode(gaussian: ModuleType, kind: str) -> None:
     """dx/dsigma = (x - E[x_0 | x]) / sigma for x = x_t / signal (Karras et al. 2022), by Runge-Kutta steps to x_0."""
-    process = build(ProcessConfig(kind=kind, timesteps=gaussian.TIMESTEPS[kind]))
+    process = build(ScheduleConfig(kind=kind, timesteps=gaussian.TIMESTEPS[kind]))
     t = process.time(np.array([20.0]))
     at = Coefficients(*torch.from_numpy(process.coefficients(t)))
     sigma = float(process.sigma(t)[0])
@@ -47,13 +47,13 @@ def test_the_exact_solution_solves_the_probability_flow_ode(gaussian: ModuleType
         k2 = slope(x + step / 2 * k1, high + step / 2)
         k3 = slope(x + step / 2 * k2, high + step / 2)
         x = x + step / 6 * (k1 + 2 * k2 + 2 * k3 + slope(x + step * k3, low))
-    xt = at.signal[:, None, None, None] * start
+    xt = at.alpha[:, None, None, None] * start
     torch.testing.assert_close(gaussian.exact(xt.float(), at).double(), x, rtol=1e-4, atol=1e-4)
 
 
 def test_the_bias_of_a_chain_falls_as_1_over_its_levels(gaussian: ModuleType) -> None:
     """And is what iterating the conditional expectation by regression on samples gives."""
-    process = build(ProcessConfig())
+    process = build(ScheduleConfig())
     means = [gaussian.bias(process.sigma(process.levels(m))).mean() for m in (16, 32, 64, 128)]
     ratios = np.divide(means[:-1], means[1:])
     assert (np.diff(means) < 0).all() and ratios[-1] == pytest.approx(2, abs=0.1)

@@ -22,15 +22,22 @@ from udddm.training.inputs import Prefetch
 
 SHAPE = (1, 8, 8)
 IDS = np.arange(3000)
-NAMES = ["chain", "algorithm-1", "consistency", "tuning", "denoiser"]
+NAMES = ["chain", "uddm", "ict", "ect", "edm"]
 
 
 def config(name: str = "chain", share: float = 0.2, seed: int = 0, **sections: Any) -> RunConfig:
     tree: dict[str, Any] = {
         "seed": seed,
-        "network": {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.1, "classes": 10},
+        "network": {
+            "base_channels": 8,
+            "channel_mult": [1],
+            "blocks_per_level": 1,
+            "attention_resolutions": [],
+            "dropout": 0.1,
+            "classes": 10,
+        },
         "objective": {"name": name},
-        "train": {"steps": 24, "batch_size": 256, "threads": 1},
+        "train": {"steps": 24, "batch_size": 256, "torch_threads": 1},
         "sample": {"every_steps": 0},
     }
     for key, values in sections.items():
@@ -40,7 +47,7 @@ def config(name: str = "chain", share: float = 0.2, seed: int = 0, **sections: A
 
 
 def dropped(ids: np.ndarray, epoch: int, chosen: RunConfig) -> np.ndarray:
-    planned = objectives.build(chosen, build(chosen.process), 40, SHAPE).plan(ids, epoch)
+    planned = objectives.build(chosen, build(chosen.schedule), 40, SHAPE).plan(ids, epoch)
     return LabelDropout.of(chosen).drops(planned)
 
 
@@ -57,7 +64,7 @@ def test_the_share_is_the_configured_one_and_changes_with_epoch_and_seed(name: s
 @pytest.mark.parametrize("length", [2, 5, "trajectory"])
 def test_a_chain_keeps_its_label_or_goes_without_to_its_end(length: int | str) -> None:
     chosen = config(share=0.4, objective={"chain": {"length": length}})
-    chain = objectives.build(chosen, build(chosen.process), 40, SHAPE)
+    chain = objectives.build(chosen, build(chosen.schedule), 40, SHAPE)
     assert isinstance(chain, objectives.Chain)
     without: dict[tuple[int, int, int], set[bool]] = {}
     for epoch in range(40):
@@ -84,7 +91,7 @@ def test_a_step_gets_the_label_that_stands_for_none_and_else_its_own(share: floa
     chosen = config(share=share, train={"batch_size": 64})
     order = Order.build(chosen.order, 0, 64, 64, SHAPE)
     lanes = order.lanes_of(0, 1)
-    made = objectives.build(chosen, build(chosen.process), 40, SHAPE)
+    made = objectives.build(chosen, build(chosen.schedule), 40, SHAPE)
     device = torch.device("cpu")
     inputs = Prefetch(order, lanes, dataset, made, device, step=0, depth=1, labels=LabelDropout.of(chosen), parts=2)
     seen = torch.cat([part.labels for part in inputs.next() if part.labels is not None])

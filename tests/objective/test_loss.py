@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from udddm.config import ProcessConfig
+from udddm.config import ScheduleConfig
 from udddm.diffusion.denoise import add_noise, denoise
 from udddm.diffusion.schedule import Coefficients, build
 from udddm.objectives.base import Visits
@@ -102,7 +102,7 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("kind", ["vp", "ve"])
 def test_f_combines_x_t_and_the_network_by_a_and_b(kind: str) -> None:
-    process = build(ProcessConfig(kind=kind, timesteps=100))
+    process = build(ScheduleConfig(kind=kind, timesteps=100))
     at = Coefficients(*torch.from_numpy(process.coefficients(np.array([1.0, 50.0, 99.0]))))
     xt, answer, condition = images(3, 0, 1, 2)
     labels = torch.arange(3)
@@ -110,19 +110,19 @@ def test_f_combines_x_t_and_the_network_by_a_and_b(kind: str) -> None:
     output = denoise(network, xt, at, condition, labels)
     assert output.dtype == torch.float32
     for i in range(3):
-        expected = at.skip[i] * xt[i] + at.out[i] * answer[i].half().float()
+        expected = at.c_skip[i] * xt[i] + at.c_out[i] * answer[i].half().float()
         torch.testing.assert_close(output[i], expected)
     [(seen, embedding, image, classes)] = network.asked
-    torch.testing.assert_close(seen, torch.stack([at.scale[i] * xt[i] for i in range(3)]))
-    assert embedding is at.embedding and image is condition and classes is labels
+    torch.testing.assert_close(seen, torch.stack([at.c_in[i] * xt[i] for i in range(3)]))
+    assert embedding is at.c_noise and image is condition and classes is labels
 
 
 def test_noising_is_signal_times_image_plus_noise_times_eps() -> None:
-    process = build(ProcessConfig(kind="vp", timesteps=100))
+    process = build(ScheduleConfig(kind="vp", timesteps=100))
     at = Coefficients(*torch.from_numpy(process.coefficients(np.array([1.0, 50.0]))))
     x0, eps = images(2, 0, 1)
     for i, noisy in enumerate(add_noise(x0, eps, at)):
-        torch.testing.assert_close(noisy, at.signal[i] * x0[i] + at.noise[i] * eps[i])
+        torch.testing.assert_close(noisy, at.alpha[i] * x0[i] + at.sigma[i] * eps[i])
 
 
 def test_visits_move_whole_to_a_device() -> None:

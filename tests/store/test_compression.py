@@ -12,17 +12,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from udddm.config import StoreConfig
-from udddm.errors import DamagedChunkError
+from udddm.errors import CorruptChunkError
 from udddm.order import Order
 from udddm.runs.run import Run
-from udddm.storage.local import LocalObjects
+from udddm.storage.local import LocalObjectStore
 from udddm.store import Encoding, X0Store, build
 from udddm.store.compression import Compression, compress, decompress
 from udddm.store.encoding import StateDtype
 from udddm.store.generations import Generations
 from udddm.testing.store import SHAPE, ModelledRun, StoreConformance
 
-ORDER = Order(seed=5, samples=61, batch=8, lanes=2, chunk=4, window=2)
+ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, window=2)
 
 
 def make_with(compression: str, order: Order, lanes: range, encoding: Encoding, directory: Path) -> X0Store:
@@ -53,22 +53,22 @@ def test_what_comes_back_is_what_went_in(compression: Compression, rows: np.ndar
 @pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
 def test_zarr_reads_it_and_damage_is_named(tmp_path: Path, compression: Compression, dtype: StateDtype) -> None:
     encoding = Encoding(dtype)
-    stored = Generations(LocalObjects(tmp_path), ORDER, SHAPE, encoding, compression=compression)
+    stored = Generations(LocalObjectStore(tmp_path), ORDER, SHAPE, encoding, compression=compression)
     stored.create()
     stored.begin(1)
-    values = torch.linspace(-1, 1, ORDER.chunk * int(np.prod(SHAPE))).reshape(ORDER.chunk, *SHAPE)
+    values = torch.linspace(-1, 1, ORDER.chunk_size * int(np.prod(SHAPE))).reshape(ORDER.chunk_size, *SHAPE)
     rows = encoding.to_array(encoding.encode(values))
     checksum = stored.write(1, 1, 2, rows)
-    found = zarr.open(str(tmp_path), mode="r")["gen-000001"][1, 2 * ORDER.chunk : 3 * ORDER.chunk]
+    found = zarr.open(str(tmp_path), mode="r")["gen-000001"][1, 2 * ORDER.chunk_size : 3 * ORDER.chunk_size]
     np.testing.assert_array_equal(found, rows)
-    fresh = Generations(LocalObjects(tmp_path), ORDER, SHAPE, encoding)  # knows from the array what it is
+    fresh = Generations(LocalObjectStore(tmp_path), ORDER, SHAPE, encoding)  # knows from the array what it is
     np.testing.assert_array_equal(fresh.read(1, 1, 2, checksum), rows)
     path = tmp_path / stored.chunk_key(1, 1, 2)
     whole = path.read_bytes()
     assert compression == "none" or len(whole) != len(rows.tobytes()) + 4
     for damaged in (whole[:-1], whole[:2], b"", whole[:5] + bytes([whole[5] ^ 4]) + whole[6:]):
         path.write_bytes(damaged)
-        with pytest.raises(DamagedChunkError, match="lane 1, chunk 2"):
+        with pytest.raises(CorruptChunkError, match="lane 1, chunk 2"):
             fresh.read(1, 1, 2, checksum)
 
 
@@ -84,11 +84,11 @@ def test_it_may_change_between_two_starts_and_a_begun_generation_keeps_its_own(t
 
     run = ModelledRun(make, ORDER, Encoding("fp16"), tmp_path)
     run.start()
-    run.advance(ORDER.steps + ORDER.steps // 2)  # generation 2 has begun
+    run.advance(ORDER.steps_per_epoch + ORDER.steps_per_epoch // 2)  # generation 2 has begun
     saved = run.save()
     chosen = "none"
     run.restart(saved)
-    run.advance(ORDER.steps)
+    run.advance(ORDER.steps_per_epoch)
     run.check_rows()
     run.save()
     assert "blosc" in codecs(2) and "blosc" not in codecs(3)

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from udddm.order import Order
-from udddm.storage.base import Objects, Retry, open_objects
+from udddm.storage.base import ObjectStore, Retry, open_object_store
 from udddm.store import Encoding, X0Store
 from udddm.store.device import DeviceStore
 from udddm.store.pinned import MemoryTable, PinnedStore
 from udddm.store.zarr import ZarrStore
-from udddm.testing.objects import DelayedObjects, FaultyObjects, Operation
+from udddm.testing.objects import DelayedObjectStore, FaultyObjectStore, Operation
 from udddm.testing.s3 import BUCKET, S3Server
 from udddm.testing.store import ORDERS, ModelledRun, StoreConformance
 
@@ -83,10 +83,10 @@ class TestZarrStoreOnS3Fully(TestZarrStoreOnS3):
     examples = StoreConformance.examples
 
 
-class FlakyObjects(FaultyObjects):
+class FlakyObjects(FaultyObjectStore):
     """Every seventh request fails, in turn before and after it took effect."""
 
-    def __init__(self, inner: Objects):
+    def __init__(self, inner: ObjectStore):
         super().__init__(inner)
         self._places = itertools.cycle(range(14))
 
@@ -105,10 +105,10 @@ class TestZarrStoreOnSlowAndFlakyObjects(InMemoryFiles):
         """All that the stores of the test have opened."""
         found: list[FlakyObjects] = []
 
-        def open_wrapped(url: str | Path) -> Objects:
-            inner = open_objects(url)
+        def open_wrapped(url: str | Path) -> ObjectStore:
+            inner = open_object_store(url)
             inner.retry = Retry(attempts=10, first_pause=0.001, longest_pause=0.004)
-            found.append(FlakyObjects(DelayedObjects(inner, 0.001)))
+            found.append(FlakyObjects(DelayedObjectStore(inner, 0.001)))
             return found[-1]
 
         monkeypatch.setattr("udddm.store.zarr.open_objects", open_wrapped)
@@ -121,7 +121,7 @@ class TestZarrStoreOnSlowAndFlakyObjects(InMemoryFiles):
         run = ModelledRun(self.make, ORDERS["even"], Encoding("fp16"), directory)
         run.start()
         try:
-            run.advance(2 * run.order.steps)
+            run.advance(2 * run.order.steps_per_epoch)
             run.check_rows()
             run.advance()  # counts what has been tried again until then
             state, _ = opened

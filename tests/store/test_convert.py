@@ -15,7 +15,7 @@ import udddm
 from udddm import cli, config
 from udddm.errors import ConfigError, StoreError
 from udddm.runs.run import Run
-from udddm.storage.base import open_objects
+from udddm.storage.base import open_object_store
 from udddm.storage.lease import Lease
 from udddm.store.encoding import Rows
 from udddm.store.generations import Generations
@@ -36,8 +36,10 @@ SETTINGS = [
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, and one whose store has its own URL, the path `store` next to it."""
     root = tmp_path_factory.mktemp("runs")
-    udddm.train(config.load(None, SETTINGS), run_dir=root / "plain", device="cpu")
-    udddm.train(config.load(None, [*SETTINGS, f"store.url={root / 'store'}"]), run_dir=root / "linked", device="cpu")
+    udddm.train(config.load_config(None, SETTINGS), run_dir=root / "plain", device="cpu")
+    udddm.train(
+        config.load_config(None, [*SETTINGS, f"store.url={root / 'store'}"]), run_dir=root / "linked", device="cpu"
+    )
     return root
 
 
@@ -84,7 +86,7 @@ def test_gc_sees_the_checkpoint_that_was_made_before_it_got_the_run(run: Path, m
     assert header["epoch"] == 3
     (run / "checkpoints").rename(run / "elsewhere")
     (run / "checkpoints").mkdir()
-    held = Run.held
+    held = Run.lock
 
     @contextmanager
     def slowly(self: Run, patience: float | None = None) -> Iterator[None]:
@@ -100,7 +102,7 @@ def test_gc_sees_the_checkpoint_that_was_made_before_it_got_the_run(run: Path, m
 
 
 def test_gc_is_refused_beside_a_live_run(run: Path) -> None:
-    with Run(run).held(), pytest.raises(ConfigError, match="another process"):
+    with Run(run).lock(), pytest.raises(ConfigError, match="another process"):
         collect(str(run), print)
     assert generations(run / "state") == [1, 3, 4, 6]
 
@@ -108,10 +110,10 @@ def test_gc_is_refused_beside_a_live_run(run: Path) -> None:
 def test_gc_is_refused_at_once_beside_a_live_run_at_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of another machine, whose lease is not over for a minute: nothing waits for it."""
     url = f"memory://{uuid.uuid4().hex}"
-    udddm.train(config.load(None, SETTINGS), run_dir=url, device="cpu")
-    objects = open_objects(f"{url}/state")
+    udddm.train(config.load_config(None, SETTINGS), run_dir=url, device="cpu")
+    objects = open_object_store(f"{url}/state")
     objects.put("gen-000001/zarr.json", objects.get("gen-000003/zarr.json"))
-    lease = Lease(open_objects(url), "a live run")
+    lease = Lease(open_object_store(url), "a live run")
     lease.acquire()
     monkeypatch.setattr("time.sleep", lambda seconds: pytest.fail("it waits"))
     with pytest.raises(StoreError, match="a live run"):
@@ -143,7 +145,7 @@ def test_gc_is_refused_when_a_checkpoint_is_damaged(run: Path, which: int) -> No
 def test_gc_of_a_copy_is_refused_beside_the_live_run(linked: tuple[Path, Path], tmp_path: Path) -> None:
     run, store = linked
     copied = shutil.copytree(run, tmp_path / "backup")
-    lease = Lease(open_objects(store), "the live run")
+    lease = Lease(open_object_store(store), "the live run")
     lease.acquire()
     with pytest.raises(StoreError, match="the live run"):
         collect(str(copied), print)
@@ -187,11 +189,11 @@ def test_convert_stops_when_its_lease_is_lost(run: Path, tmp_path: Path, monkeyp
             lease = self.objects.guard
             assert isinstance(lease, Lease)
             self.objects.delete("lease.json")
-            open_objects(tmp_path / "copy").put("lease.json", b"{}")
+            open_object_store(tmp_path / "copy").put("lease.json", b"{}")
             lease._lost = "it was taken over"
         return write(self, generation, lane, chunk, rows)
 
     monkeypatch.setattr(Generations, "write", taken_over)
     with pytest.raises(StoreError, match="lost the lease"):
         convert(find(str(run)), str(tmp_path / "copy"), None)
-    assert len(written) == 2 and open_objects(tmp_path / "copy").get("lease.json") == b"{}"
+    assert len(written) == 2 and open_object_store(tmp_path / "copy").get("lease.json") == b"{}"

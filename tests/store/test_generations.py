@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 import zarr
 
-from udddm.errors import DamagedChunkError, StoreError
+from udddm.errors import CorruptChunkError, StoreError
 from udddm.order import Order
-from udddm.storage.base import open_objects
-from udddm.storage.local import LocalObjects
+from udddm.storage.base import open_object_store
+from udddm.storage.local import LocalObjectStore
 from udddm.store import Encoding
 from udddm.store.encoding import Rows, StateDtype
 from udddm.store.generations import Generations, generation_name, open_existing
 
 SHAPE = (3, 4, 4)
 ORDER = Order(
-    seed=3, samples=47, batch=8, lanes=4, chunk=5, window=2
+    seed=3, samples=47, batch_size=8, num_lanes=4, chunk_size=5, window=2
 )  # lanes of 12, 12, 12, 11 in chunks of 5, 5, 2 or 1
 
 
@@ -34,24 +34,24 @@ def rows_of(generation: int, lane: int, chunk: int, encoding: Encoding, order: O
 
 
 def fill(root: Path, generation: int, dtype: StateDtype = "fp16", lanes: range | None = None) -> Generations:
-    stored = Generations(LocalObjects(root), ORDER, SHAPE, Encoding(dtype))
+    stored = Generations(LocalObjectStore(root), ORDER, SHAPE, Encoding(dtype))
     stored.create()
     stored.begin(generation)
-    for lane in lanes or range(ORDER.lanes):
+    for lane in lanes or range(ORDER.num_lanes):
         sums = {
             c: stored.write(generation, lane, c, rows_of(generation, lane, c, stored.encoding))
-            for c in range(ORDER.chunks(lane))
+            for c in range(ORDER.num_chunks(lane))
         }
         stored.complete(generation, lane, sums)
     return stored
 
 
 def reopened(root: Path, dtype: StateDtype = "fp16") -> Generations:
-    return Generations(LocalObjects(root), ORDER, SHAPE, Encoding(dtype))
+    return Generations(LocalObjectStore(root), ORDER, SHAPE, Encoding(dtype))
 
 
 def read_all(stored: Generations, generation: int) -> None:
-    for lane in range(ORDER.lanes):
+    for lane in range(ORDER.num_lanes):
         for chunk, expected in stored.record(generation, lane).items():
             rows = stored.read(generation, lane, chunk, expected)
             np.testing.assert_array_equal(rows, rows_of(generation, lane, chunk, stored.encoding))
@@ -66,8 +66,8 @@ def test_zarr_python_reads_the_same_rows(tmp_path: Path, dtype: StateDtype) -> N
     assert array.chunks == (1, 5, *SHAPE)
     assert array.attrs["generation"] == 12
     assert array.dtype == stored.encoding.array
-    for lane in range(ORDER.lanes):
-        wanted = np.concatenate([rows_of(12, lane, c, stored.encoding) for c in range(ORDER.chunks(lane))])
+    for lane in range(ORDER.num_lanes):
+        wanted = np.concatenate([rows_of(12, lane, c, stored.encoding) for c in range(ORDER.num_chunks(lane))])
         np.testing.assert_array_equal(array[lane, : len(wanted)], wanted)
         assert not np.any(array[lane, len(wanted) :])
     read_all(stored, 12)
@@ -109,8 +109,8 @@ def test_every_damaged_chunk_is_found_and_named(damaged: Path, seed: int) -> Non
     rng = random.Random(seed)
     keys = reopened(damaged)
     for _ in range(100):
-        generation, lane = rng.choice([5, 6]), rng.randrange(ORDER.lanes)
-        chunk = rng.randrange(ORDER.chunks(lane))
+        generation, lane = rng.choice([5, 6]), rng.randrange(ORDER.num_lanes)
+        chunk = rng.randrange(ORDER.num_chunks(lane))
         path = damaged / keys.chunk_key(generation, lane, chunk)
         whole = path.read_bytes()
         kind = rng.choice(["bit", "bits", "truncated", "longer", "missing", "swapped", "stale", "zeros", "resealed"])
@@ -130,7 +130,9 @@ def test_every_damaged_chunk_is_found_and_named(damaged: Path, seed: int) -> Non
         elif kind == "missing":
             path.unlink()
         elif kind == "swapped":
-            others = [(x, c) for x in range(ORDER.lanes) for c in range(ORDER.chunks(x)) if (x, c) != (lane, chunk)]
+            others = [
+                (x, c) for x in range(ORDER.num_lanes) for c in range(ORDER.num_chunks(x)) if (x, c) != (lane, chunk)
+            ]
             path.write_bytes((damaged / keys.chunk_key(generation, *rng.choice(others))).read_bytes())
         elif kind == "stale":
             path.write_bytes((damaged / keys.chunk_key(11 - generation, lane, chunk)).read_bytes())
@@ -140,7 +142,7 @@ def test_every_damaged_chunk_is_found_and_named(damaged: Path, seed: int) -> Non
             body = rng.randbytes(len(whole) - 4)
             path.write_bytes(body + int(google_crc32c.value(body)).to_bytes(4, "little"))
         stored = reopened(damaged)
-        with pytest.raises(DamagedChunkError) as caught:
+        with pytest.raises(CorruptChunkError) as caught:
             read_all(stored, generation)
         error = caught.value
         assert (error.generation, error.lane, error.chunk) == (generation, lane, chunk), kind
@@ -156,7 +158,7 @@ def test_every_damaged_chunk_is_found_and_named(damaged: Path, seed: int) -> Non
 def test_every_damaged_completion_record_is_found_and_named(damaged: Path, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(150):
-        generation, lane = rng.choice([5, 6]), rng.randrange(ORDER.lanes)
+        generation, lane = rng.choice([5, 6]), rng.randrange(ORDER.num_lanes)
         path = damaged / f"gen-{generation:06d}" / "complete" / f"lane-{lane:04d}.json"
         whole = path.read_bytes()
         kind = rng.choice(["bit", "truncated", "swapped", "stale", "edited", "no object"])
@@ -165,7 +167,7 @@ def test_every_damaged_completion_record_is_found_and_named(damaged: Path, seed:
         elif kind == "truncated":
             path.write_bytes(whole[: rng.randrange(len(whole) - 2)])
         elif kind == "swapped":
-            path.write_bytes(path.with_name(f"lane-{(lane + 1) % ORDER.lanes:04d}.json").read_bytes())
+            path.write_bytes(path.with_name(f"lane-{(lane + 1) % ORDER.num_lanes:04d}.json").read_bytes())
         elif kind == "stale":
             stale = damaged / f"gen-{11 - generation:06d}" / "complete" / path.name
             path.write_bytes(stale.read_bytes())
@@ -215,7 +217,7 @@ def test_leftovers_of_interrupted_writes_are_ignored(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_the_old_object_and_nothing_else(tmp_path: Path) -> None:
-    objects = LocalObjects(tmp_path)
+    objects = LocalObjectStore(tmp_path)
     objects.put("a/b", b"old")
     with pytest.raises(TypeError):
         objects.put("a/b", b"new", "no bytes")  # type: ignore[arg-type]
@@ -237,15 +239,15 @@ OTHER_ORDERS = {
 def test_a_store_of_another_order_is_refused(tmp_path: Path, order: Order) -> None:
     fill(tmp_path, 1)
     with pytest.raises(StoreError, match=r"another run \(it differs in order\).*choose another"):
-        Generations(LocalObjects(tmp_path), order, SHAPE, Encoding("fp16")).create()
+        Generations(LocalObjectStore(tmp_path), order, SHAPE, Encoding("fp16")).create()
 
 
 def test_a_store_of_another_shape_or_dtype_is_refused(tmp_path: Path) -> None:
     fill(tmp_path, 1)
     with pytest.raises(StoreError, match="differs in shape"):
-        Generations(LocalObjects(tmp_path), ORDER, (1, 4, 4), Encoding("fp16")).create()
+        Generations(LocalObjectStore(tmp_path), ORDER, (1, 4, 4), Encoding("fp16")).create()
     with pytest.raises(StoreError, match="differs in dtype"):
-        Generations(LocalObjects(tmp_path), ORDER, SHAPE, Encoding("fp32")).create()
+        Generations(LocalObjectStore(tmp_path), ORDER, SHAPE, Encoding("fp32")).create()
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"attributes": {}}', '{"attributes": [1]}', "null"])
@@ -254,28 +256,28 @@ def test_a_place_that_is_no_store_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(StoreError, match=r"zarr\.json|another run"):
         reopened(tmp_path).create()
     with pytest.raises(StoreError, match=r"zarr\.json"):
-        open_existing(LocalObjects(tmp_path))
+        open_existing(LocalObjectStore(tmp_path))
 
 
 def test_a_store_describes_itself(tmp_path: Path) -> None:
     fill(tmp_path, 5, "uint8")
-    found = open_existing(LocalObjects(tmp_path))
+    found = open_existing(LocalObjectStore(tmp_path))
     assert (found.order.fingerprint(), found.shape, found.encoding.name) == (ORDER.fingerprint(), SHAPE, "uint8")
     read_all(found, 5)
     with pytest.raises(StoreError, match="no x0-state store here"):
-        open_existing(LocalObjects(tmp_path / "elsewhere"))
+        open_existing(LocalObjectStore(tmp_path / "elsewhere"))
 
 
 def test_an_unsupported_url_is_refused() -> None:
     with pytest.raises(StoreError, match=r"nonesuch://"):
-        open_objects("nonesuch://bucket/state")
+        open_object_store("nonesuch://bucket/state")
 
 
 def test_file_urls_and_other_spellings_of_a_path_are_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
     spellings = [tmp_path / "s", f"file://{tmp_path}/s", "s", "x/../s", f"{tmp_path}/s/", tmp_path / "link" / "s"]
-    assert {open_objects(each).describe("") for each in spellings} == {str(tmp_path / "s")}
+    assert {open_object_store(each).uri("") for each in spellings} == {str(tmp_path / "s")}
 
 
 def test_ranks_that_delete_their_lanes_leave_nothing(tmp_path: Path) -> None:

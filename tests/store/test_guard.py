@@ -17,7 +17,7 @@ from udddm.backends.distributed.ranks import Ranks
 from udddm.errors import CheckpointError, StoreError
 from udddm.order import Order
 from udddm.runs.remote import MANIFEST, WRITER, RemoteCheckpoints
-from udddm.storage.base import Objects, open_objects
+from udddm.storage.base import ObjectStore, open_object_store
 from udddm.storage.guard import Guard
 from udddm.storage.lease import KEY, MARGIN, Instant, Lease
 from udddm.storage.s3 import PART, REQUEST_TIMEOUT
@@ -26,12 +26,12 @@ from udddm.store.zarr import ZarrStore
 from udddm.testing.s3 import BUCKET, S3Server
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
-CHANGES: dict[str, Callable[[Objects, Path], object]] = {
+CHANGES: dict[str, Callable[[ObjectStore, Path], object]] = {
     "put": lambda objects, file: objects.put("there", b"mine"),
     "upload": lambda objects, file: objects.upload(file, "there"),
     "delete": lambda objects, file: objects.delete("there"),
     "put_if_absent": lambda objects, file: objects.put_if_absent("new", b"mine"),
-    "replace_if": lambda objects, file: objects.replace_if("there", b"mine", b"there"),
+    "compare_and_swap": lambda objects, file: objects.compare_and_swap("there", b"mine", b"there"),
 }
 
 
@@ -72,7 +72,7 @@ class Held(Guard):
 def take_over(url: str, lease: Lease) -> Lease:
     """Another run has the place now; `lease` is still to find out."""
     lease.objects.delete(KEY)
-    other = Lease(open_objects(url), "the successor")
+    other = Lease(open_object_store(url), "the successor")
     other.acquire()
     return other
 
@@ -88,7 +88,7 @@ def leases() -> Iterator[list[Lease]]:
 
 @pytest.mark.parametrize("name", CHANGES)
 def test_every_kind_of_change_asks_the_guard(place: str, name: str, tmp_path: Path) -> None:
-    objects = open_objects(place)
+    objects = open_object_store(place)
     objects.put("there", b"there")
     (tmp_path / "file").write_bytes(b"mine")
     guard = objects.guard = Held()
@@ -106,7 +106,7 @@ def test_a_request_that_was_paused_replaces_nothing_of_a_successor(
     url: str, exists: bool, operation: str, tmp_path: Path
 ) -> None:
     """The guard said yes; then the process stood still until a successor had written the same object."""
-    objects, successor = open_objects(url), open_objects(url)
+    objects, successor = open_object_store(url), open_object_store(url)
     if exists:
         successor.put("there", b"from before")
     (tmp_path / "file").write_bytes(b"mine")
@@ -126,7 +126,7 @@ def test_a_request_that_was_paused_replaces_nothing_of_a_successor(
 
 
 def test_a_guarded_object_is_still_written_over_ones_own(url: str, tmp_path: Path) -> None:
-    objects = open_objects(url)
+    objects = open_object_store(url)
     objects.guard = Held()
     for size in (0, 10, PART + 7, 2 * PART):
         (tmp_path / "file").write_bytes(os.urandom(size))
@@ -139,7 +139,7 @@ def test_a_guarded_object_is_still_written_over_ones_own(url: str, tmp_path: Pat
 
 
 def test_a_large_upload_stops_between_its_parts(url: str, tmp_path: Path) -> None:
-    objects = open_objects(url)
+    objects = open_object_store(url)
     guard = objects.guard = Held()
     asked = []
 
@@ -156,7 +156,7 @@ def test_a_large_upload_stops_between_its_parts(url: str, tmp_path: Path) -> Non
 
 
 def test_a_deletion_of_many_objects_asks_before_each_request(url: str) -> None:
-    objects = open_objects(url)
+    objects = open_object_store(url)
     for name in range(5):
         objects.put(f"gen/{name}", b"x")
     guard = objects.guard = Held()
@@ -167,8 +167,8 @@ def test_a_deletion_of_many_objects_asks_before_each_request(url: str) -> None:
 
 
 def test_no_request_begins_when_it_may_outlast_the_lease(place: str, leases: list[Lease]) -> None:
-    assert MARGIN * Lease(open_objects(place), "runs/one").seconds >= REQUEST_TIMEOUT
-    lease = Lease(open_objects(place), "runs/one", seconds=600)
+    assert MARGIN * Lease(open_object_store(place), "runs/one").seconds >= REQUEST_TIMEOUT
+    lease = Lease(open_object_store(place), "runs/one", seconds=600)
     leases.append(lease)
     lease.acquire()
     lease.wait()
@@ -187,7 +187,7 @@ def test_no_request_begins_when_it_may_outlast_the_lease(place: str, leases: lis
 
 
 def test_a_lease_that_was_given_back_allows_nothing(place: str) -> None:
-    lease = Lease(open_objects(place), "runs/one")
+    lease = Lease(open_object_store(place), "runs/one")
     lease.acquire()
     lease.release()
     with pytest.raises(StoreError, match="given back"):
@@ -195,7 +195,7 @@ def test_a_lease_that_was_given_back_allows_nothing(place: str) -> None:
 
 
 def test_other_ranks_lose_the_lease_with_the_first(place: str, leases: list[Lease]) -> None:
-    first, rank = Lease(open_objects(place), "runs/one"), Lease(open_objects(place), "runs/one", seconds=6.0)
+    first, rank = Lease(open_object_store(place), "runs/one"), Lease(open_object_store(place), "runs/one", seconds=6.0)
     leases += [first, rank]
     first.acquire()
     rank.follow(first.id, Instant.now())
@@ -207,11 +207,11 @@ def test_other_ranks_lose_the_lease_with_the_first(place: str, leases: list[Leas
             rank.check()
             time.sleep(0.01)
     rank.release()
-    assert open_objects(place).exists(KEY), "the successor's lease is left alone"
+    assert open_object_store(place).exists(KEY), "the successor's lease is left alone"
 
 
 def test_other_ranks_go_on_while_the_first_renews(place: str, leases: list[Lease]) -> None:
-    first, rank = (Lease(open_objects(place), "runs/one", seconds=3.0) for _ in range(2))
+    first, rank = (Lease(open_object_store(place), "runs/one", seconds=3.0) for _ in range(2))
     leases += [first, rank]
     first.acquire()
     rank.follow(first.id, Instant.now())
@@ -220,12 +220,12 @@ def test_other_ranks_go_on_while_the_first_renews(place: str, leases: list[Lease
         rank.check()
         time.sleep(0.05)
     with pytest.raises(StoreError, match="was lost while this rank joined"):
-        Lease(open_objects(place), "runs/one").follow("another", Instant.now())
+        Lease(open_object_store(place), "runs/one").follow("another", Instant.now())
 
 
 # What the store makes of it.
 
-ORDER = Order(seed=1, samples=64, batch=8, lanes=2, chunk=4, window=2)
+ORDER = Order(seed=1, samples=64, batch_size=8, num_lanes=2, chunk_size=4, window=2)
 
 
 def opened(url: str, lease: Lease) -> ZarrStore:
@@ -243,38 +243,38 @@ def advance(store: ZarrStore, steps: int) -> None:
 
 def test_a_store_of_a_run_that_lost_its_lease_neither_writes_nor_removes(place: str, leases: list[Lease]) -> None:
     """Its writers and its cleaner too, whatever was asked of them before."""
-    lease = Lease(open_objects(place), "runs/one")
+    lease = Lease(open_object_store(place), "runs/one")
     leases.append(lease)
     lease.acquire()
     store = opened(place, lease)
-    advance(store, 2 * ORDER.steps)
+    advance(store, 2 * ORDER.steps_per_epoch)
     store.settle()
     leases.append(take_over(place, lease))
     with pytest.raises(StoreError, match="taken over by the successor"):
         lease.confirm()
-    before = open_objects(f"{place}/state").sizes("")
+    before = open_object_store(f"{place}/state").sizes("")
     store.retain(set())
     with pytest.raises(StoreError, match="lost the lease"):
-        advance(store, 3 * ORDER.steps)
+        advance(store, 3 * ORDER.steps_per_epoch)
     store.close()
-    assert open_objects(f"{place}/state").sizes("") == before
+    assert open_object_store(f"{place}/state").sizes("") == before
 
 
 @pytest.mark.parametrize("reinitialize", [False, True])
 def test_damage_by_a_successor_is_reported_as_the_lost_lease(
     place: str, leases: list[Lease], reinitialize: bool
 ) -> None:
-    lease = Lease(open_objects(place), "runs/one")
+    lease = Lease(open_object_store(place), "runs/one")
     leases.append(lease)
     lease.acquire()
     store = opened(place, lease)
-    advance(store, ORDER.steps)
+    advance(store, ORDER.steps_per_epoch)
     store.settle()
     began: list[object] = []
     if reinitialize:
         store._table.generations.repair = lambda *damage: began.append(damage)
     leases.append(take_over(place, lease))
-    open_objects(f"{place}/state").delete("gen-000001")
+    open_object_store(f"{place}/state").delete("gen-000001")
     for lost in ("record", "chunk"):
         if lost == "record":
             store._table._written.clear()
@@ -295,7 +295,7 @@ def fill(directory: Path) -> None:
 
 
 def checkpoints(url: str, place: Path, lease: Lease) -> RemoteCheckpoints:
-    objects = open_objects(f"{url}/checkpoints")
+    objects = open_object_store(f"{url}/checkpoints")
     objects.guard = lease
     return RemoteCheckpoints(place, objects)
 
@@ -303,7 +303,7 @@ def checkpoints(url: str, place: Path, lease: Lease) -> RemoteCheckpoints:
 def test_checkpoints_are_neither_published_nor_pruned_without_the_lease(
     url: str, leases: list[Lease], tmp_path: Path
 ) -> None:
-    lease = Lease(open_objects(url), "runs/one")
+    lease = Lease(open_object_store(url), "runs/one")
     leases.append(lease)
     lease.acquire()
     first = checkpoints(url, tmp_path / "first", lease)
@@ -314,7 +314,7 @@ def test_checkpoints_are_neither_published_nor_pruned_without_the_lease(
         fill(directory)
         successor = take_over(url, lease)
         leases.append(successor)
-        others = open_objects(f"{url}/checkpoints")
+        others = open_object_store(f"{url}/checkpoints")
         others.put(f"step-00000003/{WRITER}", json.dumps({"lease": successor.id}).encode())
         others.put("step-00000003/model.safetensors", b"the successor's")
         with pytest.raises(StoreError, match="taken over"):
@@ -324,17 +324,17 @@ def test_checkpoints_are_neither_published_nor_pruned_without_the_lease(
         first.write(3, ALONE, taken_over)
     with pytest.raises(StoreError, match="lost the lease"):
         first.prune(1)
-    objects = open_objects(f"{url}/checkpoints")
+    objects = open_object_store(f"{url}/checkpoints")
     assert sorted(objects.list("")) == ["step-00000001", "step-00000002", "step-00000003"]
     assert objects.get("step-00000003/model.safetensors") == b"the successor's"
     assert not objects.exists(f"step-00000003/{MANIFEST}")
 
 
 def test_pruning_leaves_what_another_lease_is_writing(url: str, leases: list[Lease], tmp_path: Path) -> None:
-    lease = Lease(open_objects(url), "runs/one")
+    lease = Lease(open_object_store(url), "runs/one")
     leases.append(lease)
     lease.acquire()
-    objects = open_objects(f"{url}/checkpoints")
+    objects = open_object_store(f"{url}/checkpoints")
     objects.put("step-00000001/model.safetensors", b"left by a run that was killed")
     kept = checkpoints(url, tmp_path, lease)
     assert kept.newest_valid(print) is None
@@ -350,13 +350,13 @@ def test_pruning_leaves_what_another_lease_is_writing(url: str, leases: list[Lea
 def test_pruning_keeps_older_checkpoints_unless_the_newest_is_there_in_full(
     url: str, leases: list[Lease], tmp_path: Path, damage: str
 ) -> None:
-    lease = Lease(open_objects(url), "runs/one")
+    lease = Lease(open_object_store(url), "runs/one")
     leases.append(lease)
     lease.acquire()
     kept = checkpoints(url, tmp_path, lease)
     for step in (1, 2):
         kept.write(step, ALONE, fill)
-    objects = open_objects(f"{url}/checkpoints")
+    objects = open_object_store(f"{url}/checkpoints")
     key = "step-00000002/model.safetensors"
     objects.delete(key)
     if damage == "cut":

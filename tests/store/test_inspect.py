@@ -10,7 +10,7 @@ import udddm
 from udddm import cli, config
 from udddm.errors import StoreError
 from udddm.storage.lease import Lease
-from udddm.storage.local import LocalObjects
+from udddm.storage.local import LocalObjectStore
 from udddm.store.generations import generation_name
 from udddm.tools import inspect
 
@@ -28,7 +28,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run on each of two stores."""
     root = tmp_path_factory.mktemp("runs")
     for kind in ("zarr", "gpu"):
-        udddm.train(config.load(None, [*SETTINGS, f"store.kind={kind}"]), run_dir=root / kind, device="cpu")
+        udddm.train(config.load_config(None, [*SETTINGS, f"store.kind={kind}"]), run_dir=root / kind, device="cpu")
     return root
 
 
@@ -188,7 +188,7 @@ def test_a_run_that_went_on_at_another_url_is_looked_up_there(
     shutil.rmtree(sorted((zarr_run / "checkpoints").iterdir())[-1])
     moved = tmp_path / "elsewhere"
     settings = [*SETTINGS, "store.kind=zarr", f"store.url={moved}"]
-    udddm.train(config.load(None, settings), run_dir=zarr_run, device="cpu")
+    udddm.train(config.load_config(None, settings), run_dir=zarr_run, device="cpu")
     code, out, _ = store(capsys, "info", str(zarr_run))
     assert code == 0 and f"store: {moved}" in out
 
@@ -196,7 +196,7 @@ def test_a_run_that_went_on_at_another_url_is_looked_up_there(
 def test_convert_refuses_a_destination_that_is_being_written(
     zarr_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    lease = Lease(LocalObjects(tmp_path / "copy"), "another run")
+    lease = Lease(LocalObjectStore(tmp_path / "copy"), "another run")
     lease.acquire()
     try:
         code, _, said = store(capsys, "convert", str(zarr_run), str(tmp_path / "copy"))

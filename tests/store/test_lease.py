@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from udddm.errors import StoreError
-from udddm.storage.base import Objects, Retry, open_objects
+from udddm.storage.base import ObjectStore, Retry, open_object_store
 from udddm.storage.lease import GRACE, KEY, Holder, Lease, process_identity, process_table
 from udddm.testing.s3 import BUCKET
 
@@ -45,8 +45,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def objects(place: str) -> Objects:
-    return open_objects(place)
+def objects(place: str) -> ObjectStore:
+    return open_object_store(place)
 
 
 def crashed(place: str, owner: str, seconds: float) -> int:
@@ -62,13 +62,13 @@ def crashed(place: str, owner: str, seconds: float) -> int:
     return process.pid
 
 
-def test_a_second_run_is_told_who_holds_it_and_what_to_do(objects: Objects) -> None:
+def test_a_second_run_is_told_who_holds_it_and_what_to_do(objects: ObjectStore) -> None:
     first, second = Lease(objects, "runs/one"), Lease(objects, "runs/two")
     first.acquire()
     with pytest.raises(StoreError) as caught:
         second.acquire()
     message = str(caught.value)
-    for part in (objects.describe(""), "runs/one", os.uname().nodename, str(os.getpid()), "UTC", "75 s", "another URL"):
+    for part in (objects.uri(""), "runs/one", os.uname().nodename, str(os.getpid()), "UTC", "75 s", "another URL"):
         assert part in message, message
     first.check()
     first.release()
@@ -80,7 +80,7 @@ def test_a_second_run_is_told_who_holds_it_and_what_to_do(objects: Objects) -> N
 
 
 def test_of_many_that_start_together_one_gets_it(place: str) -> None:
-    leases = [Lease(open_objects(place), f"runs/{i}") for i in range(6)]
+    leases = [Lease(open_object_store(place), f"runs/{i}") for i in range(6)]
 
     def acquire(lease: Lease) -> bool:
         try:
@@ -94,10 +94,10 @@ def test_of_many_that_start_together_one_gets_it(place: str) -> None:
     assert sum(won) == 1
     for lease in leases:
         lease.release()
-    assert not open_objects(place).exists(KEY)
+    assert not open_object_store(place).exists(KEY)
 
 
-def test_it_is_renewed_while_it_is_held(objects: Objects) -> None:
+def test_it_is_renewed_while_it_is_held(objects: ObjectStore) -> None:
     lease = Lease(objects, "runs/one", seconds=0.6)
     lease.acquire()
     began = time.monotonic()
@@ -113,7 +113,7 @@ def test_it_is_renewed_while_it_is_held(objects: Objects) -> None:
 
 
 @pytest.mark.parametrize("clock", [-YEAR, 0, YEAR])
-def test_a_lease_is_taken_over_once_it_was_seen_unchanged(objects: Objects, clock: float) -> None:
+def test_a_lease_is_taken_over_once_it_was_seen_unchanged(objects: ObjectStore, clock: float) -> None:
     """For its time and the grace by the observer's clock, whatever the holder's shows."""
     now = time.time() + clock
     objects.put(KEY, holder("runs/one", seconds=0.8, started=now, expires=now + 0.8).encode())
@@ -130,7 +130,7 @@ def test_a_lease_that_is_renewed_is_not_taken_over(place: str, clock: float) -> 
     over = threading.Event()
 
     def renew() -> None:  # as a host whose clock is wrong does
-        objects = open_objects(place)
+        objects = open_object_store(place)
         for renewal in itertools.count():
             expires = time.time() + clock + 3
             objects.put(KEY, holder("runs/one", seconds=3.0, renewal=renewal, expires=expires).encode())
@@ -139,7 +139,7 @@ def test_a_lease_that_is_renewed_is_not_taken_over(place: str, clock: float) -> 
 
     renewing = threading.Thread(target=renew)
     renewing.start()
-    objects = open_objects(place)
+    objects = open_object_store(place)
     while not objects.exists(KEY):
         time.sleep(0.01)
     try:
@@ -150,7 +150,7 @@ def test_a_lease_that_is_renewed_is_not_taken_over(place: str, clock: float) -> 
         renewing.join()
 
 
-def test_without_patience_a_lease_that_seems_to_be_over_is_watched_all_the_same(objects: Objects) -> None:
+def test_without_patience_a_lease_that_seems_to_be_over_is_watched_all_the_same(objects: ObjectStore) -> None:
     past = time.time() - YEAR
     objects.put(KEY, holder("runs/one", seconds=0.8, started=past, expires=past).encode())
     second = Lease(objects, "runs/two")
@@ -158,11 +158,11 @@ def test_without_patience_a_lease_that_seems_to_be_over_is_watched_all_the_same(
     second.release()
 
 
-def test_the_message_says_how_to_get_a_lease_out_of_the_way(objects: Objects) -> None:
+def test_the_message_says_how_to_get_a_lease_out_of_the_way(objects: ObjectStore) -> None:
     objects.put(KEY, holder("runs/one").encode())
     with pytest.raises(StoreError) as caught:
         Lease(objects, "runs/two").acquire()
-    assert f"If that process is surely gone, you may also delete {objects.describe(KEY)}" in str(caught.value)
+    assert f"If that process is surely gone, you may also delete {objects.uri(KEY)}" in str(caught.value)
 
 
 @pytest.mark.parametrize("clock", ["monotonic", "clock_gettime", "time"])
@@ -170,7 +170,7 @@ def test_a_holder_counts_by_the_clock_that_shows_most(
     tmp_path: Path, clock: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A paused machine's monotonic clock stands still, a sleeping one's boot clock does not."""
-    lease = Lease(open_objects(tmp_path), "runs/one", seconds=600)
+    lease = Lease(open_object_store(tmp_path), "runs/one", seconds=600)
     lease.acquire()
     lease.check()
     real = getattr(time, clock)
@@ -184,7 +184,7 @@ def test_a_holder_counts_by_the_clock_that_shows_most(
 def test_a_clock_that_stands_still_or_goes_back_does_not_lengthen_a_lease(
     tmp_path: Path, clock: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lease = Lease(open_objects(tmp_path), "runs/one", seconds=600)
+    lease = Lease(open_object_store(tmp_path), "runs/one", seconds=600)
     lease.acquire()
     real = {name: getattr(time, name) for name in ("monotonic", "time", "clock_gettime")}
     for name in real:
@@ -206,7 +206,7 @@ def test_a_crashed_run_takes_its_own_lease_again_at_once(place: str) -> None:
     if place.startswith("memory://"):
         pytest.skip("another process has other memory")
     pid = crashed(place, "runs/one", 60)
-    objects = open_objects(place)
+    objects = open_object_store(place)
     assert json.loads(objects.get(KEY))["pid"] == pid
     with pytest.raises(StoreError, match=f"runs/one .* process {pid}"):
         Lease(objects, "runs/two").acquire()
@@ -219,7 +219,7 @@ def test_a_crashed_runs_lease_comes_free_for_others(place: str) -> None:
     if place.startswith("memory://"):
         pytest.skip("another process has other memory")
     crashed(place, "runs/one", 0.5)
-    other = Lease(open_objects(place), "runs/two")
+    other = Lease(open_object_store(place), "runs/two")
     other.acquire(patience=20)
     other.release()
 
@@ -238,21 +238,21 @@ HERE = process_table()
     ],
     ids=["an older version", "machine", "boot", "PID namespace", "alive"],
 )
-def test_own_leases_of_processes_that_may_live_are_respected(objects: Objects, changes: dict[str, object]) -> None:
+def test_own_leases_of_processes_that_may_live_are_respected(objects: ObjectStore, changes: dict[str, object]) -> None:
     """Containers and machines may share a name, and a process id says nothing outside of its namespace."""
     objects.put(KEY, holder("runs/one", **changes).encode())
     with pytest.raises(StoreError, match="runs/one"):
         Lease(objects, "runs/one").acquire()
 
 
-def test_a_process_id_that_came_again_is_another_process(objects: Objects) -> None:
+def test_a_process_id_that_came_again_is_another_process(objects: ObjectStore) -> None:
     objects.put(KEY, holder("runs/one", pid=os.getpid(), process="started earlier", machine=HERE).encode())
     again = Lease(objects, "runs/one")
     again.acquire()
     again.release()
 
 
-def test_a_lease_of_an_older_version_is_read(objects: Objects) -> None:
+def test_a_lease_of_an_older_version_is_read(objects: ObjectStore) -> None:
     written = json.loads(holder("runs/one", seconds=0.4).encode())
     del written["machine"]
     objects.put(KEY, json.dumps(written).encode())
@@ -262,7 +262,7 @@ def test_a_lease_of_an_older_version_is_read(objects: Objects) -> None:
 
 
 @pytest.mark.parametrize("how", ["taken", "deleted"])
-def test_a_lost_lease_stops_the_run(objects: Objects, how: str) -> None:
+def test_a_lost_lease_stops_the_run(objects: ObjectStore, how: str) -> None:
     lease = Lease(objects, "runs/one", seconds=3.0)
     lease.acquire()
     if how == "taken":
@@ -281,7 +281,7 @@ def test_a_lost_lease_stops_the_run(objects: Objects, how: str) -> None:
 
 
 def test_a_lease_that_cannot_be_renewed_stops_the_run_in_time(tmp_path: Path) -> None:
-    objects = open_objects(tmp_path / "objects")
+    objects = open_object_store(tmp_path / "objects")
     objects.retry = Retry(attempts=1)
     lease = Lease(objects, "runs/one", seconds=0.3)
     lease.acquire()
@@ -289,7 +289,7 @@ def test_a_lease_that_cannot_be_renewed_stops_the_run_in_time(tmp_path: Path) ->
     def unreachable(*_: object) -> bool:
         raise OSError("the network is gone")
 
-    objects._replace_if = unreachable  # type: ignore[method-assign]
+    objects._compare_and_swap = unreachable  # type: ignore[method-assign]
     began = time.monotonic()
     with pytest.raises(StoreError, match=r"could not be renewed for 0\.3 s"):
         while time.monotonic() - began < 10:
@@ -302,7 +302,7 @@ def test_a_lease_that_cannot_be_renewed_stops_the_run_in_time(tmp_path: Path) ->
 def test_where_writes_have_no_conditions_a_lease_is_not_taken_over(tmp_path: Path) -> None:
     """Two that take over at the same moment would both have it."""
     place = f"local://{tmp_path}/objects"
-    objects = open_objects(place)
+    objects = open_object_store(place)
     first = Lease(objects, "runs/one")
     first.acquire()
     first._stopping.set()
@@ -332,7 +332,7 @@ def test_where_writes_have_no_conditions_a_lease_is_not_taken_over(tmp_path: Pat
     ],
 )
 def test_a_damaged_lease_is_an_error_with_a_cure(tmp_path: Path, content: bytes) -> None:
-    objects = open_objects(tmp_path)
+    objects = open_object_store(tmp_path)
     objects.put(KEY, content)
     with pytest.raises(StoreError, match=r"damaged .*delete it when no run writes there"):
         Lease(objects, "runs/one").acquire()

@@ -22,7 +22,7 @@ from udddm import cli
 from udddm.errors import StoreError
 from udddm.order import Order
 from udddm.storage.base import Retry
-from udddm.storage.local import LocalObjects
+from udddm.storage.local import LocalObjectStore
 from udddm.store import Encoding
 from udddm.store.pinned import MemoryTable, PinnedStore
 from udddm.store.pipeline import HostStore, _Window
@@ -31,11 +31,13 @@ from udddm.testing.store import SHAPE, ModelledRun
 
 CPU = torch.device("cpu")
 ROW_BYTES = 24  # of SHAPE in fp16
-ORDER = Order(seed=9, samples=90, batch=8, lanes=2, chunk=4, window=2)  # 6 windows a lane, 12 steps an epoch
-ONE_WINDOW = Order(seed=9, samples=40, batch=8, lanes=2, chunk=4, window=8)
+ORDER = Order(
+    seed=9, samples=90, batch_size=8, num_lanes=2, chunk_size=4, window=2
+)  # 6 windows a lane, 12 steps an epoch
+ONE_WINDOW = Order(seed=9, samples=40, batch_size=8, num_lanes=2, chunk_size=4, window=8)
 
 
-class Watched(LocalObjects):
+class Watched(LocalObjectStore):
     """Local files, with a look at each access of a key before it is made: `before("get" or "put", key)`."""
 
     def __init__(self, root: Path, before: Callable[[str, str], None]):
@@ -62,10 +64,10 @@ class Watched(LocalObjects):
 
 def least_memory(order: Order, prefetch: int = 1) -> int:
     """Bytes for no more windows than a rank of all lanes needs: with more, a small state is never read back."""
-    smallest = min(order.smallest_window(lane) for lane in range(order.lanes))
-    largest = min(order.window_chunks * order.chunk, order.longest_lane)
-    windows = 2 + -(-order.share // smallest)
-    return ROW_BYTES * order.lanes * (windows * largest + 2 * prefetch * order.share)
+    smallest = min(order.smallest_window(lane) for lane in range(order.num_lanes))
+    largest = min(order.chunks_per_window * order.chunk_size, order.longest_lane)
+    windows = 2 + -(-order.samples_per_lane_step // smallest)
+    return ROW_BYTES * order.num_lanes * (windows * largest + 2 * prefetch * order.samples_per_lane_step)
 
 
 class WatchedRun(ModelledRun):
@@ -90,7 +92,7 @@ def nothing(operation: str, key: str) -> None:
 
 @pytest.fixture(autouse=True)
 def quick_retries(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(LocalObjects, "retry", Retry(first_pause=0.001))
+    monkeypatch.setattr(LocalObjectStore, "retry", Retry(first_pause=0.001))
 
 
 def closes_promptly(store: HostStore, seconds: float = 2) -> None:
@@ -125,7 +127,7 @@ def test_a_failure_in_the_background_stops_the_next_step(
     run = WatchedRun(tmp_path, before)
     run.start()
     with pytest.raises(StoreError) as caught:
-        run.advance(4 * ORDER.steps)
+        run.advance(4 * ORDER.steps_per_epoch)
     assert time.monotonic() - failed[0] < 2
     assert str(failure) in str(caught.value)
     if isinstance(failure, OSError):
@@ -155,7 +157,7 @@ def test_a_failing_table_stops_the_next_step(method: str, monkeypatch: pytest.Mo
     run = ModelledRun(make, ORDER, Encoding("fp32"), Path())
     run.start()
     with pytest.raises(StoreError, match=f"the x0-state pipeline failed.*{method} broke"):
-        run.advance(3 * ORDER.steps)
+        run.advance(3 * ORDER.steps_per_epoch)
     closes_promptly(run.stores[0])  # type: ignore[arg-type]
 
 
@@ -188,7 +190,7 @@ def test_transient_errors_are_retried_and_counted(tmp_path: Path) -> None:
 
     run = WatchedRun(tmp_path, before, threads=1)
     run.start()
-    run.advance(3 * ORDER.steps)
+    run.advance(3 * ORDER.steps_per_epoch)
     run.check_rows()
     run.save()
     assert run.stores[0].counters.retries == run.objects.retries > 2 * sum(run.objects.chunks("put").values())
@@ -208,7 +210,7 @@ def test_delays_anywhere_change_nothing(tmp_path: Path, seed: int) -> None:
     for order in (ORDER, ONE_WINDOW, Order(seed, 53, 22, 2, 2, 1)):
         run = WatchedRun(tmp_path / str(order.samples), before, order, prefetch=1 + seed, threads=1 + seed)
         run.start()
-        for steps in (order.steps, 2, 3 * order.steps):
+        for steps in (order.steps_per_epoch, 2, 3 * order.steps_per_epoch):
             run.advance(steps)
             run.restart(run.save())
             run.check_rows()
@@ -222,7 +224,7 @@ def test_completion_records_slower_than_an_epoch_change_nothing(tmp_path: Path) 
 
     run = WatchedRun(tmp_path, before, Order(1, 8, 4, 2, 2, 2), threads=3)
     run.start()
-    run.advance(8 * run.order.steps)
+    run.advance(8 * run.order.steps_per_epoch)
     run.save()
     run.check_rows()
     run.advance(1)
@@ -235,10 +237,10 @@ def test_completion_records_slower_than_an_epoch_change_nothing(tmp_path: Path) 
 def test_reads_and_writes_of_an_epoch_never_touch_the_same_object(tmp_path: Path) -> None:
     run = WatchedRun(tmp_path, nothing)
     run.start()
-    run.advance(4 * ORDER.steps)
+    run.advance(4 * ORDER.steps_per_epoch)
     run.stores[0].settle()  # type: ignore[attr-defined]
     run.crash()
-    total = 4 * sum(ORDER.chunks(lane) for lane in range(2))
+    total = 4 * sum(ORDER.num_chunks(lane) for lane in range(2))
     puts, gets = run.objects.chunks("put"), run.objects.chunks("get")
     assert len(puts) == total
     assert set(puts.values()) == {1}  # each chunk of each generation is written once
@@ -252,12 +254,12 @@ def test_reads_and_writes_of_an_epoch_never_touch_the_same_object(tmp_path: Path
 def test_the_next_epoch_is_handed_over_in_memory_where_it_is_needed_at_once(tmp_path: Path) -> None:
     whole = WatchedRun(tmp_path / "one", nothing, ONE_WINDOW)
     whole.start()
-    whole.advance(4 * ONE_WINDOW.steps)
+    whole.advance(4 * ONE_WINDOW.steps_per_epoch)
     whole.crash()
     assert not whole.objects.chunks("get")  # each epoch's only window waits for the one before
     many = WatchedRun(tmp_path / "many", nothing)
     many.start()
-    many.advance(4 * ORDER.steps)
+    many.advance(4 * ORDER.steps_per_epoch)
     many.crash()
     assert 0 < sum(many.objects.chunks("get").values()) < sum(many.objects.chunks("put").values())
 
@@ -265,7 +267,7 @@ def test_the_next_epoch_is_handed_over_in_memory_where_it_is_needed_at_once(tmp_
 def test_the_first_window_of_an_epoch_is_read_before_the_last_one_is_over(tmp_path: Path) -> None:
     run = WatchedRun(tmp_path, nothing, prefetch=1)
     run.start()
-    run.advance(2 * ORDER.steps - 1)
+    run.advance(2 * ORDER.steps_per_epoch - 1)
     store = run.stores[0]
     assert isinstance(store, ZarrStore)
     deadline = time.monotonic() + 5
@@ -309,7 +311,7 @@ def test_memory_is_bounded_by_the_windows_that_fit_whatever_n_is(samples: int, w
     gc.collect()
     run = ModelledRun(make, Order(1, samples, 16, 2, 4, 2), Encoding("fp16"), Path())
     run.start()
-    run.advance(2 * run.order.steps + 3)
+    run.advance(2 * run.order.steps_per_epoch + 3)
     store = run.stores[0]
     assert isinstance(store, CountedStore)
     assert 3 <= store.most <= windows
@@ -333,7 +335,7 @@ def test_a_step_of_many_windows_has_as_many_in_memory_and_two_more() -> None:
         Path(),
     )
     run.start()
-    run.advance(3 * order.steps)
+    run.advance(3 * order.steps_per_epoch)
     run.crash()
 
 
@@ -465,18 +467,18 @@ def test_a_chunks_generations_are_saved_in_their_order_however_slow_one_is() -> 
             saved.append((lane, chunk, generation))
 
     order, encoding = ONE_WINDOW, Encoding("fp32")
-    table = Slow(order, range(order.lanes), SHAPE, encoding)
-    store = PinnedStore(order, range(order.lanes), SHAPE, encoding, CPU, table, threads=16)
+    table = Slow(order, range(order.num_lanes), SHAPE, encoding)
+    store = PinnedStore(order, range(order.num_lanes), SHAPE, encoding, CPU, table, threads=16)
     store.start(0, 0, None)
     try:
-        for _ in range(3 * order.steps):
+        for _ in range(3 * order.steps_per_epoch):
             store.write(store.read() + 1)
         store.settle()
         assert sorted(saved) == sorted(saved, key=lambda entry: entry[:2])
-        zero = MemoryTable(order, range(order.lanes), SHAPE, encoding)
+        zero = MemoryTable(order, range(order.num_lanes), SHAPE, encoding)
         zero.open(0, 0, None)
-        for lane in range(order.lanes):
-            for chunk in range(order.chunks(lane)):
+        for lane in range(order.num_lanes):
+            for chunk in range(order.num_chunks(lane)):
                 expected = torch.from_numpy(zero.load(0, lane, chunk)) + 1 + 1 + 1
                 assert torch.equal(torch.from_numpy(store.rows(lane, chunk)), expected)
     finally:

@@ -17,13 +17,13 @@ import numpy as np
 import pytest
 import zarr
 
-from udddm.errors import DamagedChunkError, StoreError
+from udddm.errors import CorruptChunkError, StoreError
 from udddm.order import Order
-from udddm.storage.base import Objects, Refused, Retry, open_objects
+from udddm.storage.base import ObjectStore, PermanentStorageError, Retry, open_object_store
 from udddm.storage.failures import of_fsspec, refusal
-from udddm.storage.filesystem import FsspecObjects
-from udddm.storage.local import LocalObjects
-from udddm.storage.s3 import ObstoreObjects
+from udddm.storage.filesystem import FsspecObjectStore
+from udddm.storage.local import LocalObjectStore
+from udddm.storage.s3 import S3ObjectStore
 from udddm.store import Encoding
 from udddm.store.generations import Generations
 from udddm.testing.faults import BROKEN, ERRORS, FaultProxy
@@ -44,8 +44,8 @@ def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def objects(place: str) -> Objects:
-    opened = open_objects(place)
+def objects(place: str) -> ObjectStore:
+    opened = open_object_store(place)
     opened.retry = QUICK
     return opened
 
@@ -58,9 +58,9 @@ def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]
 
 
 @pytest.fixture
-def remote(proxy: FaultProxy) -> ObstoreObjects:
+def remote(proxy: FaultProxy) -> S3ObjectStore:
     """S3 through the proxy, with a second to answer."""
-    opened = ObstoreObjects(f"{BUCKET}/{uuid.uuid4().hex}", timeout=0.5)
+    opened = S3ObjectStore(f"{BUCKET}/{uuid.uuid4().hex}", timeout=0.5)
     opened.retry = QUICK
     return opened
 
@@ -77,15 +77,15 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 # The contract.
 
 
-def test_open_objects_chooses_by_the_url(place: str, objects: Objects) -> None:
-    kinds = {"s3": ObstoreObjects, "memory": FsspecObjects}
-    assert type(objects) is kinds.get(place.partition("://")[0], LocalObjects)
-    assert open_objects(place + "/").describe("") == objects.describe("") == place
+def test_open_objects_chooses_by_the_url(place: str, objects: ObjectStore) -> None:
+    kinds = {"s3": S3ObjectStore, "memory": FsspecObjectStore}
+    assert type(objects) is kinds.get(place.partition("://")[0], LocalObjectStore)
+    assert open_object_store(place + "/").describe("") == objects.describe("") == place
     assert objects.describe("a/b") == f"{place}/a/b"
     assert not list(objects.list(""))
 
 
-def test_put_get_overwrite_delete(objects: Objects) -> None:
+def test_put_get_overwrite_delete(objects: ObjectStore) -> None:
     objects.put("a/b/one", b"1")
     objects.put("a/b/one", b"first ", memoryview(b"second"), np.arange(2, dtype="<i2").data)
     objects.put("a/two", b"")
@@ -101,7 +101,7 @@ def test_put_get_overwrite_delete(objects: Objects) -> None:
     assert objects.retries == 0
 
 
-def test_a_prefix_is_deleted_whole_and_alone(objects: Objects) -> None:
+def test_a_prefix_is_deleted_whole_and_alone(objects: ObjectStore) -> None:
     for key in ("g/c/1/0/0/0", "g/c/1/1/0/0", "g/c/10/0/0/0", "g/x.json", "g-2/x", "h/c/1/0"):
         objects.put(key, b"x")
     objects.delete("g/c/1")
@@ -114,7 +114,7 @@ def test_a_prefix_is_deleted_whole_and_alone(objects: Objects) -> None:
     objects.delete("nonesuch/deeper")
 
 
-def test_odd_keys(objects: Objects) -> None:
+def test_odd_keys(objects: ObjectStore) -> None:
     keys = ["a b+c/é%20 ü", "d/~!$&'()*,;=@^_`{}", "d/…", "d/" + "x" * 200, "e.f/-", "e.f/g.partial-1"]
     for key in keys:
         objects.put(key, key.encode())
@@ -123,14 +123,14 @@ def test_odd_keys(objects: Objects) -> None:
     assert list(objects.list("a b+c")) == ["é%20 ü"]
 
 
-def test_large_objects_are_written_whole_over_one_another(place: str, objects: Objects) -> None:
+def test_large_objects_are_written_whole_over_one_another(place: str, objects: ObjectStore) -> None:
     """A reader beside a writer sees one of the objects that were written, all of it."""
     size = 8 * 2**20
     written = [bytes([value]) * size for value in range(4)]
     objects.put("large", written[0])
     seen: list[bytes] = []
     over = threading.Event()
-    reader_objects = open_objects(place)
+    reader_objects = open_object_store(place)
 
     def read() -> None:
         while not over.is_set():
@@ -148,8 +148,8 @@ def test_large_objects_are_written_whole_over_one_another(place: str, objects: O
     assert objects.get("large") == written[-1]
 
 
-def test_listings_show_what_others_have_just_written(place: str, objects: Objects) -> None:
-    other = open_objects(place)
+def test_listings_show_what_others_have_just_written(place: str, objects: ObjectStore) -> None:
+    other = open_object_store(place)
     assert not list(objects.list("n")) and not list(other.list("n"))
     for count in range(1, 6):
         other.put(f"n/{count}", b"x")
@@ -161,7 +161,7 @@ def test_listings_show_what_others_have_just_written(place: str, objects: Object
 
 def test_long_listings_are_complete(s3: S3Server) -> None:
     """S3 lists and deletes 1,000 objects a request."""
-    objects = open_objects(f"s3://{BUCKET}/{uuid.uuid4().hex}")
+    objects = open_object_store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: objects.put(f"many/{i}", b"x"), range(1010)))
     assert set(objects.list("many")) == {str(i) for i in range(1010)}
@@ -171,7 +171,7 @@ def test_long_listings_are_complete(s3: S3Server) -> None:
 
 def test_concurrent_clients(place: str) -> None:
     def client(number: int) -> None:
-        mine = open_objects(place)
+        mine = open_object_store(place)
         for turn in range(10):
             mine.put(f"own/{number}", f"{number}-{turn}".encode() * 1000)
             mine.put("shared", f"{number}-{turn};".encode() * 1000)
@@ -180,11 +180,11 @@ def test_concurrent_clients(place: str) -> None:
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(client, range(4)))
-    assert len(list(open_objects(place).list("own"))) == 4
+    assert len(list(open_object_store(place).list("own"))) == 4
 
 
 def test_one_client_of_many_puts_if_absent(place: str) -> None:
-    clients = [open_objects(place) for _ in range(8)]
+    clients = [open_object_store(place) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda i: clients[i].put_if_absent("d/only", f"{i}".encode()), range(8)))
     assert sum(won) == 1
@@ -193,42 +193,42 @@ def test_one_client_of_many_puts_if_absent(place: str) -> None:
 
 
 def test_one_client_of_many_replaces(place: str) -> None:
-    clients = [open_objects(place) for _ in range(8)]
-    assert not clients[0].replace_if("d/it", b"new", b"old")
+    clients = [open_object_store(place) for _ in range(8)]
+    assert not clients[0].compare_and_swap("d/it", b"new", b"old")
     clients[0].put("d/it", b"old")
-    assert not clients[0].replace_if("d/it", b"new", b"other")
+    assert not clients[0].compare_and_swap("d/it", b"new", b"other")
     with ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda i: clients[i].replace_if("d/it", f"{i}".encode(), b"old"), range(8)))
+        won = list(pool.map(lambda i: clients[i].compare_and_swap("d/it", f"{i}".encode(), b"old"), range(8)))
     assert sum(won) == 1
     assert clients[0].get("d/it") == f"{won.index(True)}".encode()
     assert list(clients[0].list("d")) == ["it"]
 
 
-ORDER = Order(samples=50, batch=8, lanes=2, chunk=4, window=3, seed=1)
+ORDER = Order(samples=50, batch_size=8, num_lanes=2, chunk_size=4, window=3, seed=1)
 
 
-def test_generations_come_back_and_zarr_reads_them(place: str, objects: Objects) -> None:
+def test_generations_come_back_and_zarr_reads_them(place: str, objects: ObjectStore) -> None:
     stored = Generations(objects, ORDER, (2, 3, 3), Encoding("fp16"))
     stored.create()
     stored.begin(1)
     random = np.random.default_rng(0)
     rows = {}
-    for lane in range(ORDER.lanes):
-        for chunk in range(ORDER.chunks(lane)):
+    for lane in range(ORDER.num_lanes):
+        for chunk in range(ORDER.num_chunks(lane)):
             shape = (ORDER.chunk_slots(lane, chunk), 2, 3, 3)
             rows[lane, chunk] = random.normal(size=shape).astype(np.float16)
-        checksums = {c: stored.write(1, lane, c, rows[lane, c]) for c in range(ORDER.chunks(lane))}
+        checksums = {c: stored.write(1, lane, c, rows[lane, c]) for c in range(ORDER.num_chunks(lane))}
         stored.complete(1, lane, checksums)
-    again = Generations(open_objects(place), ORDER, (2, 3, 3), Encoding("fp16"))
+    again = Generations(open_object_store(place), ORDER, (2, 3, 3), Encoding("fp16"))
     again.create()
     assert again.is_complete(1)
     for (lane, chunk), wanted in rows.items():
         assert (again.read(1, lane, chunk, again.record(1, lane)[chunk]) == wanted).all()
     if not place.startswith("s3://"):  # zarr's own way to S3 is s3fs, whose threads outlive a test
         array = zarr.open_array(f"{place}/gen-000001", mode="r")
-        assert (array[1, : ORDER.chunk] == rows[1, 0]).all()
+        assert (array[1, : ORDER.chunk_size] == rows[1, 0]).all()
     objects.delete(again.chunk_key(1, 0, 1))
-    with pytest.raises(DamagedChunkError, match="lane 0, chunk 1 is damaged: it is missing"):
+    with pytest.raises(CorruptChunkError, match="lane 0, chunk 1 is damaged: it is missing"):
         again.read(1, 0, 1, again.record(1, 0)[1])
     stored.delete(1, range(2))
     assert stored.existing() == []
@@ -236,16 +236,16 @@ def test_generations_come_back_and_zarr_reads_them(place: str, objects: Objects)
 
 # What goes wrong on the way to S3, by name.
 
-OPERATIONS: dict[str, Callable[[Objects], object]] = {
+OPERATIONS: dict[str, Callable[[ObjectStore], object]] = {
     "get": lambda o: o.get("there"),
     "put": lambda o: o.put("new", b"x" * 1000),
     "list": lambda o: list(o.list("")),
     "delete": lambda o: o.delete("there"),
     "put_if_absent": lambda o: o.put_if_absent("new", b"mine"),
-    "replace_if": lambda o: o.replace_if("there", b"mine", b"there" * 1000),
+    "compare_and_swap": lambda o: o.compare_and_swap("there", b"mine", b"there" * 1000),
 }
 TRANSIENT = ["slow-down", "too-many", "internal", "bad-gateway", *BROKEN]
-FINAL = {
+NON_RETRYABLE = {
     "expired-token": ("have expired", "AWS_SESSION_TOKEN"),
     "expired-token-403": ("have expired", "AWS_SESSION_TOKEN"),
     "access-denied": ("access is denied", "allow reading, writing"),
@@ -257,12 +257,12 @@ FINAL = {
 
 
 def test_every_fault_is_tested() -> None:
-    assert {*ERRORS, *BROKEN} == {*TRANSIENT, *FINAL}
+    assert {*ERRORS, *BROKEN} == {*TRANSIENT, *NON_RETRYABLE}
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_a_passing_fault_is_retried(fault: str, operation: str, proxy: FaultProxy, remote: ObstoreObjects) -> None:
+def test_a_passing_fault_is_retried(fault: str, operation: str, proxy: FaultProxy, remote: S3ObjectStore) -> None:
     if fault == "cut" and operation in ("put", "put_if_absent"):
         pytest.skip("the reply to a put has no body that could be cut")
     wanted = OPERATIONS[operation]
@@ -276,7 +276,7 @@ def test_a_passing_fault_is_retried(fault: str, operation: str, proxy: FaultProx
         assert result == b"there" * 1000
     elif operation == "list":
         assert result == ["there"]
-    elif operation in ("put_if_absent", "replace_if"):
+    elif operation in ("put_if_absent", "compare_and_swap"):
         assert result is True, "the first attempt may have got through: then it is ours"
         assert remote.get("new" if operation == "put_if_absent" else "there") == b"mine"
     else:
@@ -285,7 +285,7 @@ def test_a_passing_fault_is_retried(fault: str, operation: str, proxy: FaultProx
 
 
 @pytest.mark.parametrize("fault", ["slow-down", "reset", "cut"])
-def test_a_lasting_fault_ends_in_one_clear_error(fault: str, proxy: FaultProxy, remote: ObstoreObjects) -> None:
+def test_a_lasting_fault_ends_in_one_clear_error(fault: str, proxy: FaultProxy, remote: S3ObjectStore) -> None:
     remote.put("there", b"x" * 1000)
     with (
         proxy.failing(fault, 100),
@@ -296,11 +296,11 @@ def test_a_lasting_fault_ends_in_one_clear_error(fault: str, proxy: FaultProxy, 
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
-@pytest.mark.parametrize("fault", FINAL)
+@pytest.mark.parametrize("fault", NON_RETRYABLE)
 def test_a_refusal_ends_at_once_with_its_cure(
-    fault: str, operation: str, proxy: FaultProxy, remote: ObstoreObjects, s3: S3Server
+    fault: str, operation: str, proxy: FaultProxy, remote: S3ObjectStore, s3: S3Server
 ) -> None:
-    what, cure = FINAL[fault]
+    what, cure = NON_RETRYABLE[fault]
     with proxy.failing(fault, 100), pytest.raises(StoreError) as caught:
         OPERATIONS[operation](remote)
     assert (remote.retries, proxy.failed) == (0, 1)
@@ -317,7 +317,7 @@ def test_no_credentials_in_any_error(
 ) -> None:
     token = secrets.token_hex(30)
     monkeypatch.setenv("AWS_SESSION_TOKEN", token)
-    remote = open_objects(f"s3://{BUCKET}/x")
+    remote = open_object_store(f"s3://{BUCKET}/x")
     remote.retry = Retry(attempts=2, first_pause=0.001)
     for fault, operation in itertools.product(
         ["slow-down", "expired-token", "signature", "reset"], OPERATIONS.values()
@@ -331,16 +331,16 @@ def test_no_credentials_in_any_error(
 def test_the_server_itself_refuses_wrong_credentials(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreError, match="signature does not match") as caught:
-        open_objects(f"s3://{BUCKET}/x").get("y")
+        open_object_store(f"s3://{BUCKET}/x").get("y")
     assert not [error for error in chain(caught.value) if s3.key in repr(error)]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
     with pytest.raises(StoreError, match="access key is not known"):
-        open_objects(f"s3://{BUCKET}/x").put("y", b"")
+        open_object_store(f"s3://{BUCKET}/x").put("y", b"")
 
 
 def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
-    nowhere = open_objects(f"s3://{BUCKET}/x")
+    nowhere = open_object_store(f"s3://{BUCKET}/x")
     nowhere.retry = QUICK
     with pytest.raises(StoreError, match=r"the server refuses connections \(tried 4 times\)"):
         nowhere.get("y")
@@ -351,10 +351,10 @@ def test_missing_credentials_are_said_to_be_missing(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")  # where a machine's role would be
     with pytest.raises(StoreError, match="no credentials in the environment"):
-        open_objects(f"s3://{BUCKET}/x").get("y")
+        open_object_store(f"s3://{BUCKET}/x").get("y")
 
 
-def test_a_stall_costs_the_timeout_and_latency_nothing_but_time(proxy: FaultProxy, remote: ObstoreObjects) -> None:
+def test_a_stall_costs_the_timeout_and_latency_nothing_but_time(proxy: FaultProxy, remote: S3ObjectStore) -> None:
     proxy.latency = 0.05
     remote.put("there", b"x")
     proxy.fail("stall")
@@ -364,14 +364,14 @@ def test_a_stall_costs_the_timeout_and_latency_nothing_but_time(proxy: FaultProx
     assert remote.retries == 1
 
 
-def test_a_chunk_is_put_in_one_request(proxy: FaultProxy, remote: ObstoreObjects) -> None:
+def test_a_chunk_is_put_in_one_request(proxy: FaultProxy, remote: S3ObjectStore) -> None:
     remote.put("chunk", bytes(8 * 2**20), b"four")
     assert proxy.requests == ["PUT"]
     assert len(remote.get("chunk")) == 8 * 2**20 + 4
 
 
 def test_pauses_grow_to_the_longest_and_total_time_is_bounded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    class Failing(LocalObjects):
+    class Failing(LocalObjectStore):
         def _get(self, key: str) -> bytes:
             raise OSError("broken")
 
@@ -387,7 +387,7 @@ def test_pauses_grow_to_the_longest_and_total_time_is_bounded(monkeypatch: pytes
         objects.get("x")
 
 
-def test_close_ends_the_wait_for_another_attempt(proxy: FaultProxy, remote: ObstoreObjects) -> None:
+def test_close_ends_the_wait_for_another_attempt(proxy: FaultProxy, remote: S3ObjectStore) -> None:
     remote.retry = Retry(attempts=5, first_pause=60, longest_pause=60)
     proxy.fail("slow-down", 100)
     failures: list[BaseException] = []
@@ -424,7 +424,7 @@ def test_close_ends_the_wait_for_another_attempt(proxy: FaultProxy, remote: Obst
 )
 def test_malformed_urls(url: str, said: str) -> None:
     with pytest.raises(StoreError, match=r"store\.url") as caught:
-        open_objects(url)
+        open_object_store(url)
     assert said in str(caught.value)
 
 
@@ -433,7 +433,7 @@ def test_malformed_urls(url: str, said: str) -> None:
 )
 def test_secrets_do_not_belong_in_a_url(url: str) -> None:
     with pytest.raises(StoreError, match="leave user, password and query out") as caught:
-        open_objects(url)
+        open_object_store(url)
     assert not [error for error in chain(caught.value) if "hush" in str(error)]
 
 
@@ -441,21 +441,21 @@ def test_secrets_do_not_belong_in_a_url(url: str) -> None:
 def test_a_malformed_endpoint(endpoint: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
     with pytest.raises(StoreError, match="AWS_ENDPOINT_URL is no URL") as caught:
-        open_objects(f"s3://{BUCKET}")
+        open_object_store(f"s3://{BUCKET}")
     assert "hush" not in str(caught.value)
 
 
 def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(StoreError, match=r"pip install 'udddm\[s3\]'"):
-        open_objects("s3://bucket/x")
+        open_object_store("s3://bucket/x")
 
     def missing(*_: object, **__: object) -> None:
         raise ImportError("Please install gcsfs to access Google Storage")
 
     monkeypatch.setattr(fsspec, "get_filesystem_class", missing)
     with pytest.raises(StoreError, match="sftp://bucket/x: Please install gcsfs"):
-        open_objects("sftp://bucket/x")
+        open_object_store("sftp://bucket/x")
 
 
 def test_what_the_replies_of_servers_mean() -> None:
@@ -468,7 +468,7 @@ def test_what_the_replies_of_servers_mean() -> None:
         (404, ""),
         (400, "InvalidUri"),
     ]:
-        assert isinstance(refusal(status, code), Refused)
+        assert isinstance(refusal(status, code), PermanentStorageError)
 
 
 class _HttpError(Exception):
@@ -485,11 +485,11 @@ class _HttpError(Exception):
         (_HttpError(429), OSError),
         (TimeoutError("hush"), OSError),
         (ConnectionResetError(104, "hush"), OSError),
-        (_HttpError(403), Refused),
-        (_HttpError(400), Refused),
-        (PermissionError(13, "hush"), Refused),
-        (NotImplementedError("hush"), Refused),
-        (KeyError("hush"), Refused),
+        (_HttpError(403), PermanentStorageError),
+        (_HttpError(400), PermanentStorageError),
+        (PermissionError(13, "hush"), PermanentStorageError),
+        (NotImplementedError("hush"), PermanentStorageError),
+        (KeyError("hush"), PermanentStorageError),
     ],
     ids=repr,
 )
@@ -505,7 +505,7 @@ def test_a_directory_that_vanishes_under_a_local_write_is_made_again(
     """Ranks remove their lanes of an old generation, and the last one the directory, while another may still write."""
     import shutil
 
-    objects = LocalObjects(tmp_path)
+    objects = LocalObjectStore(tmp_path)
     replace, removed = Path.replace, []
 
     def racing(self: Path, target: Path) -> Path:
@@ -523,11 +523,11 @@ def test_google_and_azure_have_conditional_writes(monkeypatch: pytest.MonkeyPatc
     """Through obstore, whose own tests cover their servers; here only that they are opened by it."""
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     for url in ("gs://bucket/some/where", "gcs://bucket/some/where", "az://container/some/where"):
-        opened = open_objects(url)
-        assert isinstance(opened, ObstoreObjects) and opened.conditional
-        assert opened.describe("key") == f"{url}/key"
+        opened = open_object_store(url)
+        assert isinstance(opened, S3ObjectStore) and opened.conditional
+        assert opened.uri("key") == f"{url}/key"
     monkeypatch.delenv("AZURE_STORAGE_ACCOUNT_NAME")
     with pytest.raises(StoreError, match=r"cannot open az://container/x: .*AZURE_STORAGE_ variables"):
-        open_objects("az://container/x")
-    assert not open_objects(f"local:///tmp/{uuid.uuid4().hex}").conditional
-    assert open_objects("memory://a").conditional, "nobody else sees it"
+        open_object_store("az://container/x")
+    assert not open_object_store(f"local:///tmp/{uuid.uuid4().hex}").conditional
+    assert open_object_store("memory://a").conditional, "nobody else sees it"

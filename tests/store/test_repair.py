@@ -11,21 +11,21 @@ import torch
 
 from udddm import cli
 from udddm.config import StoreConfig
-from udddm.errors import DamagedChunkError, StoreError
+from udddm.errors import CorruptChunkError, StoreError
 from udddm.order import Order
 from udddm.runs.run import Run
-from udddm.storage.local import LocalObjects
+from udddm.storage.local import LocalObjectStore
 from udddm.store import Encoding, X0Store, build
 from udddm.store.encoding import generation_zero
 from udddm.store.generations import Generations, open_existing
 from udddm.testing.store import SHAPE, ModelledRun
 
-ORDER = Order(seed=5, samples=61, batch=8, lanes=2, chunk=4, window=2)
+ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, window=2)
 FP16 = Encoding("fp16")
 
 
 def run_at(directory: Path, on_damage: str, kind: str = "zarr") -> ModelledRun:
-    config = StoreConfig.model_validate({"kind": kind, "on_damage": on_damage})
+    config = StoreConfig.model_validate({"kind": kind, "on_corruption": on_damage})
 
     def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, where: Path) -> X0Store:
         return build(config, order, lanes, shape, torch.device("cpu"), Run(where))
@@ -37,7 +37,7 @@ def chunk_path(directory: Path, generation: int, lane: int, chunk: int) -> Path:
     return (
         directory
         / "state"
-        / Generations(LocalObjects(directory), ORDER, SHAPE, FP16).chunk_key(generation, lane, chunk)
+        / Generations(LocalObjectStore(directory), ORDER, SHAPE, FP16).chunk_key(generation, lane, chunk)
     )
 
 
@@ -58,10 +58,10 @@ def test_reinitialize_gives_the_chunk_generation_zero_and_leaves_all_others(
 ) -> None:
     run = run_at(tmp_path, "reinitialize")
     run.start()
-    run.advance(ORDER.steps + steps)
+    run.advance(ORDER.steps_per_epoch + steps)
     saved = run.save()
     run.crash()
-    index = ORDER.windows(1) - 1  # a window of which nothing is visited yet
+    index = ORDER.num_windows(1) - 1  # a window of which nothing is visited yet
     chunk = ORDER.window_chunks_of(1, 1, index)[0]
     damage(chunk_path(tmp_path, 1, 1, chunk))
     samples = ORDER.chunk_samples(1, chunk)
@@ -70,7 +70,7 @@ def test_reinitialize_gives_the_chunk_generation_zero_and_leaves_all_others(
     for _ in range(2):  # and again from the same checkpoint
         run.restart(saved)
         run.check_rows()
-        run.advance(2 * ORDER.steps)  # every read is compared with the model
+        run.advance(2 * ORDER.steps_per_epoch)  # every read is compared with the model
         run.check_rows()
         assert run.stores[0].counters.reinitialized == len(samples)
         run.crash()
@@ -82,13 +82,13 @@ def test_reinitialize_gives_the_chunk_generation_zero_and_leaves_all_others(
 def test_a_store_in_memory_that_takes_over_repairs_as_well(tmp_path: Path, kind: str) -> None:
     run = run_at(tmp_path, "stop")
     run.start()
-    run.advance(ORDER.steps + 1)
+    run.advance(ORDER.steps_per_epoch + 1)
     saved = run.save()
     run.crash()
-    chunk = ORDER.window_chunks_of(0, 1, ORDER.windows(0) - 1)[0]
+    chunk = ORDER.window_chunks_of(0, 1, ORDER.num_windows(0) - 1)[0]
     flip(chunk_path(tmp_path, 1, 0, chunk))
     refused = run_at(tmp_path, "stop", kind)
-    with pytest.raises(DamagedChunkError, match="--on-damage"):
+    with pytest.raises(CorruptChunkError, match="--on-damage"):
         refused.start(1, saved)
     refused.crash()
     samples = ORDER.chunk_samples(0, chunk)
@@ -96,7 +96,7 @@ def test_a_store_in_memory_that_takes_over_repairs_as_well(tmp_path: Path, kind:
     saved.model.update((int(sample), zero[i]) for i, sample in enumerate(samples))
     taken = run_at(tmp_path, "reinitialize", kind)
     taken.start(1, saved)
-    taken.advance(ORDER.steps)
+    taken.advance(ORDER.steps_per_epoch)
     assert taken.stores[0].counters.reinitialized == len(samples)
     taken.crash()
 
@@ -105,7 +105,7 @@ def test_a_store_in_memory_that_takes_over_repairs_as_well(tmp_path: Path, kind:
 def test_a_lost_completion_record_is_made_again_from_the_chunks(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     run = run_at(tmp_path, "stop")
     run.start()
-    run.advance(ORDER.steps + 2)
+    run.advance(ORDER.steps_per_epoch + 2)
     saved = run.save()
     run.crash()
     record = tmp_path / "state" / "gen-000001" / "complete" / "lane-0001.json"
@@ -113,14 +113,14 @@ def test_a_lost_completion_record_is_made_again_from_the_chunks(tmp_path: Path, 
     damage(record)
     run.restart(saved)
     assert json.loads(record.read_text()) == before
-    run.advance(2 * ORDER.steps)
+    run.advance(2 * ORDER.steps_per_epoch)
     run.crash()
 
 
 def test_a_lost_record_of_chunks_that_changed_is_an_error(tmp_path: Path) -> None:
     run = run_at(tmp_path, "reinitialize")
     run.start()
-    run.advance(ORDER.steps + 2)
+    run.advance(ORDER.steps_per_epoch + 2)
     saved = run.save()
     run.crash()
     (tmp_path / "state" / "gen-000001" / "complete" / "lane-0001.json").unlink()
@@ -149,7 +149,7 @@ def test_a_later_run_at_the_same_url_is_refused_and_the_own_run_is_not(tmp_path:
 
     first = opened("first")
     first.start()
-    first.advance(ORDER.steps + 1)
+    first.advance(ORDER.steps_per_epoch + 1)
     saved = first.save()
     first.crash()
     before = {p: p.read_bytes() for p in url.rglob("*") if p.is_file()}
@@ -159,13 +159,13 @@ def test_a_later_run_at_the_same_url_is_refused_and_the_own_run_is_not(tmp_path:
     second.crash()
     assert {p: p.read_bytes() for p in url.rglob("*") if p.is_file()} == before
     first.restart(saved)
-    first.advance(ORDER.steps)
+    first.advance(ORDER.steps_per_epoch)
     first.crash()
-    assert open_existing(LocalObjects(url)).order.samples == ORDER.samples
+    assert open_existing(LocalObjectStore(url)).order.samples == ORDER.samples
 
 
 def test_generations_that_are_nobodys_are_not_overwritten_by_a_run(tmp_path: Path) -> None:
-    stored = Generations(LocalObjects(tmp_path), ORDER, SHAPE, FP16)
+    stored = Generations(LocalObjectStore(tmp_path), ORDER, SHAPE, FP16)
     stored.create()
     stored.create("mine")  # nothing in it yet
     assert json.loads((tmp_path / "zarr.json").read_text())["attributes"]["run"] == "mine"

@@ -22,7 +22,7 @@ from udddm.store.zarr import ZarrStore
 from udddm.testing.store import Make, ModelledRun
 
 CPU = torch.device("cpu")
-ORDER = Order(seed=2, samples=61, batch=8, lanes=4, chunk=3, window=2)  # 8 steps an epoch
+ORDER = Order(seed=2, samples=61, batch_size=8, num_lanes=4, chunk_size=3, window=2)  # 8 steps an epoch
 
 
 def gpu(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
@@ -54,7 +54,13 @@ def quick(tmp_path: Path) -> Iterator[Path]:
 
 @pytest.mark.parametrize(("old", "new"), list(itertools.product(KINDS, KINDS)))
 def test_a_snapshot_at_any_step_starts_any_store(quick: Path, old: str, new: str) -> None:
-    for position, world in ((0, 1), (3, 2), (ORDER.steps, 4), (ORDER.steps + 5, 1), (3 * ORDER.steps - 1, 2)):
+    for position, world in (
+        (0, 1),
+        (3, 2),
+        (ORDER.steps_per_epoch, 4),
+        (ORDER.steps_per_epoch + 5, 1),
+        (3 * ORDER.steps_per_epoch - 1, 2),
+    ):
         run = ModelledRun(KINDS[old], ORDER, Encoding("fp16"), quick / str(position))
         run.start(world)
         run.advance(position)
@@ -65,7 +71,7 @@ def test_a_snapshot_at_any_step_starts_any_store(quick: Path, old: str, new: str
         run.advance(2)
         run.restart(run.save(), world)  # and again from what the new store wrote
         run.check_rows()
-        run.advance(ORDER.steps)
+        run.advance(ORDER.steps_per_epoch)
         run.check_rows()
         run.crash()
 
@@ -97,14 +103,14 @@ def test_a_run_may_change_its_store_at_every_start(dtype: StateDtype, lives: lis
 def test_a_start_may_change_the_dtype(quick: Path, kind: str, target: StateDtype) -> None:
     run = ModelledRun(KINDS[kind], ORDER, Encoding("fp16"), quick)
     run.start()
-    run.advance(ORDER.steps + 3)
+    run.advance(ORDER.steps_per_epoch + 3)
     saved = run.save()
     old, new = run.encoding, Encoding(target)
     run.encoding, run.make = new, zarr_elsewhere if kind == "zarr" else zarr
     saved.model = {i: new.recode(row, old) for i, row in saved.model.items()}
     run.restart(saved, 2)
     run.check_rows()
-    run.advance(ORDER.steps)
+    run.advance(ORDER.steps_per_epoch)
     run.check_rows()
     run.crash()
 
@@ -112,7 +118,7 @@ def test_a_start_may_change_the_dtype(quick: Path, kind: str, target: StateDtype
 def test_a_store_of_another_dtype_in_the_same_place_is_refused_and_left_alone(quick: Path) -> None:
     run = ModelledRun(zarr, ORDER, Encoding("fp16"), quick)
     run.start()
-    run.advance(ORDER.steps + 3)
+    run.advance(ORDER.steps_per_epoch + 3)
     saved = run.save()
     run.encoding = Encoding("fp32")
     with pytest.raises(StoreError, match=r"differs in dtype.*store\.url"):
@@ -132,7 +138,7 @@ def test_another_spelling_of_the_place_does_not_lose_the_state(quick: Path, monk
     run = ModelledRun(zarr_elsewhere, ORDER, Encoding("fp16"), quick)
     run.start()
     for make in (relative, zarr_elsewhere, relative):
-        run.advance(ORDER.steps + 3)
+        run.advance(ORDER.steps_per_epoch + 3)
         run.make = make
         run.restart(run.save())
         run.check_rows()
@@ -157,18 +163,18 @@ def settle(run: ModelledRun) -> None:
 def test_generations_of_kept_snapshots_stay_and_others_vanish(quick: Path, world: int) -> None:
     run = ModelledRun(zarr, ORDER, Encoding("fp16"), quick)
     run.start(world)
-    run.advance(2 * ORDER.steps + 1)
+    run.advance(2 * ORDER.steps_per_epoch + 1)
     run.save()  # of generation 2, with parts of 3
-    run.advance(5 * ORDER.steps)
+    run.advance(5 * ORDER.steps_per_epoch)
     settle(run)
     assert set(generations(run)) <= {2, 3, 7, 8}
     assert {2, 3, 7} <= set(generations(run))
     run.save()
-    run.advance(3 * ORDER.steps)
+    run.advance(3 * ORDER.steps_per_epoch)
     settle(run)
     assert {2, 3, 7, 8, 10} <= set(generations(run)) <= {2, 3, 7, 8, 10, 11}
     run.save()  # the snapshot of generation 2 goes
-    run.advance(2 * ORDER.steps)
+    run.advance(2 * ORDER.steps_per_epoch)
     settle(run)
     assert {7, 8, 10, 11, 12} <= set(generations(run)) <= {7, 8, 10, 11, 12, 13}
     run.restart(run.kept[0])
@@ -182,7 +188,7 @@ def test_a_kept_snapshot_never_reads_what_another_start_put_in_its_place(quick: 
     """zarr, then gpu, then zarr again within one epoch: the first snapshot's generation has been overwritten."""
     run = ModelledRun(zarr, ORDER, Encoding("fp16"), quick)
     run.start()
-    run.advance(ORDER.steps + 2)
+    run.advance(ORDER.steps_per_epoch + 2)
     first = run.save()
     run.make = gpu
     run.restart(first)

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import udddm
-from udddm.config import RunConfig, load
+from udddm.config import RunConfig, load_config
 from udddm.testing.faults import FaultProxy
 from udddm.testing.s3 import BUCKET, S3Server
 from udddm.tools import inspect
@@ -29,7 +29,7 @@ FINGERPRINTS = ("steps", "weights_sha256", "ema_sha256", "state_sha256")
 
 
 def config(kind: str, url: str | None = None) -> RunConfig:
-    return load(None, [*OVERRIDES, f"store={{kind: {kind}, url: {url or 'null'}}}"])
+    return load_config(None, [*OVERRIDES, f"store={{kind: {kind}, url: {url or 'null'}}}"])
 
 
 def train(run: Path, kind: str, url: str | None = None) -> dict[str, object]:

@@ -35,13 +35,13 @@ def reported(body: Callable[[], int]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return USAGE
     except Exception as error:
-        from udddm.backends.launchers.base import KNOWN
+        from udddm.backends.launchers.base import USER_ERRORS
         from udddm.errors import Interrupted, WorkerLost
 
         if isinstance(error, Interrupted):
             print(str(error), file=sys.stderr)
             return error.exit_code
-        if isinstance(error, (*KNOWN, WorkerLost)):
+        if isinstance(error, (*USER_ERRORS, WorkerLost)):
             print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
             return FAILED
         if isinstance(error, OSError) and error.errno in _DISK:
@@ -80,7 +80,7 @@ def _train_parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", choices=["gpu", "pinned", "zarr"], help="where the x0-state lives (store.kind)")
     parser.add_argument("--store-url", metavar="URL", help="where the zarr store is (store.url; default: <run>/state)")
     parser.add_argument(
-        "--on-damage", choices=["stop", "reinitialize"], help="what a damaged chunk of state does (store.on_damage)"
+        "--on-damage", choices=["stop", "reinitialize"], help="what a damaged chunk of state does (store.on_corruption)"
     )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a value, such as train.epochs=3"
@@ -119,7 +119,7 @@ def train(argv: list[str] | None = None) -> int:
         if arguments.store_url:
             overrides.append(f"store.url={arguments.store_url}")
         if arguments.on_damage:
-            overrides.append(f"store.on_damage={arguments.on_damage}")
+            overrides.append(f"store.on_corruption={arguments.on_damage}")
         if arguments.engine or arguments.deepspeed:
             overrides.append(f"engine.name={arguments.engine or 'deepspeed'}")
         if arguments.zero is not None:
@@ -130,7 +130,7 @@ def train(argv: list[str] | None = None) -> int:
             from udddm.backends.engines.deepspeed_config import read
 
             overrides.append(f"engine.deepspeed={json.dumps(read(arguments.deepspeed))}")
-        config = configuration.load(arguments.config, overrides)
+        config = configuration.load_config(arguments.config, overrides)
         name = Path(arguments.config).stem if arguments.config else "default"
         run = arguments.run_dir or Path("runs") / name
         if arguments.dry_run:
@@ -217,7 +217,7 @@ def sample(argv: list[str] | None = None) -> int:
         from udddm.api import sample as draw
         from udddm.errors import ConfigError
         from udddm.files import write_array
-        from udddm.image_grid import grid
+        from udddm.image_grid import save_image_grid
 
         model = load_model(
             arguments.checkpoint, ema=arguments.ema, ema_length=arguments.ema_length, device=arguments.device
@@ -239,7 +239,7 @@ def sample(argv: list[str] | None = None) -> int:
         out: Path = arguments.out
         out.mkdir(parents=True, exist_ok=True)
         write_array(out / "samples.npy", images)
-        grid(torch.from_numpy(images[:400]), out / "samples.png")
+        save_image_grid(torch.from_numpy(images[:400]), out / "samples.png")
         print(
             f"{len(images)} images in {out / 'samples.npy'}, the first {min(400, len(images))} in {out / 'samples.png'}"
         )
@@ -334,7 +334,7 @@ def store(argv: list[str] | None = None) -> int:
 
 
 def _plan_store(arguments: argparse.Namespace) -> int:
-    from udddm.storage.base import open_objects
+    from udddm.storage.base import open_object_store
     from udddm.tools import capacity
 
     needed = capacity.needs(
@@ -347,7 +347,7 @@ def _plan_store(arguments: argparse.Namespace) -> int:
     )
     print("\n".join(capacity.plan(needed)))
     if arguments.command == "bench":
-        speed = capacity.measure(open_objects(arguments.path), needed.chunk_bytes, threads=arguments.threads)
+        speed = capacity.measure(open_object_store(arguments.path), needed.chunk_bytes, threads=arguments.threads)
         print("\n".join(capacity.verdict(needed, speed)))
     return 0
 
@@ -358,7 +358,7 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
 
     from udddm.data import ImageDataset, load_dataset
     from udddm.data.trust import reaching
-    from udddm.image_grid import grid
+    from udddm.image_grid import save_image_grid
     from udddm.tools import inspect
     from udddm.urls import redact
 
@@ -378,7 +378,7 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
         names.insert(0, "the image")
         images.insert(0, image[0])
     out.parent.mkdir(parents=True, exist_ok=True)
-    grid(torch.stack(images), out, columns=len(images), side=128)
+    save_image_grid(torch.stack(images), out, columns=len(images), side=128)
     print(f"sample {sample} in {out}, left to right: {', '.join(names)}")
 
 

@@ -98,17 +98,17 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     from udddm.evaluation.features import extract, load_features
 
     refused = (ConfigError, DataError, CheckpointError, StoreError, OSError)
-    network = ranks.together(lambda: load_features(arguments.features, ranks.device), refused)
+    network = ranks.run_on_all(lambda: load_features(arguments.features, ranks.device), refused)
     model, published = None, {}
     if arguments.checkpoint:
         chosen = {"ema": arguments.ema, "ema_length": arguments.ema_length}
-        model = ranks.together(lambda: load_model(arguments.checkpoint, **chosen, device=ranks.device), refused)
+        model = ranks.run_on_all(lambda: load_model(arguments.checkpoint, **chosen, device=ranks.device), refused)
         config = _configured(arguments, model.config)
         published = config.published.get(arguments.steps, {})
     else:
-        config = configuration.load(arguments.config, list(arguments.set))
+        config = configuration.load_config(arguments.config, list(arguments.set))
 
-    dataset = ranks.together(lambda: ImageDataset(load_dataset(config.data)) if ranks.first else None, refused)
+    dataset = ranks.run_on_all(lambda: ImageDataset(load_dataset(config.data)) if ranks.is_rank_zero else None, refused)
     rows = []
     if model is None:
         if dataset is not None:
@@ -159,10 +159,10 @@ def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, r
 
     from udddm.api import default_labels
     from udddm.diffusion import samplers
-    from udddm.evaluation.evaluate import ahead
+    from udddm.evaluation.evaluate import prefetch
     from udddm.evaluation.features import extract
 
-    seeds = (first + np.array_split(np.arange(arguments.count), ranks.world)[ranks.rank]).tolist()
+    seeds = (first + np.array_split(np.arange(arguments.count), ranks.world_size)[ranks.rank]).tolist()
     drawn = samplers.batches(
         model.network,
         model.process,
@@ -175,7 +175,7 @@ def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, r
         guidance=arguments.guidance,
         device=ranks.device,
     )
-    pieces = [piece for piece in ranks.gather_first(extract(network, ahead(drawn))) if len(piece[0])]
+    pieces = [piece for piece in ranks.gather_first(extract(network, prefetch(drawn))) if len(piece[0])]
     if not pieces:
         return None
     logits = None if pieces[0][1] is None else np.concatenate([piece[1] for piece in pieces])

@@ -4,8 +4,8 @@ This package imports neither torch nor numpy: it is what `udddm-train --help` an
 """
 
 from udddm.config.base import Section
-from udddm.config.objective import ChainConfig, ConsistencyConfig, DenoiserConfig, ObjectiveConfig, Stage, TuningConfig
-from udddm.config.reading import apply, load, resolve
+from udddm.config.objective import ChainConfig, ECTConfig, EDMConfig, ICTConfig, ObjectiveConfig, Stage
+from udddm.config.reading import apply, load_config, resolve
 from udddm.config.run import (
     CheckpointConfig,
     DataConfig,
@@ -14,9 +14,9 @@ from udddm.config.run import (
     ExpectConfig,
     NetworkConfig,
     OrderConfig,
-    ProcessConfig,
     RunConfig,
     SampleConfig,
+    ScheduleConfig,
     StoreConfig,
     TrainConfig,
 )
@@ -25,24 +25,24 @@ from udddm.errors import ConfigError
 __all__ = [
     "ChainConfig",
     "CheckpointConfig",
-    "ConsistencyConfig",
     "DataConfig",
-    "DenoiserConfig",
+    "ECTConfig",
+    "EDMConfig",
     "EngineConfig",
     "EvaluateConfig",
     "ExpectConfig",
+    "ICTConfig",
     "NetworkConfig",
     "ObjectiveConfig",
     "OrderConfig",
-    "ProcessConfig",
     "RunConfig",
     "SampleConfig",
+    "ScheduleConfig",
     "Section",
     "Stage",
     "StoreConfig",
     "TrainConfig",
-    "TuningConfig",
     "apply",
-    "load",
+    "load_config",
     "resolve",
 ]

@@ -29,9 +29,9 @@ class ChainConfig(Section):
         description="how the number of levels M grows; each a multiple of the one before",
     )
     distribution: Literal["uniform", "lognormal"] = Field("uniform", description="of the level a chain begins at")
-    mean: float = Field(-1.1, description="of ln sigma, lognormal")
-    deviation: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma, lognormal")
-    guiding: Literal["lowest", "visits"] = Field(
+    p_mean: float = Field(-1.1, description="of ln sigma, lognormal")
+    p_std: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma, lognormal")
+    x0_weight: Literal["lowest", "visits"] = Field(
         "lowest", description="weight of x0 in the target: only at the lowest level, or Eq. 3's 1/(n+1) with n = level"
     )
     weighting: Literal["none", "gap"] = Field(
@@ -51,24 +51,24 @@ class ChainConfig(Section):
         return stages
 
 
-class ConsistencyConfig(Section):
+class ICTConfig(Section):
     """iCT (Song & Dhariwal 2023): consistency training without a store."""
 
-    first: Positive = Field(10, description="levels at the beginning; they double")
-    last: Positive = Field(1280, description="levels at the end")
+    s0: Positive = Field(10, description="levels at the beginning; they double")
+    s1: Positive = Field(1280, description="levels at the end")
     distribution: Literal["lognormal", "uniform"] = "lognormal"
-    mean: float = Field(-1.1, description="of ln sigma")
-    deviation: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma")
+    p_mean: float = Field(-1.1, description="of ln sigma")
+    p_std: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma")
     weighting: Literal["none", "gap"] = Field("gap", description="1, or 1/(sigma_k - sigma_(k-1))")
 
     @model_validator(mode="after")
-    def _ordered(self) -> ConsistencyConfig:
-        if self.last < self.first:
-            raise ValueError(f"last ({self.last}) must be at least first ({self.first})")
+    def _ordered(self) -> ICTConfig:
+        if self.s1 < self.s0:
+            raise ValueError(f"last ({self.s1}) must be at least first ({self.s0})")
         return self
 
 
-class TuningConfig(Section):
+class ECTConfig(Section):
     """Easy Consistency Tuning (Geng et al. 2024): r = sigma (1 - n(sigma)/q^a), n = 1 + k sigmoid(-b sigma)."""
 
     q: Annotated[float, Field(gt=1)] = 2.0
@@ -78,27 +78,27 @@ class TuningConfig(Section):
         1, description="visits a chain lasts: 1 is ECT, above it all targets but the first come from the store"
     )
     stages: Positive = Field(8, description="a = 1, 2, ..., stages over the run")
-    mean: float = Field(-1.1, description="of ln sigma")
-    deviation: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma")
+    p_mean: float = Field(-1.1, description="of ln sigma")
+    p_std: Annotated[float, Field(gt=0)] = Field(2.0, description="of ln sigma")
 
 
-class DenoiserConfig(Section):
+class EDMConfig(Section):
     """The EDM denoiser (Karras et al. 2022), alone or as a warm-up."""
 
-    mean: float = Field(-1.2, description="of ln sigma")
-    deviation: Annotated[float, Field(gt=0)] = Field(1.2, description="of ln sigma")
+    p_mean: float = Field(-1.2, description="of ln sigma")
+    p_std: Annotated[float, Field(gt=0)] = Field(1.2, description="of ln sigma")
 
 
-TUNING_WARMUP = 0.4
+ECT_PRETRAIN = 0.4
 
 
 class ObjectiveConfig(Section):
     name: Literal["chain", "algorithm-1", "consistency", "tuning", "denoiser"] = Field(
         "chain", description="docs/method.md: chain, the paper's Algorithm 1, iCT, ECT, an EDM denoiser"
     )
-    warmup: UnderOne | None = Field(
+    pretrain: UnderOne | None = Field(
         None,
-        description="share of the run that trains a denoiser first; unset: 0.4 for tuning without train.initial, or 0",
+        description="share of the run that trains a denoiser first; unset: 0.4 for tuning without train.init_from, or 0",
     )
     huber_c: Annotated[float, Field(gt=0)] | None = Field(
         None,
@@ -106,6 +106,6 @@ class ObjectiveConfig(Section):
         "the paper's 0.00014 or 0.00015 for Algorithm 1",
     )
     chain: ChainConfig = ChainConfig()
-    consistency: ConsistencyConfig = ConsistencyConfig()
-    tuning: TuningConfig = TuningConfig()
-    denoiser: DenoiserConfig = DenoiserConfig()
+    ict: ICTConfig = ICTConfig()
+    ect: ECTConfig = ECTConfig()
+    edm: EDMConfig = EDMConfig()

@@ -10,7 +10,7 @@ from typing import Any
 from udddm.errors import DataError
 
 
-def named(name: str, what: str) -> Callable[..., Any]:
+def load_plugin(name: str, what: str) -> Callable[..., Any]:
     """The function `package.module:function`; messages say that it is for `what`. Raises DataError.
 
     The function is one of the module's own names: with dots, any module would give all that it imports.

@@ -15,7 +15,7 @@ from udddm.config.run import RunConfig
 from udddm.errors import ConfigError
 
 
-def load(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:
+def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML preset (`None`: the defaults), apply overrides such as `train.epochs=3`, and validate.
 
     Raises ConfigError for a file that cannot be read or is no mapping, an unknown key (the nearest is suggested),

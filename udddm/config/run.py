@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from udddm.config.base import Positive, Section, UnderOne
-from udddm.config.objective import TUNING_WARMUP, ObjectiveConfig
+from udddm.config.objective import ECT_PRETRAIN, ObjectiveConfig
 from udddm.errors import ConfigError
 
 
@@ -36,7 +36,7 @@ class DataConfig(Section):
     )
 
 
-class ProcessConfig(Section):
+class ScheduleConfig(Section):
     """The forward process (PAPER: "Forward process"). `timesteps` is the paper's T."""
 
     kind: Literal["vp", "ve"] = "ve"
@@ -53,7 +53,7 @@ class ProcessConfig(Section):
     )
 
     @model_validator(mode="after")
-    def _consistent(self) -> ProcessConfig:
+    def _consistent(self) -> ScheduleConfig:
         if self.kind == "vp" and self.preconditioning in ("linear", "quadratic"):
             raise ValueError(
                 f"preconditioning {self.preconditioning!r} is a kappa of the VE process; VP takes 'paper' or 'edm'"
@@ -69,11 +69,11 @@ class NetworkConfig(Section):
     """The ADM U-Net (Dhariwal & Nichol 2021) with cross-attention to the conditioning image."""
 
     patch: Positive = Field(1, description="side of the pixel blocks that become channels (pixel unshuffle); 1: none")
-    width: Positive = 128
-    multipliers: tuple[Positive, ...] = Field((1, 2, 2, 2), min_length=1)
-    blocks: Positive = Field(3, description="residual blocks a stage")
-    attention: tuple[Positive, ...] = Field((16, 8), description="image sides at which attention runs")
-    head_width: Positive = Field(64, description="channels of one attention head")
+    base_channels: Positive = 128
+    channel_mult: tuple[Positive, ...] = Field((1, 2, 2, 2), min_length=1)
+    blocks_per_level: Positive = Field(3, description="residual blocks a stage")
+    attention_resolutions: tuple[Positive, ...] = Field((16, 8), description="image sides at which attention runs")
+    head_dim: Positive = Field(64, description="channels of one attention head")
     dropout: UnderOne = 0.3
     condition: Literal["cross-attention", "none"] = "cross-attention"
     classes: Annotated[int, Field(ge=0)] = Field(0, description="number of class labels; 0 is unconditional")
@@ -112,7 +112,7 @@ class StoreConfig(Section):
     compression: Literal["none", "lz4", "zstd"] = Field(
         "none", description="of the zarr store's chunks from the next generation on (docs/store.md has the trade)"
     )
-    on_damage: Literal["stop", "reinitialize"] = Field(
+    on_corruption: Literal["stop", "reinitialize"] = Field(
         "stop",
         description="what a damaged chunk does: stop training, or let its samples begin again as in generation 0",
     )
@@ -143,17 +143,21 @@ class EngineConfig(Section):
 class TrainConfig(Section):
     epochs: Annotated[float, Field(gt=0)] | None = None
     steps: Positive | None = Field(None, description="optimizer steps; give either this or epochs")
-    initial: str | None = Field(
+    init_from: str | None = Field(
         None,
         description="begin with the first average of this run, checkpoint or release (a path or URL); unset: at random",
     )
     batch_size: Positive = Field(128, description="samples of one step, over all ranks")
-    accumulation: Positive = Field(1, description="micro-batches of a step on each rank: less memory, the same result")
+    grad_accumulation: Positive = Field(
+        1, description="micro-batches of a step on each rank: less memory, the same result"
+    )
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     betas: tuple[UnderOne, UnderOne] = (0.9, 0.999)
     warmup_steps: Annotated[int, Field(ge=0)] = 0
-    decay: Literal["constant", "cosine", "linear"] = Field("constant", description="learning rate after the warm-up")
-    clip: Annotated[float, Field(gt=0)] | None = Field(None, description="gradient norm limit")
+    lr_schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="learning rate after the warm-up"
+    )
+    grad_clip: Annotated[float, Field(gt=0)] | None = Field(None, description="gradient norm limit")
     ema: tuple[UnderOne, ...] = Field((0.9999,), description="decay of each exponential moving average")
     ema_warmup: bool = Field(False, description="limit the decay to (1 + step) / (10 + step)")
     power_ema: tuple[Annotated[float, Field(gt=0, lt=0.288)], ...] = Field(
@@ -163,7 +167,7 @@ class TrainConfig(Section):
         1000, description="steps between their snapshots, from which a length is chosen after training"
     )
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    threads: Positive | None = Field(None, description="CPU threads of a tensor operation; unset: torch's choice")
+    torch_threads: Positive | None = Field(None, description="CPU threads of a tensor operation; unset: torch's choice")
     compile: bool = False
     channels_last: bool = True
 
@@ -212,7 +216,7 @@ class EvaluateConfig(Section):
 class RunConfig(Section):
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     data: DataConfig = DataConfig()
-    process: ProcessConfig = ProcessConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
     network: NetworkConfig = NetworkConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     order: OrderConfig = OrderConfig()
@@ -242,18 +246,18 @@ class RunConfig(Section):
         return self
 
     @property
-    def warmup(self) -> float:
+    def pretrain_share(self) -> float:
         """The share of the run that trains a denoiser before its objective."""
         if self.objective.name == "denoiser":
             return 0.0
-        if self.objective.warmup is not None:
-            return self.objective.warmup
-        return TUNING_WARMUP if self.objective.name == "tuning" and self.train.initial is None else 0.0
+        if self.objective.pretrain is not None:
+            return self.objective.pretrain
+        return ECT_PRETRAIN if self.objective.name == "tuning" and self.train.init_from is None else 0.0
 
     @property
     def objective_in_words(self) -> str:
         """The objective's name, and the warm-up where there is one, as a run and its plan tell them."""
-        first = f", after a denoiser for {self.warmup:.0%} of the run" if self.warmup else ""
+        first = f", after a denoiser for {self.pretrain_share:.0%} of the run" if self.pretrain_share else ""
         return self.objective.name + first
 
     def check_guidance(self, weight: float, key: str) -> None:
@@ -300,13 +304,13 @@ _CHANGEABLE = frozenset(
         "store.threads",
         "store.prefetch",
         "store.memory_mb",
-        "store.on_damage",
+        "store.on_corruption",
         "store.compression",
         "engine",
-        "train.accumulation",
+        "train.grad_accumulation",
         "train.compile",
         "train.power_ema_every_steps",
-        "train.threads",
+        "train.torch_threads",
         "data.path",
         "data.expect",
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from udddm.config import DataConfig, ExpectConfig
-from udddm.config.plugins import named
+from udddm.config.plugins import load_plugin
 from udddm.data import arrays, folder, sources
 from udddm.data.dataset import ImageDataset
 from udddm.data.images import MapDataset, format_shape, require_map_style
@@ -102,7 +102,7 @@ def _optional_path(config: DataConfig) -> Path | None:
 
 
 def _from_factory(name: str, arguments: dict[str, Any]) -> MapDataset:
-    factory = named(name, "data set")
+    factory = load_plugin(name, "data set")
     try:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:

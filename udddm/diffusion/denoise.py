@@ -8,14 +8,14 @@ from torch import nn
 from udddm.diffusion.schedule import Coefficients
 
 
-def spread(row: torch.Tensor) -> torch.Tensor:
+def append_dims(row: torch.Tensor) -> torch.Tensor:
     """[B] -> [B, 1, 1, 1]."""
     return row[:, None, None, None]
 
 
 def add_noise(x0: torch.Tensor, eps: torch.Tensor, at: Coefficients) -> torch.Tensor:
     """x_t = signal x_0 + noise eps, all [B, C, H, W]."""
-    return spread(at.signal) * x0 + spread(at.noise) * eps
+    return append_dims(at.alpha) * x0 + append_dims(at.sigma) * eps
 
 
 def denoise(
@@ -26,5 +26,5 @@ def denoise(
     labels: torch.Tensor | None,
 ) -> torch.Tensor:
     """f = a(t) x_t + b(t) F(condition, x_t, t), in float32. [B, C, H, W]."""
-    output: torch.Tensor = network(spread(at.scale) * xt, at.embedding, condition, labels)
-    return spread(at.skip) * xt + spread(at.out) * output.float()
+    output: torch.Tensor = network(append_dims(at.c_in) * xt, at.c_noise, condition, labels)
+    return append_dims(at.c_skip) * xt + append_dims(at.c_out) * output.float()

@@ -12,20 +12,20 @@ from torch import nn
 from udddm import rng
 from udddm.diffusion.denoise import add_noise
 from udddm.diffusion.denoise import denoise as denoise_once
-from udddm.diffusion.schedule import Coefficients, Process
+from udddm.diffusion.schedule import Coefficients, NoiseSchedule
 from udddm.rng import Stream
 
 SamplerName = Literal["algorithm-2", "renoise", "heun"]
 
 
-def _at(process: Process, t: float, count: int, device: torch.device) -> Coefficients:
+def _at(process: NoiseSchedule, t: float, count: int, device: torch.device) -> Coefficients:
     return Coefficients(*torch.from_numpy(process.coefficients(np.full(count, t))).to(device))
 
 
 @torch.no_grad()
 def sample(
     network: nn.Module,
-    process: Process,
+    process: NoiseSchedule,
     shape: tuple[int, int, int],
     seeds: torch.Tensor,
     *,
@@ -65,7 +65,7 @@ def sample(
     if sampler == "heun":
         return _heun(denoise, process, draw, len(seeds), seeds.device, (steps + 1) // 2)
     at = _at(process, process.last, len(seeds), seeds.device)
-    xt = at.noise[:, None, None, None] * draw(Stream.SAMPLE_NOISE)
+    xt = at.sigma[:, None, None, None] * draw(Stream.SAMPLE_NOISE)
     estimate = denoise(xt, at, draw(Stream.SAMPLE_CONDITION))
     if sampler == "algorithm-2":
         for _ in range(steps - 1):
@@ -80,7 +80,7 @@ def sample(
 
 def _heun(
     denoise: Callable[[torch.Tensor, Coefficients, torch.Tensor], torch.Tensor],
-    process: Process,
+    process: NoiseSchedule,
     draw: Callable[..., torch.Tensor],
     count: int,
     device: torch.device,
@@ -93,7 +93,7 @@ def _heun(
 
     def slope(x: torch.Tensor, sigma: float) -> torch.Tensor:
         at = _at(process, float(process.time(np.array(sigma))), count, device)
-        return (x - denoise(at.signal[:, None, None, None] * x, at, condition)) / sigma
+        return (x - denoise(at.alpha[:, None, None, None] * x, at, condition)) / sigma
 
     x = float(sigmas[0]) * draw(Stream.SAMPLE_NOISE)
     for sigma, following in zip(sigmas.tolist(), [*sigmas[1:].tolist(), 0.0], strict=True):
@@ -103,7 +103,7 @@ def _heun(
     return x
 
 
-def renoise_times(process: Process, steps: int) -> list[float]:
+def renoise_times(process: NoiseSchedule, steps: int) -> list[float]:
     """The `steps - 1` falling times after T: the Karras spacing from sigma 0.8 (iCT's second step) downwards."""
     if steps == 1:
         return []
@@ -115,7 +115,7 @@ def renoise_times(process: Process, steps: int) -> list[float]:
 
 def batches(
     network: nn.Module,
-    process: Process,
+    process: NoiseSchedule,
     shape: tuple[int, int, int],
     seeds: list[int],
     *,

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from udddm.config import ProcessConfig
+from udddm.config import ScheduleConfig
 
 Array = npt.NDArray[np.float64]
 
@@ -27,21 +27,21 @@ class Coefficients(NamedTuple):
     x_t = signal * x_0 + noise * eps, and f = skip * x_t + out * F(scale * x_t, embedding).
     """
 
-    signal: torch.Tensor
-    noise: torch.Tensor
-    skip: torch.Tensor
-    out: torch.Tensor
-    scale: torch.Tensor
-    embedding: torch.Tensor
+    alpha: torch.Tensor
+    sigma: torch.Tensor
+    c_skip: torch.Tensor
+    c_out: torch.Tensor
+    c_in: torch.Tensor
+    c_noise: torch.Tensor
 
 
-class Process:
+class NoiseSchedule:
     """A forward process. `sigma(t)` is the noise-to-signal ratio: VE's sigma_t, VP's sqrt((1-abar_t)/abar_t)."""
 
     max_frequency: float
     """The highest frequency that an embedding of `Coefficients.embedding` should resolve, radians a unit."""
 
-    def __init__(self, config: ProcessConfig):
+    def __init__(self, config: ScheduleConfig):
         self.config = config
         self.last = float(config.timesteps)
 
@@ -94,7 +94,7 @@ class Process:
         return (data / total) ** 2 / signal, sigma / total * data, 1 / (signal * total), np.log(sigma) / 4
 
 
-class VarianceExploding(Process):
+class VarianceExploding(NoiseSchedule):
     max_frequency = 16.0
 
     def sigma(self, t: Array) -> Array:
@@ -125,8 +125,8 @@ class VarianceExploding(Process):
         return kappa, 1 - kappa, 1 / np.hypot(sigma, c.sigma_data), np.log(sigma) / 4
 
 
-class VariancePreserving(Process):
-    def __init__(self, config: ProcessConfig):
+class VariancePreserving(NoiseSchedule):
+    def __init__(self, config: ScheduleConfig):
         super().__init__(config)
         betas = np.linspace(config.beta_min, config.beta_max, config.timesteps)
         self._steps = np.arange(1, config.timesteps + 1, dtype=np.float64)
@@ -153,5 +153,5 @@ class VariancePreserving(Process):
         return one, -one, one, 1000 * t / self.last
 
 
-def build(config: ProcessConfig) -> Process:
+def build(config: ScheduleConfig) -> NoiseSchedule:
     return VarianceExploding(config) if config.kind == "ve" else VariancePreserving(config)

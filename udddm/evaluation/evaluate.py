@@ -32,7 +32,7 @@ KERNEL = 10_000
 """Images of the data set that KID draws its subsets from."""
 
 
-def ahead(items: Iterable[T], depth: int = 2) -> Iterator[T]:
+def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
     """`items`, made in a background thread while the caller works on the ones before."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1, "ahead") as pool:
@@ -64,7 +64,7 @@ def _read(dataset: ImageDataset) -> Iterator[torch.Tensor]:
 def dataset_hash(dataset: ImageDataset) -> str:
     """SHA-256 of every image of the data set, in order."""
     found = hashlib.sha256(repr((len(dataset), dataset.shape)).encode())
-    for images in ahead(_read(dataset)):
+    for images in prefetch(_read(dataset)):
         found.update(images.numpy().tobytes())
     return found.hexdigest()[:16]
 
@@ -79,7 +79,7 @@ def reference(dataset: ImageDataset, network: FeatureNetwork, cache: Path | None
                 return Reference(saved["mean"], saved["covariance"], saved["probe"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             path.unlink()  # half a file of a full disk: make it anew
-    features, _ = extract(network, ahead(_read(dataset)))
+    features, _ = extract(network, prefetch(_read(dataset)))
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[-KERNEL:].numpy()
     found = Reference(*metrics.moments(features), features[drawn])
     directory.mkdir(parents=True, exist_ok=True)

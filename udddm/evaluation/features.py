@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from udddm.config.plugins import named
+from udddm.config.plugins import load_plugin
 from udddm.errors import ConfigError
 
 Rows = npt.NDArray[np.float32]
@@ -70,7 +70,7 @@ def load_features(name: str, device: torch.device) -> FeatureNetwork:
             raise ConfigError(f"cannot load the feature network {name} as TorchScript: {reason}") from error
         return FeatureNetwork(name, module, device)
     if ":" in name:
-        return FeatureNetwork(name, named(name, "feature network"), device)
+        return FeatureNetwork(name, load_plugin(name, "feature network"), device)
     raise ConfigError(
         f"feature network {name!r}: write {INCEPTION}, a TorchScript file (.pt), or package.module:function"
     )

@@ -71,17 +71,17 @@ class UNet(nn.Module):
             raise ValueError(f"an image's shape is (channels, height, width), all at least 1, not {tuple(shape)}")
         self.config, self.shape = config, (shape[0], shape[1], shape[2])
         image_channels, height, width = self.shape
-        stages = len(config.multipliers)
+        stages = len(config.channel_mult)
         multiple = config.patch * 2 ** (stages - 1)
         down, across = -height % multiple, -width % multiple
         self._padding = (across // 2, across - across // 2, down // 2, down - down // 2)
         rows, columns = (height + down) // config.patch, (width + across) // config.patch
         self._grids = [(rows >> i, columns >> i) for i in range(stages)]
-        self._channels = [config.width * multiplier for multiplier in config.multipliers]
-        self._embedding_width = 4 * config.width
+        self._channels = [config.base_channels * multiplier for multiplier in config.channel_mult]
+        self._embedding_width = 4 * config.base_channels
         self._attended = self._attended_stages()  # the middle block's attention apart
 
-        self.noise_embedding = NoiseEmbedding(config.width, self._embedding_width, max_frequency)
+        self.noise_embedding = NoiseEmbedding(config.base_channels, self._embedding_width, max_frequency)
         self.label_embedding = nn.Embedding(config.classes + 1, self._embedding_width) if config.classes else None
         self.condition_tokens = nn.ModuleDict()  # one for each stage with attention, shared by the stage's layers
         if config.condition == "cross-attention":
@@ -99,7 +99,7 @@ class UNet(nn.Module):
             if stage > 0:
                 self.encoder.append(Layer(stage, self._resampling(channels, "down")))
                 skips.append(channels)
-            for _ in range(config.blocks):
+            for _ in range(config.blocks_per_level):
                 self.encoder.append(self._layer(stage, channels, stage in self._attended))
                 channels = out_channels
                 skips.append(channels)
@@ -107,10 +107,10 @@ class UNet(nn.Module):
         self.middle_out = self._layer(stages - 1, channels, False)
         self.decoder = nn.ModuleList()
         for stage in reversed(range(stages)):
-            for index in range(config.blocks + 1):
+            for index in range(config.blocks_per_level + 1):
                 layer = self._layer(stage, channels + skips.pop(), stage in self._attended)
                 channels = self._channels[stage]
-                if stage > 0 and index == config.blocks:
+                if stage > 0 and index == config.blocks_per_level:
                     layer.up = self._resampling(channels, "up")
                 self.decoder.append(layer)
         assert not skips
@@ -181,18 +181,18 @@ class UNet(nn.Module):
 
     def _attended_stages(self) -> set[int]:
         sides = [grid[0] for grid in self._grids]
-        missing = sorted(set(self.config.attention) - set(sides))
+        missing = sorted(set(self.config.attention_resolutions) - set(sides))
         if missing:
             _, height, width = self.shape
             padded = f", padded to {sides[0]}x{self._grids[0][1]}" if any(self._padding) else ""
             raise ValueError(
-                f"network.attention: no stage has side {', '.join(map(str, missing))}; images of {height}x{width} "
+                f"network.attention_resolutions: no stage has side {', '.join(map(str, missing))}; images of {height}x{width} "
                 f"pixels{padded} give {len(sides)} stages with sides {', '.join(map(str, sides))}"
             )
-        return {stage for stage, side in enumerate(sides) if side in self.config.attention}
+        return {stage for stage, side in enumerate(sides) if side in self.config.attention_resolutions}
 
     def _layer(self, stage: int, in_channels: int, attention: bool) -> Layer:
-        channels, head_width = self._channels[stage], self.config.head_width
+        channels, head_width = self._channels[stage], self.config.head_dim
         crossing = attention and self.config.condition == "cross-attention"
         return Layer(
             stage,

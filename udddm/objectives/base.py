@@ -21,15 +21,15 @@ class Visits:
     """[B] int64: eps is `noise.normal` of it."""
     condition_key: torch.Tensor
     """[B] int64: the conditioning image where it is noise."""
-    guide: torch.Tensor
+    x0_weight: torch.Tensor
     """[B]: the weight of x_0 in the target, Eq. 3's 1/(n+1)."""
     weight: torch.Tensor
     """[B]: the weight of the loss."""
     huber_c: torch.Tensor
     """[B]: c of Eq. 4."""
-    fresh: torch.Tensor
+    teacher_rows: torch.Tensor
     """[F] int64: the visits whose target is evaluated now, for no state of their chain is stored yet."""
-    fresh_coefficients: torch.Tensor
+    teacher_coefficients: torch.Tensor
     """[6, F]: the level below, at which it is evaluated."""
 
     def pinned(self) -> Visits:

@@ -18,19 +18,19 @@ import numpy as np
 
 from udddm import rng
 from udddm.config import ChainConfig
-from udddm.diffusion.schedule import SIGMA_HIGHEST, Process
+from udddm.diffusion.schedule import SIGMA_HIGHEST, NoiseSchedule
 from udddm.objectives import special
 from udddm.objectives.base import Visits
-from udddm.objectives.target import EVERY_ROW, Ids, Matching, Teacher
+from udddm.objectives.target import EVERY_ROW, Ids, TargetObjective, Teacher
 from udddm.rng import Stream
 
 
-class Chain(Matching):
+class Chain(TargetObjective):
     """The objective for a run of `epochs` epochs (stages are fractions of it)."""
 
     def __init__(
         self,
-        process: Process,
+        process: NoiseSchedule,
         config: ChainConfig,
         huber_c: float,
         seed: int,
@@ -49,7 +49,7 @@ class Chain(Matching):
         stage = max(j for j, start in enumerate(self._starts) if start <= epoch)
         levels = self.config.stages[stage].levels
         length = levels + 1 if self.config.length == "trajectory" else self.config.length
-        offset = rng.below(length, rng.keys(self.seed, Stream.CHAIN_OFFSET, ids, stage))
+        offset = rng.randint(length, rng.keys(self.seed, Stream.CHAIN_OFFSET, ids, stage))
         since = epoch - self._starts[stage]
         chain, visit = np.divmod(since + offset, length)
         visit = np.where(chain == 0, since, visit).astype(np.int64)
@@ -62,15 +62,15 @@ class Chain(Matching):
     def _first(self, stage: int, keys: rng.Keys) -> Ids:
         """The level at which a chain begins, by its key."""
         if self.config.distribution == "uniform":
-            return rng.below(self.config.stages[stage].levels + 1, keys)
-        cumulated = special.ndtr((np.log(self._sigmas[stage]) - self.config.mean) / self.config.deviation)
+            return rng.randint(self.config.stages[stage].levels + 1, keys)
+        cumulated = special.ndtr((np.log(self._sigmas[stage]) - self.config.p_mean) / self.config.p_std)
         return np.searchsorted(cumulated[:-1] / cumulated[-1], rng.uniform(keys), side="right")
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
         stage, chain, visit, level = self.position(ids, epoch)
         times = self._times[stage]
         lowest = level == 0
-        if self.config.guiding == "visits":
+        if self.config.x0_weight == "visits":
             guide = 1 / (level + 1.0)
         else:
             guide = lowest.astype(np.float64)

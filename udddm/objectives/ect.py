@@ -8,16 +8,16 @@ import numpy as np
 import numpy.typing as npt
 
 from udddm import rng
-from udddm.config import TuningConfig
-from udddm.diffusion.schedule import Process
+from udddm.config import ECTConfig
+from udddm.diffusion.schedule import NoiseSchedule
 from udddm.objectives import special
 from udddm.objectives.base import Visits
 from udddm.objectives.ict import lognormal
-from udddm.objectives.target import EVERY_ROW, Floats, Ids, Matching, Teacher
+from udddm.objectives.target import EVERY_ROW, Floats, Ids, TargetObjective, Teacher
 from udddm.rng import Stream
 
 
-class Tuning(Matching):
+class ECT(TargetObjective):
     """sigma lognormal and its teacher at r = sigma (1 - n(sigma) / q^a), n = 1 + k sigmoid(-b sigma): the gap shrinks.
 
     a = 1, 2, ..., `stages` over equal shares of a run of `epochs` epochs. Where r is below the lowest level, the target
@@ -29,8 +29,8 @@ class Tuning(Matching):
 
     def __init__(
         self,
-        process: Process,
-        config: TuningConfig,
+        process: NoiseSchedule,
+        config: ECTConfig,
         huber_c: float,
         seed: int,
         epochs: float,
@@ -64,14 +64,14 @@ class Tuning(Matching):
         c = self.config
         stage = max(j for j, start in enumerate(self._starts) if start <= epoch)
         since = epoch - self._starts[stage]
-        chain, visit = np.divmod(since + rng.below(c.length, self._key(Stream.CHAIN_OFFSET, ids, stage)), c.length)
+        chain, visit = np.divmod(since + rng.randint(c.length, self._key(Stream.CHAIN_OFFSET, ids, stage)), c.length)
         visit = np.where(chain == 0, since, visit)
-        sigma = lognormal(self.process, self._key(Stream.CHAIN_LEVEL, ids, stage, chain), c.mean, c.deviation)
+        sigma = lognormal(self.process, self._key(Stream.CHAIN_LEVEL, ids, stage, chain), c.p_mean, c.p_std)
         stored = visit > 0
         for step in range(1, int(visit.max(initial=0)) + 1):
             sigma = np.where(visit >= step, self.above(sigma, stage), sigma)
         beyond = sigma > self.process.highest  # the chain has left at the top: its visit is one of its own
-        anew = lognormal(self.process, self._key(Stream.TIME, ids, epoch), c.mean, c.deviation)
+        anew = lognormal(self.process, self._key(Stream.TIME, ids, epoch), c.p_mean, c.p_std)
         sigma, stored = np.where(beyond, anew, sigma), stored & ~beyond
         r = self.below(sigma, stage)
         return sigma, np.where(r < self.process.lowest, 0.0, r), stored, self._key(Stream.NOISE, ids, stage, chain)

@@ -7,17 +7,17 @@ import math
 import numpy as np
 
 from udddm import rng
-from udddm.config import DenoiserConfig
-from udddm.diffusion.schedule import Process
+from udddm.config import EDMConfig
+from udddm.diffusion.schedule import NoiseSchedule
 from udddm.objectives.base import Visits
 from udddm.objectives.ict import lognormal
-from udddm.objectives.target import EVERY_ROW, Ids, Matching, Teacher
+from udddm.objectives.target import EVERY_ROW, Ids, TargetObjective, Teacher
 from udddm.rng import Stream
 
 _NONE = np.empty(0, np.int64)
 
 
-class Denoiser(Matching):
+class EDM(TargetObjective):
     """ln sigma ~ N(mean, deviation^2) and the loss lambda(sigma) ||f - x_0||^2 / (C H W), lambda = 1/c_out^2.
 
     Eq. 4 is ||.||^2 / (2 c) where c is far above every distance; with such a c this is Eq. 3 with x_0 for a target.
@@ -25,8 +25,8 @@ class Denoiser(Matching):
 
     def __init__(
         self,
-        process: Process,
-        config: DenoiserConfig,
+        process: NoiseSchedule,
+        config: EDMConfig,
         seed: int,
         pixels: int,
         conditioned: bool,
@@ -37,7 +37,7 @@ class Denoiser(Matching):
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
         sigma = lognormal(
-            self.process, rng.keys(self.seed, Stream.TIME, ids, epoch), self.config.mean, self.config.deviation
+            self.process, rng.keys(self.seed, Stream.TIME, ids, epoch), self.config.p_mean, self.config.p_std
         )
         data = self.process.config.sigma_data
         edm = (sigma**2 + data**2) / (sigma * data) ** 2

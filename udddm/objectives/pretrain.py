@@ -6,14 +6,14 @@ import torch
 from torch import nn
 
 from udddm.objectives.base import Objective, Visits
-from udddm.objectives.edm import Denoiser
+from udddm.objectives.edm import EDM
 from udddm.objectives.target import Ids
 
 
-class WarmedUp:
+class Pretrained:
     """`first` for `epochs` epochs, then `then`, which counts its own from there."""
 
-    def __init__(self, first: Denoiser, then: Objective, epochs: int):
+    def __init__(self, first: EDM, then: Objective, epochs: int):
         self.first, self.then, self.epochs = first, then, epochs
 
     def plan(self, ids: Ids, epoch: int) -> Visits:

@@ -17,7 +17,7 @@ from torch import nn
 
 from udddm import rng
 from udddm.diffusion.denoise import add_noise, denoise
-from udddm.diffusion.schedule import Coefficients, Process
+from udddm.diffusion.schedule import Coefficients, NoiseSchedule
 from udddm.objectives.base import Visits
 from udddm.objectives.loss import adaptive_loss
 from udddm.rng import Stream
@@ -51,16 +51,18 @@ class Teacher:
 EVERY_ROW = Teacher()
 
 
-class Matching(ABC):
+class TargetObjective(ABC):
     """`conditioned` says whether the network takes an image. That image is fresh noise, as in the first step of
     Algorithm 2: were it the state, the network would copy its target."""
 
-    def __init__(self, process: Process, huber_c: float, seed: int, conditioned: bool, teacher: Teacher = EVERY_ROW):
+    def __init__(
+        self, process: NoiseSchedule, huber_c: float, seed: int, conditioned: bool, teacher: Teacher = EVERY_ROW
+    ):
         self.process, self.huber_c, self.seed = process, huber_c, seed
         self.conditioned, self.teacher = conditioned, teacher
 
     def evaluated(self, visits: Visits) -> int:
-        return self.teacher.rows(len(visits.fresh), len(visits.guide))
+        return self.teacher.rows(len(visits.teacher_rows), len(visits.x0_weight))
 
     @abstractmethod
     def plan(self, ids: Ids, epoch: int) -> Visits: ...
@@ -80,11 +82,11 @@ class Matching(ABC):
             coefficients=torch.from_numpy(self.process.coefficients(times)),
             noise_key=rng.as_tensor(noise_key),
             condition_key=rng.as_tensor(rng.keys(self.seed, Stream.CONDITION, ids, epoch)),
-            guide=torch.from_numpy(guide.astype(np.float32)),
+            x0_weight=torch.from_numpy(guide.astype(np.float32)),
             weight=torch.from_numpy(weight.astype(np.float32)),
             huber_c=torch.full((len(ids),), self.huber_c),
-            fresh=torch.from_numpy(fresh),
-            fresh_coefficients=torch.from_numpy(self.process.coefficients(fresh_times)),
+            teacher_rows=torch.from_numpy(fresh),
+            teacher_coefficients=torch.from_numpy(self.process.coefficients(fresh_times)),
         )
 
     def __call__(
@@ -105,13 +107,13 @@ class Matching(ABC):
 
         target = self._target(f, state, visits)
         output = f(Coefficients(*visits.coefficients), _ALL)
-        return visits.weight * adaptive_loss(output, x0, target, visits.guide, visits.huber_c), output.detach()
+        return visits.weight * adaptive_loss(output, x0, target, visits.x0_weight, visits.huber_c), output.detach()
 
     @torch.no_grad()
     def _target(self, f: Estimate, state: torch.Tensor, visits: Visits) -> torch.Tensor:
         """The x0-states, with f at the level below in the rows that are fresh. Leaves the generator as it was, so that
         the call that trains draws what this one drew."""
-        fresh, rows = visits.fresh, self.evaluated(visits)
+        fresh, rows = visits.teacher_rows, self.evaluated(visits)
         if not rows and not self.teacher.lockstep:
             return state
         device = state.device
@@ -119,9 +121,9 @@ class Matching(ABC):
             if not rows:
                 f(Coefficients(*visits.coefficients[:, :1]), slice(1))
             elif rows == len(fresh):
-                state = state.index_copy(0, fresh, f(Coefficients(*visits.fresh_coefficients), fresh))
+                state = state.index_copy(0, fresh, f(Coefficients(*visits.teacher_coefficients), fresh))
             else:
-                at = visits.coefficients.index_copy(1, fresh, visits.fresh_coefficients)
+                at = visits.coefficients.index_copy(1, fresh, visits.teacher_coefficients)
                 state = state.index_copy(0, fresh, f(Coefficients(*at), _ALL)[fresh])
         if torch.is_autocast_enabled(device.type):
             # Torch before 2.11 keeps the weights' casts that were made without gradient for the call that trains.

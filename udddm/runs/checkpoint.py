@@ -74,7 +74,7 @@ class Checkpoints:
         found = self.all()
         problems = []
         for path in reversed(found):
-            problem = self.damage(path)
+            problem = self.corruption(path)
             if problem is None:
                 return path
             problems.append(problem)
@@ -86,11 +86,11 @@ class Checkpoints:
             )
         return None
 
-    def damage(self, path: Path) -> str | None:
+    def corruption(self, path: Path) -> str | None:
         """What is wrong with a checkpoint; None when it is whole. Raises Unreadable, StoreError."""
-        return damage(path)
+        return corruption(path)
 
-    def bring(self, path: Path) -> None:
+    def ensure_local(self, path: Path) -> None:
         """Make a checkpoint's files readable here, where they are kept elsewhere. Called once on every machine."""
 
     def write(self, step: int, ranks: Ranks, fill: Callable[[Path], None]) -> Path:
@@ -107,7 +107,7 @@ class Checkpoints:
         def make() -> None:
             shutil.rmtree(partial, ignore_errors=True)
             partial.mkdir(parents=True)
-            if ranks.first:
+            if ranks.is_rank_zero:
                 self._announce(final)
 
         def add() -> Entries:
@@ -123,10 +123,10 @@ class Checkpoints:
 
         errors = (OSError, SafetensorError, StoreError)  # safetensors wraps a full disk in its own
         try:
-            ranks.first_only(make, errors)
-            added = ranks.gather(ranks.together(add, errors))
+            ranks.run_on_rank_zero(make, errors)
+            added = ranks.gather(ranks.run_on_all(add, errors))
             entries = {name: entry for part in added for name, entry in part.items()}
-            ranks.first_only(lambda: self._publish(partial, final, entries), errors)
+            ranks.run_on_rank_zero(lambda: self._publish(partial, final, entries), errors)
         except (*errors, RankError) as error:
             raise CheckpointError(
                 f"cannot write the checkpoint {self.name(final)}: {error}. Earlier checkpoints are intact; "
@@ -134,7 +134,7 @@ class Checkpoints:
             ) from error
         finally:
             shutil.rmtree(own, ignore_errors=True)
-            if ranks.first:
+            if ranks.is_rank_zero:
                 shutil.rmtree(partial, ignore_errors=True)
         return final
 
@@ -166,7 +166,7 @@ class Checkpoints:
         """Remove all but the newest `keep`, once the newest verifies; and leftovers of interrupted writes."""
         with suppress(Unreadable):  # then at the next checkpoint
             found = self.all()
-            whole = bool(found) and damage(found[-1]) is None
+            whole = bool(found) and corruption(found[-1]) is None
             for old in found[:-keep] if whole else ():
                 self._remove(old)
         with suppress(OSError):
@@ -198,7 +198,7 @@ def _hidden(path: Path) -> Path:
     return path.with_name(f".{path.name}.partial")
 
 
-def damage(path: Path) -> str | None:
+def corruption(path: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None when every file is as its manifest says.
 
     A file that is missing or has other contents is damage. One that cannot be read (a network file system that does not

@@ -58,7 +58,7 @@ def write(run: Path, step: int, averages: Sequence[PowerEMA], engine: Engine) ->
             if whole is not None:
                 tensors[name] = whole.half()
         path = run / AVERAGES / f"step-{step:08d}" / f"{average.name}.safetensors"
-        engine.ranks.first_only(partial(_put, path, tensors), (CheckpointError,))
+        engine.ranks.run_on_rank_zero(partial(_put, path, tensors), (CheckpointError,))
 
 
 def _put(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:

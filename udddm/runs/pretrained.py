@@ -10,7 +10,7 @@ from udddm.backends.engines.base import Engine
 from udddm.ema import Average
 from udddm.errors import CheckpointError
 from udddm.log import say
-from udddm.runs.checkpoint import NAME, damage, load_config
+from udddm.runs.checkpoint import NAME, corruption, load_config
 from udddm.runs.remote import open_copy
 from udddm.runs.run import Run
 from udddm.runs.weights import Saved
@@ -36,7 +36,7 @@ def checkpoint_files(where: str | Path, wanted: tuple[str, ...] = ("config", "mo
     path = checkpoints.directory / last if one else checkpoints.newest_valid(say)
     if path is None:
         raise CheckpointError(f"{where} holds no checkpoint")
-    if one and (problem := checkpoints.damage(path)):
+    if one and (problem := checkpoints.corruption(path)):
         raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
     yield path
 
@@ -45,7 +45,7 @@ def _local_checkpoint(where: Path) -> Path:
     if not where.exists():
         raise CheckpointError(f"{where} does not exist")
     if (where / "config.json").exists() or (where / "manifest.json").exists():
-        if (where / "manifest.json").exists() and (problem := damage(where)):
+        if (where / "manifest.json").exists() and (problem := corruption(where)):
             raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
         return where
     newest = Run(where).checkpoints().newest_valid(say)

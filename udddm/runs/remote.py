@@ -24,10 +24,10 @@ from udddm.backends.distributed.ranks import Ranks
 from udddm.errors import CheckpointError, Unreadable
 from udddm.files import write_json
 from udddm.runs import manifest
-from udddm.runs.checkpoint import NAME, Checkpoints, damage, step_of
+from udddm.runs.checkpoint import NAME, Checkpoints, corruption, step_of
 from udddm.runs.manifest import MANIFEST, Entries
 from udddm.runs.run import AVERAGES, Run, locked
-from udddm.storage.base import Objects, local_path, open_objects
+from udddm.storage.base import ObjectStore, local_path, open_object_store
 from udddm.storage.guard import Guard
 from udddm.storage.lease import Lease
 from udddm.store.zarr import LEASE_PATIENCE
@@ -73,14 +73,14 @@ def open_copy(where: str | Path, wanted: Callable[[str], bool] = lambda name: Tr
     if local_path(where) is not None:
         return open_run(where)
     run = RemoteRun(str(where).rstrip("/"), None, wanted)
-    run.fetch()
+    run.download()
     return run
 
 
 class RemoteCheckpoints(Checkpoints):
     """Under a URL: complete once their manifest is there. The paths are those of the copies on this machine."""
 
-    def __init__(self, run: Path, objects: Objects, wanted: Callable[[str], bool] = lambda name: True):
+    def __init__(self, run: Path, objects: ObjectStore, wanted: Callable[[str], bool] = lambda name: True):
         super().__init__(run)
         self.objects, self.wanted = objects, wanted
         self._left: set[Path] = set()
@@ -90,11 +90,11 @@ class RemoteCheckpoints(Checkpoints):
         return sorted((self.directory / n for n in names if self.objects.exists(f"{n}/{MANIFEST}")), key=step_of)
 
     def name(self, path: Path) -> str:
-        return self.objects.describe("" if path == self.directory else path.name)
+        return self.objects.uri("" if path == self.directory else path.name)
 
-    def bring(self, path: Path) -> None:
+    def ensure_local(self, path: Path) -> None:
         """Raises CheckpointError for one that is not there whole, StoreError when it cannot be read."""
-        if (path / MANIFEST).exists() and damage(path) is None:
+        if (path / MANIFEST).exists() and corruption(path) is None:
             return
         shutil.rmtree(path, ignore_errors=True)
         key = f"{path.name}/{MANIFEST}"
@@ -107,19 +107,19 @@ class RemoteCheckpoints(Checkpoints):
                 (path / name).parent.mkdir(parents=True, exist_ok=True)
                 self.objects.download(key, path / name, entry["bytes"])
         except FileNotFoundError:
-            raise CheckpointError(f"{self.objects.describe(key)} is missing") from None
+            raise CheckpointError(f"{self.objects.uri(key)} is missing") from None
         except ValueError as error:
-            raise CheckpointError(f"{self.objects.describe(key)} cannot be read: {error}") from error
+            raise CheckpointError(f"{self.objects.uri(key)} cannot be read: {error}") from error
         write_json(path / MANIFEST, entries)
 
-    def damage(self, path: Path) -> str | None:
+    def corruption(self, path: Path) -> str | None:
         try:
-            self.bring(path)
+            self.ensure_local(path)
         except Unreadable:
             raise
         except CheckpointError as error:
             return str(error)
-        problem = damage(path)
+        problem = corruption(path)
         return problem and problem.replace(str(path), self.name(path))
 
     def _keep(self, path: Path, key: str) -> None:
@@ -176,9 +176,9 @@ class RemoteCheckpoints(Checkpoints):
         try:
             entries = manifest.parse(self.objects.get(f"{path.name}/{MANIFEST}"))
         except (FileNotFoundError, ValueError) as error:
-            return f"{self.objects.describe(f'{path.name}/{MANIFEST}')} cannot be read ({error})"
+            return f"{self.objects.uri(f'{path.name}/{MANIFEST}')} cannot be read ({error})"
         for name, entry in entries.items():
-            where = self.objects.describe(f"{path.name}/{name}")
+            where = self.objects.uri(f"{path.name}/{name}")
             if name not in sizes:
                 return f"{where} is missing"
             if sizes[name] != entry["bytes"]:
@@ -198,7 +198,7 @@ class RemoteRun(Run):
         super().__init__(path or Path(tempfile.mkdtemp(prefix="udddm-")))
         if path is None:
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
-        self.url, self.wanted, self.objects = url, wanted, open_objects(url)
+        self.url, self.wanted, self.objects = url, wanted, open_object_store(url)
         self._lease: Lease | None = None  # of its own objects: those of the run are guarded by it
         self._pushed: dict[str, tuple[int, int]] = {}
 
@@ -218,7 +218,7 @@ class RemoteRun(Run):
         return self._lease or Guard()
 
     def checkpoints(self) -> Checkpoints:
-        objects = open_objects(f"{self.url}/checkpoints")
+        objects = open_object_store(f"{self.url}/checkpoints")
         objects.guard = self.guard
         return RemoteCheckpoints(self.path, objects, self.wanted)
 
@@ -231,9 +231,9 @@ class RemoteRun(Run):
         return self.path / AVERAGES
 
     @contextmanager
-    def held(self, patience: float | None = None) -> Iterator[None]:
+    def lock(self, patience: float | None = None) -> Iterator[None]:
         with locked(self.path):
-            lease = Lease(open_objects(self.url), self.url)
+            lease = Lease(open_object_store(self.url), self.url)
             lease.acquire(patience=LEASE_PATIENCE if patience is None else patience)
             self._lease = self.objects.guard = lease
             try:
@@ -241,7 +241,7 @@ class RemoteRun(Run):
             finally:
                 lease.release()
 
-    def fetch(self) -> None:
+    def download(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         for left in self.path.iterdir():
             if left.is_dir():
@@ -254,18 +254,18 @@ class RemoteRun(Run):
             except FileNotFoundError:
                 (self.path / name).unlink(missing_ok=True)
 
-    def share(self, ranks: Ranks) -> None:
+    def check_visible(self, ranks: Ranks) -> None:
         if self._lease is None:
-            self._lease = self.objects.guard = Lease(open_objects(self.url), self.url)
+            self._lease = self.objects.guard = Lease(open_object_store(self.url), self.url)
         follow(self._lease, ranks)
-        if ranks.leads_machine and not ranks.first:
-            self.fetch()
+        if ranks.is_local_rank_zero and not ranks.is_rank_zero:
+            self.download()
 
     def leave(self) -> None:
         if self._lease is not None:
             self._lease.release()
 
-    def push(self) -> None:
+    def upload(self) -> None:
         """The files that have changed since the last time, `result.json` after all others."""
         passed = {"checkpoints", ".lock"}
         files = [p for p in self.path.rglob("*") if p.is_file() and p.relative_to(self.path).parts[0] not in passed]

@@ -52,7 +52,7 @@ class Run:
         return self.path / AVERAGES
 
     @contextmanager
-    def held(self, patience: float | None = None) -> Iterator[None]:
+    def lock(self, patience: float | None = None) -> Iterator[None]:
         """Keep every other process from writing to it. Raises ConfigError or StoreError when one is.
 
         `patience`: the seconds to wait for another to end, where that can be waited for; None: as a start does.
@@ -65,17 +65,17 @@ class Run:
         """Asked before anything of it is changed, once it is held, or shared by the rank that holds it."""
         return Guard()
 
-    def fetch(self) -> None:
+    def download(self) -> None:
         """Begin with what the run holds and nothing else, once it is held. Raises StoreError."""
 
-    def share(self, ranks: Ranks) -> None:
+    def check_visible(self, ranks: Ranks) -> None:
         """On every rank, once the first holds the run: see it from here. Raises ConfigError, StoreError."""
         ranks.check_shared(self.path, "the run directory")
 
     def leave(self) -> None:
         """On every rank, in the end: what `share` began is over."""
 
-    def push(self) -> None:
+    def upload(self) -> None:
         """Put what was written to `path` where the run is. Raises StoreError."""
 
 
@@ -116,7 +116,7 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def claim(run: Path, config: RunConfig, dataset: ImageDataset) -> None:
+def check_or_record(run: Path, config: RunConfig, dataset: ImageDataset) -> None:
     """Record what the run is, or check that it is still the same.
 
     Raises ConfigError when the directory belongs to another configuration, DataError when the data set changed.

@@ -42,7 +42,7 @@ def file_name(kind: str, rank: int, world: int) -> str:
 
 def save(directory: Path, engine: Engine, emas: Sequence[Average]) -> None:
     """Write this rank's share. Every rank must call it."""
-    rank, world = engine.ranks.rank, engine.ranks.world
+    rank, world = engine.ranks.rank, engine.ranks.world_size
     owners = share_out(engine.shapes, world)
 
     def gathered(pieces: Pieces, prefix: str = "") -> dict[str, torch.Tensor]:
@@ -164,4 +164,4 @@ def digest(engine: Engine, sets: Mapping[str, Pieces]) -> str:
             whole = engine.whole(pieces, name, 0)
             if whole is not None:
                 found.update((prefix + name).encode() + whole.view(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest() if engine.ranks.first else ""
+    return found.hexdigest() if engine.ranks.is_rank_zero else ""

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 from udddm.errors import StoreError
 from udddm.storage.guard import Guard
-from udddm.storage.local import LocalObjects
+from udddm.storage.local import LocalObjectStore
 
 T = TypeVar("T")
 
@@ -33,7 +33,7 @@ class Retry:
     longest_total: float = 300.0  # seconds from the first attempt, after which no other is begun
 
 
-class Refused(Exception):
+class PermanentStorageError(Exception):
     """A failure that no repetition cures. The text says what it is; `cure` what to do, as in "make room"."""
 
     def __init__(self, what: str, cure: str):
@@ -45,7 +45,7 @@ class Oversized(ValueError):
     """An object is larger than it may be."""
 
 
-class Objects(ABC):
+class ObjectStore(ABC):
     """Keys are relative paths with `/`. A put is atomic: a reader sees the whole object or none.
 
     Implementations raise FileNotFoundError for a missing object, Refused for what only the user can mend, and OSError
@@ -54,7 +54,7 @@ class Objects(ABC):
 
     retry = Retry()
     conditional = True
-    """Whether `replace_if` has one winner among clients on several machines."""
+    """Whether `compare_and_swap` has one winner among clients on several machines."""
 
     def __init__(self) -> None:
         self.retries = 0
@@ -72,7 +72,7 @@ class Objects(ABC):
     def _put_if_absent(self, key: str, data: bytes) -> bool: ...
 
     @abstractmethod
-    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool: ...
+    def _compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool: ...
 
     @abstractmethod
     def _list(self, prefix: str) -> Sequence[str]: ...
@@ -93,25 +93,25 @@ class Objects(ABC):
         path.write_bytes(data)
 
     @abstractmethod
-    def describe(self, key: str) -> str:
+    def uri(self, key: str) -> str:
         """What an error message calls the object; of the key "", where all of them are."""
 
     def get(self, key: str) -> bytes:
         """The object's bytes. Raises FileNotFoundError at once, StoreError after bounded retries of anything else."""
-        return self._retrying(f"read {self.describe(key)}", lambda: self._get(key))
+        return self._retrying(f"read {self.uri(key)}", lambda: self._get(key))
 
     def put(self, key: str, *parts: bytes | memoryview) -> None:
         """Write an object, durably, from consecutive parts. Raises StoreError after bounded retries."""
-        self._changing(f"write {self.describe(key)}", lambda: self._put(key, parts))
+        self._changing(f"write {self.uri(key)}", lambda: self._put(key, parts))
 
     def upload(self, path: Path, key: str) -> None:
         """Write an object from a local file, of any size, durably. Raises OSError of the file, StoreError."""
-        self._changing(f"write {self.describe(key)}", lambda: self._upload(path, key))
+        self._changing(f"write {self.uri(key)}", lambda: self._upload(path, key))
 
     def download(self, key: str, path: Path, most: int | None = None) -> None:
         """Write an object into a local file. Raises FileNotFoundError, OSError of the file, StoreError; Oversized for
         an object of more than `most` bytes, of which no more is written."""
-        self._retrying(f"read {self.describe(key)}", lambda: self._download(key, path, most))
+        self._retrying(f"read {self.uri(key)}", lambda: self._download(key, path, most))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Write an object unless there is one; of several clients one gets True. Raises StoreError.
@@ -119,16 +119,16 @@ class Objects(ABC):
         `data` has to be unlike any other client's: whose object is there after a lost reply is seen from its bytes.
         """
         return self._changing(
-            f"write {self.describe(key)}", lambda: self._put_if_absent(key, data) or self._holds(key, data)
+            f"write {self.uri(key)}", lambda: self._put_if_absent(key, data) or self._holds(key, data)
         )
 
-    def replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
+    def compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
         """Replace an object that holds exactly `expected`; of several clients one gets True. Raises StoreError.
 
         No two contents of an object may be the same, as for `put_if_absent`.
         """
         return self._changing(
-            f"write {self.describe(key)}", lambda: self._replace_if(key, data, expected) or self._holds(key, data)
+            f"write {self.uri(key)}", lambda: self._compare_and_swap(key, data, expected) or self._holds(key, data)
         )
 
     def list(self, prefix: str) -> Iterator[str]:
@@ -136,15 +136,15 @@ class Objects(ABC):
 
         Shows what every client has written until now. Raises StoreError after bounded retries.
         """
-        return iter(self._retrying(f"list {self.describe(prefix)}", lambda: self._list(prefix)))
+        return iter(self._retrying(f"list {self.uri(prefix)}", lambda: self._list(prefix)))
 
     def delete(self, prefix: str) -> None:
         """Remove the object or everything under the prefix; nothing happens when there is none. Raises StoreError."""
-        self._changing(f"delete {self.describe(prefix)}", lambda: self._delete(prefix))
+        self._changing(f"delete {self.uri(prefix)}", lambda: self._delete(prefix))
 
     def sizes(self, prefix: str) -> dict[str, int]:
         """The bytes of every object under `prefix`, by the rest of its key. Raises StoreError."""
-        return self._retrying(f"list {self.describe(prefix)}", lambda: self._sizes(prefix))
+        return self._retrying(f"list {self.uri(prefix)}", lambda: self._sizes(prefix))
 
     def sync(self) -> None:
         """Let the names of all that was put outlive a power loss, where a put alone does not do that."""
@@ -180,7 +180,7 @@ class Objects(ABC):
                 return action()
             except FileNotFoundError:
                 raise
-            except Refused as error:
+            except PermanentStorageError as error:
                 raise StoreError(f"cannot {what}: {error}. {_RESUME.format(cure=error.cure)}") from None
             except OSError as error:
                 over = attempt >= retry.attempts or time.monotonic() - began > retry.longest_total
@@ -201,7 +201,7 @@ def local_path(where: str | Path) -> Path | None:
     return Path(text.removeprefix("file://")) if text.startswith("file://") else None
 
 
-def open_objects(url: str | Path) -> Objects:
+def open_object_store(url: str | Path) -> ObjectStore:
     """The objects at a local path or a URL: file://, s3://, gs://, az:// (through obstore), or any that fsspec opens.
 
     An S3 store's endpoint, region and credentials come from the usual AWS variables of the environment. Nothing is
@@ -213,7 +213,7 @@ def open_objects(url: str | Path) -> Objects:
         raise StoreError(f"store.url {text}: write two slashes after the scheme, as in s3://bucket/prefix")
     local = local_path(url)
     if local is not None:
-        return LocalObjects(local)
+        return LocalObjectStore(local)
     from udddm.storage.s3 import open_remote  # which a run on local files need not import
 
     return open_remote(scheme.lower(), rest)

@@ -1,7 +1,7 @@
 """What a failed request to an object store means: another attempt, or an end with a cure.
 
 Throttling, server errors, timeouts and connections that break are `OSError`, for another attempt; missing rights,
-expired credentials, a missing bucket and the like are `Refused`. The texts are made here, from a reply's status and
+expired credentials, a missing bucket and the like are `PermanentStorageError`. The texts are made here, from a reply's status and
 error code: the libraries' own repeat whole replies, in which S3 returns the sender's key id and what it signed.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 
-from udddm.storage.base import Refused
+from udddm.storage.base import PermanentStorageError
 
 _RIGHTS = "allow reading, writing, deleting and listing there to these credentials"
 _REGION = "set AWS_REGION to the bucket's region and check AWS_ENDPOINT_URL"
@@ -56,14 +56,14 @@ def of_obstore(error: Exception, *, answered: bool) -> Exception:
     if "/latest/api/token" in head or "/latest/meta-data" in head:  # where obstore asks for a role's credentials
         if answered:
             return OSError("this machine's role gave no new credentials")
-        return Refused(
+        return PermanentStorageError(
             "there are no credentials in the environment, and this machine has no role",
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         )
     if "/computeMetadata/" in head or "/metadata/identity" in head:  # the same of Google's and Azure's
         if answered:
             return OSError("this machine's role gave no new credentials")
-        return Refused(
+        return PermanentStorageError(
             "there are no credentials in the environment, and this machine has no role",
             "set GOOGLE_APPLICATION_CREDENTIALS, or AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
         )
@@ -77,7 +77,7 @@ def of_obstore(error: Exception, *, answered: bool) -> Exception:
         if mark in text:
             return OSError(meaning)
     if isinstance(error, ValueError):
-        return Refused("it is no valid name for an object", "correct store.url")
+        return PermanentStorageError("it is no valid name for an object", "correct store.url")
     return OSError(f"the request failed ({type(error).__name__})")
 
 
@@ -88,25 +88,25 @@ def of_fsspec(error: Exception) -> Exception:
     status = next((s for n in ("status", "code", "status_code") if isinstance(s := getattr(error, n, None), int)), None)
     name = type(error).__name__
     if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in name or "Auth" in name:
-        return Refused(f"access is denied ({name})", "give this machine's credentials the right to it")
+        return PermanentStorageError(f"access is denied ({name})", "give this machine's credentials the right to it")
     if isinstance(error, NotImplementedError | TypeError | ValueError | AttributeError | LookupError):
-        return Refused(f"the file system cannot do it ({name})", "use another store.url")
+        return PermanentStorageError(f"the file system cannot do it ({name})", "use another store.url")
     if status is not None and 400 <= status < 500 and status not in _TRANSIENT:
-        return Refused(f"the server answered {status}", "check store.url and the server")
+        return PermanentStorageError(f"the server answered {status}", "check store.url and the server")
     shown = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else name
     return OSError(f"the request failed ({shown})")
 
 
-def refusal(status: int | None, code: str) -> OSError | Refused:
+def refusal(status: int | None, code: str) -> OSError | PermanentStorageError:
     """What a reply of this HTTP status and S3 error code ("" when unknown) means."""
     shown = " ".join(str(part) for part in (status, code) if part)
     if code in _TRANSIENT_CODES or (status in _TRANSIENT and code not in _CURES):
         return OSError(f"the server answered {shown}")
     if code in _CURES:
         what, cure = _CURES[code]
-        return Refused(f"{what} ({shown})", cure)
+        return PermanentStorageError(f"{what} ({shown})", cure)
     if status in (401, 403):
-        return Refused(f"access is denied ({shown})", _RIGHTS)
+        return PermanentStorageError(f"access is denied ({shown})", _RIGHTS)
     if status is not None and 300 <= status < 400:
-        return Refused(f"the server sent us elsewhere ({shown})", _REGION)
-    return Refused(f"the server answered {shown}", "check store.url and the server")
+        return PermanentStorageError(f"the server sent us elsewhere ({shown})", _REGION)
+    return PermanentStorageError(f"the server answered {shown}", "check store.url and the server")

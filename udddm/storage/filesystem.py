@@ -9,19 +9,19 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from udddm.errors import StoreError
-from udddm.storage.base import Objects, Oversized
+from udddm.storage.base import ObjectStore, Oversized
 from udddm.storage.failures import of_fsspec
 from udddm.storage.s3 import REMOTE_RETRY
 
 T = TypeVar("T")
 
 
-class FsspecObjects(Objects):
+class FsspecObjectStore(ObjectStore):
     """Objects under any URL that fsspec opens, such as sftp://host/path.
 
     A put is as atomic as the file system's own: object stores show an object whole or not at all, sftp and the like do
     not, where the checksums of chunks and records find what was cut. `put_if_absent` is exclusive where the file system
-    creates exclusively (gcsfs, s3fs); `replace_if` only between the threads of a process, so that a lease is not taken
+    creates exclusively (gcsfs, s3fs); `compare_and_swap` only between the threads of a process, so that a lease is not taken
     over from another there, unless the file system is this process's own.
     """
 
@@ -132,7 +132,7 @@ class FsspecObjects(Objects):
 
         return self._asking(create)
 
-    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
+    def _compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
         with self._exclusive:
             try:
                 if self._get(key) != expected:
@@ -177,7 +177,7 @@ class FsspecObjects(Objects):
 
         self._asking(delete)
 
-    def describe(self, key: str) -> str:
+    def uri(self, key: str) -> str:
         return f"{self._url}/{key}".rstrip("/")
 
     def _asking(self, request: Callable[[], T]) -> T:

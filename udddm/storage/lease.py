@@ -2,7 +2,7 @@
 
 A run directory's lock (`udddm.runs.run.locked`) keeps two processes out of one directory; two directories, or two machines,
 can still name one `store.url`. So a run holds a lease: an object `lease.json` that says who holds it and until when,
-made and replaced only under conditions (`Objects.put_if_absent`, `replace_if`), and renewed in a thread.
+made and replaced only under conditions (`ObjectStore.put_if_absent`, `compare_and_swap`), and renewed in a thread.
 
 No two hosts' clocks are compared. A holder stops `seconds` after its last renewal, by the one of its own clocks that
 shows most; another takes a lease over when it has itself seen it unchanged for `GRACE` of that time longer.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from udddm.errors import StoreError
-from udddm.storage.base import Objects, Refused
+from udddm.storage.base import ObjectStore, PermanentStorageError
 from udddm.storage.guard import Guard
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Lease(Guard):
 
     fences = True
 
-    def __init__(self, objects: Objects, owner: str, seconds: float = 60.0):
+    def __init__(self, objects: ObjectStore, owner: str, seconds: float = 60.0):
         self.objects, self.owner, self.seconds = objects, owner, seconds
         self.holder: Holder | None = None
         self._follows = False  # another process of this run renews it
@@ -165,7 +165,7 @@ class Lease(Guard):
         Another's is over once this process has seen it unchanged for as long as it lasts, and `GRACE` of that; one that
         seems to be over by the clocks is watched for that long in any case. A lease of this same owner whose process
         this one would see, and which is gone, is taken over at once. Raises StoreError, which names the other owner,
-        when it is renewed or not over by then, or as `Objects.get` does.
+        when it is renewed or not over by then, or as `ObjectStore.get` does.
         """
         assert self.holder is None, "a lease is acquired once"
         began = since = time.monotonic()
@@ -191,7 +191,7 @@ class Lease(Guard):
         assert self.holder is None, "a lease is acquired once"
         found = self._found()
         if found is None or found.lease != lease:
-            raise StoreError(f"the lease of {self.objects.describe('')} was lost while this rank joined")
+            raise StoreError(f"the lease of {self.objects.uri('')} was lost while this rank joined")
         self.holder, self._follows = found, True
         self._renewed = renewed
         self._begin(self._watch_until_released)
@@ -215,7 +215,7 @@ class Lease(Guard):
             self._lost = f"it could not be renewed for {self.seconds:g} s"
         if self._lost:
             raise StoreError(
-                f"lost the lease of {self.objects.describe('')}: {self._lost}. The last checkpoint is intact; "
+                f"lost the lease of {self.objects.uri('')}: {self._lost}. The last checkpoint is intact; "
                 "make sure that only this run writes there, then run the same command again to resume"
             )
 
@@ -231,7 +231,7 @@ class Lease(Guard):
             found = self._decode(self.objects._get(KEY))  # once: the caller has an error to report
         except FileNotFoundError:
             found = None
-        except (OSError, Refused, StoreError):
+        except (OSError, PermanentStorageError, StoreError):
             return
         self._compare(found)
         self.check()
@@ -278,15 +278,15 @@ class Lease(Guard):
         try:
             return Holder.decode(data)
         except (ValueError, TypeError, RecursionError) as error:
-            where = self.objects.describe(KEY)
+            where = self.objects.uri(KEY)
             raise StoreError(f"{where} is damaged ({error}): delete it when no run writes there") from error
 
     def _refusal(self, found: Holder, left: float) -> str:
         return (
-            f"{self.objects.describe('')} is being written by another run: {found.describe()}. Stop that run or choose "
+            f"{self.objects.uri('')} is being written by another run: {found.describe()}. Stop that run or choose "
             f"another URL. If it has crashed, run the same command again: its lease is over when it has not been "
             f"renewed for {max(1, math.ceil(left))} s. If that process is surely gone, you may also delete "
-            f"{self.objects.describe(KEY)}"
+            f"{self.objects.uri(KEY)}"
         )
 
     def _take(self, seen: bytes | None, unchanged: float) -> bool:
@@ -313,11 +313,11 @@ class Lease(Guard):
                 return False
             if not self.objects.conditional:
                 raise StoreError(
-                    f"{self.objects.describe('')} was being written by {found.describe()}, and this kind of URL cannot "
+                    f"{self.objects.uri('')} was being written by {found.describe()}, and this kind of URL cannot "
                     "hand its lease over to one of several runs that may ask for it: it has no conditional writes. If "
-                    f"that process is surely gone, delete {self.objects.describe(KEY)} and run the same command again"
+                    f"that process is surely gone, delete {self.objects.uri(KEY)} and run the same command again"
                 )
-            taken = self.objects.replace_if(KEY, own.encode(), seen)
+            taken = self.objects.compare_and_swap(KEY, own.encode(), seen)
         if taken:
             self.holder, self._renewed = own, began
         return taken
@@ -335,7 +335,7 @@ class Lease(Guard):
         began, held = Instant.now(), self.holder
         assert held is not None
         renewed = replace(held, renewal=held.renewal + 1, expires=time.time() + self.seconds)
-        if self.objects.replace_if(KEY, renewed.encode(), held.encode()):
+        if self.objects.compare_and_swap(KEY, renewed.encode(), held.encode()):
             self.holder, self._renewed = renewed, began
             return
         found = self._found()

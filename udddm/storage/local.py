@@ -12,10 +12,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from udddm.storage.base import _TEMPORARY, Objects
+from udddm.storage.base import _TEMPORARY, ObjectStore
 
 
-class LocalObjects(Objects):
+class LocalObjectStore(ObjectStore):
     """Files under a directory. An object is written under another name, synced, and renamed into place.
 
     Its name is durable after `sync`: to sync the directories after every put would cost a store as much again.
@@ -49,7 +49,7 @@ class LocalObjects(Objects):
                 return False
             return True
 
-    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
+    def _compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
         path = self.root / key
         if not path.exists():
             return False
@@ -116,5 +116,5 @@ class LocalObjects(Objects):
         else:
             path.unlink(missing_ok=True)
 
-    def describe(self, key: str) -> str:
+    def uri(self, key: str) -> str:
         return str(self.root / key)

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from udddm.errors import StoreError
-from udddm.storage.base import Objects, Oversized, Retry
+from udddm.storage.base import ObjectStore, Oversized, Retry
 from udddm.storage.failures import of_obstore, refusal
-from udddm.storage.filesystem import FsspecObjects
+from udddm.storage.filesystem import FsspecObjectStore
 from udddm.urls import secret_in
 
 T = TypeVar("T")
@@ -32,18 +32,18 @@ _PAGE = 1000
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
-def open_remote(scheme: str, rest: str) -> Objects:
+def open_remote(scheme: str, rest: str) -> ObjectStore:
     """The objects at `scheme://rest`. Raises StoreError for a malformed URL or a missing package."""
     if secret_in(f"{scheme}://{rest}") or "?" in rest or "#" in rest:
         raise StoreError(
             f"store.url {scheme}://...: leave user, password and query out of it; give credentials by the environment"
         )
     if scheme in _STORES:
-        return ObstoreObjects(rest, scheme)
-    return FsspecObjects(f"{scheme}://{rest}")
+        return S3ObjectStore(rest, scheme)
+    return FsspecObjectStore(f"{scheme}://{rest}")
 
 
-class ObstoreObjects(Objects):
+class S3ObjectStore(ObjectStore):
     """Objects under `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
 
     obstore makes one attempt at each request, so that `retries` counts all that happen. An object is written by a
@@ -163,7 +163,7 @@ class ObstoreObjects(Objects):
     def _put_if_absent(self, key: str, data: bytes) -> bool:
         return self._put_on_condition(key, (data,), "create")
 
-    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
+    def _compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
         try:
             found, version = self._read(key)
         except FileNotFoundError:
@@ -233,7 +233,7 @@ class ObstoreObjects(Objects):
             self.guard.wait()
             self._asking(partial(delete, named[first : first + _PAGE]))
 
-    def describe(self, key: str) -> str:
+    def uri(self, key: str) -> str:
         return f"{self._url}/{key}".rstrip("/")
 
     def _asking(self, request: Callable[[], T], *, reading: bool = False) -> T:

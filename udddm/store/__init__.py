@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from udddm.config import StoreConfig
-from udddm.errors import DamagedChunkError, StoreError
+from udddm.errors import CorruptChunkError, StoreError
 from udddm.order import Order
 from udddm.runs.run import Run, run_id
 from udddm.storage.base import local_path
@@ -18,7 +18,7 @@ from udddm.store.snapshot import Snapshot
 from udddm.store.zarr import ZarrStore
 
 __all__ = [
-    "DamagedChunkError",
+    "CorruptChunkError",
     "Encoding",
     "Snapshot",
     "StoreCounters",
@@ -38,7 +38,7 @@ def build(
 ) -> X0Store:
     """The configured store of a run for one rank, not yet started."""
     opened = _open(config, order, lanes, shape, device, run)
-    if config.on_damage == "reinitialize":
+    if config.on_corruption == "reinitialize":
         opened.repair = Repair(opened.counters)
     return opened
 

@@ -48,7 +48,7 @@ class Smoothed:
 
 
 @dataclass
-class Pace:
+class Autotune:
     """The numbers for one rank's `lanes` of an `order` with rows of `row_bytes`.
 
     `threads`, `prefetch` and `memory` (bytes) fix what is otherwise chosen. Seconds of a step exclude what it waited
@@ -70,9 +70,12 @@ class Pace:
     def __post_init__(self) -> None:
         order = self.order
         smallest = min(order.smallest_window(lane) for lane in self.lanes)
-        self._fewest_windows = 2 + -(-order.share // smallest)
-        largest = min(order.window_chunks * order.chunk, order.longest_lane)
-        window, batch = len(self.lanes) * largest * self.row_bytes, len(self.lanes) * order.share * self.row_bytes
+        self._fewest_windows = 2 + -(-order.samples_per_lane_step // smallest)
+        largest = min(order.chunks_per_window * order.chunk_size, order.longest_lane)
+        window, batch = (
+            len(self.lanes) * largest * self.row_bytes,
+            len(self.lanes) * order.samples_per_lane_step * self.row_bytes,
+        )
         least = self._fewest_windows * window + 2 * (self.prefetch or 1) * batch
         if self.memory is not None and self.memory < least:
             raise StoreError(
@@ -83,7 +86,7 @@ class Pace:
         for_batches = max(2 * batch, min(budget // 8, budget - self._fewest_windows * window))
         self._most_depth = min(_DEPTHS[1], for_batches // (2 * batch))
         self._most_windows = max(self._fewest_windows, (budget - for_batches) // window)
-        self._most_threads = max(FEWEST, min(MOST, budget // 4 // (order.chunk * self.row_bytes)))
+        self._most_threads = max(FEWEST, min(MOST, budget // 4 // (order.chunk_size * self.row_bytes)))
         self.update()
 
     def update(self) -> None:
@@ -94,14 +97,16 @@ class Pace:
         if not self.step.known or self.step.mean <= 0:
             return
         order = self.order
-        rate = len(self.lanes) * order.share / order.chunk / self.step.mean
-        in_use = order.window_chunks * order.chunk / order.share * self.step.mean  # a window's seconds
+        rate = len(self.lanes) * order.samples_per_lane_step / order.chunk_size / self.step.mean
+        in_use = (
+            order.chunks_per_window * order.chunk_size / order.samples_per_lane_step * self.step.mean
+        )  # a window's seconds
         if self.threads is None:
             if self.load.known:
                 self.readers = self._within(_SPARE * rate * self.load.mean)
             if self.save.known:
                 self.writers = self._within(_SPARE * rate * self.save.mean)
-        chunks = len(self.lanes) * order.window_chunks  # the lanes pass from window to window together
+        chunks = len(self.lanes) * order.chunks_per_window  # the lanes pass from window to window together
         reading = -(-chunks // self.readers) * self.load.mean + 4 * self.load.deviation
         writing = -(-chunks // self.writers) * self.save.mean + 4 * self.save.deviation
         room = self._most_windows - self._fewest_windows

@@ -92,7 +92,7 @@ class X0Store(ABC):
         """Take the successors [b, C, H, W] of what `read` gave; padding is ignored. Moves to the next step."""
         self._write(values)
         self.step += 1
-        if self.step == self.order.steps:
+        if self.step == self.order.steps_per_epoch:
             self.epoch, self.step = self.epoch + 1, 0
             self._turn()
 
@@ -127,6 +127,6 @@ class X0Store(ABC):
         """The fingerprint of the own lanes' state: its stored bytes in slot order."""
         digest = hashlib.sha256()
         for lane in self.lanes:
-            for chunk in range(self.order.chunks(lane)):
+            for chunk in range(self.order.num_chunks(lane)):
                 digest.update(self.rows(lane, chunk).tobytes())
         return digest.hexdigest()

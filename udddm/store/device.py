@@ -25,7 +25,7 @@ class DeviceStore(X0Store):
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:
         self.epoch, self.step = epoch, step
         for lane in self.lanes:
-            for chunk in range(self.order.chunks(lane)):
+            for chunk in range(self.order.num_chunks(lane)):
                 place = self._place(lane, chunk)
                 if source is None:
                     samples = self.order.chunk_samples(lane, chunk)
@@ -35,7 +35,7 @@ class DeviceStore(X0Store):
                 self._state[place] = rows.to(self.device)
 
     def _place(self, lane: int, chunk: int) -> slice:
-        start = self.order.lane_start(lane) + chunk * self.order.chunk - self._first
+        start = self.order.lane_start(lane) + chunk * self.order.chunk_size - self._first
         return slice(start, start + self.order.chunk_slots(lane, chunk))
 
     def _slots(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,7 +50,7 @@ class DeviceStore(X0Store):
 
     def read(self) -> torch.Tensor:
         slots, places = self._slots()
-        size = len(self.lanes) * self.order.share
+        size = len(self.lanes) * self.order.samples_per_lane_step
         if len(slots) == size:
             return self.encoding.decode(self._state[slots])
         out = torch.zeros(size, *self.shape, dtype=self._state.dtype, device=self.device)

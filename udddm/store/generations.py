@@ -24,9 +24,9 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from udddm.errors import DamagedChunkError, StoreError
+from udddm.errors import CorruptChunkError, StoreError
 from udddm.order import Order
-from udddm.storage.base import Objects
+from udddm.storage.base import ObjectStore
 from udddm.store.compression import Compression, codec, compress, decompress, of_array
 from udddm.store.encoding import Encoding, Rows, StateDtype, generation_zero
 
@@ -52,11 +52,11 @@ class Generations:
 
     def __init__(
         self,
-        objects: Objects,
+        objects: ObjectStore,
         order: Order,
         shape: tuple[int, ...],
         encoding: Encoding,
-        repair: Callable[[DamagedChunkError, int], None] | None = None,
+        repair: Callable[[CorruptChunkError, int], None] | None = None,
         compression: Compression = "none",
     ):
         self.objects, self.order, self.shape, self.encoding, self.repair = objects, order, shape, encoding, repair
@@ -67,7 +67,7 @@ class Generations:
 
     @property
     def chunk_bytes(self) -> int:
-        return int(self.order.chunk * np.prod(self.shape)) * self.encoding.array.itemsize
+        return int(self.order.chunk_size * np.prod(self.shape)) * self.encoding.array.itemsize
 
     def identity(self) -> dict[str, Any]:
         return {
@@ -89,18 +89,18 @@ class Generations:
             self._write_group(run)
             return
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.objects.describe('zarr.json')} is no x0-state store: {error}") from error
+            raise StoreError(f"{self.objects.uri('zarr.json')} is no x0-state store: {error}") from error
         owner = found.pop("run", "")
         if found != self.identity():
             differing = [k for k in self.identity() if found.get(k) != self.identity()[k]]
             raise StoreError(
-                f"{self.objects.describe('')} holds the x0-state of another run "
+                f"{self.objects.uri('')} holds the x0-state of another run "
                 f"(it differs in {', '.join(differing)}); choose another store.url or run directory"
             )
 
         if owner != run and not own and (owner or self.existing()):
             raise StoreError(
-                f"{self.objects.describe('')} holds the x0-state of another run ({owner or 'none that is named'}), "
+                f"{self.objects.uri('')} holds the x0-state of another run ({owner or 'none that is named'}), "
                 "although of the same kind; give every run a store.url of its own, or delete what is there"
             )
         if run and not owner:
@@ -121,7 +121,7 @@ class Generations:
             compression = self._compression_of(generation)
         except FileNotFoundError:
             compression = self._compressions[generation] = self.compression
-        dims = [order.lanes, order.longest_lane, *self.shape]
+        dims = [order.num_lanes, order.longest_lane, *self.shape]
         item_bytes = self.encoding.array.itemsize
         endian = {"name": "bytes", "configuration": {"endian": "little"}}
         self._put_json(
@@ -131,7 +131,7 @@ class Generations:
                 "node_type": "array",
                 "shape": dims,
                 "data_type": _ZARR_TYPES[self.encoding.name],
-                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, order.chunk, *self.shape]}},
+                "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": [1, order.chunk_size, *self.shape]}},
                 "chunk_key_encoding": {"name": "default", "configuration": {"separator": "/"}},
                 "fill_value": 0,
                 "codecs": [
@@ -151,7 +151,7 @@ class Generations:
             try:
                 self._compressions[generation] = of_array(json.loads(self.objects.get(key)))
             except (ValueError, KeyError, TypeError) as error:
-                raise StoreError(f"{self.objects.describe(key)} is damaged: {error!r}") from error
+                raise StoreError(f"{self.objects.uri(key)} is damaged: {error!r}") from error
         return self._compressions[generation]
 
     def chunk_key(self, generation: int, lane: int, chunk: int) -> str:
@@ -159,7 +159,7 @@ class Generations:
 
     def write(self, generation: int, lane: int, chunk: int, rows: Rows) -> int:
         """Write a chunk's rows durably and return their checksum. A short last chunk is filled up with zeros."""
-        missing = self.order.chunk - len(rows)
+        missing = self.order.chunk_size - len(rows)
         if missing:
             rows = np.concatenate([rows, np.zeros((missing, *self.shape), rows.dtype)])
         data = compress(rows, self._compressions.get(generation, self.compression))
@@ -171,8 +171,8 @@ class Generations:
         """A chunk's rows, verified against the recorded checksum. Raises DamagedChunkError."""
         key = self.chunk_key(generation, lane, chunk)
 
-        def damaged(why: str) -> DamagedChunkError:
-            return DamagedChunkError(generation, lane, chunk, self.objects.describe(key), why)
+        def damaged(why: str) -> CorruptChunkError:
+            return CorruptChunkError(generation, lane, chunk, self.objects.uri(key), why)
 
         try:
             data = self.objects.get(key)
@@ -195,7 +195,7 @@ class Generations:
         if len(content) != self.chunk_bytes:
             raise damaged(f"it decompresses to {len(content)} bytes instead of {self.chunk_bytes}")
         count = self.chunk_bytes // self.encoding.array.itemsize
-        rows = np.frombuffer(content, self.encoding.array, count).reshape(self.order.chunk, *self.shape)
+        rows = np.frombuffer(content, self.encoding.array, count).reshape(self.order.chunk_size, *self.shape)
         return rows[: self.order.chunk_slots(lane, chunk)]
 
     def zero(self, lane: int, chunk: int) -> Rows:
@@ -207,7 +207,7 @@ class Generations:
         """As `read`, for training: with a `repair`, damage is no end."""
         try:
             return self.read(generation, lane, chunk, expected)
-        except DamagedChunkError as error:
+        except CorruptChunkError as error:
             self.objects.guard.confirm()  # a successor's work is no damage, and nothing to begin again for
             if self.repair is None:
                 raise
@@ -221,7 +221,7 @@ class Generations:
 
     def complete(self, generation: int, lane: int, checksums: Checksums) -> None:
         """Record a lane as complete, after all its chunks are durable."""
-        assert len(checksums) == self.order.chunks(lane)
+        assert len(checksums) == self.order.num_chunks(lane)
         values = [checksums[c] for c in range(len(checksums))]
         record = {"generation": generation, "lane": lane, "checksums": values}
         self._put_json(self._record_key(generation, lane), record)
@@ -231,7 +231,7 @@ class Generations:
         """The checksums of a complete lane. Raises StoreError when it is not complete or its record is damaged."""
         if (generation, lane) not in self._records:
             key = self._record_key(generation, lane)
-            where = self.objects.describe(key)
+            where = self.objects.uri(key)
             try:
                 record = json.loads(self.objects.get(key))
                 values = [int(v) for v in record["checksums"]]
@@ -241,7 +241,7 @@ class Generations:
                 raise StoreError(f"x0-state generation {generation}, lane {lane} is not complete: no {where}") from None
             except (ValueError, KeyError, TypeError) as error:
                 raise StoreError(f"the completion record {where} is damaged: {error!r}") from error
-            if not (intact and own and len(values) == self.order.chunks(lane)):
+            if not (intact and own and len(values) == self.order.num_chunks(lane)):
                 raise StoreError(f"the completion record {where} is damaged or belongs elsewhere")
             self._records[generation, lane] = dict(enumerate(values))
         return self._records[generation, lane]
@@ -253,7 +253,7 @@ class Generations:
     def restore_record(self, generation: int, lane: int, identity: int) -> bool:
         """Make a lost completion record again from the chunks' own checksums. False unless it has that `identity`."""
         found = {}
-        for chunk in range(self.order.chunks(lane)):
+        for chunk in range(self.order.num_chunks(lane)):
             try:
                 data = self.objects.get(self.chunk_key(generation, lane, chunk))
             except FileNotFoundError:
@@ -269,7 +269,7 @@ class Generations:
         return sorted(int(m[1]) for name in names if (m := re.fullmatch(r"lane-(\d+)\.json", name)))
 
     def is_complete(self, generation: int) -> bool:
-        return self.complete_lanes(generation) == list(range(self.order.lanes))
+        return self.complete_lanes(generation) == list(range(self.order.num_lanes))
 
     def reopen(self, generation: int, lane: int) -> None:
         """Make a lane incomplete again: a resumed run is about to write it once more."""
@@ -285,7 +285,7 @@ class Generations:
         self._compressions.pop(generation, None)
         for lane in lanes:
             self.reopen(generation, lane)
-        if len(lanes) == self.order.lanes:
+        if len(lanes) == self.order.num_lanes:
             self.objects.delete(generation_name(generation))
         for lane in lanes:
             self.objects.delete(f"{generation_name(generation)}/c/{lane}")
@@ -321,9 +321,9 @@ def order_of(settings: Any, where: str) -> Order:
         raise StoreError(f"{where} does not describe the order of a run: {error!r}") from error
 
 
-def open_existing(objects: Objects) -> Generations:
+def open_existing(objects: ObjectStore) -> Generations:
     """The generations of a store as its own group describes them, for inspection. Raises StoreError."""
-    where = objects.describe("zarr.json")
+    where = objects.uri("zarr.json")
     try:
         found = json.loads(objects.get("zarr.json"))["attributes"]
         settings = found["order"]

@@ -26,7 +26,7 @@ class MemoryTable(ChunkTable):
 
     def open(self, epoch: int, step: int, source: StateSource | None) -> None:
         for lane in self._lanes:
-            for chunk in range(self.order.chunks(lane)):
+            for chunk in range(self.order.num_chunks(lane)):
                 if source is None:
                     samples = self.order.chunk_samples(lane, chunk)
                     zero = generation_zero(self.order.seed, samples, self.shape, self.encoding)
@@ -36,7 +36,7 @@ class MemoryTable(ChunkTable):
                 self._rows(lane, chunk)[:] = rows
 
     def _rows(self, lane: int, chunk: int) -> Rows:
-        start = chunk * self.order.chunk
+        start = chunk * self.order.chunk_size
         return self._lanes[lane][start : start + self.order.chunk_slots(lane, chunk)]
 
     def load(self, generation: int, lane: int, chunk: int) -> Rows:

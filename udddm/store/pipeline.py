@@ -1,7 +1,7 @@
 """Prefetch and write-behind: the x0-state of the coming steps is read, and that of past steps written, in threads.
 
 A lane's windows go through three phases: being read, in use, being written; three are in memory, and more only where
-reading or writing one takes longer than using one (`Pace`, which also chooses threads and depths). A window's rows live
+reading or writing one takes longer than using one (`Autotune`, which also chooses threads and depths). A window's rows live
 in one buffer all the while: a row is copied out when its step is prefetched and overwritten when the step's result
 arrives. Reads and writes of an epoch never meet in the table: it is read at generation g and written at g + 1.
 
@@ -34,7 +34,7 @@ import torch
 from udddm.errors import StoreError
 from udddm.order import Batch, Order
 from udddm.storage.guard import Guard
-from udddm.store.autotune import Pace
+from udddm.store.autotune import Autotune
 from udddm.store.base import StateSource, X0Store
 from udddm.store.encoding import Encoding, Rows
 from udddm.store.pool import Pool
@@ -105,13 +105,13 @@ class HostStore(X0Store):
         memory: int | None = None,
         first_threads: int = 2,
     ):
-        """`threads`, `prefetch` and `memory` (bytes) are those of `Pace`. Raises StoreError for too little memory."""
+        """`threads`, `prefetch` and `memory` (bytes) are those of `Autotune`. Raises StoreError for too little memory."""
         super().__init__(order, lanes, shape, encoding, device)
         self.table = table
         self.guard = Guard()
         """Whether this run may still write; looked at in every step."""
         row_bytes = int(np.prod(shape)) * encoding.array.itemsize
-        self.pace = Pace(order, lanes, row_bytes, threads, prefetch, memory, first_threads)
+        self.pace = Autotune(order, lanes, row_bytes, threads, prefetch, memory, first_threads)
         self._changed = threading.Condition()
         self._windows: dict[tuple[int, int, int], _Window] = {}
         self._first = 0  # the generation that was whole at the start
@@ -330,7 +330,7 @@ class HostStore(X0Store):
                 except queue.Full:
                     continue
             self._read_ahead(epoch, step)
-            epoch, step = (epoch, step + 1) if step + 1 < self.order.steps else (epoch + 1, 0)
+            epoch, step = (epoch, step + 1) if step + 1 < self.order.steps_per_epoch else (epoch + 1, 0)
 
     def _scatter(self) -> None:
         while not self._stopping:
@@ -378,7 +378,7 @@ class HostStore(X0Store):
     def _parts(self, batch: Batch, epoch: int, wait: bool) -> Iterator[tuple[slice, _Window, np.ndarray]]:
         """(places in the batch, window, rows of its buffer) of each part of a step."""
         for part in batch.parts:
-            first = (part.lane - self.lanes.start) * self.order.share + part.first
+            first = (part.lane - self.lanes.start) * self.order.samples_per_lane_step + part.first
             key = (epoch, part.lane, part.window)
             if wait:
                 self._ensure(key, batch, epoch)
@@ -407,7 +407,7 @@ class HostStore(X0Store):
         with self._changed:
             for lane in self.lanes:
                 parts = self.order.lane_step(lane, epoch, step)
-                windows = self.order.windows(lane)
+                windows = self.order.num_windows(lane)
                 following = parts[-1].window + 1 if parts else windows
                 for index in range(following, min(following + self.pace.ahead, 2 * windows)):
                     key = (epoch + index // windows, lane, index % windows)
@@ -478,7 +478,7 @@ class HostStore(X0Store):
             if not window.unsaved:
                 index = self.order.window_of(lane, window.epoch, chunk)
                 del self._windows[window.epoch, lane, index]
-            left = self._unsaved.get((generation, lane), self.order.chunks(lane)) - 1
+            left = self._unsaved.get((generation, lane), self.order.num_chunks(lane)) - 1
             self._unsaved[generation, lane] = left
             self._changed.notify_all()
         if not left:
@@ -487,10 +487,10 @@ class HostStore(X0Store):
     def _resume_lane(self, lane: int, source: StateSource | None) -> None:
         """Rebuild the windows that were in flight, and know the chunks that were written, at the start position."""
         epoch, order = self.epoch, self.order
-        unsaved = order.chunks(lane)
-        for index in range(order.windows(lane)):
+        unsaved = order.num_chunks(lane)
+        for index in range(order.num_windows(lane)):
             low, high = order.window_span(lane, epoch, index)
-            visited = min(self.step * order.share, high) - low
+            visited = min(self.step * order.samples_per_lane_step, high) - low
             if visited >= high - low:
                 chunks = order.window_chunks_of(lane, epoch, index)
                 self._saved.update((epoch + 1, lane, chunk) for chunk in chunks)

@@ -1,10 +1,10 @@
-"""What `store.on_damage=reinitialize` does: the samples of a damaged chunk begin again, as in generation 0."""
+"""What `store.on_corruption=reinitialize` does: the samples of a damaged chunk begin again, as in generation 0."""
 
 from __future__ import annotations
 
 import threading
 
-from udddm.errors import DamagedChunkError
+from udddm.errors import CorruptChunkError
 from udddm.log import say
 from udddm.store.base import StoreCounters
 
@@ -17,7 +17,7 @@ class Repair:
         self._seen: set[tuple[int, int, int]] = set()
         self._lock = threading.Lock()
 
-    def __call__(self, error: DamagedChunkError, samples: int) -> None:
+    def __call__(self, error: CorruptChunkError, samples: int) -> None:
         with self._lock:
             key = (error.generation, error.lane, error.chunk)
             if key in self._seen:

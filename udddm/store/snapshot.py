@@ -17,8 +17,8 @@ import numpy as np
 
 from udddm.errors import StoreError
 from udddm.order import Order
-from udddm.storage.base import open_objects
-from udddm.storage.local import LocalObjects
+from udddm.storage.base import open_object_store
+from udddm.storage.local import LocalObjectStore
 from udddm.store.encoding import Encoding, Rows, StateDtype
 from udddm.store.generations import Checksums, Generations, order_of
 
@@ -49,11 +49,11 @@ def _write_file(path: Path, data: bytes) -> None:
 def write_full(store: X0Store, directory: Path) -> None:
     """All rows of the store's own lanes."""
     directory.mkdir(parents=True, exist_ok=True)
-    target = Generations(LocalObjects(directory / "rows"), store.order, store.shape, store.encoding)
+    target = Generations(LocalObjectStore(directory / "rows"), store.order, store.shape, store.encoding)
     target.create()
     target.begin(store.epoch)
     for lane in store.lanes:
-        chunks = range(store.order.chunks(lane))
+        chunks = range(store.order.num_chunks(lane))
         target.complete(store.epoch, lane, {c: target.write(store.epoch, lane, c, store.rows(lane, c)) for c in chunks})
     _write_file(directory / "snapshot.json", json.dumps(_header(store, "full", None), indent=1).encode())
 
@@ -140,8 +140,10 @@ class Snapshot:
         self.url: str | None = header["url"]
         self.epoch, self.step = header["epoch"], header["step"]
         self.encoding = Encoding(header["dtype"])
-        root = LocalObjects(directory / "rows") if self.form == "full" else open_objects(self.url or default_url)
-        self.location = root.describe("")
+        root = (
+            LocalObjectStore(directory / "rows") if self.form == "full" else open_object_store(self.url or default_url)
+        )
+        self.location = root.uri("")
         """Where the generations are that a `reference` refers to."""
         self.generations = Generations(root, self.order, self.shape, self.encoding, repair)
 
@@ -204,4 +206,4 @@ class Snapshot:
 def visited_rows(order: Order, lane: int, epoch: int, window: int, step: int) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The rows of a window's buffer that steps before `step` have visited, in the order of the visits."""
     low, high = order.window_span(lane, epoch, window)
-    return order.window_rows(lane, epoch, window)[: max(0, min(step * order.share, high) - low)]
+    return order.window_rows(lane, epoch, window)[: max(0, min(step * order.samples_per_lane_step, high) - low)]

@@ -14,7 +14,7 @@ import torch
 from udddm.backends.distributed.lease import follow
 from udddm.errors import StoreError
 from udddm.order import Order
-from udddm.storage.base import open_objects
+from udddm.storage.base import open_object_store
 from udddm.storage.guard import Guard, Guards
 from udddm.storage.lease import Lease
 from udddm.store.base import StateSource
@@ -48,9 +48,7 @@ class GenerationTable(ChunkTable):
         """Take up the position in place when `source` refers to this very store, else write its state here."""
         stored = self.generations
         at_home = (
-            isinstance(source, Snapshot)
-            and source.form == "reference"
-            and source.location == stored.objects.describe("")
+            isinstance(source, Snapshot) and source.form == "reference" and source.location == stored.objects.uri("")
         )
         stored.create(self.run, own=at_home)
         in_place = at_home and source is not None and source.encoding.name == stored.encoding.name
@@ -73,10 +71,10 @@ class GenerationTable(ChunkTable):
         order, encoding = self.generations.order, self.generations.encoding
         for lane in self.lanes:
             finished = set()
-            for index in range(order.windows(lane)):
-                if order.window_span(lane, epoch, index)[1] <= step * order.share:
+            for index in range(order.num_windows(lane)):
+                if order.window_span(lane, epoch, index)[1] <= step * order.samples_per_lane_step:
                     finished.update(order.window_chunks_of(lane, epoch, index))
-            for chunk in range(order.chunks(lane)):
+            for chunk in range(order.num_chunks(lane)):
                 rows = encoding.recode(source.rows(lane, chunk), source.encoding)
                 if epoch:
                     self.save(epoch, lane, chunk, rows)
@@ -192,9 +190,9 @@ class ZarrStore(HostStore):
         memory: int | None = None,
         first_threads: int = 2,
     ):
-        objects = open_objects(url)
-        self._lease = None if default else Lease(open_objects(url), owner)
-        self._url = None if default else objects.describe("")
+        objects = open_object_store(url)
+        self._lease = None if default else Lease(open_object_store(url), owner)
+        self._url = None if default else objects.uri("")
         self._table = GenerationTable(
             Generations(objects, order, shape, encoding, compression=compression), lanes, "" if default else run
         )
@@ -216,8 +214,8 @@ class ZarrStore(HostStore):
         if self._lease is None:
             return
         lease = self._lease
-        ranks.first_only(lambda: lease.acquire(patience=LEASE_PATIENCE), (StoreError,))
-        ranks.together(lambda: follow(lease, ranks), (StoreError,))
+        ranks.run_on_rank_zero(lambda: lease.acquire(patience=LEASE_PATIENCE), (StoreError,))
+        ranks.run_on_all(lambda: follow(lease, ranks), (StoreError,))
         self._guard_by(lease)
 
     def _guard_by(self, lease: Lease) -> None:

@@ -23,19 +23,19 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, TypeVar, get_args
 
-from udddm.storage.base import Objects
+from udddm.storage.base import ObjectStore
 
 T = TypeVar("T")
-Operation = Literal["get", "put", "put_if_absent", "replace_if", "list", "delete"]
+Operation = Literal["get", "put", "put_if_absent", "compare_and_swap", "list", "delete"]
 
 
-class WrappedObjects(Objects):
+class WrappedObjectStore(ObjectStore):
     """Passes each request on. A subclass overrides `_request`, through which all of them go.
 
     Has the retry settings that `inner` has when it is wrapped, and its descriptions. Closing it closes `inner`.
     """
 
-    def __init__(self, inner: Objects):
+    def __init__(self, inner: ObjectStore):
         super().__init__()
         self.inner = inner
         self.retry, self.conditional = inner.retry, inner.conditional
@@ -54,8 +54,10 @@ class WrappedObjects(Objects):
     def _put_if_absent(self, key: str, data: bytes) -> bool:
         return self._request("put_if_absent", key, len(data), partial(self.inner._put_if_absent, key, data))
 
-    def _replace_if(self, key: str, data: bytes, expected: bytes) -> bool:
-        return self._request("replace_if", key, len(data), partial(self.inner._replace_if, key, data, expected))
+    def _compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
+        return self._request(
+            "compare_and_swap", key, len(data), partial(self.inner._compare_and_swap, key, data, expected)
+        )
 
     def _list(self, prefix: str) -> Sequence[str]:
         return self._request("list", prefix, 0, partial(self.inner._list, prefix))
@@ -66,18 +68,18 @@ class WrappedObjects(Objects):
     def _delete(self, prefix: str) -> None:
         self._request("delete", prefix, 0, partial(self.inner._delete, prefix))
 
-    def describe(self, key: str) -> str:
-        return self.inner.describe(key)
+    def uri(self, key: str) -> str:
+        return self.inner.uri(key)
 
     def close(self) -> None:
         super().close()
         self.inner.close()
 
 
-class DelayedObjects(WrappedObjects):
+class DelayedObjectStore(WrappedObjectStore):
     """Every request waits for `seconds` before it is made. After `close` none waits, nor goes on waiting."""
 
-    def __init__(self, inner: Objects, seconds: float):
+    def __init__(self, inner: ObjectStore, seconds: float):
         super().__init__(inner)
         self.seconds = seconds
 
@@ -93,10 +95,10 @@ class _Fault:
     after: bool
 
 
-class FaultyObjects(WrappedObjects):
+class FaultyObjectStore(WrappedObjectStore):
     """Requests fail as they are told to: see `fail`. `failed` counts those that did."""
 
-    def __init__(self, inner: Objects):
+    def __init__(self, inner: ObjectStore):
         super().__init__(inner)
         self.failed = 0
         self._faults: list[_Fault] = []
@@ -107,7 +109,7 @@ class FaultyObjects(WrappedObjects):
     ) -> None:
         """Let the next `times` requests raise `error`: of one operation when it is given, after earlier faults.
 
-        An OSError is tried again (PermissionError is not), `Refused` and FileNotFoundError are not. With `after` the
+        An OSError is tried again (PermissionError is not), `PermanentStorageError` and FileNotFoundError are not. With `after` the
         request takes effect first and what it gave is lost. Raises ValueError for an operation that does not exist.
         """
         if operation and operation not in get_args(Operation):
@@ -155,13 +157,13 @@ class Request:
         return f"{self.operation} {self.key}: {self.outcome}, {self.bytes} bytes, {1000 * self.seconds:.1f} ms"
 
 
-class LoggedObjects(WrappedObjects):
+class LoggedObjectStore(WrappedObjectStore):
     """Records every request when it ends: in `requests`, and with `log`, a function or a logger (level INFO).
 
     `log` is called in the thread of the request, from several at once. What it raises, the request raises.
     """
 
-    def __init__(self, inner: Objects, log: Callable[[Request], object] | logging.Logger | None = None):
+    def __init__(self, inner: ObjectStore, log: Callable[[Request], object] | logging.Logger | None = None):
         super().__init__(inner)
         self._log = log.info if isinstance(log, logging.Logger) else log
         self._requests: list[Request] = []

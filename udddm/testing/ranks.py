@@ -15,7 +15,7 @@ from udddm.backends.distributed.ranks import RENDEZVOUS, Ranks, join
 from udddm.backends.engines import base
 from udddm.config import RunConfig
 from udddm.runs import weights
-from udddm.training.trainer import network_for
+from udddm.training.trainer import build_network_of
 
 
 def _rank(rank: int, world: int, meeting: str, work: Callable[[Ranks], None]) -> None:
@@ -49,10 +49,10 @@ class Copy:
         self.config, self.shape, self.source, self.target = config, shape, source, target
 
     def __call__(self, ranks: Ranks) -> None:
-        built = base.build(network_for(self.config, self.shape), self.config, ranks, 8)
+        built = base.build(build_network_of(self.config, self.shape), self.config, ranks, 8)
         emas = ema.build(self.config.train, built.weights())
         weights.load(self.source, built, emas)
-        if ranks.first:
+        if ranks.is_rank_zero:
             self.target.mkdir()
         ranks.barrier()
         weights.save(self.target, built, emas)

@@ -85,7 +85,7 @@ class ModelledRun:
             for store in self.stores:
                 self._write(store)
             self.step += 1
-            if self.step == self.order.steps:
+            if self.step == self.order.steps_per_epoch:
                 self.epoch, self.step = self.epoch + 1, 0
 
     def _check_read(self, store: X0Store, state: torch.Tensor) -> None:
@@ -152,7 +152,7 @@ class ModelledRun:
         for store in self.stores:
             digest = hashlib.sha256()
             for lane in store.lanes:
-                for chunk in range(self.order.chunks(lane)):
+                for chunk in range(self.order.num_chunks(lane)):
                     wanted = np.stack([self.model[int(i)] for i in self.order.chunk_samples(lane, chunk)])
                     np.testing.assert_array_equal(store.rows(lane, chunk), wanted)
                     digest.update(wanted.tobytes())
@@ -160,13 +160,15 @@ class ModelledRun:
 
 
 ORDERS: dict[str, Order] = {
-    "even": Order(seed=1, samples=64, batch=8, lanes=2, chunk=4, window=2),
-    "short last chunk and padded last step": Order(seed=2, samples=61, batch=8, lanes=4, chunk=5, window=2),
-    "uneven lanes": Order(seed=3, samples=23, batch=6, lanes=3, chunk=2, window=3),
-    "a step of several windows": Order(seed=4, samples=53, batch=22, lanes=2, chunk=2, window=1),
-    "one window a lane": Order(seed=5, samples=30, batch=4, lanes=2, chunk=4, window=8),
-    "one step an epoch": Order(seed=6, samples=12, batch=12, lanes=4, chunk=1, window=1),
-    "one sample a lane": Order(seed=7, samples=2, batch=2, lanes=2, chunk=1, window=1),
+    "even": Order(seed=1, samples=64, batch_size=8, num_lanes=2, chunk_size=4, window=2),
+    "short last chunk and padded last step": Order(
+        seed=2, samples=61, batch_size=8, num_lanes=4, chunk_size=5, window=2
+    ),
+    "uneven lanes": Order(seed=3, samples=23, batch_size=6, num_lanes=3, chunk_size=2, window=3),
+    "a step of several windows": Order(seed=4, samples=53, batch_size=22, num_lanes=2, chunk_size=2, window=1),
+    "one window a lane": Order(seed=5, samples=30, batch_size=4, num_lanes=2, chunk_size=4, window=8),
+    "one step an epoch": Order(seed=6, samples=12, batch_size=12, num_lanes=4, chunk_size=1, window=1),
+    "one sample a lane": Order(seed=7, samples=2, batch_size=2, num_lanes=2, chunk_size=1, window=1),
 }
 
 
@@ -201,24 +203,24 @@ class StoreConformance(ABC):
     def test_epochs_read_what_the_epoch_before_wrote(self, run: ModelledRun) -> None:
         run.start()
         try:
-            run.advance(3 * run.order.steps)
+            run.advance(3 * run.order.steps_per_epoch)
             run.check_rows()
         finally:
             run.crash()
 
     def test_any_number_of_ranks_holds_the_same_state(self, run: ModelledRun) -> None:
-        run.start(run.order.lanes)
+        run.start(run.order.num_lanes)
         try:
-            run.advance(run.order.steps + max(1, run.order.steps // 2))
+            run.advance(run.order.steps_per_epoch + max(1, run.order.steps_per_epoch // 2))
             run.check_rows()
         finally:
             run.crash()
 
     def test_snapshots_of_every_step_restore_into_any_number_of_ranks(self, run: ModelledRun) -> None:
-        worlds = [w for w in range(1, run.order.lanes + 1) if run.order.lanes % w == 0]
+        worlds = [w for w in range(1, run.order.num_lanes + 1) if run.order.num_lanes % w == 0]
         run.start()
         try:
-            for i in range(2 * run.order.steps + 1):
+            for i in range(2 * run.order.steps_per_epoch + 1):
                 run.check_rows()
                 run.restart(run.save(), worlds[i % len(worlds)])
                 run.check_rows()
@@ -229,17 +231,17 @@ class StoreConformance(ABC):
     def test_a_snapshot_holds_after_the_run_went_on(self, run: ModelledRun) -> None:
         run.start()
         try:
-            run.advance(run.order.steps // 2)
+            run.advance(run.order.steps_per_epoch // 2)
             first = run.save()
-            run.advance(run.order.steps + 1)
+            run.advance(run.order.steps_per_epoch + 1)
             second = run.save()
-            run.advance(2 * run.order.steps)
+            run.advance(2 * run.order.steps_per_epoch)
             run.restart(second)
             run.check_rows()
-            run.advance(2 * run.order.steps)
+            run.advance(2 * run.order.steps_per_epoch)
             run.restart(first)
             run.check_rows()
-            run.advance(run.order.steps)
+            run.advance(run.order.steps_per_epoch)
         finally:
             run.crash()
 
@@ -291,7 +293,7 @@ def _machine(make: Make, encoding: Encoding, root: Path) -> type[RuleBasedStateM
         @rule()
         def finish_the_epoch(self) -> None:
             assert self.run is not None
-            self.run.advance(self.run.order.steps - self.run.step)
+            self.run.advance(self.run.order.steps_per_epoch - self.run.step)
 
         @rule()
         def save(self) -> None:
@@ -301,7 +303,7 @@ def _machine(make: Make, encoding: Encoding, root: Path) -> type[RuleBasedStateM
         @rule(back=st.integers(1, 2), world=st.sampled_from([1, 2, 3, 4, 6]))
         def crash(self, back: int, world: int) -> None:
             assert self.run is not None
-            fitting = world if self.run.order.lanes % world == 0 else 1
+            fitting = world if self.run.order.num_lanes % world == 0 else 1
             saved = self.run.kept[-min(back, len(self.run.kept))] if self.run.kept else None
             self.run.restart(saved, fitting)
 

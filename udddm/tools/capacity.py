@@ -11,7 +11,7 @@ import numpy as np
 
 from udddm.config import OrderConfig
 from udddm.order import Order
-from udddm.storage.base import Objects
+from udddm.storage.base import ObjectStore
 from udddm.store.encoding import Encoding, StateDtype
 
 S3_PUTS_A_SECOND = 3500
@@ -41,7 +41,7 @@ class Needs:
 
     @property
     def rank_bytes_in_windows(self) -> int:
-        lanes = self.order.lanes // self.workers
+        lanes = self.order.num_lanes // self.workers
         return 3 * lanes * self.window_bytes
 
 
@@ -54,15 +54,15 @@ def needs(
     order = Order.build(config, 0, samples, batch * lanes // math.gcd(batch, lanes), shape)
     order.lanes_of(0, workers)
     item = int(np.prod(shape)) * Encoding(dtype).array.itemsize
-    window = min(order.window_chunks * order.chunk, order.longest_lane)
+    window = min(order.chunks_per_window * order.chunk_size, order.longest_lane)
     return Needs(
         order=order,
         workers=workers,
         generation_bytes=samples * item,
-        chunk_bytes=order.chunk * item,
+        chunk_bytes=order.chunk_size * item,
         window_bytes=window * item,
         bytes_per_second=images_per_second * item,
-        chunks_per_second=images_per_second / order.chunk,
+        chunks_per_second=images_per_second / order.chunk_size,
         window_seconds=window * lanes / images_per_second,
     )
 
@@ -72,8 +72,8 @@ def plan(needed: Needs) -> list[str]:
     order, gib = needed.order, 2.0**30
     lines = [
         f"x0-state: {needed.generation_bytes / gib:.2f} GiB a generation; two to four generations are kept on disk",
-        f"layout: {order.lanes} lanes of {order.chunks(0)} chunks of {order.chunk} samples "
-        f"({needed.chunk_bytes / 2**20:.2f} MiB), windows of at most {order.window_chunks} chunks",
+        f"layout: {order.num_lanes} lanes of {order.num_chunks(0)} chunks of {order.chunk_size} samples "
+        f"({needed.chunk_bytes / 2**20:.2f} MiB), windows of at most {order.chunks_per_window} chunks",
         f"memory a rank: gpu and pinned {needed.rank_bytes_in_memory / gib:.2f} GiB; "
         f"zarr {needed.rank_bytes_in_windows / gib:.2f} GiB",
         f"bandwidth: {needed.bytes_per_second / 1e6:.1f} MB/s read and as much written, over {needed.workers} workers",
@@ -108,7 +108,7 @@ class Speed:
     read_rate: float
 
 
-def measure(objects: Objects, object_bytes: int, *, threads: int = 8, count: int = 32) -> Speed:
+def measure(objects: ObjectStore, object_bytes: int, *, threads: int = 8, count: int = 32) -> Speed:
     """Write, read and remove `count` objects under `bench/`. Latencies are of one request alone, at the median."""
     data = np.random.default_rng(0).bytes(object_bytes)
     keys = [f"bench/{i}" for i in range(count)]

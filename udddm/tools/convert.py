@@ -10,7 +10,7 @@ from udddm.files import load_json
 from udddm.order import Order
 from udddm.runs.remote import open_copy
 from udddm.runs.run import Run, run_id
-from udddm.storage.base import open_objects
+from udddm.storage.base import open_object_store
 from udddm.storage.lease import Lease
 from udddm.store.encoding import Encoding, Rows, StateDtype
 from udddm.store.generations import Generations, generation_name
@@ -26,10 +26,10 @@ def convert(place: Place, destination: str, dtype: StateDtype | None) -> str:
     """
     generation, order, shape, encoding, rows = _newest(place)
     target_encoding = Encoding(dtype or encoding.name)
-    target = Generations(open_objects(destination), order, shape, target_encoding)
-    if place.generations is not None and target.objects.describe("") == place.generations.objects.describe(""):
+    target = Generations(open_object_store(destination), order, shape, target_encoding)
+    if place.generations is not None and target.objects.uri("") == place.generations.objects.uri(""):
         raise StoreError(f"{destination} is the store itself; choose another destination")
-    lease = Lease(open_objects(destination), "udddm-store convert")
+    lease = Lease(open_object_store(destination), "udddm-store convert")
     lease.acquire()
     target.objects.guard = lease
     try:
@@ -41,14 +41,14 @@ def convert(place: Place, destination: str, dtype: StateDtype | None) -> str:
 def _copy(
     place: Place, target: Generations, generation: int, rows: Callable[[int, int], Rows], encoding: Encoding
 ) -> str:
-    order, destination = target.order, target.objects.describe("")
+    order, destination = target.order, target.objects.uri("")
     target.create()
     if target.is_complete(generation):
         raise StoreError(f"{destination} already holds {generation_name(generation)}; choose another destination")
     target.begin(generation)
-    for lane in range(order.lanes):
+    for lane in range(order.num_lanes):
         checksums = {}
-        for chunk in range(order.chunks(lane)):
+        for chunk in range(order.num_chunks(lane)):
             checksums[chunk] = target.write(
                 generation, lane, chunk, target.encoding.recode(rows(lane, chunk), encoding)
             )
@@ -95,31 +95,31 @@ def collect(path: str, say: Callable[[str], None]) -> list[int]:
         )
     with ExitStack() as held:
         # Without patience: a list of checkpoints from before a wait would lack those that were made during it.
-        held.enter_context(run.held(patience=0.0))
-        run.fetch()
+        held.enter_context(run.lock(patience=0.0))
+        run.download()
         place = of_run(path, run)
         if place.generations is None:
             return []
         stored = place.generations
-        default = stored.objects.describe("") == open_objects(run.state).describe("")
+        default = stored.objects.uri("") == open_object_store(run.state).uri("")
         check = _hold_store(run, stored, held) if not default else run.guard.check
         unneeded = _unneeded(place, stored, say)
         for generation in unneeded:
             check()
-            stored.delete(generation, range(stored.order.lanes))
+            stored.delete(generation, range(stored.order.num_lanes))
     return unneeded
 
 
 def _hold_store(run: Run, stored: Generations, held: ExitStack) -> Callable[[], None]:
     """Hold a store that another directory may name too. Returns the check that it is still held."""
     owner, own = stored.owner(), run_id(run.path)
-    where = stored.objects.describe("")
+    where = stored.objects.uri("")
     if owner != own:
         raise StoreError(
             f"{where} is the store of another run ({owner or 'none that is named'}), not of {run} ({own or 'no id'}): "
             "nothing was removed. Run gc on the run whose store it is"
         )
-    lease = Lease(open_objects(where), run.identity)
+    lease = Lease(open_object_store(where), run.identity)
     lease.acquire()
     held.callback(lease.release)
     return lease.check
@@ -131,11 +131,11 @@ def _unneeded(place: Place, stored: Generations, say: Callable[[str], None]) -> 
     existing, kept = stored.existing(), place.run.checkpoints()
     if not place.checkpoints and existing:
         raise StoreError(
-            f"{kept.name(kept.directory)} holds no checkpoint, but {stored.objects.describe('')} holds generations: "
+            f"{kept.name(kept.directory)} holds no checkpoint, but {stored.objects.uri('')} holds generations: "
             "nothing was removed. Restore the checkpoints (is their disk mounted?), or delete the store by hand"
         )
     for path in place.checkpoints:
-        if (problem := kept.damage(path)) is not None:
+        if (problem := kept.corruption(path)) is not None:
             raise StoreError(
                 f"checkpoint {path.name} is damaged, so that what it needs is not known: {problem}. Nothing was "
                 "removed; restore the checkpoint from a copy, or delete it if it is not needed"
@@ -148,7 +148,7 @@ def _unneeded(place: Place, stored: Generations, say: Callable[[str], None]) -> 
         references = ", ".join(f"{name} to {epoch} and {epoch + 1}" for name, epoch in epochs.items())
         say(f"checkpoints refer to generations: {references}")
     for generation in unneeded:
-        say(f"removing {generation_name(generation)} from {stored.objects.describe('')}: no checkpoint refers to it")
+        say(f"removing {generation_name(generation)} from {stored.objects.uri('')}: no checkpoint refers to it")
     for generation in (g for g in existing if g > newest):
         say(f"keeping {generation_name(generation)}: it is newer than the newest checkpoint")
     return unneeded

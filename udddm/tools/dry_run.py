@@ -25,29 +25,29 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
     Raises ConfigError and DataError as a run would.
     """
     ranks = join(device, config.order.lanes, group=config.engine.name == "deepspeed")
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
+    if config.train.torch_threads is not None:
+        torch.set_num_threads(config.train.torch_threads)
     train = config.train
     data, origin = _data(config, dataset)
     order = Order.build(config.order, config.seed, data.samples, train.batch_size, data.shape)
-    lanes = order.lanes_of(ranks.rank, ranks.world)
-    steps = train.steps or max(1, round((train.epochs or 0) * order.steps))
+    lanes = order.lanes_of(ranks.rank, ranks.world_size)
+    steps = train.steps or max(1, round((train.epochs or 0) * order.steps_per_epoch))
     sample_bytes = math.prod(data.shape) * Encoding(config.store.dtype).array.itemsize
-    visit = objectives.build(config, schedule.build(config.process), steps / order.steps, data.shape)
+    visit = objectives.build(config, schedule.build(config.schedule), steps / order.steps_per_epoch, data.shape)
     cost = network_cost(config.network, data.shape)
-    teacher = teacher_share(visit, data.samples, steps / order.steps)
+    teacher = teacher_share(visit, data.samples, steps / order.steps_per_epoch)
     operations = train.batch_size * an_image(cost, teacher)
 
     speed = measure(config, data, order, ranks, steps, visit, cost)
-    step = speed.step(operations / ranks.world)
+    step = speed.step(operations / ranks.world_size)
     rate = train.batch_size / step
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
 
-    window = order.window_chunks * order.chunk * sample_bytes
+    window = order.chunks_per_window * order.chunk_size * sample_bytes
     generation = data.samples * sample_bytes
     resident = {
-        "gpu": f"{_size(generation / ranks.world)} on {ranks.device.type}",
-        "pinned": f"{_size(generation / ranks.world)} of host memory",
+        "gpu": f"{_size(generation / ranks.world_size)} on {ranks.device.type}",
+        "pinned": f"{_size(generation / ranks.world_size)} of host memory",
         "zarr": f"at most {_size(3 * len(lanes) * min(window, order.longest_lane * sample_bytes))} of host memory",
     }
     averages = len(train.averages)
@@ -55,20 +55,20 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
     return [
         f"data: {data.samples} images {'x'.join(map(str, data.shape))} ({origin}), batches of {train.batch_size}",
         f"network: {cost.parameters:,} parameters; objective: {config.objective_in_words}; "
-        f"process: {config.process.kind} ({config.process.preconditioning})",
+        f"process: {config.schedule.kind} ({config.schedule.preconditioning})",
         f"compute: {an_image(cost, teacher) / 1e9:.4g} GFLOP an image and step: {cost.training / 1e9:.4g} forward "
         f"and backward, and {cost.forward / 1e9:.4g} forward for targets that are not stored, at {teacher:.1%} of the "
         "visits",
         f"memory: {_size(cost.parameters * 4 * (4 + averages))} for weights, gradients, Adam's moments and "
         f"{averages} EMA, and activations",
         f"x0-state: {_size(generation)} a generation in {config.store.dtype}; "
-        f"{order.lanes} lanes of {order.chunks(0)} chunks of {order.chunk} samples "
-        f"({_size(order.chunk * sample_bytes)})",
+        f"{order.num_lanes} lanes of {order.num_chunks(0)} chunks of {order.chunk_size} samples "
+        f"({_size(order.chunk_size * sample_bytes)})",
         f"store {config.store.kind}: a rank holds {resident[config.store.kind]}",
         f"bandwidth: {_size(rate * sample_bytes)}/s read and as much written, at the measured speed",
-        f"length: {steps:,} steps, {steps / order.steps:.1f} epochs of {order.steps} steps",
+        f"length: {steps:,} steps, {steps / order.steps_per_epoch:.1f} epochs of {order.steps_per_epoch} steps",
         f"time: {_duration(steps * step)} at {_duration(step)} a step, {rate:.4g} images/s (measured here, "
-        f"{_count(ranks.world, 'rank')}, {device}: {_count(speed.images, 'image')} forward and backward in "
+        f"{_count(ranks.world_size, 'rank')}, {device}: {_count(speed.images, 'image')} forward and backward in "
         f"{_duration(speed.passes)}, scaled in proportion to a step's {train.batch_size}, and "
         f"{_duration(speed.update)} for the optimizer and EMA)",
         _h100s(*on_h100s(speed, operations, train.precision, gpu), steps, train.batch_size, sample_bytes),

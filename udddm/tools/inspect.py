@@ -15,7 +15,7 @@ from udddm.errors import CheckpointError, StoreError
 from udddm.files import load_json
 from udddm.runs.remote import open_copy
 from udddm.runs.run import Run
-from udddm.storage.base import local_path, open_objects
+from udddm.storage.base import local_path, open_object_store
 from udddm.store.encoding import Rows
 from udddm.store.generations import Checksums, Generations, generation_name, open_existing
 from udddm.store.snapshot import Snapshot, read_header
@@ -43,7 +43,7 @@ def find(path: str) -> Place:
         return of_run(path, run)
     if local_path(path) is not None and not run.path.exists():
         raise StoreError(f"{path} does not exist")
-    return Place(path, open_existing(open_objects(path)))
+    return Place(path, open_existing(open_object_store(path)))
 
 
 def of_run(name: str, run: Run) -> Place:
@@ -55,10 +55,10 @@ def of_run(name: str, run: Run) -> Place:
         checkpoints = kept.all()
         for checkpoint in checkpoints:
             with suppress(CheckpointError):  # `verify` reports it
-                kept.bring(checkpoint)
+                kept.ensure_local(checkpoint)
         if kept.all() == checkpoints:
             break  # else a live run has made or removed some meanwhile
-    objects = open_objects(_url_in_use(checkpoints, config) or run.state)
+    objects = open_object_store(_url_in_use(checkpoints, config) or run.state)
     stored = open_existing(objects) if objects.exists("zarr.json") else None
     return Place(name, stored, run, config, checkpoints)
 
@@ -79,15 +79,15 @@ def info(place: Place) -> list[str]:
         stored = place.generations
         order = stored.order
         lines += [
-            f"store: {stored.objects.describe('')}",
+            f"store: {stored.objects.uri('')}",
             f"samples: {order.samples} of {'x'.join(map(str, stored.shape))}, {stored.encoding.name}",
-            f"layout: {order.lanes} lanes, {order.chunks(0)} chunks a lane of {order.chunk} samples "
-            f"({stored.chunk_bytes / 2**20:.2f} MiB), windows of {order.window_chunks} chunks",
+            f"layout: {order.num_lanes} lanes, {order.num_chunks(0)} chunks a lane of {order.chunk_size} samples "
+            f"({stored.chunk_bytes / 2**20:.2f} MiB), windows of {order.chunks_per_window} chunks",
         ]
         for generation in stored.existing():
             complete = len(stored.complete_lanes(generation))
-            word = "complete" if complete == order.lanes else f"{complete} of {order.lanes} lanes complete"
-            chunks = sum(order.chunks(lane) for lane in range(order.lanes))
+            word = "complete" if complete == order.num_lanes else f"{complete} of {order.num_lanes} lanes complete"
+            chunks = sum(order.num_chunks(lane) for lane in range(order.num_lanes))
             size = chunks * stored.chunk_bytes / 2**20
             lines.append(f"{generation_name(generation)}: {word}, {size:.1f} MiB when whole")
         if not stored.existing():
@@ -126,7 +126,7 @@ def verify(place: Place) -> tuple[int, list[str]]:
     def check(stored: Generations, generation: int, lane: int, checksums: Checksums) -> list[str]:
         problems = []
         for chunk, expected in checksums.items():
-            place = (stored.objects.describe(""), generation, lane, chunk)
+            place = (stored.objects.uri(""), generation, lane, chunk)
             if place not in read:
                 read.add(place)
                 try:
@@ -149,7 +149,7 @@ def verify(place: Place) -> tuple[int, list[str]]:
     for path in place.checkpoints:
         assert kept is not None
         try:
-            problem = kept.damage(path)
+            problem = kept.corruption(path)
         except CheckpointError as error:
             problem = str(error)
         if problem is None:
@@ -171,7 +171,7 @@ def _check_references(
     assert place.run is not None
     snapshot = Snapshot(path / "state", place.run.state)
     problems: list[str] = []
-    for lane in range(snapshot.order.lanes) if snapshot.form == "reference" else ():
+    for lane in range(snapshot.order.num_lanes) if snapshot.form == "reference" else ():
         try:
             if snapshot.epoch:
                 problems += check(snapshot.generations, snapshot.epoch, lane, snapshot.base(lane))

@@ -21,7 +21,7 @@ from udddm.config import ExpectConfig, RunConfig
 from udddm.networks.cost import Cost
 from udddm.objectives.base import Objective
 from udddm.order import Order
-from udddm.training.trainer import network_for
+from udddm.training.trainer import build_network_of
 
 GPUS = 8
 PEAK = {"fp32": 494e12, "bf16": 989e12, "fp16": 989e12}
@@ -93,11 +93,11 @@ def measure(
     """
     if emulated(config, ranks):
         config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
-    engine = build_engine(network_for(config, data.shape), config, ranks, steps)
+    engine = build_engine(build_network_of(config, data.shape), config, ranks, steps)
     averages = ema.build(config.train, engine.weights())
-    every = order.batch_of(order.lanes_of(ranks.rank, ranks.world), 0, 0).ids
+    every = order.batch_of(order.lanes_of(ranks.rank, ranks.world_size), 0, 0).ids
     most = int(_OPERATIONS[ranks.device.type] / an_image(cost, 1))
-    images = max(1, min(most, samples_a_part(config, ranks.world)))
+    images = max(1, min(most, samples_a_part(config, ranks.world_size)))
     passes: list[float] = []
     updates: list[float] = []
     warm = False  # the first pass compiles, chooses kernels and makes room, and is not a step's time

@@ -58,7 +58,7 @@ class Prefetch:
         self._next += 1
 
     def _make(self, global_step: int) -> list[StepInput]:
-        epoch, step = divmod(global_step, self.order.steps)
+        epoch, step = divmod(global_step, self.order.steps_per_epoch)
         batch = self.order.batch_of(self.lanes, epoch, step)
         images, labels = self.dataset.batch(batch.ids)
         weights = torch.from_numpy(batch.weights / batch.total)

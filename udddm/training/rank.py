@@ -19,8 +19,8 @@ from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
 from udddm.files import load_json
 from udddm.log import say
 from udddm.runs.remote import open_run
-from udddm.runs.run import Run, claim
-from udddm.storage.base import local_path, open_objects
+from udddm.runs.run import Run, check_or_record
+from udddm.storage.base import local_path, open_object_store
 from udddm.training.trainer import Trainer
 
 
@@ -29,7 +29,7 @@ def train_rank(
 ) -> dict[str, Any]:
     """This rank's part of a run: what every launcher calls on every rank once they have joined."""
     refused = (ConfigError, DataError, StoreError, CheckpointError, OSError)
-    run = ranks.together(lambda: open_run(where), refused)
+    run = ranks.run_on_all(lambda: open_run(where), refused)
 
     def load() -> ImageDataset:
         images = ImageDataset(dataset if dataset is not None else load_dataset(config.data))
@@ -37,25 +37,25 @@ def train_rank(
             raise ConfigError("network.classes is set, but the data set has no labels")
         return images
 
-    images = ranks.together(load, refused)
+    images = ranks.run_on_all(load, refused)
     with ExitStack() as held:
 
         def take() -> None:
-            held.enter_context(run.held())
-            run.fetch()
-            claim(run.path, config, images)
-            run.push()
+            held.enter_context(run.lock())
+            run.download()
+            check_or_record(run.path, config, images)
+            run.upload()
 
-        ranks.first_only(take, refused)
+        ranks.run_on_rank_zero(take, refused)
         held.callback(run.leave)
-        ranks.together(lambda: run.share(ranks), refused)
+        ranks.run_on_all(lambda: run.check_visible(ranks), refused)
         if config.store.kind == "zarr" and config.store.url:
             url = config.store.url
             directory = local_path(url)
             if directory is not None:
                 ranks.check_shared(directory, "the x0-state's directory")
             else:  # every rank must get there, with its machine's credentials
-                ranks.together(lambda: open_objects(url).exists("zarr.json"), refused)
+                ranks.run_on_all(lambda: open_object_store(url).exists("zarr.json"), refused)
         return _train(config, images, run, ranks, listener)
 
 
@@ -66,14 +66,14 @@ def _train(
         path = run.path / "result.json"
         return load_json(path) if path.exists() else None
 
-    result = ranks.first_only(finished, (CheckpointError,))
+    result = ranks.run_on_rank_zero(finished, (CheckpointError,))
     if result is not None:
-        if ranks.first:
+        if ranks.is_rank_zero:
             say(f"{run} is finished; its result is in {run}/result.json")
         return result
-    if config.train.threads is not None:
-        torch.set_num_threads(config.train.threads)
-    if ranks.first:
+    if config.train.torch_threads is not None:
+        torch.set_num_threads(config.train.torch_threads)
+    if ranks.is_rank_zero:
         for line in describe(config, images, run, ranks):
             say(line)
     return Trainer(config, images, run, ranks, listener).train()
@@ -94,7 +94,7 @@ def describe(config: RunConfig, images: ImageDataset, run: Run, ranks: Ranks) ->
         engine += f", ZeRO {zero_stage(config)}" + (", optimizer in host memory" if config.engine.offload else "")
     return [
         f"udddm {udddm.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        f"device: {name}, {ranks.world} {'ranks' if ranks.world > 1 else 'rank'}; engine: {engine}; "
+        f"device: {name}, {ranks.world_size} {'ranks' if ranks.world_size > 1 else 'rank'}; engine: {engine}; "
         f"precision: {config.train.precision} ({precision})",
         f"data: {len(images)} images {'x'.join(map(str, images.shape))}; objective: {config.objective_in_words}; "
         f"seed: {config.seed}",

@@ -41,9 +41,9 @@ from udddm.training.inputs import Prefetch
 from udddm.training.progress import Progress
 
 
-def network_for(config: RunConfig, shape: tuple[int, int, int]) -> UNet:
+def build_network_of(config: RunConfig, shape: tuple[int, int, int]) -> UNet:
     """The run's network for images [C, H, W], with the run's initial weights."""
-    frequency = schedule.build(config.process).max_frequency
+    frequency = schedule.build(config.schedule).max_frequency
     seed = rng.key(config.seed, Stream.INITIAL_WEIGHTS)
     return build_network(config.network, shape, max_frequency=frequency, seed=seed)
 
@@ -57,19 +57,23 @@ class Trainer:
         self.config, self.dataset, self.run, self.ranks, self.listener = config, dataset, run, ranks, listener
         train, shape = config.train, dataset.shape
         self.order = Order.build(config.order, config.seed, len(dataset), train.batch_size, shape)
-        self.lanes = self.order.lanes_of(ranks.rank, ranks.world)
-        self.total_steps = train.steps or max(1, round((train.epochs or 0) * self.order.steps))
-        self.process = schedule.build(config.process)
-        self.objective = objectives.build(config, self.process, self.total_steps / self.order.steps, shape)
-        self.engine = base.build(network_for(config, shape), config, ranks, self.total_steps)
+        self.lanes = self.order.lanes_of(ranks.rank, ranks.world_size)
+        self.total_steps = train.steps or max(1, round((train.epochs or 0) * self.order.steps_per_epoch))
+        self.process = schedule.build(config.schedule)
+        self.objective = objectives.build(config, self.process, self.total_steps / self.order.steps_per_epoch, shape)
+        self.engine = base.build(build_network_of(config, shape), config, ranks, self.total_steps)
         self.emas = ema.build(train, self.engine.weights())
         self.powers = [average for average in self.emas if isinstance(average, PowerEMA)]
         self.store = store.build(config.store, self.order, self.lanes, shape, ranks.device, run)
         self.checkpoints = run.checkpoints()
         self.evaluation: BackgroundEvaluation | None = None
         if config.evaluate.every_steps:  # on one rank; where it cannot be had, all must know
-            self.evaluation = ranks.together(
-                lambda: BackgroundEvaluation(config.evaluate, dataset, ranks.device, run.path) if ranks.first else None,
+            self.evaluation = ranks.run_on_all(
+                lambda: (
+                    BackgroundEvaluation(config.evaluate, dataset, ranks.device, run.path)
+                    if ranks.is_rank_zero
+                    else None
+                ),
                 (ConfigError, DataError),
             )
         self.step = 0
@@ -120,7 +124,7 @@ class Trainer:
             if self.evaluation is not None:
                 stack.callback(self.evaluation.close)
             told = self.listener.metrics if self.listener else None
-            progress = Progress(self.run.path, self.step, self.total_steps, told) if self.ranks.first else None
+            progress = Progress(self.run.path, self.step, self.total_steps, told) if self.ranks.is_rank_zero else None
             if progress is not None:
                 stack.callback(progress.close)
             self._loop(inputs, progress)
@@ -129,7 +133,7 @@ class Trainer:
         result = self._result(state)
         result["store_reinitialized"] = sum(reinitialized)
         images = self._samples(self.config.sample.final) if self.config.sample.final else None
-        self.ranks.first_only(lambda: self._finish(result, images), (OSError, StoreError))
+        self.ranks.run_on_rank_zero(lambda: self._finish(result, images), (OSError, StoreError))
         return result
 
     def begin(self) -> Prefetch:
@@ -144,7 +148,7 @@ class Trainer:
             step=self.step,
             depth=self.config.store.prefetch or 4,
             labels=objectives.LabelDropout.of(self.config) if self.config.network.classes else None,
-            parts=self.config.train.accumulation,
+            parts=self.config.train.grad_accumulation,
         )
 
     def _loop(self, inputs: Prefetch, progress: Progress | None) -> None:
@@ -162,7 +166,7 @@ class Trainer:
             if self.step % every == 0 or last:
                 window = self._report(progress, losses, window)
                 losses.zero_()
-            stop = vote.cast(self._signal or (self.listener.asked() if self.listener else 0))
+            stop = vote.cast(self._signal or (self.listener.stop_signal() if self.listener else 0))
             saves = self.step % config.checkpoint.every_steps == 0 or last or bool(stop)
             averages = bool(self.powers) and (self.step % config.train.power_ema_every_steps == 0 or last)
             if saves or averages:  # the losses say nothing about what the last step made of the weights
@@ -199,10 +203,10 @@ class Trainer:
             progress.metrics(
                 self.step,
                 {
-                    "epoch": self.step / self.order.steps,
+                    "epoch": self.step / self.order.steps_per_epoch,
                     "loss": loss,
                     "learning_rate": self.engine.learning_rate(self.step - 1),
-                    "images_per_second": rate * self.order.samples / self.order.steps,
+                    "images_per_second": rate * self.order.samples / self.order.steps_per_epoch,
                     "store_wait_fraction": (read_wait + write_wait) / seconds,
                     "store_read_wait_seconds": read_wait,
                     "store_write_wait_seconds": write_wait,
@@ -224,14 +228,16 @@ class Trainer:
         return now, self.step, counters
 
     def _diverged(self, what: str) -> str:
-        cure = "a lower train.learning_rate, train.clip or another train.precision needs a new run: another --run-dir"
+        cure = (
+            "a lower train.learning_rate, train.grad_clip or another train.precision needs a new run: another --run-dir"
+        )
         if self._newest is None:
             return f"{what} is not finite after step {self.step}, and there is no checkpoint yet: {cure}"
         newest = self.checkpoints.name(self._newest)
         return (
             f"{what} is not finite after step {self.step}. The newest checkpoint is kept and is from step "
             f"{step_of(self._newest)}; the same command resumes from it, which helps if the machine was at fault. Else "
-            f"{cure}, with train.initial={newest} to begin with that checkpoint's weights"
+            f"{cure}, with train.init_from={newest} to begin with that checkpoint's weights"
         )
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
@@ -245,30 +251,30 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this position and remove those that `checkpoint.keep` lets go."""
         errors = (StoreError, CheckpointError, OSError)
-        self.ranks.first_only(self.run.push, errors)  # first: a run that resumes from it has its metrics
+        self.ranks.run_on_rank_zero(self.run.upload, errors)  # first: a run that resumes from it has its metrics
         path = self._newest = self.checkpoints.write(self.step, self.ranks, self._fill)
 
         def kept() -> list[int]:
             self.checkpoints.prune(self.config.checkpoint.keep)
             return self._kept()
 
-        self._retain(self.ranks.first_only(kept, errors))
+        self._retain(self.ranks.run_on_rank_zero(kept, errors))
         return path
 
     def _kept(self) -> list[int]:
         """The steps of the checkpoints that there are, as the first rank sees them: another machine's listing of a
         shared directory may be a minute old, and would let go of generations that the newest checkpoint refers to."""
-        assert self.ranks.first
+        assert self.ranks.is_rank_zero
         return [step_of(p) for p in self.checkpoints.all()]
 
     def _retain(self, steps: list[int]) -> None:
-        epochs = {step // self.order.steps for step in steps}
+        epochs = {step // self.order.steps_per_epoch for step in steps}
         self.store.retain(epochs | {e + 1 for e in epochs})
 
     def _fill(self, directory: Path) -> None:
         self.store.snapshot(directory / "state")
         weights.save(directory, self.engine, self.emas)
-        if not self.ranks.first:
+        if not self.ranks.is_rank_zero:
             return
         config = {"config": self.config.model_dump(mode="json"), "shape": list(self.dataset.shape)}
         write_json(directory / "config.json", config)
@@ -283,30 +289,32 @@ class Trainer:
 
         errors = (CheckpointError, StoreError)
         self.store.hold(self.ranks)
-        name, kept = self.ranks.first_only(newest, errors)
+        name, kept = self.ranks.run_on_rank_zero(newest, errors)
         self._retain(kept)
         if name is None:
-            if initial := self.config.train.initial:
+            if initial := self.config.train.init_from:
                 refused = (ConfigError, CheckpointError, StoreError)
-                begun = self.ranks.together(lambda: begin_from(initial, self.engine, self.emas), refused)
+                begun = self.ranks.run_on_all(lambda: begin_from(initial, self.engine, self.emas), refused)
                 if len(seen := set(self.ranks.gather(begun))) > 1:
                     raise CheckpointError(
                         f"the ranks see different checkpoints as the newest of {initial} ({', '.join(sorted(seen))}): "
-                        "name one of them in train.initial"
+                        "name one of them in train.init_from"
                     )
-                if self.ranks.first:
+                if self.ranks.is_rank_zero:
                     say(f"beginning from the weights in {initial}")
             self.store.start(0, 0, None)
             return
         path = self._newest = self.checkpoints.directory / name
-        self.ranks.together(lambda: self.checkpoints.bring(path) if self.ranks.leads_machine else None, errors)
+        self.ranks.run_on_all(
+            lambda: self.checkpoints.ensure_local(path) if self.ranks.is_local_rank_zero else None, errors
+        )
         self.step = load_step(path)
         weights.load(path, self.engine, self.emas)
         snapshot = Snapshot(path / "state", self.run.state, self.store.repair)
         if snapshot.order.fingerprint() != self.order.fingerprint() or snapshot.shape != self.dataset.shape:
             raise StoreError(f"the x0-state in {path} was made with another order or image shape")
-        self.store.start(*divmod(self.step, self.order.steps), snapshot)
-        if self.ranks.first:
+        self.store.start(*divmod(self.step, self.order.steps_per_epoch), snapshot)
+        if self.ranks.is_rank_zero:
             for line in self.checkpoints.discard_after(self.step):
                 say(line)
             say(f"resuming from {path.name}")
@@ -316,13 +324,13 @@ class Trainer:
     def _samples(self, count: int) -> torch.Tensor:
         """`count` images of the first EMA (the weights, where there is none), [count, C, H, W] clamped to [-1, 1],
         on the host of the first rank; each rank makes its share. Elsewhere nothing."""
-        network = network_for(self.config, self.dataset.shape)
+        network = build_network_of(self.config, self.dataset.shape)
         pieces = self.emas[0].weights if self.emas else self.engine.weights()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 parameter.copy_(self.engine.whole(pieces, name))  # type: ignore[arg-type]
         network.to(self.ranks.device).eval()
-        seeds = [int(i) for i in np.array_split(np.arange(count), self.ranks.world)[self.ranks.rank]]
+        seeds = [int(i) for i in np.array_split(np.arange(count), self.ranks.world_size)[self.ranks.rank]]
         labels = [i % self.config.network.classes for i in seeds] if self.config.network.classes else None
         drawn = samplers.batches(
             network,
@@ -341,17 +349,17 @@ class Trainer:
     def _sample_grid(self) -> None:
         directory = self.run.path / "samples"
         images = self._samples(64)
-        if self.ranks.first:
+        if self.ranks.is_rank_zero:
             directory.mkdir(exist_ok=True)
-            image_grid.grid(images, directory / f"step-{self.step:08d}.png")
+            image_grid.save_image_grid(images, directory / f"step-{self.step:08d}.png")
 
     def _result(self, state: list[str]) -> dict[str, Any]:
         elapsed = time.perf_counter() - self._started
         counters = self.store.counters
-        visited = (self.step - self._first_step) / self.order.steps * self.order.samples
+        visited = (self.step - self._first_step) / self.order.steps_per_epoch * self.order.samples
         return {
             "steps": self.step,
-            "epochs": self.step / self.order.steps,
+            "epochs": self.step / self.order.steps_per_epoch,
             "images_per_second": visited / elapsed,
             "store_wait_fraction": (counters.read_wait + counters.write_wait) / elapsed,
             "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -363,6 +371,6 @@ class Trainer:
     def _finish(self, result: dict[str, Any], images: torch.Tensor | None) -> None:
         if images is not None:
             write_array(self.run.path / "samples.npy", images.numpy())
-            image_grid.grid(images[:100], self.run.path / "samples.png")
+            image_grid.save_image_grid(images[:100], self.run.path / "samples.png")
         write_json(self.run.path / "result.json", result)
-        self.run.push()
+        self.run.upload()

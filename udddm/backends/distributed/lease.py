@@ -12,10 +12,10 @@ if TYPE_CHECKING:
 
 def follow(lease: Lease, ranks: Ranks) -> None:
     """On every rank, once the first holds `lease`: let the others' follow it."""
-    if ranks.world == 1:
+    if ranks.world_size == 1:
         return
     ranks.barrier()  # so that the time from here to the reply is that of the exchange alone
     began = Instant.now()
     held, left = ranks.gather((lease.id, lease.left()))[0]
-    if not ranks.first:
+    if not ranks.is_rank_zero:
         lease.follow(held, began.later(left - lease.seconds))

@@ -9,7 +9,7 @@ class Listener(ABC):
     """Somebody outside of this process who is told of metrics and may ask for a stop, as a launcher does."""
 
     @abstractmethod
-    def asked(self) -> int:
+    def stop_signal(self) -> int:
         """The signal for which to checkpoint and stop, or 0. Called at every step: it must not wait."""
 
     @abstractmethod

@@ -31,48 +31,48 @@ class Ranks:
     """This process's place among the ranks, and its device."""
 
     rank: int
-    world: int
+    world_size: int
     device: torch.device
     local_rank: int = 0
 
     @property
-    def leads_machine(self) -> bool:
+    def is_local_rank_zero(self) -> bool:
         """Whether this rank does what is to be done once on every machine."""
         return self.local_rank == 0
 
     @property
-    def first(self) -> bool:
+    def is_rank_zero(self) -> bool:
         """Whether this rank writes what a run has one of."""
         return self.rank == 0
 
     def barrier(self) -> None:
-        if self.world > 1:
+        if self.world_size > 1:
             dist.barrier()
 
     def sum(self, value: torch.Tensor) -> float:
         """The sum of the ranks' scalars, on every rank. Waits for the device."""
-        if self.world > 1:
+        if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
         return float(value)
 
     def gather(self, value: T) -> list[T]:
         """Every rank's object, in rank order, on every rank."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] = [None] * self.world
+        values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value)
         return values
 
     def gather_first(self, value: T) -> list[T]:
         """Every rank's object, in rank order, on the first rank; elsewhere nothing."""
-        if self.world == 1:
+        if self.world_size == 1:
             return [value]
-        values: list[Any] | None = [None] * self.world if self.first else None
+        values: list[Any] | None = [None] * self.world_size if self.is_rank_zero else None
         dist.gather_object(value, values)
         return values or []
 
-    def together(self, action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
+    def run_on_all(self, action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
         """Run `action` on every rank. If it raises one of `errors` somewhere, all ranks raise: that one its own
         error, the others RankError; nobody waits for a rank that is gone."""
         failed, result = None, None
@@ -87,21 +87,21 @@ class Ranks:
             raise RankError(next(p for p in problems if p))
         return result  # type: ignore[return-value]
 
-    def first_only(self, action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
+    def run_on_rank_zero(self, action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
         """`together`, with work for the first rank only. Its result, on every rank."""
-        return self.gather(self.together(action if self.first else lambda: None, errors))[0]  # type: ignore[return-value]
+        return self.gather(self.run_on_all(action if self.is_rank_zero else lambda: None, errors))[0]  # type: ignore[return-value]
 
     def check_shared(self, directory: Path, what: str) -> None:
         """Raise ConfigError on every rank unless all see one and the same directory."""
-        if self.world == 1:
+        if self.world_size == 1:
             return
         token = directory / f".shared-{self.gather(uuid.uuid4().hex)[0]}"
-        if self.first:
+        if self.is_rank_zero:
             directory.mkdir(parents=True, exist_ok=True)
             token.touch()
         self.barrier()
         seen = self.gather((token.exists(), socket.gethostname()))
-        if self.first:
+        if self.is_rank_zero:
             token.unlink(missing_ok=True)
         blind = sorted({host for found, host in seen if not found})
         if blind:
@@ -122,7 +122,7 @@ class Vote:
     """
 
     def __init__(self, ranks: Ranks):
-        self._group = dist.new_group(backend="gloo") if ranks.world > 1 else None
+        self._group = dist.new_group(backend="gloo") if ranks.world_size > 1 else None
         self._value = torch.zeros(1, dtype=torch.int64)
         self._pending: Any = None
 

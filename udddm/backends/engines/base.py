@@ -74,7 +74,7 @@ class Engine(ABC):
         if step < c.warmup_steps:
             return c.learning_rate * (step + 1) / c.warmup_steps
         done = (step - c.warmup_steps) / max(1, self.total_steps - c.warmup_steps)
-        factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[c.decay]
+        factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[c.lr_schedule]
         return c.learning_rate * factor
 
     @abstractmethod
@@ -203,19 +203,19 @@ class Engine(ABC):
 
 
 def samples_a_part(config: RunConfig, world: int) -> int:
-    """The samples of a micro-batch. Raises ConfigError when train.accumulation does not divide a rank's samples."""
+    """The samples of a micro-batch. Raises ConfigError when train.grad_accumulation does not divide a rank's samples."""
     rows = config.train.batch_size // world
-    if rows % config.train.accumulation:
+    if rows % config.train.grad_accumulation:
         raise ConfigError(
-            f"train.accumulation ({config.train.accumulation}) must divide the {rows} samples a rank takes of a step "
+            f"train.grad_accumulation ({config.train.grad_accumulation}) must divide the {rows} samples a rank takes of a step "
             f"({world} rank{'s' if world > 1 else ''}, train.batch_size={config.train.batch_size})"
         )
-    return rows // config.train.accumulation
+    return rows // config.train.grad_accumulation
 
 
 def build(network: nn.Module, config: RunConfig, ranks: Ranks, total_steps: int) -> Engine:
     """The configured engine, around a network on the host. Raises ConfigError."""
-    samples_a_part(config, ranks.world)
+    samples_a_part(config, ranks.world_size)
     if config.engine.name == "deepspeed":
         from udddm.backends.engines.deepspeed import DeepSpeedEngine
 

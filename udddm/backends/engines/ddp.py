@@ -22,7 +22,7 @@ class TorchEngine(Engine):
         self._parameters = dict(network.named_parameters())
         self.module = network
         self._ddp: DistributedDataParallel | None = None
-        if ranks.world > 1:
+        if ranks.world_size > 1:
             # No device_ids: inputs are on the device, and with them DDP refuses `_settle_buckets`'s call without any.
             self.module = self._ddp = DistributedDataParallel(network, gradient_as_bucket_view=True)
             self._settle_buckets(network, self._ddp)
@@ -48,14 +48,14 @@ class TorchEngine(Engine):
         if not self._begun:
             self.adam.zero_grad(set_to_none=True)
             self._begun = True
-        if self.ranks.world > 1:
-            loss = loss * self.ranks.world  # DDP averages over ranks what should be summed
+        if self.ranks.world_size > 1:
+            loss = loss * self.ranks.world_size  # DDP averages over ranks what should be summed
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def _step(self) -> None:
-        if self.config.clip is not None:
+        if self.config.grad_clip is not None:
             self.scaler.unscale_(self.adam)
-            torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.clip)
+            torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.grad_clip)
         self.scaler.step(self.adam)
         self.scaler.update()
         self._begun = False

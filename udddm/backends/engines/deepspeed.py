@@ -43,7 +43,7 @@ class DeepSpeedEngine(Engine):
         train = config.train
         if train.compile:
             raise ConfigError("train.compile is for engine.name=torch: set it to false")
-        settings = deepspeed_config.resolve(config, ranks.world)
+        settings = deepspeed_config.resolve(config, ranks.world_size)
         deepspeed = _import(ranks.device)
         if train.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
             raise ConfigError(
@@ -75,7 +75,7 @@ class DeepSpeedEngine(Engine):
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss = loss * self.ranks.world  # DeepSpeed averages over ranks what should be summed
+        loss = loss * self.ranks.world_size  # DeepSpeed averages over ranks what should be summed
         if self.stage == 0 and self.config.precision == "fp16":
             # Without ZeRO, `engine.backward` does not scale the loss, and the optimizer divides by the scale anyway.
             loss = loss * self._scaler().cur_scale

@@ -13,7 +13,7 @@ from udddm.config import RunConfig
 from udddm.errors import ConfigError
 
 REFUSED = {
-    "scheduler": "the learning rate is train.learning_rate, train.warmup_steps and train.decay",
+    "scheduler": "the learning rate is train.learning_rate, train.warmup_steps and train.lr_schedule",
     "amp": "the precision is train.precision",
     "torch_autocast": "the precision is train.precision",
     "elasticity": "the number of workers is --workers MIN:MAX",
@@ -58,9 +58,9 @@ def _ours(config: RunConfig, world: int) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     return {
         "train_batch_size": train.batch_size,
-        "train_micro_batch_size_per_gpu": train.batch_size // world // train.accumulation,
-        "gradient_accumulation_steps": train.accumulation,
-        "gradient_clipping": train.clip or 0.0,
+        "train_micro_batch_size_per_gpu": train.batch_size // world // train.grad_accumulation,
+        "gradient_accumulation_steps": train.grad_accumulation,
+        "gradient_clipping": train.grad_clip or 0.0,
         "fp16": {"enabled": train.precision == "fp16"},
         "bf16": {"enabled": train.precision == "bf16"},
         "optimizer": {
@@ -73,9 +73,9 @@ def _ours(config: RunConfig, world: int) -> dict[str, Any]:
 
 CURES = {
     "train_batch_size": "train.batch_size",
-    "train_micro_batch_size_per_gpu": "train.batch_size, train.accumulation and the number of workers",
-    "gradient_accumulation_steps": "train.accumulation",
-    "gradient_clipping": "train.clip",
+    "train_micro_batch_size_per_gpu": "train.batch_size, train.grad_accumulation and the number of workers",
+    "gradient_accumulation_steps": "train.grad_accumulation",
+    "gradient_clipping": "train.grad_clip",
     "fp16.enabled": "train.precision",
     "bf16.enabled": "train.precision",
     "optimizer.type": "fixed: the method is trained with Adam",

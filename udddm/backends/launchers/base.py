@@ -36,9 +36,9 @@ from udddm.errors import (
 from udddm.log import say
 from udddm.order import check_world
 
-KNOWN = (CheckpointError, ConfigError, DataError, Diverged, Interrupted, RankError, StoreError)
+USER_ERRORS = (CheckpointError, ConfigError, DataError, Diverged, Interrupted, RankError, StoreError)
 """What is told to the user as a message."""
-FINAL = (ConfigError, DataError, Diverged, Interrupted)
+NON_RETRYABLE = (ConfigError, DataError, Diverged, Interrupted)
 """What another attempt would only repeat, or must not be repeated."""
 
 
@@ -47,7 +47,7 @@ class Job:
     """What a launcher runs: a run, and how many workers it may have."""
 
     config: RunConfig
-    run: str | Path
+    run_dir: str | Path
     dataset: MapDataset | Callable[[], MapDataset] | None = None
     device: str = "auto"
     workers: tuple[int, int] = (1, 1)
@@ -55,7 +55,7 @@ class Job:
     timeout: float = TIMEOUT
     versions: dict[str, str] = field(default_factory=lambda: versions())
 
-    def fitting(self, room: int) -> int:
+    def resolve_num_workers(self, room: int) -> int:
         """The largest number of workers that is wanted, divides the lanes, and fits into `room`. Raises ConfigError."""
         low, high = self.workers
         lanes = self.config.order.lanes
@@ -91,11 +91,11 @@ def check_versions(expected: dict[str, str]) -> None:
 
 class Launcher(ABC):
     @abstractmethod
-    def room(self, job: Job) -> int:
+    def available_workers(self, job: Job) -> int:
         """The number of workers that could start now. May wait for machines. Raises ConfigError."""
 
     @abstractmethod
-    def attempt(self, job: Job, workers: int) -> dict[str, Any]:
+    def run_attempt(self, job: Job, workers: int) -> dict[str, Any]:
         """Run the job to its end. Raises what a rank raised, or WorkerLost."""
 
 
@@ -110,16 +110,16 @@ def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
         dataset = job.dataset
         factory = isinstance(dataset, type) or (callable(dataset) and not hasattr(dataset, "__getitem__"))
         made = dataset() if factory else dataset  # type: ignore[operator,misc]
-        return train_rank(job.config, made, job.run, ranks, listener)  # type: ignore[arg-type]
+        return train_rank(job.config, made, job.run_dir, ranks, listener)  # type: ignore[arg-type]
     except RuntimeError as error:
-        if ranks.world > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if ranks.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise RankError(f"the other ranks are gone or did not answer in {job.timeout:.0f} s: {error}") from error
         raise
     finally:
         ranks.close()
 
 
-def sendable(error: BaseException) -> BaseException:
+def picklable(error: BaseException) -> BaseException:
     """The error, or one that says the same where it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
@@ -128,13 +128,13 @@ def sendable(error: BaseException) -> BaseException:
     return error
 
 
-def cause(errors: list[BaseException]) -> BaseException:
+def root_cause(errors: list[BaseException]) -> BaseException:
     """Of the ranks' errors, the one that the others followed from."""
 
     def order(error: BaseException) -> int:
         if isinstance(error, RankError):
             return 3
-        return 0 if isinstance(error, KNOWN) else 1 if isinstance(error, WorkerLost) else 2
+        return 0 if isinstance(error, USER_ERRORS) else 1 if isinstance(error, WorkerLost) else 2
 
     return min(errors, key=order)
 
@@ -143,10 +143,10 @@ def supervise(launcher: Launcher, job: Job) -> dict[str, Any]:
     """Attempts until the job is done or has failed more than `max_failures` times. Raises what ended it."""
     failures = 0
     while True:
-        workers = job.fitting(launcher.room(job))
+        workers = job.resolve_num_workers(launcher.available_workers(job))
         try:
-            return launcher.attempt(job, workers)
-        except FINAL:
+            return launcher.run_attempt(job, workers)
+        except NON_RETRYABLE:
             raise
         except Exception as error:
             failures += 1

@@ -17,7 +17,7 @@ from typing import Any
 
 from udddm.backends.distributed.ranks import RENDEZVOUS
 from udddm.backends.distributed.signals import handled
-from udddm.backends.launchers.base import Job, Launcher, cause, run_rank, sendable
+from udddm.backends.launchers.base import Job, Launcher, picklable, root_cause, run_rank
 from udddm.errors import RankError, WorkerLost
 
 GRACE = 20.0
@@ -43,19 +43,19 @@ def _child(job: Job, rank: int, world: int, rendezvous: str, outcome: Connection
     except KeyboardInterrupt:
         os._exit(130)
     except BaseException as error:
-        outcome.send(sendable(error))
+        outcome.send(picklable(error))
     outcome.close()
 
 
 class Processes(Launcher):
-    def room(self, job: Job) -> int:
+    def available_workers(self, job: Job) -> int:
         if job.device == "cpu":
             return max(job.workers)
         import torch
 
         return torch.cuda.device_count() if torch.cuda.is_available() else max(job.workers)
 
-    def attempt(self, job: Job, workers: int) -> dict[str, Any]:
+    def run_attempt(self, job: Job, workers: int) -> dict[str, Any]:
         spawn = multiprocessing.get_context("spawn")
         threads = str(max(1, (os.cpu_count() or 1) // workers))
         with tempfile.TemporaryDirectory(prefix="udddm-") as place:
@@ -84,7 +84,7 @@ class Processes(Launcher):
                     child.join()
         errors = [o for o in outcomes if isinstance(o, BaseException)]
         if errors:
-            raise cause(errors)
+            raise root_cause(errors)
         result = outcomes[0]
         assert isinstance(result, dict)
         return result

@@ -20,7 +20,7 @@ from typing import Any
 
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.signals import handled
-from udddm.backends.launchers.base import KNOWN, Job, Launcher, cause, inside_ray_job, run_rank, sendable
+from udddm.backends.launchers.base import USER_ERRORS, Job, Launcher, inside_ray_job, picklable, root_cause, run_rank
 from udddm.errors import ConfigError, WorkerLost
 from udddm.log import say
 from udddm.runs.remote import scratch
@@ -65,7 +65,7 @@ def _check_answers(address: str) -> None:
         ) from error
 
 
-class Board:
+class Mailbox:
     """The actor. Methods are remote; nobody has to ask twice for what is not there yet."""
 
     def __init__(self) -> None:
@@ -112,7 +112,7 @@ class _Watch(Listener):
         with contextlib.suppress(Exception):  # the board is gone, and this process goes with it or is done
             self._signal = self._ray.get(self._board.stopped.remote())
 
-    def asked(self) -> int:
+    def stop_signal(self) -> int:
         return self._signal
 
     def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
@@ -136,8 +136,8 @@ def _worker(settings: dict[str, Any]) -> None:
     listener = _Watch(ray, board, rank)
     try:
         value: Any = run_rank(job, listener)
-    except KNOWN as error:
-        value = sendable(error)
+    except USER_ERRORS as error:
+        value = picklable(error)
     ray.get(board.outcome.remote(rank, value))
 
 
@@ -163,7 +163,7 @@ class RayTrain(Launcher):
         nodes = [n["Resources"] for n in self._ray.nodes() if n["Alive"]]
         return sum(int(min(node.get(kind, 0) // amount for kind, amount in wanted.items())) for node in nodes)
 
-    def room(self, job: Job) -> int:
+    def available_workers(self, job: Job) -> int:
         """Waits up to `timeout` seconds for an autoscaler, or a node that comes back; not for what can never be."""
         wanted, least = self._resources(job), job.workers[0]
         room = self._fit(wanted)
@@ -184,14 +184,14 @@ class RayTrain(Launcher):
             )
         return room
 
-    def attempt(self, job: Job, workers: int) -> dict[str, Any]:
+    def run_attempt(self, job: Job, workers: int) -> dict[str, Any]:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
         resources = self._resources(job)
-        run = job_directory(job.run)
-        job = replace(job, run=run, device="cuda" if "GPU" in resources else "cpu")
-        board = self._ray.remote(num_cpus=0)(Board).remote()
+        run = job_directory(job.run_dir)
+        job = replace(job, run_dir=run, device="cuda" if "GPU" in resources else "cpu")
+        board = self._ray.remote(num_cpus=0)(Mailbox).remote()
         trainer = TorchTrainer(
             _worker,
             train_loop_config={"job": job, "board": board, "cwd": str(Path.cwd())},
@@ -222,8 +222,8 @@ class RayTrain(Launcher):
         outcomes = self._ray.get(board.outcomes.remote())
         self._ray.kill(board)
         errors = [o for o in outcomes.values() if isinstance(o, BaseException)]
-        if errors and not (lost and not any(isinstance(e, KNOWN) for e in errors)):
-            raise cause(errors)
+        if errors and not (lost and not any(isinstance(e, USER_ERRORS) for e in errors)):
+            raise root_cause(errors)
         if lost:
             raise WorkerLost(lost[0])
         result = outcomes[0]
