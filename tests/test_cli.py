@@ -10,7 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from udddm import cli
+from udddm.cli.command import FAILED, USAGE
+from udddm.cli.sample import main as sample_command
+from udddm.cli.train import main as train_command
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 TINY = [
@@ -27,7 +29,7 @@ TINY = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run on the digits."""
     directory = tmp_path_factory.mktemp("cli") / "run"
-    assert cli.train(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(directory), *TINY]) == 0
+    assert train_command(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(directory), *TINY]) == 0
     return directory
 
 
@@ -66,19 +68,19 @@ def test_bad_configuration_names_the_key(
     overrides: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [f"--set={o}" for o in overrides]
-    code = cli.train(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(tmp_path / "run"), *arguments])
-    assert code == cli.USAGE
+    code = train_command(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(tmp_path / "run"), *arguments])
+    assert code == USAGE
     message = capsys.readouterr().err
     assert all(part in message for part in expected), message
     assert not (tmp_path / "run").exists()
 
 
 def test_a_config_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.train(["--config", str(tmp_path / "none.yaml")]) == cli.USAGE
+    assert train_command(["--config", str(tmp_path / "none.yaml")]) == USAGE
     (tmp_path / "list.yaml").write_text("- 1\n")
-    assert cli.train(["--config", str(tmp_path / "list.yaml")]) == cli.USAGE
+    assert train_command(["--config", str(tmp_path / "list.yaml")]) == USAGE
     (tmp_path / "code.yaml").write_text("seed: !!python/object/apply:os.getcwd []\n")
-    assert cli.train(["--config", str(tmp_path / "code.yaml")]) == cli.USAGE
+    assert train_command(["--config", str(tmp_path / "code.yaml")]) == USAGE
     message = capsys.readouterr().err
     assert "none.yaml" in message
     assert "list.yaml must hold a mapping" in message
@@ -117,7 +119,7 @@ def test_the_papers_presets_are_the_papers() -> None:
 def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tmp_path / "run"
     arguments = ["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(directory), *TINY]
-    assert cli.train([*arguments, "--dry-run"]) == 0
+    assert train_command([*arguments, "--dry-run"]) == 0
     plan = capsys.readouterr().out
     for word in ("parameters", "x0-state", "bandwidth", "memory", "steps", "measured here"):
         assert word in plan
@@ -128,8 +130,8 @@ def test_ranks_that_do_not_divide_the_lanes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
-    code = cli.train(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(tmp_path / "run"), *TINY])
-    assert code == cli.USAGE
+    code = train_command(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(tmp_path / "run"), *TINY])
+    assert code == USAGE
     assert "2 and 4" in capsys.readouterr().err
 
 
@@ -153,19 +155,23 @@ def test_a_run_leaves_all_that_is_promised(run: Path) -> None:
 
 
 def test_a_finished_run_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.train(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(run), *TINY]) == 0
+    assert train_command(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(run), *TINY]) == 0
     assert "is finished" in capsys.readouterr().err
 
 
 def test_a_run_directory_of_another_configuration(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(run), *TINY, "--set=seed=5"]
-    assert cli.train(arguments) == cli.USAGE
+    assert train_command(arguments) == USAGE
     assert "seed: 0 -> 5" in capsys.readouterr().err
 
 
 def test_samples_depend_on_their_seed_alone(run: Path, tmp_path: Path) -> None:
-    assert cli.sample(["--checkpoint", str(run), "--seeds", "0-9", "--out", str(tmp_path / "a"), "--device=cpu"]) == 0
-    assert cli.sample(["--checkpoint", str(run), "--seeds", "7,3", "--out", str(tmp_path / "b"), "--device=cpu"]) == 0
+    assert (
+        sample_command(["--checkpoint", str(run), "--seeds", "0-9", "--out", str(tmp_path / "a"), "--device=cpu"]) == 0
+    )
+    assert (
+        sample_command(["--checkpoint", str(run), "--seeds", "7,3", "--out", str(tmp_path / "b"), "--device=cpu"]) == 0
+    )
     many, few = np.load(tmp_path / "a" / "samples.npy"), np.load(tmp_path / "b" / "samples.npy")
     assert many.shape == (10, 1, 8, 8)
     assert np.array_equal(few, many[[7, 3]])
@@ -177,18 +183,18 @@ def test_samples_depend_on_their_seed_alone(run: Path, tmp_path: Path) -> None:
 )
 def test_samplers_and_averages_differ(run: Path, tmp_path: Path, arguments: list[str]) -> None:
     command = ["--checkpoint", str(run), "--seeds", "0-8", "--out", str(tmp_path), "--device=cpu", *arguments]
-    assert cli.sample(command) == 0
+    assert sample_command(command) == 0
     same = np.array_equal(np.load(tmp_path / "samples.npy"), np.load(run / "samples.npy"))
     # this network takes no conditioning image, so Algorithm 2's second evaluation repeats its first
     assert same == ("algorithm-2" in arguments)
 
 
 def test_sampling_from_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.sample(["--checkpoint", str(tmp_path / "none")]) == cli.FAILED
-    assert cli.sample(["--checkpoint", str(tmp_path)]) == cli.FAILED
-    assert cli.sample(["--checkpoint", str(run), "--ema", "0.5"]) == cli.FAILED
-    assert cli.sample(["--checkpoint", str(run), "--labels", "3"]) == cli.USAGE
-    assert cli.sample(["--checkpoint", str(run), "--guidance", "2"]) == cli.USAGE
+    assert sample_command(["--checkpoint", str(tmp_path / "none")]) == FAILED
+    assert sample_command(["--checkpoint", str(tmp_path)]) == FAILED
+    assert sample_command(["--checkpoint", str(run), "--ema", "0.5"]) == FAILED
+    assert sample_command(["--checkpoint", str(run), "--labels", "3"]) == USAGE
+    assert sample_command(["--checkpoint", str(run), "--guidance", "2"]) == USAGE
     message = capsys.readouterr().err
     assert "none does not exist" in message
     assert "holds no checkpoint" in message
@@ -200,7 +206,7 @@ def test_sampling_from_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.
 @pytest.mark.parametrize("seeds", ["5-2", "x", "1,,2", ""])
 def test_bad_seeds_are_refused(seeds: str) -> None:
     with pytest.raises(SystemExit) as stop:
-        cli.sample(["--checkpoint", "x", "--seeds", seeds])
+        sample_command(["--checkpoint", "x", "--seeds", seeds])
     assert stop.value.code == 2
 
 
@@ -209,7 +215,7 @@ def test_a_data_set_without_labels_cannot_train_a_conditional_network(
 ) -> None:
     np.save(tmp_path / "images.npy", np.zeros((64, 1, 8, 8), np.uint8))
     arguments = ["--run-dir", str(tmp_path / "run"), *TINY, "--set=network.classes=3"]
-    assert cli.train([*arguments, f"--set=data={{name: array, path: {tmp_path / 'images.npy'}}}"]) == cli.USAGE
+    assert train_command([*arguments, f"--set=data={{name: array, path: {tmp_path / 'images.npy'}}}"]) == USAGE
     assert "no labels" in capsys.readouterr().err
 
 

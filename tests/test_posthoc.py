@@ -15,8 +15,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udddm import api, cli, ema
+from udddm import api, ema
+from udddm.cli.command import FAILED, USAGE
 from udddm.cli.evaluate import main as evaluate_command
+from udddm.cli.sample import main as sample_command
 from udddm.config import RunConfig, resolve
 from udddm.ema import PowerEMA
 from udddm.errors import CheckpointError, ConfigError
@@ -237,7 +239,7 @@ def test_the_commands_take_a_length_or_a_name(run: Path, tmp_path: Path, monkeyp
     common = ["--checkpoint", str(run), "--device", "cpu"]
     drawn = {}
     for name in ("--ema-length=0.07", "--ema=power-0.1", "--ema=none"):
-        assert cli.sample([*common, name, "--seeds", "0-3", "--out", str(tmp_path)]) == 0
+        assert sample_command([*common, name, "--seeds", "0-3", "--out", str(tmp_path)]) == 0
         drawn[name] = np.load(tmp_path / "samples.npy")
     assert np.array_equal(drawn["--ema-length=0.07"], api.sample(api.load_model(run, ema_length=0.07), range(4)))
     assert len({image.tobytes() for image in drawn.values()}) == 3
@@ -269,20 +271,20 @@ def test_what_cannot_be_had_is_told(run: Path, tmp_path: Path, capsys: pytest.Ca
     api.train(config(0.05, every=4, steps=4), run_dir=tmp_path / "few", device="cpu")
     newest = run / "checkpoints" / "step-00000040"
     for where, length, code, words in (
-        (tmp_path / "plain", "0.1", cli.FAILED, ["holds no averages", "train.power_ema"]),
-        (tmp_path / "few", "0.1", cli.FAILED, ["the 1 averages", "cannot give one of length 0.1", "(0.05)"]),
-        (run, "0.01", cli.FAILED, ["cannot give one of length 0.01", "0.05, 0.1"]),
-        (run, "0.3", cli.USAGE, ["length", "0.2887", "0.3"]),
-        (run, "nan", cli.USAGE, ["length", "0.2887", "nan"]),
-        (newest, "0.1", cli.FAILED, ["is one checkpoint", "give the run"]),
+        (tmp_path / "plain", "0.1", FAILED, ["holds no averages", "train.power_ema"]),
+        (tmp_path / "few", "0.1", FAILED, ["the 1 averages", "cannot give one of length 0.1", "(0.05)"]),
+        (run, "0.01", FAILED, ["cannot give one of length 0.01", "0.05, 0.1"]),
+        (run, "0.3", USAGE, ["length", "0.2887", "0.3"]),
+        (run, "nan", USAGE, ["length", "0.2887", "nan"]),
+        (newest, "0.1", FAILED, ["is one checkpoint", "give the run"]),
     ):
-        assert cli.sample(["--checkpoint", str(where), "--ema-length", length, "--device", "cpu"]) == code
+        assert sample_command(["--checkpoint", str(where), "--ema-length", length, "--device", "cpu"]) == code
         message = capsys.readouterr().err
         assert all(part in message for part in words), message
-    assert cli.sample(["--checkpoint", str(run), "--ema", "power-0.2", "--device", "cpu"]) == cli.FAILED
+    assert sample_command(["--checkpoint", str(run), "--ema", "power-0.2", "--device", "cpu"]) == FAILED
     assert "no average power-0.2; it has 0.9, power-0.05, power-0.1, none" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        cli.sample(["--checkpoint", str(run), "--ema", "none", "--ema-length", "0.1"])
+        sample_command(["--checkpoint", str(run), "--ema", "none", "--ema-length", "0.1"])
     with pytest.raises(ConfigError, match="give one of them"):
         api.load_model(run, ema="none", ema_length=0.1)
 

@@ -20,14 +20,15 @@ import torch
 
 import udddm
 from udddm.backends.distributed.ranks import Ranks
-from udddm.cli import sample as sample_command
-from udddm.cli import store as store_command
+from udddm.cli.sample import main as sample_command
+from udddm.cli.store import main as store_command
 from udddm.config import RunConfig, load_config
 from udddm.errors import CheckpointError, ConfigError, StoreError
 from udddm.runs import remote
 from udddm.runs.remote import RemoteCheckpoints, RemoteRun, open_run
 from udddm.runs.run import locked
-from udddm.storage.base import ObjectStore, open_object_store
+from udddm.storage import open_object_store
+from udddm.storage.base import ObjectStore
 from udddm.storage.s3 import PART, S3ObjectStore
 from udddm.testing.cluster import free_port
 from udddm.testing.objects import WrappedObjectStore
@@ -73,7 +74,7 @@ class Machine:
         own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), remote.SCRATCH: str(disk)}
         environment = {k: v for k, v in {**os.environ, **own}.items() if k not in without}
-        command = [sys.executable, "-m", "udddm.cli", f"--run-dir={url}", "--store=zarr", "--device=cpu", *more]
+        command = [sys.executable, "-m", "udddm", "train", f"--run-dir={url}", "--store=zarr", "--device=cpu", *more]
         command += [f"--set={setting}" for setting in SETTINGS]
         self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=disk)
 

@@ -22,8 +22,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from udddm import cli
-
 FORKS = multiprocessing.get_context("forkserver")
 STORES = ["gpu", "pinned", "zarr"]
 STEPS = 50
@@ -42,7 +40,7 @@ def child(arguments: list[str], log: str) -> None:
     with Path(log).open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    sys.exit(cli.train(arguments))
+    sys.exit(train_command(arguments))
 
 
 @dataclass
@@ -228,7 +226,7 @@ def test_sigterm_checkpoints_and_the_same_command_resumes(make: Make, undisturbe
 def test_the_command_itself_is_killed_and_resumes(make: Make, undisturbed: Undisturbed) -> None:
     """One whole life from the shell's view, without the server of forks."""
     run = make("command")
-    command = [sys.executable, "-m", "udddm.cli", *run.arguments("zarr")]
+    command = [sys.executable, "-m", "udddm", "train", *run.arguments("zarr")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while not run.checkpoints():
             assert process.poll() is None

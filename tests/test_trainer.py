@@ -162,7 +162,7 @@ def test_two_ranks_agree_with_one_to_float_rounding(tmp_path: Path) -> None:
         *("--set", "checkpoint.every_steps=5", "--set", "sample.every_steps=0", "--store", "zarr", "--device", "cpu"),
     ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    module = ["-m", "udddm.cli", *arguments]
+    module = ["-m", "udddm", "train", *arguments]
     one, two = tmp_path / "one", tmp_path / "two"
     subprocess.run([sys.executable, *module, "--run-dir", str(one)], check=True, env=environment, timeout=200)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]

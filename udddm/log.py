@@ -1,27 +1,51 @@
-"""TODO."""
+"""Messages to the person who runs this: the logger `udddm`.
+
+The commands install a handler that prints to stderr. In a Python program, configure logging as usual; where nobody has,
+`udddm.train` installs the same handler. `logging.getLogger("udddm").setLevel(logging.WARNING)` silences what is not a
+warning.
+"""
 
 from __future__ import annotations
 
+import logging
 import sys
 import threading
 from contextlib import suppress
 from typing import Any
 
+log = logging.getLogger("udddm")
+
 _LOCK = type(threading.RLock())
 
 
-def _tqdm() -> Any:
-    from tqdm import tqdm
+def tqdm() -> Any:
+    """The class `tqdm.tqdm`, imported late, with a lock that a killed process cannot leave held."""
+    from tqdm import tqdm as bar
 
-    if not isinstance(getattr(tqdm, "_lock", None), _LOCK):  # its own is shared between processes, and lost by a kill
-        tqdm.set_lock(threading.RLock())
-    return tqdm
+    if not isinstance(getattr(bar, "_lock", None), _LOCK):  # tqdm's default is shared between processes
+        bar.set_lock(threading.RLock())
+    return bar
 
 
-def say(text: str) -> None:
-    """One line to the person who runs this, if anybody still reads: `2>&1 | head` must not end a run."""
-    if sys.stderr is None:  # closed before the start, as by `2>&-`
+class StderrHandler(logging.Handler):
+    """One line per message on stderr, above a progress bar where there is one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if sys.stderr is None:  # closed before the start, as by `2>&-`
+            return
+        with suppress(OSError, ValueError):  # the reader is gone: `2>&1 | head` must not end a run
+            tqdm().write(self.format(record), file=sys.stderr)
+            sys.stderr.flush()
+
+
+def install(*, force: bool = False) -> None:
+    """Print the messages of `udddm` to stderr.
+
+    Without `force`, only where no handler would receive them, so that an application's own configuration wins.
+    """
+    if any(isinstance(each, StderrHandler) for each in log.handlers) or (log.hasHandlers() and not force):
         return
-    with suppress(OSError, ValueError):
-        _tqdm().write(text, file=sys.stderr)
-        sys.stderr.flush()
+    log.addHandler(StderrHandler())
+    log.propagate = False
+    if log.level == logging.NOTSET:
+        log.setLevel(logging.INFO)

@@ -9,6 +9,7 @@ on how many ranks there are, and a rank touches only chunks of its own lanes.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -24,6 +25,7 @@ Indices = npt.NDArray[np.int64]
 CHUNK_BYTES = 4 << 20
 WINDOW_CHUNKS = 8
 _ROUNDS = 6
+_RECORDED = ("seed", "samples", "batch", "lanes", "chunk", "window")  # names on disk
 
 
 def check_world(lanes: int, world: int) -> None:
@@ -94,7 +96,14 @@ class Order:
         chunk = config.chunk or max(1, CHUNK_BYTES // (2 * int(np.prod(shape))))
         return cls(seed, samples, batch, config.lanes, chunk, config.window or WINDOW_CHUNKS)
 
+    @classmethod
+    def from_fingerprint(cls, values: Mapping[str, int]) -> Order:
+        """The order that a store or snapshot recorded. Raises KeyError, TypeError or ValueError for anything else."""
+        seed, samples, batch, lanes, chunk, window = (int(values[key]) for key in _RECORDED)
+        return cls(seed, samples, batch, lanes, chunk, window)
+
     def fingerprint(self) -> dict[str, int]:
+        """What identifies the order, as stores and snapshots record it."""
         return {
             "seed": self.seed,
             "samples": self.samples,

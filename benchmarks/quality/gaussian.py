@@ -57,6 +57,8 @@ from udddm.networks.blocks import NoiseEmbedding
 from udddm.order import Order
 from udddm.rng import Stream
 from udddm.runs.run import Run
+from udddm.store.encoding import Encoding
+from udddm.store.layout import StateLayout
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, write_json
@@ -167,7 +169,11 @@ def train(config: RunConfig, samples: int, width: int) -> Trained:
     goal = objectives.build(config, chosen, config.train.steps / order.steps_per_epoch, (1, 2, 2))
     engine = TorchEngine(network, config.train, ranks, config.train.steps)
     ema = EMA(engine.weights(), config.train.ema[0], config.train.ema_warmup)
-    states = store.build(config.store, order, lanes, SHAPE, ranks.device, Run(Path()))
+    states = store.build(
+        Run(Path()).store_context(
+            StateLayout(order, lanes, SHAPE, Encoding(config.store.dtype), ranks.device), config.store
+        )
+    )
     states.start(0, 0, None)
     started = time.process_time()
     for step in range(config.train.steps):

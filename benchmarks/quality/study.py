@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 import udddm
-from udddm import objectives
+from udddm import networks, objectives
 from udddm.backends.distributed.ranks import join
 from udddm.backends.engines.base import build as build_engine
 from udddm.config import RunConfig
@@ -34,7 +34,6 @@ from udddm.diffusion import schedule
 from udddm.ema import EMA
 from udddm.evaluation import evaluate
 from udddm.evaluation.features import extract, load_features
-from udddm.training.trainer import build_network_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import ROOT, about, write_json
@@ -276,7 +275,7 @@ def _steps(data: Data, overrides: list[str], ranks: Any) -> Iterator[int]:
     images = ImageDataset(load_dataset(config.data))
     epochs = 60
     visit = objectives.build(config, schedule.build(config.schedule), epochs, images.shape)
-    engine = build_engine(build_network_of(config, images.shape), config, ranks, 10_000)
+    engine = build_engine(networks.for_run(config, images.shape), config, ranks, 10_000)
     emas = [EMA(engine.weights(), decay) for decay in config.train.ema]
     batch, step = config.train.batch_size, 0
     state = torch.zeros(batch, *images.shape)

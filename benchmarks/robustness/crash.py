@@ -52,9 +52,8 @@ def train(arguments: list[str], log: str) -> None:
     with Path(log).open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    from udddm import cli
 
-    sys.exit(cli.train(arguments))
+    sys.exit(train_command(arguments))
 
 
 def life(run: Path, store: str, dtype: str, steps: int, kill_after: float | None) -> int:

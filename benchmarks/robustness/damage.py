@@ -34,9 +34,11 @@ from udddm.config import StoreConfig
 from udddm.errors import CorruptChunkError, StoreError
 from udddm.order import Order
 from udddm.runs.run import Run
-from udddm.storage.base import ObjectStore, open_object_store
+from udddm.storage import open_object_store
+from udddm.storage.base import ObjectStore
 from udddm.store import Encoding, Snapshot, X0Store
 from udddm.store.generations import Generations, open_existing
+from udddm.store.layout import StateLayout
 from udddm.store.zarr import GenerationTable
 from udddm.testing import s3
 from udddm.tools.inspect import Place, verify
@@ -55,7 +57,9 @@ Chunk = tuple[int, int]
 
 def opened(url: str, run: Path, on_damage: str = "stop") -> X0Store:
     config = StoreConfig.model_validate({"kind": "zarr", "url": url, "on_corruption": on_damage})
-    return store.build(config, ORDER, LANES, SHAPE, torch.device("cpu"), Run(run))
+    return store.build(
+        Run(run).store_context(StateLayout(ORDER, LANES, SHAPE, Encoding(config.dtype), torch.device("cpu")), config)
+    )
 
 
 def make(url: str, run: Path) -> Path:

@@ -16,8 +16,7 @@ import google_crc32c
 import numpy as np
 
 from udddm.order import Batch, LaneStep, Order
-from udddm.storage.base import ObjectStore
-from udddm.storage.s3 import REMOTE_RETRY
+from udddm.storage.base import REMOTE_RETRY, ObjectStore
 from udddm.store.base import StateSource
 from udddm.store.pipeline import HostStore
 from udddm.store.zarr import GenerationTable

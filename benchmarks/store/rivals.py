@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from udddm.order import Order
-from udddm.storage.base import open_object_store
+from udddm.storage import open_object_store
 from udddm.store.encoding import Encoding, Rows
 from udddm.store.generations import Generations
 from udddm.store.zarr import GenerationTable

@@ -72,8 +72,10 @@ from udddm.data import ArrayImages, ImageDataset
 from udddm.errors import StoreError
 from udddm.order import Order
 from udddm.runs.run import Run
-from udddm.storage.base import open_object_store
+from udddm.storage import open_object_store
 from udddm.store import X0Store
+from udddm.store.encoding import Encoding
+from udddm.store.layout import StateLayout
 from udddm.store.pipeline import HostStore
 from udddm.training.trainer import Trainer
 
@@ -320,7 +322,11 @@ def fast(setting: Setting) -> dict[str, Any]:
                 links[name] = {str(n): round(link(place, order.chunk_size, n), 1) for n in counts}
         epochs = {}
         for name, chosen in contestants(setting, endpoint, slow):
-            opened = store.build(chosen, order, range(order.num_lanes), SHAPE, CPU, Run(directory / name))
+            opened = store.build(
+                Run(directory / name).store_context(
+                    StateLayout(order, range(order.num_lanes), SHAPE, Encoding(chosen.dtype), CPU), chosen
+                )
+            )
             stack.callback(opened.close)
             opened.start(0, 0, None)
             epochs[name] = Epochs(opened, partial(step, opened), steady=True)
@@ -404,7 +410,11 @@ def rivals(setting: Setting) -> dict[str, Any]:
         directory = setting.directory
         endpoint = stack.enter_context(s3(setting))
         for name, chosen in contestants(setting, endpoint, None):
-            opened = store.build(chosen, order, range(order.num_lanes), SHAPE, CPU, Run(directory / name))
+            opened = store.build(
+                Run(directory / name).store_context(
+                    StateLayout(order, range(order.num_lanes), SHAPE, Encoding(chosen.dtype), CPU), chosen
+                )
+            )
             stack.callback(opened.close)
             opened.start(0, 0, None)
             everyone[name] = Epochs(opened, partial(step, opened)).round
@@ -451,7 +461,11 @@ def probe(samples: int, steps: int, directory: Path) -> None:
     """In a process of its own: take some steps of the first epoch and print the peaks of memory before and after."""
     before = peak_memory()
     order = Order(0, samples, 256, 8, 256, 2)
-    opened = store.build(StoreConfig(kind="zarr"), order, range(8), SHAPE, CPU, Run(directory / "state"))
+    opened = store.build(
+        Run(directory / "state").store_context(
+            StateLayout(order, range(8), SHAPE, Encoding(StoreConfig(kind="zarr").dtype), CPU), StoreConfig(kind="zarr")
+        )
+    )
     opened.start(0, 0, None)
     for _ in range(steps):
         opened.write(opened.read())

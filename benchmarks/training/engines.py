@@ -23,11 +23,11 @@ from typing import Any
 import torch
 
 import udddm
+from udddm import networks
 from udddm.config import RunConfig, resolve
 from udddm.order import Order
 from udddm.runs.weights import Saved
 from udddm.testing.ranks import Copy, on_ranks
-from udddm.training.trainer import build_network_of
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json
@@ -95,7 +95,7 @@ def differences(run: Path, other: Path, steps: int) -> dict[str, float]:
 def moved(run: Path, steps: int) -> float:
     """How far training took the weights from where they began: what a difference is to be seen against."""
     saved = Saved(run / "checkpoints" / f"step-{steps:08d}", "model")
-    initial = dict(build_network_of(config("torch", "fp32", steps), SHAPE).named_parameters())
+    initial = dict(networks.for_run(config("torch", "fp32", steps), SHAPE).named_parameters())
     return max(float((saved[name] - p.detach()).abs().max()) for name, p in initial.items())
 
 

@@ -24,6 +24,7 @@ import numpy as np
 import torch
 
 from udddm import config as configuration
+from udddm import networks
 from udddm.backends.distributed.ranks import join
 from udddm.config import RunConfig
 from udddm.data import ArrayImages, ImageDataset
@@ -32,7 +33,7 @@ from udddm.diffusion.schedule import Coefficients
 from udddm.diffusion.schedule import build as build_process
 from udddm.objectives import pseudo_huber
 from udddm.runs.run import Run
-from udddm.training.trainer import Trainer, build_network_of
+from udddm.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json
@@ -44,7 +45,7 @@ def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
     """A function that takes one step."""
     process = build_process(config.schedule)
     channels, height, width = images.shape[1:]
-    network = build_network_of(config, (channels, height, width))
+    network = networks.for_run(config, (channels, height, width))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(network.parameters(), lr=config.train.learning_rate, fused=True)
     state = torch.randn_like(images)

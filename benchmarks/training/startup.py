@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json
 
-HELP = [sys.executable, "-c", "from udddm import cli; cli.train(['--help'])"]
+HELP = [sys.executable, "-c", "from udddm.cli.train import main; main(['--help'])"]
 IMPORT = [sys.executable, "-c", "import pydantic, yaml"]
 
 

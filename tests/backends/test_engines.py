@@ -12,14 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn.parallel import DistributedDataParallel
 
 import udddm
-from udddm import ConfigError, RunConfig
+from udddm import ConfigError, RunConfig, networks
 from udddm.backends.distributed.ranks import Ranks
 from udddm.backends.engines import base, ddp, deepspeed_config
 from udddm.backends.engines.ddp import TorchEngine
 from udddm.config import resolve
 from udddm.runs.weights import Saved, share_out
 from udddm.testing.ranks import Copy, on_ranks
-from udddm.training.trainer import build_network_of
 
 SHAPE = (1, 8, 8)
 NETWORK = {"width": 8, "multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0}
@@ -245,7 +244,7 @@ def test_bf16_keeps_unrounded_master_weights(tmp_path: Path) -> None:
     """EMA and masters begin at the float32 initial weights, not at what DeepSpeed made of their bf16 copies."""
     run = train(tmp_path / "run", "zero1", 2, precision="bf16", learning_rate=1e-12)
     chosen = config()
-    initial = dict(build_network_of(chosen, SHAPE).named_parameters())
+    initial = dict(networks.for_run(chosen, SHAPE).named_parameters())
     for kind in ("model", "ema-0.9"):
         saved = Saved(run / "checkpoints" / "step-00000008", kind)
         assert max(float((saved[n] - p.detach()).abs().max()) for n, p in initial.items()) < 1e-9

@@ -32,7 +32,7 @@ SETTINGS = [
 
 
 def command(run: Path, *more: str) -> list[str]:
-    given = [sys.executable, "-m", "udddm.cli", "--run-dir", str(run), "--device", "cpu", "--store", "zarr"]
+    given = [sys.executable, "-m", "udddm", "train", "--run-dir", str(run), "--device", "cpu", "--store", "zarr"]
     for setting in SETTINGS:
         given += ["--set", setting]
     return [*given, *more]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from udddm.runs import remote
-from udddm.storage.base import open_object_store
+from udddm.storage import open_object_store
 from udddm.testing.cluster import BIN, Cluster, free_port, running
 from udddm.testing.s3 import BUCKET, S3Server
 

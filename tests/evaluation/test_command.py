@@ -16,8 +16,8 @@ import torch
 
 from udddm import api
 from udddm.backends.distributed.ranks import Ranks
-from udddm.cli import sample as sample_command
 from udddm.cli.evaluate import main
+from udddm.cli.sample import main as sample_command
 from udddm.config import resolve
 from udddm.data import ImageDataset
 from udddm.data.sources import digits

@@ -10,8 +10,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from udddm.config import NetworkConfig
-from udddm.networks import UNet, build
+from udddm.networks import build
 from udddm.networks.blocks import NoiseEmbedding, divisor, group_norm
+from udddm.networks.unet import UNet
 
 Shape = tuple[int, int, int]
 

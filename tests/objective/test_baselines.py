@@ -297,7 +297,15 @@ def test_heun_reaches_the_data_of_an_exact_denoiser(process: NoiseSchedule) -> N
             return torch.zeros_like(x)
 
     def deviation(steps: int) -> float:
-        return float(samplers.sample(Zero(), process, SHAPE, torch.arange(2000), steps=steps, sampler="heun").std())
+        return float(
+            samplers.sample(
+                Zero(),
+                process,
+                SHAPE,
+                torch.arange(2000),
+                options=samplers.SamplingOptions(steps=steps, sampler="heun"),
+            ).std()
+        )
 
     assert deviation(79) == pytest.approx(0.5, rel=0.03)
     assert deviation(1) < 0.1  # one evaluation of a denoiser is the mean

@@ -20,6 +20,7 @@ from udddm.store import Encoding, X0Store, build
 from udddm.store.compression import Compression, compress, decompress
 from udddm.store.encoding import StateDtype
 from udddm.store.generations import Generations
+from udddm.store.layout import StateLayout
 from udddm.testing.store import SHAPE, ModelledRun, StoreConformance
 
 ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, window=2)
@@ -27,7 +28,11 @@ ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, windo
 
 def make_with(compression: str, order: Order, lanes: range, encoding: Encoding, directory: Path) -> X0Store:
     config = StoreConfig.model_validate({"kind": "zarr", "compression": compression, "dtype": encoding.name})
-    return build(config, order, lanes, SHAPE, torch.device("cpu"), Run(directory))
+    return build(
+        Run(directory).store_context(
+            StateLayout(order, lanes, SHAPE, Encoding(config.dtype), torch.device("cpu")), config
+        )
+    )
 
 
 class TestCompressedStore(StoreConformance):

@@ -11,9 +11,12 @@ import pytest
 import torch
 
 from udddm.order import Order
-from udddm.storage.base import ObjectStore, Retry, open_object_store
+from udddm.storage import open_object_store
+from udddm.storage.base import ObjectStore, Retry
 from udddm.store import Encoding, X0Store
+from udddm.store.autotune import Limits
 from udddm.store.device import DeviceStore
+from udddm.store.layout import StateLayout
 from udddm.store.pinned import MemoryTable, PinnedStore
 from udddm.store.zarr import ZarrStore
 from udddm.testing.objects import DelayedObjectStore, FaultyObjectStore, Operation
@@ -40,18 +43,18 @@ class InMemoryFiles(StoreConformance):
 
 class TestDeviceStore(InMemoryFiles):
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
-        return DeviceStore(order, lanes, shape, encoding, DEVICE)
+        return DeviceStore(StateLayout(order, lanes, shape, encoding, DEVICE))
 
 
 class TestPinnedStore(InMemoryFiles):
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
-        table = MemoryTable(order, lanes, shape, encoding)
-        return PinnedStore(order, lanes, shape, encoding, DEVICE, table)
+        table = MemoryTable(StateLayout(order, lanes, shape, encoding, DEVICE))
+        return PinnedStore(StateLayout(order, lanes, shape, encoding, DEVICE), table)
 
 
 class TestZarrStore(InMemoryFiles):
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
-        return ZarrStore(order, lanes, shape, encoding, DEVICE, directory / "state", default=True)
+        return ZarrStore(StateLayout(order, lanes, shape, encoding, DEVICE), directory / "state", default=True)
 
 
 class TestZarrStoreWithOneThread(TestZarrStore):
@@ -61,7 +64,9 @@ class TestZarrStoreWithOneThread(TestZarrStore):
 
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
         url = directory / "state"
-        return ZarrStore(order, lanes, shape, encoding, DEVICE, url, default=False, threads=1, prefetch=1)
+        return ZarrStore(
+            StateLayout(order, lanes, shape, encoding, DEVICE), url, default=False, limits=Limits(threads=1, prefetch=1)
+        )
 
 
 class TestZarrStoreOnS3(InMemoryFiles):
@@ -74,7 +79,7 @@ class TestZarrStoreOnS3(InMemoryFiles):
 
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
         url = f"s3://{BUCKET}{directory}"
-        return ZarrStore(order, lanes, shape, encoding, DEVICE, url, default=False)
+        return ZarrStore(StateLayout(order, lanes, shape, encoding, DEVICE), url, default=False)
 
 
 @pytest.mark.slow
@@ -115,7 +120,7 @@ class TestZarrStoreOnSlowAndFlakyObjects(InMemoryFiles):
         return found
 
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
-        return ZarrStore(order, lanes, shape, encoding, DEVICE, directory / "state", default=False)
+        return ZarrStore(StateLayout(order, lanes, shape, encoding, DEVICE), directory / "state", default=False)
 
     def test_what_was_cured_is_counted(self, opened: list[FlakyObjects], directory: Path) -> None:
         run = ModelledRun(self.make, ORDERS["even"], Encoding("fp16"), directory)

@@ -13,7 +13,7 @@ import zarr
 
 from udddm.errors import CorruptChunkError, StoreError
 from udddm.order import Order
-from udddm.storage.base import open_object_store
+from udddm.storage import open_object_store
 from udddm.storage.local import LocalObjectStore
 from udddm.store import Encoding
 from udddm.store.encoding import Rows, StateDtype

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from udddm.errors import StoreError
 from udddm.order import Order
-from udddm.store.autotune import FEWEST, MOST, Autotune, Smoothed
+from udddm.store.autotune import FEWEST, MOST, Autotune, Limits, Smoothed
 from udddm.store.pool import Pool
 
 ORDER = Order(seed=1, samples=100_000, batch_size=256, num_lanes=8, chunk_size=256, window=4)
@@ -18,7 +18,7 @@ ROW = 6144  # bytes
 
 
 def measured(step: float, load: float, save: float, **settings: int) -> Autotune:
-    pace = Autotune(ORDER, range(8), ROW, **settings)
+    pace = Autotune(ORDER, range(8), ROW, Limits(**settings))
     for _ in range(50):
         pace.step.add(step)
         pace.load.add(load)
@@ -58,7 +58,7 @@ def test_slow_requests_get_more_threads_and_windows_and_fast_ones_no_more_than_t
 
 
 def test_a_run_that_waits_for_nothing_yet_begins_with_three_windows() -> None:
-    pace = Autotune(ORDER, range(8), ROW, first_threads=8)
+    pace = Autotune(ORDER, range(8), ROW, Limits(first_threads=8))
     assert (pace.readers, pace.writers, pace.ahead, pace.windows) == (8, 8, 1, 3)
 
 
@@ -69,7 +69,7 @@ def test_what_the_caller_sets_is_what_is_used() -> None:
 
 def test_less_memory_than_the_least_is_an_error_that_says_how_much() -> None:
     with pytest.raises(StoreError, match=r"store\.memory_mb.*155 MB"):
-        Autotune(ORDER, range(8), ROW, memory=100 * 10**6)
+        Autotune(ORDER, range(8), ROW, Limits(memory=100 * 10**6))
 
 
 def test_the_estimate_follows_a_change_and_knows_the_spread() -> None:

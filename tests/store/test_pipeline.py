@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import torch
 
-from udddm import cli
 from udddm.errors import StoreError
 from udddm.order import Order
 from udddm.storage.base import Retry
 from udddm.storage.local import LocalObjectStore
 from udddm.store import Encoding
+from udddm.store.autotune import Limits
+from udddm.store.layout import StateLayout
 from udddm.store.pinned import MemoryTable, PinnedStore
 from udddm.store.pipeline import HostStore, _Window
 from udddm.store.zarr import ZarrStore
@@ -81,7 +82,12 @@ class WatchedRun(ModelledRun):
     def _store(
         self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path
     ) -> ZarrStore:
-        store = ZarrStore(order, lanes, shape, encoding, CPU, directory / "state", default=True, **self.options)
+        store = ZarrStore(
+            StateLayout(order, lanes, shape, encoding, CPU),
+            directory / "state",
+            default=True,
+            limits=Limits(**self.options),
+        )
         store._table.generations.objects = self.objects
         return store
 
@@ -146,13 +152,13 @@ def test_a_failure_in_the_background_stops_the_next_step(
 @pytest.mark.parametrize("method", ["load", "save", "finish", "discard_before"])
 def test_a_failing_table_stops_the_next_step(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> PinnedStore:
-        table = MemoryTable(order, lanes, shape, encoding)
+        table = MemoryTable(StateLayout(order, lanes, shape, encoding, CPU))
 
         def fails(*arguments: Any) -> Any:
             raise RuntimeError(f"{method} broke")
 
         monkeypatch.setattr(table, method, fails)
-        return PinnedStore(order, lanes, shape, encoding, CPU, table)
+        return PinnedStore(StateLayout(order, lanes, shape, encoding, CPU), table)
 
     run = ModelledRun(make, ORDER, Encoding("fp32"), Path())
     run.start()
@@ -305,7 +311,9 @@ def test_memory_is_bounded_by_the_windows_that_fit_whatever_n_is(samples: int, w
 
     def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> CountedStore:
         return CountedStore(
-            order, lanes, shape, encoding, CPU, MemoryTable(order, lanes, shape, encoding), memory=memory
+            StateLayout(order, lanes, shape, encoding, CPU),
+            MemoryTable(StateLayout(order, lanes, shape, encoding, CPU)),
+            limits=Limits(memory=memory),
         )
 
     gc.collect()
@@ -324,12 +332,15 @@ def test_memory_is_bounded_by_the_windows_that_fit_whatever_n_is(samples: int, w
 def test_a_step_of_many_windows_has_as_many_in_memory_and_two_more() -> None:
     order = Order(1, 300, 60, 2, 3, 2)  # 30 samples a step and lane, 6 a window
     store = PinnedStore(
-        order, range(2), SHAPE, Encoding("fp16"), CPU, MemoryTable(order, range(2), SHAPE, Encoding("fp16"))
+        StateLayout(order, range(2), SHAPE, Encoding("fp16"), CPU),
+        MemoryTable(StateLayout(order, range(2), SHAPE, Encoding("fp16"), CPU)),
     )
     assert store.pace.windows == 7
     store.close()
     run = ModelledRun(
-        lambda o, lanes, shape, e, d: PinnedStore(o, lanes, shape, e, CPU, MemoryTable(o, lanes, shape, e)),
+        lambda o, lanes, shape, e, d: PinnedStore(
+            StateLayout(o, lanes, shape, e, CPU), MemoryTable(StateLayout(o, lanes, shape, e, CPU))
+        ),
         order,
         Encoding("fp16"),
         Path(),
@@ -412,7 +423,7 @@ def train(run: Path, *more: str) -> int:
     arguments = ["--run-dir", str(run), "--device", "cpu"]
     for setting in [*TINY, *more]:
         arguments += ["--set", setting]
-    return cli.train(arguments)
+    return train_command(arguments)
 
 
 def fingerprints(run: Path) -> dict[str, str]:
@@ -468,14 +479,14 @@ def test_a_chunks_generations_are_saved_in_their_order_however_slow_one_is() -> 
 
     order, encoding = ONE_WINDOW, Encoding("fp32")
     table = Slow(order, range(order.num_lanes), SHAPE, encoding)
-    store = PinnedStore(order, range(order.num_lanes), SHAPE, encoding, CPU, table, threads=16)
+    store = PinnedStore(StateLayout(order, range(order.num_lanes), SHAPE, encoding, CPU), table, Limits(threads=16))
     store.start(0, 0, None)
     try:
         for _ in range(3 * order.steps_per_epoch):
             store.write(store.read() + 1)
         store.settle()
         assert sorted(saved) == sorted(saved, key=lambda entry: entry[:2])
-        zero = MemoryTable(order, range(order.num_lanes), SHAPE, encoding)
+        zero = MemoryTable(StateLayout(order, range(order.num_lanes), SHAPE, encoding, CPU))
         zero.open(0, 0, None)
         for lane in range(order.num_lanes):
             for chunk in range(order.num_chunks(lane)):

@@ -19,7 +19,8 @@ import zarr
 
 from udddm.errors import CorruptChunkError, StoreError
 from udddm.order import Order
-from udddm.storage.base import ObjectStore, PermanentStorageError, Retry, open_object_store
+from udddm.storage import open_object_store
+from udddm.storage.base import ObjectStore, PermanentStorageError, Retry
 from udddm.storage.failures import of_fsspec, refusal
 from udddm.storage.filesystem import FsspecObjectStore
 from udddm.storage.local import LocalObjectStore

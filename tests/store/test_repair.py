@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 
-from udddm import cli
 from udddm.config import StoreConfig
 from udddm.errors import CorruptChunkError, StoreError
 from udddm.order import Order
@@ -18,6 +17,7 @@ from udddm.storage.local import LocalObjectStore
 from udddm.store import Encoding, X0Store, build
 from udddm.store.encoding import generation_zero
 from udddm.store.generations import Generations, open_existing
+from udddm.store.layout import StateLayout
 from udddm.testing.store import SHAPE, ModelledRun
 
 ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, window=2)
@@ -28,7 +28,11 @@ def run_at(directory: Path, on_damage: str, kind: str = "zarr") -> ModelledRun:
     config = StoreConfig.model_validate({"kind": kind, "on_corruption": on_damage})
 
     def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, where: Path) -> X0Store:
-        return build(config, order, lanes, shape, torch.device("cpu"), Run(where))
+        return build(
+            Run(where).store_context(
+                StateLayout(order, lanes, shape, Encoding(config.dtype), torch.device("cpu")), config
+            )
+        )
 
     return ModelledRun(make, ORDER, FP16, directory)
 
@@ -143,7 +147,11 @@ def test_a_later_run_at_the_same_url_is_refused_and_the_own_run_is_not(tmp_path:
         config = StoreConfig(kind="zarr", url=str(url))
 
         def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, where: Path) -> X0Store:
-            return build(config, order, lanes, shape, torch.device("cpu"), Run(where))
+            return build(
+                Run(where).store_context(
+                    StateLayout(order, lanes, shape, Encoding(config.dtype), torch.device("cpu")), config
+                )
+            )
 
         return ModelledRun(make, ORDER, FP16, directory)
 
@@ -188,7 +196,7 @@ SETTINGS = (
 
 def train(run: Path, *arguments: str) -> int:
     settings = [part for each in SETTINGS for part in ("--set", each)]
-    return cli.train(["--run-dir", str(run), "--device", "cpu", "--store", "zarr", *settings, *arguments])
+    return train_command(["--run-dir", str(run), "--device", "cpu", "--store", "zarr", *settings, *arguments])
 
 
 def test_the_command_stops_by_default_and_goes_on_with_the_flag(

@@ -17,6 +17,7 @@ from udddm.order import Order
 from udddm.store import Encoding, Snapshot, X0Store
 from udddm.store.device import DeviceStore
 from udddm.store.encoding import StateDtype
+from udddm.store.layout import StateLayout
 from udddm.store.pinned import MemoryTable, PinnedStore
 from udddm.store.zarr import ZarrStore
 from udddm.testing.store import Make, ModelledRun
@@ -26,19 +27,21 @@ ORDER = Order(seed=2, samples=61, batch_size=8, num_lanes=4, chunk_size=3, windo
 
 
 def gpu(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
-    return DeviceStore(order, lanes, shape, encoding, CPU)
+    return DeviceStore(StateLayout(order, lanes, shape, encoding, CPU))
 
 
 def pinned(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
-    return PinnedStore(order, lanes, shape, encoding, CPU, MemoryTable(order, lanes, shape, encoding))
+    return PinnedStore(
+        StateLayout(order, lanes, shape, encoding, CPU), MemoryTable(StateLayout(order, lanes, shape, encoding, CPU))
+    )
 
 
 def zarr(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
-    return ZarrStore(order, lanes, shape, encoding, CPU, directory / "state", default=True)
+    return ZarrStore(StateLayout(order, lanes, shape, encoding, CPU), directory / "state", default=True)
 
 
 def zarr_elsewhere(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
-    return ZarrStore(order, lanes, shape, encoding, CPU, directory / "elsewhere", default=False)
+    return ZarrStore(StateLayout(order, lanes, shape, encoding, CPU), directory / "elsewhere", default=False)
 
 
 KINDS: dict[str, Make] = {"gpu": gpu, "pinned": pinned, "zarr": zarr, "zarr elsewhere": zarr_elsewhere}
@@ -133,7 +136,7 @@ def test_another_spelling_of_the_place_does_not_lose_the_state(quick: Path, monk
     monkeypatch.chdir(quick)
 
     def relative(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
-        return ZarrStore(order, lanes, shape, encoding, CPU, "elsewhere", default=False)
+        return ZarrStore(StateLayout(order, lanes, shape, encoding, CPU), "elsewhere", default=False)
 
     run = ModelledRun(zarr_elsewhere, ORDER, Encoding("fp16"), quick)
     run.start()

@@ -45,7 +45,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
 
 def killed(run: Path, url: str, environment: dict[str, str], checkpoint: str) -> None:
     """Start or resume the run in another process and kill it once a checkpoint is there."""
-    command = [sys.executable, "-m", "udddm.cli", f"--run-dir={run}", "--store=zarr", f"--store-url={url}"]
+    command = [sys.executable, "-m", "udddm", "train", f"--run-dir={run}", "--store=zarr", f"--store-url={url}"]
     command += ["--device=cpu", *(f"--set={override}" for override in OVERRIDES)]
     threads = str(torch.get_num_threads())  # their number decides the order of sums
     with (run.parent / "log").open("ab") as log:

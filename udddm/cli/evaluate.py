@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from udddm.cli import TRUST, positive, reported, version
+from udddm.cli.command import TRUST, add_version, positive, reported
+from udddm.config.plugins import SAMPLERS
 
 if TYPE_CHECKING:
     import torch
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--count", type=positive, default=50_000, metavar="N", help="samples to make (default 50,000)")
     parser.add_argument("--steps", type=positive, default=1, metavar="N", help="network evaluations a sample")
-    parser.add_argument("--sampler", choices=["renoise", "algorithm-2", "heun"], default="renoise")
+    parser.add_argument("--sampler", default="renoise", metavar="NAME", help=", ".join(SAMPLERS.members))
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="W", help="weight of the labels (default 1: plain sampling)"
     )
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--cache", type=Path, metavar="DIR", help="where the data set's statistics are kept")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
-    parser.add_argument("--version", action="version", version=version())
+    add_version(parser)
     return parser
 
 
@@ -91,11 +92,11 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     import torch
 
     from udddm import config as configuration
-    from udddm.api import load_model
     from udddm.data import ImageDataset, load_dataset
     from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
     from udddm.evaluation import evaluate
     from udddm.evaluation.features import extract, load_features
+    from udddm.runs.model import load_model
 
     refused = (ConfigError, DataError, CheckpointError, StoreError, OSError)
     network = ranks.run_on_all(lambda: load_features(arguments.features, ranks.device), refused)
@@ -157,24 +158,14 @@ def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, r
     """Features and logits of all samples on the first rank; each rank makes its own and sends their features."""
     import numpy as np
 
-    from udddm.api import default_labels
-    from udddm.diffusion import samplers
+    from udddm.diffusion.samplers import SamplingOptions
     from udddm.evaluation.evaluate import prefetch
     from udddm.evaluation.features import extract
 
     seeds = (first + np.array_split(np.arange(arguments.count), ranks.world_size)[ranks.rank]).tolist()
-    drawn = samplers.batches(
-        model.network,
-        model.process,
-        model.shape,
-        seeds,
-        batch=min(arguments.batch, arguments.count),
-        steps=arguments.steps,
-        sampler=arguments.sampler,
-        labels=default_labels(model.config, seeds),
-        guidance=arguments.guidance,
-        device=ranks.device,
-    )
+    batch = min(arguments.batch, arguments.count)
+    options = SamplingOptions(arguments.steps, arguments.sampler, arguments.guidance, batch)
+    drawn = model.batches(seeds, options=options)
     pieces = [piece for piece in ranks.gather_first(extract(network, prefetch(drawn))) if len(piece[0])]
     if not pieces:
         return None

@@ -5,7 +5,7 @@ This package imports neither torch nor numpy: it is what `udddm-train --help` an
 
 from udddm.config.base import Section
 from udddm.config.objective import ChainConfig, ECTConfig, EDMConfig, ICTConfig, ObjectiveConfig, Stage
-from udddm.config.reading import apply, load_config, resolve
+from udddm.config.reading import apply, as_yaml, load_config, overridden, resolve
 from udddm.config.run import (
     CheckpointConfig,
     DataConfig,
@@ -25,6 +25,7 @@ from udddm.errors import ConfigError
 __all__ = [
     "ChainConfig",
     "CheckpointConfig",
+    "ConfigError",
     "DataConfig",
     "ECTConfig",
     "EDMConfig",
@@ -43,6 +44,8 @@ __all__ = [
     "StoreConfig",
     "TrainConfig",
     "apply",
+    "as_yaml",
     "load_config",
+    "overridden",
     "resolve",
 ]

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 UnderOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+CHANGEABLE: dict[str, JsonValue] = {"changeable": True}
+"""`json_schema_extra` of a field that may differ between two starts of a run: it decides nothing about the weights."""
 
 
 class Section(BaseModel):

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator, model_validator
 
 from udddm.config.base import Fraction, Positive, Section, UnderOne
+from udddm.config.plugins import OBJECTIVES
 
 
 class Stage(Section):
@@ -89,20 +90,19 @@ class EDMConfig(Section):
     p_std: Annotated[float, Field(gt=0)] = Field(1.2, description="of ln sigma")
 
 
-ECT_PRETRAIN = 0.4
-
-
 class ObjectiveConfig(Section):
-    name: Literal["chain", "algorithm-1", "consistency", "tuning", "denoiser"] = Field(
-        "chain", description="docs/method.md: chain, the paper's Algorithm 1, iCT, ECT, an EDM denoiser"
+    name: Annotated[str, AfterValidator(OBJECTIVES.check)] = Field(
+        "chain",
+        description="chain, ict, ect, edm (a denoiser), uddm (the paper's Algorithm 1), or package.module:factory",
     )
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of an objective of your own")
     pretrain: UnderOne | None = Field(
         None,
-        description="share of the run that trains a denoiser first; unset: 0.4 for tuning without train.init_from, or 0",
+        description="share of the run that trains a denoiser first; unset: the objective's default (0.4 for ect), 0 with train.init_from",
     )
     huber_c: Annotated[float, Field(gt=0)] | None = Field(
         None,
-        description="c of Eq. 4; unset: 0.19 sqrt(C H W) for chain, 0.00054 sqrt(C H W) for consistency and tuning, "
+        description="c of Eq. 4; unset: 0.19 sqrt(C H W) for chain, 0.00054 sqrt(C H W) for ict and ect, "
         "the paper's 0.00014 or 0.00015 for Algorithm 1",
     )
     chain: ChainConfig = ChainConfig()

@@ -1,41 +1,186 @@
-"""TODO."""
+"""The plug points: every choice that can be made by name, and the members that come with the package.
+
+A member is named in a configuration by its short name, or as `package.module:factory` for one of your own
+(docs/extending.md). The tables hold import paths as text: nothing is imported before it is used, so this module is as
+cheap as the rest of the configuration. To add a member to the package, write its file and add its line here.
+"""
 
 from __future__ import annotations
 
 import difflib
 import importlib
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from udddm.errors import DataError
+from pydantic import BaseModel, ValidationError
+
+from udddm.errors import ConfigError
 
 
 def load_plugin(name: str, what: str) -> Callable[..., Any]:
-    """The function `package.module:function`; messages say that it is for `what`. Raises DataError.
+    """Import the function or class `package.module:name`. `what` is how messages call it, such as "data set".
 
-    The function is one of the module's own names: with dots, any module would give all that it imports.
+    Raises ConfigError for a malformed name, a module that cannot be imported, or an attribute that does not exist or
+    cannot be called. Only attributes of the module itself are taken: `os:path.join` is refused.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute.isidentifier() or module_name.startswith("."):
-        raise DataError(f"{what} {name!r}: write package.module:function")
+        raise ConfigError(f"{what} {name!r}: write package.module:function")
     try:
         module = importlib.import_module(module_name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
-            raise DataError(
+            raise ConfigError(
                 f"{what} {name!r}: there is no module {error.name}: install it, or name its folder in PYTHONPATH"
             ) from error
-        raise DataError(f"{what} {name!r}: importing {module_name} failed: {error}") from error
+        raise ConfigError(f"{what} {name!r}: importing {module_name} failed: {error}") from error
     except ImportError as error:
-        raise DataError(f"{what} {name!r}: importing {module_name} failed: {error}") from error
-    try:
-        factory = getattr(module, attribute)
-    except AttributeError as error:
+        raise ConfigError(f"{what} {name!r}: importing {module_name} failed: {error}") from error
+    if not hasattr(module, attribute):
         names = [each for each in vars(module) if not each.startswith("_")]
         match = difflib.get_close_matches(attribute, names, 1)
         hint = f"; did you mean {match[0]}?" if match else ""
-        raise DataError(f"{what} {name!r}: the module {module_name} has no {attribute}{hint}") from error
-    if not callable(factory):
-        raise DataError(f"{what} {name!r} is a {type(factory).__name__}, not a function")
-    found: Callable[..., Any] = factory
-    return found
+        raise ConfigError(f"{what} {name!r}: the module {module_name} has no {attribute}{hint}")
+    found = getattr(module, attribute)
+    if not callable(found):
+        raise ConfigError(f"{what} {name!r} is a {type(found).__name__}, not a function")
+    factory: Callable[..., Any] = found
+    return factory
+
+
+def name_of(factory: Callable[..., Any] | str, what: str) -> str:
+    """The name by which a configuration refers to a factory that was passed from Python.
+
+    Raises ConfigError for a lambda, a local function or an instance: workers must be able to import it by name.
+    """
+    if isinstance(factory, str):
+        return factory
+    module, name = getattr(factory, "__module__", None), getattr(factory, "__qualname__", "")
+    if not module or not name.isidentifier():
+        raise ConfigError(
+            f"{what}={factory!r}: give a function or class that is defined at the top level of a module, or its name "
+            "as package.module:function; every worker imports it by that name"
+        )
+    return f"{module}:{name}"
+
+
+class Registry:
+    """The members of one plug point: short names and the import paths of their factories.
+
+    `what` is how messages call a member, `key` the configuration key that names one, `renamed` maps old names to
+    today's.
+    """
+
+    def __init__(self, what: str, key: str, members: Mapping[str, str], renamed: Mapping[str, str] | None = None):
+        self.what, self.key, self.members, self.renamed = what, key, dict(members), dict(renamed or {})
+
+    def check(self, name: str) -> str:
+        """The name as the configuration keeps it. Raises ValueError for one that is neither known nor an import path."""
+        name = self.renamed.get(name, name)
+        if name in self.members or ":" in name:
+            return name
+        match = difflib.get_close_matches(name, [*self.members, *self.renamed], 1, 0.5)
+        hint = f"did you mean {self.renamed.get(match[0], match[0])}? There are" if match else "there are"
+        raise ValueError(f"unknown {self.what} {name!r}; {hint} {', '.join(self.members)}, and package.module:function")
+
+    def load(self, name: str) -> Callable[..., Any]:
+        """Import the factory of a member. Raises ConfigError."""
+        try:
+            name = self.check(name)
+        except ValueError as error:
+            raise ConfigError(f"{self.key}: {error}") from None
+        return load_plugin(self.members.get(name, name), self.what)
+
+    def build(self, name: str, settings: Mapping[str, Any], context: Any) -> Any:
+        """`factory(context)`, or `factory(context, settings)` where the factory names a pydantic model of its settings
+        as the attribute `Settings`. A class that has a classmethod `create` is built by it. Raises ConfigError for
+        settings that the model refuses, naming each key."""
+        factory = self.load(name)
+        parsed = self.parse(name, factory, settings)
+        create = getattr(factory, "create", factory)
+        return create(context) if parsed is None else create(context, parsed)
+
+    def parse(self, name: str, factory: Callable[..., Any], settings: Mapping[str, Any]) -> BaseModel | None:
+        """The settings of a member as its own model; None where it takes none."""
+        section = f"{self.key.rpartition('.')[0]}.settings"
+        model = getattr(factory, "Settings", None)
+        if model is None:
+            if settings:
+                raise ConfigError(f"{section}: the {self.what} {name} takes no settings; remove {', '.join(settings)}")
+            return None
+        if not (inspect.isclass(model) and issubclass(model, BaseModel)):
+            raise ConfigError(f"the {self.what} {name}: its attribute Settings must be a pydantic model")
+        try:
+            return model.model_validate(dict(settings))
+        except ValidationError as error:
+            lines = [f"{section}.{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
+            raise ConfigError(f"the {self.what} {name}:\n  " + "\n  ".join(lines)) from None
+
+
+STORES = Registry(
+    "x0-state store",
+    "store.kind",
+    {
+        "gpu": "udddm.store.device:DeviceStore",
+        "pinned": "udddm.store.pinned:PinnedStore",
+        "zarr": "udddm.store.zarr:ZarrStore",
+    },
+)
+OBJECTIVES = Registry(
+    "objective",
+    "objective.name",
+    {
+        "chain": "udddm.objectives.chain:build",
+        "ict": "udddm.objectives.ict:build",
+        "ect": "udddm.objectives.ect:build",
+        "edm": "udddm.objectives.edm:build",
+        "uddm": "udddm.objectives.uddm:build",
+    },
+    renamed={"consistency": "ict", "tuning": "ect", "denoiser": "edm", "algorithm-1": "uddm"},
+)
+NETWORKS = Registry("network", "network.name", {"unet": "udddm.networks.unet:build"})
+SCHEDULES = Registry(
+    "noise schedule",
+    "schedule.kind",
+    {
+        "ve": "udddm.diffusion.schedule:VarianceExploding",
+        "vp": "udddm.diffusion.schedule:VariancePreserving",
+    },
+)
+SAMPLERS = Registry(
+    "sampler",
+    "sample.sampler",
+    {
+        "renoise": "udddm.diffusion.samplers:renoise",
+        "algorithm-2": "udddm.diffusion.samplers:algorithm_2",
+        "heun": "udddm.diffusion.samplers:heun",
+    },
+)
+ENGINES = Registry(
+    "engine",
+    "engine.name",
+    {
+        "torch": "udddm.backends.engines.ddp:TorchEngine",
+        "deepspeed": "udddm.backends.engines.deepspeed:DeepSpeedEngine",
+    },
+)
+LAUNCHERS = Registry(
+    "launcher",
+    "--backend",
+    {
+        "local": "udddm.backends.launchers.local:Processes",
+        "ray": "udddm.backends.launchers.ray_train:RayTrain",
+    },
+)
+METRICS = Registry(
+    "metric",
+    "evaluate.metrics",
+    {
+        "frechet": "udddm.evaluation.metrics:frechet_metric",
+        "kid": "udddm.evaluation.metrics:kid_metric",
+        "precision-recall": "udddm.evaluation.metrics:precision_recall_metric",
+        "spread": "udddm.evaluation.metrics:spread_metric",
+        "inception-score": "udddm.evaluation.metrics:inception_score_metric",
+    },
+)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import difflib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,8 +13,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from udddm.config.renamed import current_key, modernize
 from udddm.config.run import RunConfig
 from udddm.errors import ConfigError
+from udddm.log import log
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:
@@ -34,22 +38,40 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{path} must hold a mapping of sections, not a {type(loaded).__name__}")
         tree = loaded or {}
-    for override in overrides or []:
-        apply(tree, override)
-    return resolve(tree, source)
+    return resolve(overridden(tree, overrides or [], source), source)
+
+
+def overridden(tree: dict[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
+    """A copy of a tree of plain values with overrides such as `train.epochs=3`. Raises ConfigError."""
+    changed = copy.deepcopy(_modernized(tree, source))
+    for override in overrides:
+        apply(changed, override)
+    return changed
+
+
+def as_yaml(value: Any) -> str:
+    """A plain value as the text of an override."""
+    return yaml.safe_dump(value, default_flow_style=True, width=1 << 20).removesuffix("\n...\n").strip()
 
 
 def resolve(tree: dict[str, Any], source: str = "the configuration") -> RunConfig:
     """Validate a tree of plain values. Raises ConfigError with every mistake, each naming its key."""
     try:
-        return RunConfig.model_validate(tree)
+        return RunConfig.model_validate(_modernized(tree, source))
     except ValidationError as error:
         lines = [_explain(detail) for detail in error.errors()]
         raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None
 
 
+def _modernized(tree: dict[str, Any], source: str) -> dict[str, Any]:
+    tree, replaced = modernize(tree)
+    if replaced:
+        log.warning("%s uses old names, which are still read: %s", source, "; ".join(replaced))
+    return tree
+
+
 def apply(tree: dict[str, Any], override: str) -> None:
-    """Apply `key=value` to a tree of plain values. Raises ConfigError."""
+    """Apply `key=value` to a tree of plain values that uses today's names. Raises ConfigError."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override}: write key=value, such as train.epochs=3")
@@ -60,6 +82,9 @@ def apply(tree: dict[str, Any], override: str) -> None:
     if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a string
         with contextlib.suppress(ValueError):
             value = float(value)
+    given, key = key, current_key(key)
+    if given != key:
+        log.warning("--set %s: %s is now %s", override, given, key)
     *parents, leaf = key.split(".")
     node = tree
     for depth, name in enumerate(parents):

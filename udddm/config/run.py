@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, Field, field_validator, model_validator
 
-from udddm.config.base import Positive, Section, UnderOne
-from udddm.config.objective import ECT_PRETRAIN, ObjectiveConfig
+from udddm.config.base import CHANGEABLE, Positive, Section, UnderOne
+from udddm.config.objective import ObjectiveConfig
+from udddm.config.plugins import ENGINES, METRICS, NETWORKS, SAMPLERS, SCHEDULES, STORES
 from udddm.errors import ConfigError
 
 
@@ -27,19 +29,23 @@ class DataConfig(Section):
         "digits",
         description="digits, fashion-mnist, cifar10, folder, array, or your own factory as package.module:function",
     )
-    path: str | None = Field(None, description="a path or fsspec URL: the archive, folder or array to read")
+    path: str | None = Field(
+        None, description="a path or fsspec URL: the archive, folder or array to read", json_schema_extra=CHANGEABLE
+    )
     size: Positive | None = Field(None, description="side in pixels that a folder's images are resized to")
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for package.module:function")
     expect: ExpectConfig | None = Field(
         None,
-        description="what the data are to hold: checked when they are loaded; what --dry-run plans for without them",
+        description="what the data must hold: checked when they are loaded; what --dry-run assumes without them",
+        json_schema_extra=CHANGEABLE,
     )
 
 
 class ScheduleConfig(Section):
     """The forward process (PAPER: "Forward process"). `timesteps` is the paper's T."""
 
-    kind: Literal["vp", "ve"] = "ve"
+    kind: Annotated[str, AfterValidator(SCHEDULES.check)] = Field("ve", description="ve, vp, or package.module:factory")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a schedule of your own")
     timesteps: Annotated[int, Field(ge=2)] = 1000
     beta_min: Annotated[float, Field(gt=0, lt=1)] = Field(1.5e-3, description="VP only")
     beta_max: Annotated[float, Field(gt=0, lt=1)] = Field(2.0e-2, description="VP only")
@@ -54,10 +60,6 @@ class ScheduleConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> ScheduleConfig:
-        if self.kind == "vp" and self.preconditioning in ("linear", "quadratic"):
-            raise ValueError(
-                f"preconditioning {self.preconditioning!r} is a kappa of the VE process; VP takes 'paper' or 'edm'"
-            )
         if self.sigma_min >= self.sigma_max:
             raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
         if self.beta_min > self.beta_max:
@@ -66,8 +68,10 @@ class ScheduleConfig(Section):
 
 
 class NetworkConfig(Section):
-    """The ADM U-Net (Dhariwal & Nichol 2021) with cross-attention to the conditioning image."""
+    """The network; without `name`, the ADM U-Net (Dhariwal & Nichol 2021) with cross-attention to an image."""
 
+    name: Annotated[str, AfterValidator(NETWORKS.check)] = Field("unet", description="unet, or package.module:factory")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a network of your own")
     patch: Positive = Field(1, description="side of the pixel blocks that become channels (pixel unshuffle); 1: none")
     base_channels: Positive = 128
     channel_mult: tuple[Positive, ...] = Field((1, 2, 2, 2), min_length=1)
@@ -99,7 +103,12 @@ class OrderConfig(Section):
 
 
 class StoreConfig(Section):
-    kind: Literal["gpu", "pinned", "zarr"] = "gpu"
+    """The x0-state store. Any of it may change between two starts of a run."""
+
+    kind: Annotated[str, AfterValidator(STORES.check)] = Field(
+        "gpu", description="gpu, pinned, zarr, or package.module:factory"
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a store of your own")
     url: str | None = Field(None, description="where the zarr store lives; unset: <run>/state")
     dtype: Literal["fp32", "fp16", "bf16", "uint8"] = "fp16"
     threads: Positive | None = Field(
@@ -126,15 +135,16 @@ class StoreConfig(Section):
 class EngineConfig(Section):
     """What takes the optimizer steps. Any of it may change between two starts of a run."""
 
-    name: Literal["torch", "deepspeed"] = "torch"
+    name: Annotated[str, AfterValidator(ENGINES.check)] = Field(
+        "torch", description="torch, deepspeed, or package.module:factory"
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of an engine of your own")
     zero: Annotated[int, Field(ge=0, le=3)] | None = Field(None, description="ZeRO stage; unset: the file's, or 0")
     offload: bool = Field(False, description="keep master weights and moments in host memory (ZeRO 1 to 3)")
     deepspeed: dict[str, Any] = Field(default_factory=dict, description="a DeepSpeed configuration (--deepspeed FILE)")
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:
-        if self.name == "torch" and (self.zero is not None or self.offload or self.deepspeed):
-            raise ValueError("zero, offload and deepspeed are settings of engine.name=deepspeed (--engine deepspeed)")
         if self.offload and self.zero == 0:
             raise ValueError("offload needs ZeRO stage 1, 2 or 3 (engine.zero, --zero)")
         return self
@@ -149,7 +159,9 @@ class TrainConfig(Section):
     )
     batch_size: Positive = Field(128, description="samples of one step, over all ranks")
     grad_accumulation: Positive = Field(
-        1, description="micro-batches of a step on each rank: less memory, the same result"
+        1,
+        description="micro-batches of a step on each rank: less memory, the same result",
+        json_schema_extra=CHANGEABLE,
     )
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
     betas: tuple[UnderOne, UnderOne] = (0.9, 0.999)
@@ -164,11 +176,15 @@ class TrainConfig(Section):
         (), description="relative length of each average with a power-function profile (docs/method.md)"
     )
     power_ema_every_steps: Positive = Field(
-        1000, description="steps between their snapshots, from which a length is chosen after training"
+        1000,
+        description="steps between their snapshots, from which a length is chosen after training",
+        json_schema_extra=CHANGEABLE,
     )
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    torch_threads: Positive | None = Field(None, description="CPU threads of a tensor operation; unset: torch's choice")
-    compile: bool = False
+    torch_threads: Positive | None = Field(
+        None, description="CPU threads of a tensor operation; unset: torch's choice", json_schema_extra=CHANGEABLE
+    )
+    compile: bool = Field(False, json_schema_extra=CHANGEABLE)
     channels_last: bool = True
 
     @model_validator(mode="after")
@@ -201,7 +217,10 @@ class SampleConfig(Section):
         0, description="samples written as samples.npy and samples.png at the end"
     )
     steps: Positive = Field(1, description="network evaluations a sample")
-    sampler: Literal["renoise", "algorithm-2", "heun"] = Field("renoise", description="heun is for denoisers")
+    sampler: Annotated[str, AfterValidator(SAMPLERS.check)] = Field(
+        "renoise", description="renoise, algorithm-2, heun (for denoisers), or package.module:function"
+    )
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a sampler of your own")
     guidance: float = Field(1.0, description="weight of the label, f_none + w (f_label - f_none); 1 is plain sampling")
 
 
@@ -211,6 +230,9 @@ class EvaluateConfig(Section):
     every_steps: Annotated[int, Field(ge=0)] = Field(0, description="0 is never")
     count: Annotated[int, Field(ge=2)] = Field(2000, description="samples made for it, between two steps")
     features: str = Field("inception", description="inception, a TorchScript file, or package.module:function")
+    metrics: tuple[Annotated[str, AfterValidator(METRICS.check)], ...] = Field(
+        tuple(METRICS.members), description="names, and functions of your own as package.module:function"
+    )
 
 
 class RunConfig(Section):
@@ -220,16 +242,20 @@ class RunConfig(Section):
     network: NetworkConfig = NetworkConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     order: OrderConfig = OrderConfig()
-    store: StoreConfig = StoreConfig()
+    store: StoreConfig = Field(StoreConfig(), json_schema_extra=CHANGEABLE)
     train: TrainConfig = TrainConfig(epochs=100)
-    engine: EngineConfig = EngineConfig()
-    checkpoint: CheckpointConfig = CheckpointConfig()
-    sample: SampleConfig = SampleConfig()
-    evaluate: EvaluateConfig = EvaluateConfig()
+    engine: EngineConfig = Field(EngineConfig(), json_schema_extra=CHANGEABLE)
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), json_schema_extra=CHANGEABLE)
+    sample: SampleConfig = Field(SampleConfig(), json_schema_extra=CHANGEABLE)
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), json_schema_extra=CHANGEABLE)
     published: dict[Positive, dict[str, float]] = Field(
-        default_factory=dict, description="by evaluations: figures that others report (fid, inception_score)"
+        default_factory=dict,
+        description="by evaluations: figures that others report (fid, inception_score)",
+        json_schema_extra=CHANGEABLE,
     )
-    log_every_steps: Positive = 50
+    log_every_steps: Positive = Field(
+        50, description="steps between two lines of metrics", json_schema_extra=CHANGEABLE
+    )
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
@@ -238,27 +264,8 @@ class RunConfig(Section):
                 f"order.lanes ({self.order.lanes}) must divide train.batch_size ({self.train.batch_size}): "
                 "each lane gives the same number of samples to a step"
             )
-        if self.objective.name == "algorithm-1" and self.network.condition == "none":
-            raise ValueError(
-                "Algorithm 1 conditions the network on the x0-state: set network.condition=cross-attention"
-            )
         self.check_guidance(self.sample.guidance, "sample.guidance")
         return self
-
-    @property
-    def pretrain_share(self) -> float:
-        """The share of the run that trains a denoiser before its objective."""
-        if self.objective.name == "denoiser":
-            return 0.0
-        if self.objective.pretrain is not None:
-            return self.objective.pretrain
-        return ECT_PRETRAIN if self.objective.name == "tuning" and self.train.init_from is None else 0.0
-
-    @property
-    def objective_in_words(self) -> str:
-        """The objective's name, and the warm-up where there is one, as a run and its plan tell them."""
-        first = f", after a denoiser for {self.pretrain_share:.0%} of the run" if self.pretrain_share else ""
-        return self.objective.name + first
 
     def check_guidance(self, weight: float, key: str) -> None:
         """Raise ConfigError, naming `key`, unless a network trained with this configuration can be guided so."""
@@ -274,15 +281,15 @@ class RunConfig(Section):
                 "network.label_dropout (such as 0.1), or leave it at 1"
             )
 
-    @staticmethod
-    def changeable() -> frozenset[str]:
+    @classmethod
+    def changeable(cls) -> frozenset[str]:
         """The keys that may differ between two starts of a run: they decide nothing about the trained weights."""
-        return _CHANGEABLE
+        return frozenset(_changeable(cls))
 
     def fingerprint(self) -> str:
         """A hash of all that decides the trained weights: what a run directory must agree on to be resumed."""
         settings = self.model_dump(mode="json")
-        for key in _CHANGEABLE:
+        for key in self.changeable():
             section, _, leaf = key.partition(".")
             if leaf:
                 settings[section].pop(leaf)
@@ -291,27 +298,10 @@ class RunConfig(Section):
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 
-_CHANGEABLE = frozenset(
-    {
-        "checkpoint",
-        "sample",
-        "evaluate",
-        "published",
-        "log_every_steps",
-        "store.kind",
-        "store.url",
-        "store.dtype",
-        "store.threads",
-        "store.prefetch",
-        "store.memory_mb",
-        "store.on_corruption",
-        "store.compression",
-        "engine",
-        "train.grad_accumulation",
-        "train.compile",
-        "train.power_ema_every_steps",
-        "train.torch_threads",
-        "data.path",
-        "data.expect",
-    }
-)
+def _changeable(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """The keys whose fields are marked with CHANGEABLE: a section as a whole, or a leaf."""
+    for name, field in model.model_fields.items():
+        if field.json_schema_extra == CHANGEABLE:
+            yield prefix + name
+        elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            yield from _changeable(field.annotation, f"{prefix}{name}.")

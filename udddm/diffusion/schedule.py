@@ -14,6 +14,8 @@ import numpy.typing as npt
 import torch
 
 from udddm.config import ScheduleConfig
+from udddm.config.plugins import SCHEDULES
+from udddm.errors import ConfigError
 
 Array = npt.NDArray[np.float64]
 
@@ -36,10 +38,16 @@ class Coefficients(NamedTuple):
 
 
 class NoiseSchedule:
-    """A forward process. `sigma(t)` is the noise-to-signal ratio: VE's sigma_t, VP's sqrt((1-abar_t)/abar_t)."""
+    """The contract of a noise schedule: `sigma`, `signal`, `time` and `_precondition`.
+
+    `sigma(t)` is the noise-to-signal ratio: VE's sigma_t, VP's sqrt((1 - abar_t) / abar_t). A factory of your own is
+    called with the section `schedule` of the configuration.
+    """
 
     max_frequency: float
-    """The highest frequency that an embedding of `Coefficients.embedding` should resolve, radians a unit."""
+    """The highest frequency that an embedding of `Coefficients.c_noise` should resolve, radians per unit."""
+    huber_c: float = 0.00015
+    """The paper's c of Eq. 4 for this schedule."""
 
     def __init__(self, config: ScheduleConfig):
         self.config = config
@@ -126,8 +134,14 @@ class VarianceExploding(NoiseSchedule):
 
 
 class VariancePreserving(NoiseSchedule):
+    huber_c = 0.00014
+
     def __init__(self, config: ScheduleConfig):
         super().__init__(config)
+        if config.preconditioning in ("linear", "quadratic"):
+            raise ConfigError(
+                f"schedule.preconditioning={config.preconditioning} is a kappa of the VE schedule; VP takes paper or edm"
+            )
         betas = np.linspace(config.beta_min, config.beta_max, config.timesteps)
         self._steps = np.arange(1, config.timesteps + 1, dtype=np.float64)
         self._log_alpha_bar = np.cumsum(np.log1p(-betas))
@@ -154,4 +168,6 @@ class VariancePreserving(NoiseSchedule):
 
 
 def build(config: ScheduleConfig) -> NoiseSchedule:
-    return VarianceExploding(config) if config.kind == "ve" else VariancePreserving(config)
+    """The configured noise schedule. Raises ConfigError."""
+    built: NoiseSchedule = SCHEDULES.build(config.kind, config.settings, config)
+    return built

@@ -14,7 +14,8 @@ from udddm.config import EvaluateConfig
 from udddm.data import ImageDataset
 from udddm.evaluation import evaluate
 from udddm.evaluation.features import extract, load_features
-from udddm.log import say
+from udddm.evaluation.metrics import Reference
+from udddm.log import log
 
 
 class BackgroundEvaluation:
@@ -24,9 +25,9 @@ class BackgroundEvaluation:
     """
 
     def __init__(self, config: EvaluateConfig, dataset: ImageDataset, device: torch.device, run: Path):
-        self._network = load_features(config.features, device)
+        self._network, self._metrics = load_features(config.features, device), config.metrics
         self._dataset, self._path = dataset, run / "evaluation.jsonl"
-        self._reference: evaluate.Reference | None = None
+        self._reference: Reference | None = None
         choose = (
             partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         )  # else a thread's is the first
@@ -45,7 +46,7 @@ class BackgroundEvaluation:
             self._reference = evaluate.reference(self._dataset, self._network)
         rows = extract(self._network, torch.split(images, evaluate.BATCH))
         found: dict[str, Any] = {"step": step, "evaluations": evaluations}
-        found |= evaluate.score(*rows, self._reference, self._network.name)
+        found |= evaluate.score(*rows, self._reference, self._network.name, self._metrics)
         lines = [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
         same = (step, evaluations)  # of a run that was resumed from before it
         kept = [line for line in lines if (line["step"], line["evaluations"]) != same]
@@ -53,9 +54,9 @@ class BackgroundEvaluation:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in [*kept, found]))
         temporary.replace(self._path)
         distance = "fid" if "fid" in found else "fd"
-        say(f"step {step}: {distance} {found[distance]:.4g} on {found['n']} images, recall {found['recall']:.2f}")
+        log.info(f"step {step}: {distance} {found[distance]:.4g} on {found['n']} images, recall {found['recall']:.2f}")
         for note in evaluate.notes(found):
-            say(note)
+            log.info(note)
 
     def close(self) -> None:
         """Wait for what is under way."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,20 +16,18 @@ import numpy.typing as npt
 import torch
 
 from udddm.backends.distributed.ranks import choose_device
+from udddm.config.plugins import METRICS, name_of
 from udddm.data import ImageDataset, MapDataset
 from udddm.data.download import cache_directory
 from udddm.errors import DataError
 from udddm.evaluation import metrics
 from udddm.evaluation.features import INCEPTION, FeatureNetwork, Rows, extract, load_features
+from udddm.evaluation.metrics import KERNEL, MetricInput, Reference
 
 T = TypeVar("T")
 BATCH = 256
 STANDARD = 50_000
 """Images on which published FIDs stand: fewer give higher ones."""
-MANIFOLD = 2000
-"""Images of either side on which precision and recall are computed."""
-KERNEL = 10_000
-"""Images of the data set that KID draws its subsets from."""
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
@@ -40,20 +38,6 @@ def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
         while (item := waiting.pop(0).result()) is not end:
             waiting.append(pool.submit(next, iterator, end))
             yield item  # type: ignore[misc]
-
-
-@dataclass(frozen=True)
-class Reference:
-    """A data set in a feature space."""
-
-    mean: metrics.Array
-    covariance: metrics.Array
-    probe: Rows
-    """[at most KERNEL, D]: features of images drawn at random, the last MANIFOLD of them for precision and recall."""
-
-    @property
-    def moments(self) -> tuple[metrics.Array, metrics.Array]:
-        return self.mean, self.covariance
 
 
 def _read(dataset: ImageDataset) -> Iterator[torch.Tensor]:
@@ -90,26 +74,57 @@ def reference(dataset: ImageDataset, network: FeatureNetwork, cache: Path | None
     return found
 
 
-def score(features: Rows, logits: Rows | None, real: Reference, name: str) -> dict[str, Any]:
-    """The figures of samples with these features. `name` is the feature network's: FID is only Inception's."""
-    own = metrics.moments(features)
-    precision, recall = metrics.precision_recall(real.probe[-MANIFOLD:], features[:MANIFOLD])
-    distance = "fid" if name == INCEPTION else "fd"
-    kid, kid_deviation = metrics.kernel_distance(real.probe, features)
-    spread = metrics.spread(real.moments, own)
-    found: dict[str, Any] = {
-        "n": len(features),
-        distance: metrics.frechet(own, real.moments),
-        "kid": kid,
-        "kid_deviation": kid_deviation,
-        "precision": precision,
-        "recall": recall,
-        "spread": spread,
-        "collapsed": bool(spread < metrics.COLLAPSED),
-    }
-    if logits is not None:
-        found["inception_score"], found["inception_score_deviation"] = metrics.inception_score(logits)
+def score(
+    features: Rows, logits: Rows | None, real: Reference, name: str, chosen: Sequence[str] = tuple(METRICS.members)
+) -> dict[str, Any]:
+    """The figures of samples with these features. `name` is the feature network's: FID is only Inception's. `chosen`
+    names the metrics (`evaluate.metrics`)."""
+    found: dict[str, Any] = {"n": len(features)}
+    given = MetricInput(features, logits, real, "fid" if name == INCEPTION else "fd")
+    for metric in chosen:
+        found |= METRICS.build(metric, {}, given)
     return found
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What `evaluate` found. A figure is None where its metric was not chosen or does not apply."""
+
+    n: int
+    """Images that were scored."""
+    fid: float | None = None
+    """Frechet distance in Inception's feature space."""
+    fd: float | None = None
+    """Frechet distance in any other feature space."""
+    kid: float | None = None
+    kid_deviation: float | None = None
+    """Standard deviation of the kernel distance over its random subsets."""
+    precision: float | None = None
+    """Share of the samples within the data's manifold."""
+    recall: float | None = None
+    """Share of the data within the samples' manifold."""
+    spread: float | None = None
+    """Total variance of the samples' features over that of the data's."""
+    collapsed: bool | None = None
+    """Whether nearly all samples are alike."""
+    inception_score: float | None = None
+    inception_score_deviation: float | None = None
+    other: Mapping[str, Any] = field(default_factory=dict)
+    """Figures of metrics of your own."""
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Scores:
+        known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
+        return cls(**known, other={key: value for key, value in values.items() if key not in known})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The figures that there are, by name."""
+        found = {key: value for key, value in asdict(self).items() if key != "other" and value is not None}
+        return {**found, **self.other}
+
+    def __getitem__(self, key: str) -> Any:
+        """`scores["fid"]` is `scores.fid`."""
+        return self.to_dict()[key]
 
 
 def evaluate(
@@ -117,20 +132,23 @@ def evaluate(
     dataset: MapDataset,
     *,
     features: str = INCEPTION,
+    metrics: Sequence[str | Callable[..., Any]] = tuple(METRICS.members),
     device: str = "auto",
     cache: Path | None = None,
-) -> dict[str, Any]:
-    """Score `images` [N, C, H, W] in [-1, 1] against `dataset`: what `udddm-evaluate --samples` says, as a dict.
+) -> Scores:
+    """Score `images` [N, C, H, W] in [-1, 1] against `dataset`, as `udddm-evaluate --samples` does.
 
-    Keys: n, fid (fd in another feature space than Inception's), kid, precision, recall, spread, collapsed, and
-    inception_score where the network has logits. Raises ConfigError for a feature network that cannot be had, and
-    DataError for images of another shape than the data set's.
+    `features` is inception, a TorchScript file, or package.module:function; `metrics` are names, or functions of your
+    own (docs/extending.md). Raises ConfigError for a feature network or metric that cannot be had, and DataError for
+    images of another shape than the data set's.
     """
+    chosen = [METRICS.check(name_of(metric, "metrics")) for metric in metrics]
     real, rows = ImageDataset(dataset), torch.as_tensor(images)
     if tuple(rows.shape[1:]) != real.shape or len(rows) < 2:
         raise DataError(f"the images are {list(rows.shape)}: wanted two or more [N, {', '.join(map(str, real.shape))}]")
     network = load_features(features, choose_device(device))
-    return score(*extract(network, torch.split(rows, BATCH)), reference(real, network, cache), network.name)
+    extracted = extract(network, torch.split(rows, BATCH))
+    return Scores.from_dict(score(*extracted, reference(real, network, cache), network.name, chosen))
 
 
 def summarize(scores: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,10 @@ import torch
 Features = npt.NDArray[np.floating[Any]]
 Array = npt.NDArray[np.float64]
 
+MANIFOLD = 2000
+"""Images of either side on which precision and recall are computed."""
+KERNEL = 10_000
+"""Images of the data set that KID draws its subsets from."""
 COLLAPSED = 0.05
 """Samples whose features vary by less than this share of what the data's vary are nearly all alike: a collapse."""
 
@@ -87,3 +92,61 @@ def precision_recall(real: Features, fake: Features, k: int = 3) -> tuple[float,
 def spread(real: tuple[Array, Array], fake: tuple[Array, Array]) -> float:
     """The samples' total variance over the data's; below `COLLAPSED` the samples are nearly all alike."""
     return float(np.trace(fake[1]) / max(float(np.trace(real[1])), 1e-12))
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A data set in a feature space."""
+
+    mean: Array
+    covariance: Array
+    probe: Features
+    """[at most KERNEL, D]: features of images drawn at random, the last MANIFOLD of them for precision and recall."""
+
+    @property
+    def moments(self) -> tuple[Array, Array]:
+        return self.mean, self.covariance
+
+
+@dataclass(frozen=True)
+class MetricInput:
+    """What a metric is given: `metric(given)` returns its figures by name."""
+
+    features: Features
+    """[N, D]: of the samples."""
+    logits: Features | None
+    """[N, K]: of the samples, where the feature network has them."""
+    real: Reference
+    distance: str
+    """What the Frechet distance is called in this feature space: fid or fd."""
+
+
+def frechet_metric(given: MetricInput) -> dict[str, Any]:
+    """`evaluate.metrics`: frechet."""
+    return {given.distance: frechet(moments(given.features), given.real.moments)}
+
+
+def kid_metric(given: MetricInput) -> dict[str, Any]:
+    """`evaluate.metrics`: kid."""
+    kid, deviation = kernel_distance(given.real.probe, given.features)
+    return {"kid": kid, "kid_deviation": deviation}
+
+
+def precision_recall_metric(given: MetricInput) -> dict[str, Any]:
+    """`evaluate.metrics`: precision-recall."""
+    precision, recall = precision_recall(given.real.probe[-MANIFOLD:], given.features[:MANIFOLD])
+    return {"precision": precision, "recall": recall}
+
+
+def spread_metric(given: MetricInput) -> dict[str, Any]:
+    """`evaluate.metrics`: spread, and whether the samples have collapsed."""
+    found = spread(given.real.moments, moments(given.features))
+    return {"spread": found, "collapsed": bool(found < COLLAPSED)}
+
+
+def inception_score_metric(given: MetricInput) -> dict[str, Any]:
+    """`evaluate.metrics`: inception-score, where the feature network has logits."""
+    if given.logits is None:
+        return {}
+    found, deviation = inception_score(given.logits)
+    return {"inception_score": found, "inception_score_deviation": deviation}

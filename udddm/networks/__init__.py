@@ -1,5 +1,40 @@
-"""The network F(condition, x_t, t): an ADM U-Net with cross-attention to the conditioning image."""
+"""The networks F(noisy image, noise level, conditioning image, label), by name (`network.name`)."""
 
-from udddm.networks.unet import UNet, build
+from __future__ import annotations
 
-__all__ = ["UNet", "build"]
+import torch
+from torch import nn
+
+from udddm import rng
+from udddm.config import NetworkConfig, RunConfig
+from udddm.config.plugins import NETWORKS
+from udddm.diffusion import schedule
+from udddm.networks.base import Network, NetworkContext
+from udddm.rng import Stream
+
+__all__ = ["Network", "NetworkContext", "build", "for_run"]
+
+
+def build(config: NetworkConfig, shape: tuple[int, int, int], *, max_frequency: float, seed: int) -> nn.Module:
+    """The configured network for images [C, H, W], on the CPU, with initial weights that are a function of the
+    arguments alone.
+
+    The global random number generators are left as they were: the draws happen on the CPU, whose generator's state is
+    restored (`torch.manual_seed` would reach the accelerators' too). Raises ConfigError.
+    """
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.default_generator.manual_seed(seed)
+        return assemble(NetworkContext(config, shape, max_frequency))
+
+
+def assemble(context: NetworkContext) -> nn.Module:
+    """The configured network on torch's current device, with weights from torch's generator. Raises ConfigError."""
+    built: nn.Module = NETWORKS.build(context.config.name, context.config.settings, context)
+    return built
+
+
+def for_run(config: RunConfig, shape: tuple[int, int, int]) -> nn.Module:
+    """The network of a run for images [C, H, W], with the run's initial weights. Raises ConfigError."""
+    frequency = schedule.build(config.schedule).max_frequency
+    seed = rng.key(config.seed, Stream.INITIAL_WEIGHTS)
+    return build(config.network, shape, max_frequency=frequency, seed=seed)

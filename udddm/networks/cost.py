@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from udddm.config import NetworkConfig
-from udddm.networks.unet import UNet
+from udddm.networks import NetworkContext, assemble
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Cost:
 def cost(config: NetworkConfig, shape: tuple[int, int, int]) -> Cost:
     """The cost of the network for images [C, H, W]. Takes no memory: its tensors have shapes and no contents."""
     with torch.device("meta"):
-        network = UNet(config, shape)
+        network = assemble(NetworkContext(config, shape))
         image, level = torch.zeros(1, *shape), torch.zeros(1)
         labels = torch.zeros(1, dtype=torch.int64) if config.classes else None
     condition = image if config.condition == "cross-attention" else None

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from udddm.config import NetworkConfig
+from udddm.errors import ConfigError
+from udddm.networks.base import NetworkContext
 from udddm.networks.blocks import (
     ConditionTokens,
     CrossAttention,
@@ -205,12 +207,9 @@ class UNet(nn.Module):
         return ResidualBlock(channels, channels, self._embedding_width, self.config.dropout, resample)
 
 
-def build(config: NetworkConfig, shape: tuple[int, int, int], *, max_frequency: float, seed: int) -> UNet:
-    """A network on the CPU whose initial weights are a function of the arguments alone.
-
-    The global random number generators are left as they were: the draws happen on the CPU, where the generator's
-    state is put back (`torch.manual_seed` would reach the accelerators' too).
-    """
-    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
-        torch.default_generator.manual_seed(seed)
-        return UNet(config, shape, max_frequency=max_frequency)
+def build(context: NetworkContext) -> UNet:
+    """The factory of `network.name=unet`. Raises ConfigError for a shape or configuration that no U-Net has."""
+    try:
+        return UNet(context.config, context.shape, max_frequency=context.max_frequency)
+    except ValueError as error:
+        raise ConfigError(f"network: {error}") from error

@@ -1,70 +1,66 @@
-"""What a visit of a sample trains: Eq. 3 and 4 (`loss`), the chain objective, and Algorithm 1 as printed."""
+"""Objectives: what a visit of a sample trains, by name (`objective.name`)."""
+
+from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from udddm.backends.engines.deepspeed_config import zero_stage
 from udddm.config import RunConfig
-from udddm.diffusion.denoise import denoise
+from udddm.config.plugins import OBJECTIVES
 from udddm.diffusion.schedule import NoiseSchedule
-from udddm.objectives.base import Objective, Visits
-from udddm.objectives.chain import Chain
-from udddm.objectives.ect import ECT
-from udddm.objectives.edm import EDM
-from udddm.objectives.ict import ICT
+from udddm.objectives import edm
+from udddm.objectives.base import Objective, ObjectiveContext, Visits
 from udddm.objectives.labels import LabelDropout
-from udddm.objectives.loss import adaptive_loss, pseudo_huber
+from udddm.objectives.loss import Teacher, adaptive_loss, pseudo_huber, visit_loss
 from udddm.objectives.pretrain import Pretrained
-from udddm.objectives.target import Teacher
-from udddm.objectives.uddm import UDDM
 
 __all__ = [
-    "ECT",
-    "EDM",
-    "ICT",
-    "UDDM",
-    "Chain",
     "LabelDropout",
     "Objective",
+    "ObjectiveContext",
     "Pretrained",
     "Teacher",
     "Visits",
     "adaptive_loss",
     "build",
-    "denoise",
+    "describe",
     "pseudo_huber",
+    "teacher_of",
+    "visit_loss",
 ]
 
 
-CHAIN_HUBER_C = 0.19
-"""c of Eq. 4 over sqrt(C H W) for chains: what served best on the digits (docs/method.md, "c")."""
-ICT_HUBER_C = 0.00054
-"""Likewise for consistency training (Song & Dhariwal 2023, section 3.3)."""
-
-
-def build(config: RunConfig, process: NoiseSchedule, epochs: float, shape: tuple[int, int, int]) -> Objective:
-    """The configured objective for a run of `epochs` epochs on images [C, H, W]."""
-    chosen, seed, pixels = config.objective, config.seed, math.prod(shape)
+def build(config: RunConfig, schedule: NoiseSchedule, epochs: float, shape: tuple[int, int, int]) -> Objective:
+    """The objective of a run of `epochs` epochs on images [C, H, W], after its pretraining. Raises ConfigError."""
     conditioned = config.network.condition != "none"
-    teacher = Teacher(
-        every_row=config.network.dropout > 0 or config.train.compile,
-        lockstep=config.engine.name == "deepspeed" and zero_stage(config) == 3,
-    )
-    denoiser = EDM(process, chosen.edm, seed, pixels, conditioned, teacher)
-    if chosen.name == "denoiser":
-        return denoiser
-    warm = math.ceil(config.pretrain_share * epochs)
-    left = max(epochs - warm, 1e-9)
-    then: Objective
-    if chosen.name == "algorithm-1":
-        paper = 0.00014 if config.schedule.kind == "vp" else 0.00015
-        then = UDDM(process, chosen.huber_c or paper, seed)
-    elif chosen.name == "chain":
-        c = chosen.huber_c or CHAIN_HUBER_C * math.sqrt(pixels)
-        then = Chain(process, chosen.chain, c, seed, left, conditioned, teacher)
-    else:
-        c = chosen.huber_c or ICT_HUBER_C * math.sqrt(pixels)
-        if chosen.name == "consistency":
-            then = ICT(process, chosen.ict, c, seed, left, conditioned, teacher)
-        else:
-            then = ECT(process, chosen.ect, c, seed, left, conditioned, teacher)
-    return Pretrained(denoiser, then, warm) if warm else then
+    context = ObjectiveContext(schedule, config.objective, config.seed, epochs, shape, conditioned)
+    share = pretrain_share(config, _create(context))
+    first = math.ceil(share * epochs)
+    if not first:
+        return _create(context)
+    return Pretrained(edm.build(context), _create(replace(context, epochs=max(epochs - first, 1e-9))), first)
+
+
+def _create(context: ObjectiveContext) -> Objective:
+    built: Objective = OBJECTIVES.build(context.config.name, context.config.settings, context)
+    return built
+
+
+def pretrain_share(config: RunConfig, objective: Objective) -> float:
+    """The share of the run that trains a denoiser before its objective."""
+    if objective.is_denoiser:
+        return 0.0
+    if config.objective.pretrain is not None:
+        return config.objective.pretrain
+    return objective.default_pretrain if config.train.init_from is None else 0.0
+
+
+def describe(config: RunConfig, objective: Objective) -> str:
+    """The objective's name, and the pretraining where there is any, as the first lines of a run tell them."""
+    share = pretrain_share(config, objective.then if isinstance(objective, Pretrained) else objective)
+    return config.objective.name + (f", after a denoiser for {share:.0%} of the run" if share else "")
+
+
+def teacher_of(config: RunConfig, *, equal_forward_calls: bool) -> Teacher:
+    """How a run's network is called for targets. `equal_forward_calls` is the engine's."""
+    return Teacher(every_row=config.network.dropout > 0 or config.train.compile, lockstep=equal_forward_calls)

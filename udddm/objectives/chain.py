@@ -20,8 +20,8 @@ from udddm import rng
 from udddm.config import ChainConfig
 from udddm.diffusion.schedule import SIGMA_HIGHEST, NoiseSchedule
 from udddm.objectives import special
-from udddm.objectives.base import Visits
-from udddm.objectives.target import EVERY_ROW, Ids, TargetObjective, Teacher
+from udddm.objectives.base import Ids, ObjectiveContext, Visits
+from udddm.objectives.target import TargetObjective
 from udddm.rng import Stream
 
 
@@ -30,19 +30,18 @@ class Chain(TargetObjective):
 
     def __init__(
         self,
-        process: NoiseSchedule,
+        schedule: NoiseSchedule,
         config: ChainConfig,
         huber_c: float,
         seed: int,
         epochs: float,
         conditioned: bool,
-        teacher: Teacher = EVERY_ROW,
     ):
-        super().__init__(process, huber_c, seed, conditioned, teacher)
+        super().__init__(schedule, huber_c, seed, conditioned)
         self.config = config
         self._starts = [math.ceil(stage.start * epochs) for stage in config.stages]
-        self._times = [process.levels(stage.levels) for stage in config.stages]
-        self._sigmas = [np.minimum(process.sigma(times), SIGMA_HIGHEST) for times in self._times]
+        self._times = [schedule.levels(stage.levels) for stage in config.stages]
+        self._sigmas = [np.minimum(schedule.sigma(times), SIGMA_HIGHEST) for times in self._times]
 
     def position(self, ids: Ids, epoch: int) -> tuple[int, Ids, Ids, Ids]:
         """(stage, chain number, visit within the chain, level) of samples `ids` in `epoch`."""
@@ -71,20 +70,30 @@ class Chain(TargetObjective):
         times = self._times[stage]
         lowest = level == 0
         if self.config.x0_weight == "visits":
-            guide = 1 / (level + 1.0)
+            x0_weight = 1 / (level + 1.0)
         else:
-            guide = lowest.astype(np.float64)
+            x0_weight = lowest.astype(np.float64)
         weight = np.ones(len(ids))
         if self.config.weighting == "gap":
             weight = 1 / np.diff(self._sigmas[stage], prepend=0.0)[level]
-        fresh = np.flatnonzero((visit == 0) & ~lowest)
+        teacher_rows = np.flatnonzero((visit == 0) & ~lowest)
         return self.visits(
             ids,
             epoch,
             times[level],
             rng.keys(self.seed, Stream.NOISE, ids, stage, chain),
-            guide=guide,
+            x0_weight=x0_weight,
             weight=weight,
-            fresh=fresh,
-            fresh_times=times[level[fresh] - 1],
+            teacher_rows=teacher_rows,
+            teacher_times=times[level[teacher_rows] - 1],
         )
+
+
+HUBER_C = 0.19
+"""c of Eq. 4 over sqrt(C H W) for chains: the best value on the digits (docs/method.md, "c")."""
+
+
+def build(context: ObjectiveContext) -> Chain:
+    """The factory of `objective.name=chain`."""
+    c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
+    return Chain(context.schedule, context.config.chain, c, context.seed, context.epochs, context.conditioned)

@@ -1,4 +1,7 @@
-"""TODO."""
+"""Easy Consistency Tuning, ECT (Geng et al. 2024, arXiv 2406.14548), with a fresh or a stored teacher.
+
+Its first phase, a denoiser, is `objective.pretrain`.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,9 @@ from udddm import rng
 from udddm.config import ECTConfig
 from udddm.diffusion.schedule import NoiseSchedule
 from udddm.objectives import special
-from udddm.objectives.base import Visits
-from udddm.objectives.ict import lognormal
-from udddm.objectives.target import EVERY_ROW, Floats, Ids, TargetObjective, Teacher
+from udddm.objectives.base import Ids, ObjectiveContext, Visits
+from udddm.objectives.ict import HUBER_C
+from udddm.objectives.target import Floats, TargetObjective, lognormal
 from udddm.rng import Stream
 
 
@@ -27,17 +30,18 @@ class ECT(TargetObjective):
     one is at the sigma whose r is the sigma of the visit before, so that its target is the x0-state stored then.
     """
 
+    default_pretrain = 0.4
+
     def __init__(
         self,
-        process: NoiseSchedule,
+        schedule: NoiseSchedule,
         config: ECTConfig,
         huber_c: float,
         seed: int,
         epochs: float,
         conditioned: bool,
-        teacher: Teacher = EVERY_ROW,
     ):
-        super().__init__(process, huber_c, seed, conditioned, teacher)
+        super().__init__(schedule, huber_c, seed, conditioned)
         self.config = config
         self._starts = [math.ceil(stage * epochs / config.stages) for stage in range(config.stages)]
 
@@ -66,29 +70,35 @@ class ECT(TargetObjective):
         since = epoch - self._starts[stage]
         chain, visit = np.divmod(since + rng.randint(c.length, self._key(Stream.CHAIN_OFFSET, ids, stage)), c.length)
         visit = np.where(chain == 0, since, visit)
-        sigma = lognormal(self.process, self._key(Stream.CHAIN_LEVEL, ids, stage, chain), c.p_mean, c.p_std)
+        sigma = lognormal(self.schedule, self._key(Stream.CHAIN_LEVEL, ids, stage, chain), c.p_mean, c.p_std)
         stored = visit > 0
         for step in range(1, int(visit.max(initial=0)) + 1):
             sigma = np.where(visit >= step, self.above(sigma, stage), sigma)
-        beyond = sigma > self.process.highest  # the chain has left at the top: its visit is one of its own
-        anew = lognormal(self.process, self._key(Stream.TIME, ids, epoch), c.p_mean, c.p_std)
+        beyond = sigma > self.schedule.highest  # the chain has left at the top: its visit is one of its own
+        anew = lognormal(self.schedule, self._key(Stream.TIME, ids, epoch), c.p_mean, c.p_std)
         sigma, stored = np.where(beyond, anew, sigma), stored & ~beyond
         r = self.below(sigma, stage)
-        return sigma, np.where(r < self.process.lowest, 0.0, r), stored, self._key(Stream.NOISE, ids, stage, chain)
+        return sigma, np.where(r < self.schedule.lowest, 0.0, r), stored, self._key(Stream.NOISE, ids, stage, chain)
 
     def _key(self, stream: Stream, *parts: rng.Integers) -> rng.Keys:
         return rng.keys(self.seed, stream, *parts)
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
         sigma, r, stored, noise_key = self.visit(ids, epoch)
-        fresh = np.flatnonzero((r > 0) & ~stored)
+        teacher_rows = np.flatnonzero((r > 0) & ~stored)
         return self.visits(
             ids,
             epoch,
-            self.process.time(sigma),
+            self.schedule.time(sigma),
             noise_key,
-            guide=((r == 0) & ~stored).astype(np.float64),
+            x0_weight=((r == 0) & ~stored).astype(np.float64),
             weight=1 / (sigma - r),
-            fresh=fresh,
-            fresh_times=self.process.time(r[fresh]),
+            teacher_rows=teacher_rows,
+            teacher_times=self.schedule.time(r[teacher_rows]),
         )
+
+
+def build(context: ObjectiveContext) -> ECT:
+    """The factory of `objective.name=ect`."""
+    c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
+    return ECT(context.schedule, context.config.ect, c, context.seed, context.epochs, context.conditioned)

@@ -1,4 +1,4 @@
-"""The EDM denoiser (Karras et al. 2022): what a network can do with many evaluations; a warm-up for the others."""
+"""The EDM denoiser (Karras et al. 2022): what a network can do with many evaluations; pretraining for the others."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import numpy as np
 from udddm import rng
 from udddm.config import EDMConfig
 from udddm.diffusion.schedule import NoiseSchedule
-from udddm.objectives.base import Visits
-from udddm.objectives.ict import lognormal
-from udddm.objectives.target import EVERY_ROW, Ids, TargetObjective, Teacher
+from udddm.objectives.base import Ids, ObjectiveContext, Visits
+from udddm.objectives.target import TargetObjective, lognormal
 from udddm.rng import Stream
 
 _NONE = np.empty(0, np.int64)
@@ -23,31 +22,37 @@ class EDM(TargetObjective):
     Eq. 4 is ||.||^2 / (2 c) where c is far above every distance; with such a c this is Eq. 3 with x_0 for a target.
     """
 
+    is_denoiser = True
+
     def __init__(
         self,
-        process: NoiseSchedule,
+        schedule: NoiseSchedule,
         config: EDMConfig,
         seed: int,
         pixels: int,
         conditioned: bool,
-        teacher: Teacher = EVERY_ROW,
     ):
-        super().__init__(process, 1e4 * math.sqrt(pixels), seed, conditioned, teacher)
+        super().__init__(schedule, 1e4 * math.sqrt(pixels), seed, conditioned)
         self.config, self.pixels = config, pixels
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
         sigma = lognormal(
-            self.process, rng.keys(self.seed, Stream.TIME, ids, epoch), self.config.p_mean, self.config.p_std
+            self.schedule, rng.keys(self.seed, Stream.TIME, ids, epoch), self.config.p_mean, self.config.p_std
         )
-        data = self.process.config.sigma_data
+        data = self.schedule.config.sigma_data
         edm = (sigma**2 + data**2) / (sigma * data) ** 2
         return self.visits(
             ids,
             epoch,
-            self.process.time(sigma),
+            self.schedule.time(sigma),
             rng.keys(self.seed, Stream.NOISE, ids, epoch, 1),
-            guide=np.ones(len(ids)),
+            x0_weight=np.ones(len(ids)),
             weight=edm * 2 * self.huber_c / self.pixels,
-            fresh=_NONE,
-            fresh_times=np.empty(0),
+            teacher_rows=_NONE,
+            teacher_times=np.empty(0),
         )
+
+
+def build(context: ObjectiveContext) -> EDM:
+    """The factory of `objective.name=edm`."""
+    return EDM(context.schedule, context.config.edm, context.seed, context.pixels, context.conditioned)

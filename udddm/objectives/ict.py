@@ -1,7 +1,6 @@
-"""Consistency training without a store, to compare with: iCT, and Easy Consistency Tuning.
+"""Improved consistency training, iCT (Song & Dhariwal 2023, arXiv 2310.14189): without a store.
 
-Both evaluate the network twice at every visit, the teacher without gradient. iCT: Song & Dhariwal 2023 (arXiv
-2310.14189). ECT: Geng et al. 2024 (arXiv 2406.14548); its first phase, a denoiser, is `objective.pretrain`.
+The network is evaluated twice at every visit, for the target without gradient.
 """
 
 from __future__ import annotations
@@ -14,8 +13,8 @@ from udddm import rng
 from udddm.config import ICTConfig
 from udddm.diffusion.schedule import SIGMA_HIGHEST, NoiseSchedule
 from udddm.objectives import special
-from udddm.objectives.base import Visits
-from udddm.objectives.target import EVERY_ROW, Floats, Ids, TargetObjective, Teacher
+from udddm.objectives.base import Ids, ObjectiveContext, Visits
+from udddm.objectives.target import TargetObjective
 from udddm.rng import Stream
 
 
@@ -28,15 +27,14 @@ class ICT(TargetObjective):
 
     def __init__(
         self,
-        process: NoiseSchedule,
+        schedule: NoiseSchedule,
         config: ICTConfig,
         huber_c: float,
         seed: int,
         epochs: float,
         conditioned: bool,
-        teacher: Teacher = EVERY_ROW,
     ):
-        super().__init__(process, huber_c, seed, conditioned, teacher)
+        super().__init__(schedule, huber_c, seed, conditioned)
         self.config, self.epochs = config, epochs
 
     def levels(self, epoch: int) -> int:
@@ -48,8 +46,8 @@ class ICT(TargetObjective):
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
         count = self.levels(epoch)
-        times = self.process.levels(count)
-        sigma = np.minimum(self.process.sigma(times), SIGMA_HIGHEST)
+        times = self.schedule.levels(count)
+        sigma = np.minimum(self.schedule.sigma(times), SIGMA_HIGHEST)
         if self.config.distribution == "lognormal":
             cumulated = special.ndtr((np.log(sigma) - self.config.p_mean) / self.config.p_std)
             shares = (cumulated[1:] - cumulated[0]) / (cumulated[-1] - cumulated[0])
@@ -58,20 +56,24 @@ class ICT(TargetObjective):
         u = rng.uniform(rng.keys(self.seed, Stream.TIME, ids, epoch))
         level = 1 + np.searchsorted(shares[:-1], u, side="right")
         weight = np.ones(len(ids)) if self.config.weighting == "none" else 1 / np.diff(sigma, prepend=0.0)[level]
-        fresh = np.flatnonzero(level > 1)
+        teacher_rows = np.flatnonzero(level > 1)
         return self.visits(
             ids,
             epoch,
             times[level],
             rng.keys(self.seed, Stream.NOISE, ids, epoch),
-            guide=(level == 1).astype(np.float64),  # f at the lowest level is x_0 to within sigma_min
+            x0_weight=(level == 1).astype(np.float64),  # f at the lowest level is x_0 to within sigma_min
             weight=weight,
-            fresh=fresh,
-            fresh_times=times[level[fresh] - 1],
+            teacher_rows=teacher_rows,
+            teacher_times=times[level[teacher_rows] - 1],
         )
 
 
-def lognormal(process: NoiseSchedule, key: rng.Keys, mean: float, deviation: float) -> Floats:
-    """sigma [B], one a key, with ln sigma ~ N(mean, deviation^2), clipped to the process's levels."""
-    drawn: Floats = np.exp(mean + deviation * special.ndtri(rng.uniform(key)))
-    return drawn.clip(process.lowest, process.highest)
+HUBER_C = 0.00054
+"""c of Eq. 4 over sqrt(C H W) (Song & Dhariwal 2023, section 3.3)."""
+
+
+def build(context: ObjectiveContext) -> ICT:
+    """The factory of `objective.name=ict`."""
+    c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
+    return ICT(context.schedule, context.config.ict, c, context.seed, context.epochs, context.conditioned)

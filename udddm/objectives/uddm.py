@@ -6,27 +6,25 @@ It is here to be measured and compared with. It learns to copy its condition (do
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import nn
 
 from udddm import rng
-from udddm.diffusion.denoise import add_noise, denoise
-from udddm.diffusion.schedule import Coefficients, NoiseSchedule
-from udddm.objectives.base import Visits
-from udddm.objectives.loss import adaptive_loss
+from udddm.diffusion.schedule import NoiseSchedule
+from udddm.errors import ConfigError
+from udddm.objectives.base import Ids, Objective, ObjectiveContext, Visits
 from udddm.rng import Stream
 
 
-class UDDM:
-    def __init__(self, process: NoiseSchedule, huber_c: float, seed: int):
-        self.process, self.huber_c, self.seed = process, huber_c, seed
+class UDDM(Objective):
+    """t ~ U{1..T} and eps ~ N(0, I) for every visit; n = epoch."""
 
-    def plan(self, ids: npt.NDArray[np.int64], epoch: int) -> Visits:
-        """t ~ U{1..T} and eps ~ N(0, I) for every visit; n = epoch."""
-        t = 1 + rng.randint(self.process.config.timesteps, rng.keys(self.seed, Stream.TIME, ids, epoch))
+    def __init__(self, schedule: NoiseSchedule, huber_c: float, seed: int):
+        self.schedule, self.huber_c, self.seed = schedule, huber_c, seed
+
+    def plan(self, ids: Ids, epoch: int) -> Visits:
+        t = 1 + rng.randint(self.schedule.config.timesteps, rng.keys(self.seed, Stream.TIME, ids, epoch))
         return Visits(
-            coefficients=torch.from_numpy(self.process.coefficients(t.astype(np.float64))),
+            coefficients=torch.from_numpy(self.schedule.coefficients(t.astype(np.float64))),
             noise_key=rng.as_tensor(rng.keys(self.seed, Stream.NOISE, ids, epoch)),
             condition_key=torch.empty(0, dtype=torch.int64),
             x0_weight=torch.full((len(ids),), 1 / (epoch + 1)),
@@ -34,20 +32,12 @@ class UDDM:
             huber_c=torch.full((len(ids),), self.huber_c),
             teacher_rows=torch.empty(0, dtype=torch.int64),
             teacher_coefficients=torch.empty(6, 0),
+            condition="state",
         )
 
-    def evaluated(self, visits: Visits) -> int:
-        return 0
 
-    def __call__(
-        self,
-        network: nn.Module,
-        x0: torch.Tensor,
-        state: torch.Tensor,
-        visits: Visits,
-        labels: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        at = Coefficients(*visits.coefficients)
-        xt = add_noise(x0, rng.normal(visits.noise_key, tuple(x0.shape[1:])), at)
-        output = denoise(network, xt, at, state, labels)
-        return adaptive_loss(output, x0, state, visits.x0_weight, visits.huber_c), output.detach()
+def build(context: ObjectiveContext) -> UDDM:
+    """The factory of `objective.name=uddm`. Raises ConfigError for a network that takes no conditioning image."""
+    if not context.conditioned:
+        raise ConfigError("Algorithm 1 conditions the network on the x0-state: set network.condition=cross-attention")
+    return UDDM(context.schedule, context.config.huber_c or context.schedule.huber_c, context.seed)

@@ -26,6 +26,7 @@ from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig, resolve
 from udddm.errors import CheckpointError, RankError, StoreError, Unreadable
 from udddm.files import _patiently, load_json, sync_directory, sync_file, write_text
+from udddm.log import log
 from udddm.runs import manifest
 from udddm.runs.manifest import MANIFEST, Entries
 
@@ -66,7 +67,7 @@ class Checkpoints:
 
         return _patiently(self.directory, listed)
 
-    def newest_valid(self, say: Callable[[str], None]) -> Path | None:
+    def newest_valid(self) -> Path | None:
         """The newest checkpoint that verifies; says which newer ones do not, and why. None when there is none at all.
 
         Raises CheckpointError when there are checkpoints but none is whole, and when one cannot be read.
@@ -78,7 +79,7 @@ class Checkpoints:
             if problem is None:
                 return path
             problems.append(problem)
-            say(f"checkpoint {path.name} is not whole and is passed over: {problem}")
+            log.warning("checkpoint %s is not valid and is passed over: %s", path.name, problem)
         if found:
             raise CheckpointError(
                 f"no checkpoint in {self.name(self.directory)} is whole: {'; '.join(problems)}. "

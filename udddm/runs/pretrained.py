@@ -9,12 +9,11 @@ from pathlib import Path
 from udddm.backends.engines.base import Engine
 from udddm.ema import Average
 from udddm.errors import CheckpointError
-from udddm.log import say
 from udddm.runs.checkpoint import NAME, corruption, load_config
 from udddm.runs.remote import open_copy
 from udddm.runs.run import Run
 from udddm.runs.weights import Saved
-from udddm.storage.base import local_path
+from udddm.storage import local_path
 
 
 @contextmanager
@@ -33,7 +32,7 @@ def checkpoint_files(where: str | Path, wanted: tuple[str, ...] = ("config", "mo
         wanted=lambda name: name.startswith(wanted),
     )
     checkpoints = run.checkpoints()
-    path = checkpoints.directory / last if one else checkpoints.newest_valid(say)
+    path = checkpoints.directory / last if one else checkpoints.newest_valid()
     if path is None:
         raise CheckpointError(f"{where} holds no checkpoint")
     if one and (problem := checkpoints.corruption(path)):
@@ -48,7 +47,7 @@ def _local_checkpoint(where: Path) -> Path:
         if (where / "manifest.json").exists() and (problem := corruption(where)):
             raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
         return where
-    newest = Run(where).checkpoints().newest_valid(say)
+    newest = Run(where).checkpoints().newest_valid()
     if newest is None:
         raise CheckpointError(f"{where} holds no checkpoint")
     return newest

@@ -27,7 +27,8 @@ from udddm.runs import manifest
 from udddm.runs.checkpoint import NAME, Checkpoints, corruption, step_of
 from udddm.runs.manifest import MANIFEST, Entries
 from udddm.runs.run import AVERAGES, Run, locked
-from udddm.storage.base import ObjectStore, local_path, open_object_store
+from udddm.storage import local_path, open_object_store
+from udddm.storage.base import ObjectStore
 from udddm.storage.guard import Guard
 from udddm.storage.lease import Lease
 from udddm.store.zarr import LEASE_PATIENCE
@@ -125,9 +126,9 @@ class RemoteCheckpoints(Checkpoints):
     def _keep(self, path: Path, key: str) -> None:
         self.objects.upload(path, key)
 
-    def newest_valid(self, say: Callable[[str], None]) -> Path | None:
+    def newest_valid(self) -> Path | None:
         self._left = self._unfinished()
-        return super().newest_valid(say)
+        return super().newest_valid()
 
     def _unfinished(self) -> set[Path]:
         """What has no manifest: left by a write that was interrupted, or being written."""

@@ -13,12 +13,14 @@ from typing import Any
 import yaml
 
 from udddm.backends.distributed.ranks import Ranks
-from udddm.config import RunConfig, resolve
+from udddm.config import RunConfig, StoreConfig, resolve
 from udddm.data import ImageDataset, check_unchanged
 from udddm.errors import ConfigError
 from udddm.files import load_json, write_json, write_text
 from udddm.runs.checkpoint import Checkpoints
 from udddm.storage.guard import Guard
+from udddm.store.base import StoreContext
+from udddm.store.layout import StateLayout
 
 AVERAGES = "ema"
 """Where in a run the averages of the weights are put down (udddm/runs/posthoc_ema.py)."""
@@ -43,6 +45,10 @@ class Run:
     def identity(self) -> str:
         """The same wherever it is seen from."""
         return str(self.path.resolve())
+
+    def store_context(self, layout: StateLayout, config: StoreConfig) -> StoreContext:
+        """What this run's x0-state store is created from."""
+        return StoreContext(layout, config, self.state, self.identity, run_id(self.path), self.guard)
 
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.path)

@@ -1,1 +1,51 @@
 """Objects under keys, on a local disk, S3, or any fsspec file system."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from udddm.errors import StoreError
+from udddm.storage.base import ObjectStore, PermanentStorageError, Retry
+from udddm.storage.local import LocalObjectStore
+from udddm.urls import secret_in
+
+__all__ = ["LocalObjectStore", "ObjectStore", "PermanentStorageError", "Retry", "local_path", "open_object_store"]
+
+
+def local_path(where: str | Path) -> Path | None:
+    """The path on this machine that a path or a file:// URL means; None for a URL of any other kind."""
+    text = str(where)
+    if isinstance(where, Path) or "://" not in text:
+        return Path(where)
+    return Path(text.removeprefix("file://")) if text.startswith("file://") else None
+
+
+def open_object_store(url: str | Path) -> ObjectStore:
+    """The objects at a local path or a URL: file://, s3://, gs://, az:// (through obstore), or any that fsspec opens.
+
+    An S3 store's endpoint, region and credentials come from the usual AWS variables of the environment. Nothing is
+    requested yet. Raises StoreError for a malformed URL, one with a password or query in it, and a missing package.
+    """
+    text = str(url)
+    scheme, separator, rest = text.partition("://")
+    if isinstance(url, str) and not separator and re.match(r"(file|memory|s3|gs|gcs|az|abfs|https?):", text):
+        raise StoreError(f"store.url {text}: write two slashes after the scheme, as in s3://bucket/prefix")
+    local = local_path(url)
+    if local is not None:
+        return LocalObjectStore(local)
+    return _open_remote(scheme.lower(), rest)
+
+
+def _open_remote(scheme: str, rest: str) -> ObjectStore:
+    if secret_in(f"{scheme}://{rest}") or "?" in rest or "#" in rest:
+        raise StoreError(
+            f"store.url {scheme}://...: leave user, password and query out of it; give credentials by the environment"
+        )
+    if scheme in ("s3", "gs", "gcs", "az"):  # which a run on local files need not import
+        from udddm.storage.s3 import S3ObjectStore
+
+        return S3ObjectStore(rest, scheme)
+    from udddm.storage.filesystem import FsspecObjectStore
+
+    return FsspecObjectStore(f"{scheme}://{rest}")

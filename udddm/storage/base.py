@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import random
-import re
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -15,7 +14,6 @@ from typing import TypeVar
 
 from udddm.errors import StoreError
 from udddm.storage.guard import Guard
-from udddm.storage.local import LocalObjectStore
 
 T = TypeVar("T")
 
@@ -31,6 +29,10 @@ class Retry:
     first_pause: float = 0.05  # seconds
     longest_pause: float = 1.0  # seconds
     longest_total: float = 300.0  # seconds from the first attempt, after which no other is begun
+
+
+REMOTE_RETRY = Retry(attempts=10, first_pause=0.1, longest_pause=20.0)
+"""Of requests over a network: 45 s of pauses, and the requests' own time."""
 
 
 class PermanentStorageError(Exception):
@@ -191,29 +193,3 @@ class ObjectStore(ABC):
                 self._closed.wait(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, retry.longest_pause)
         raise AssertionError("unreachable")
-
-
-def local_path(where: str | Path) -> Path | None:
-    """The path on this machine that a path or a file:// URL means; None for a URL of any other kind."""
-    text = str(where)
-    if isinstance(where, Path) or "://" not in text:
-        return Path(where)
-    return Path(text.removeprefix("file://")) if text.startswith("file://") else None
-
-
-def open_object_store(url: str | Path) -> ObjectStore:
-    """The objects at a local path or a URL: file://, s3://, gs://, az:// (through obstore), or any that fsspec opens.
-
-    An S3 store's endpoint, region and credentials come from the usual AWS variables of the environment. Nothing is
-    requested yet. Raises StoreError for a malformed URL, one with a password or query in it, and a missing package.
-    """
-    text = str(url)
-    scheme, separator, rest = text.partition("://")
-    if isinstance(url, str) and not separator and re.match(r"(file|memory|s3|gs|gcs|az|abfs|https?):", text):
-        raise StoreError(f"store.url {text}: write two slashes after the scheme, as in s3://bucket/prefix")
-    local = local_path(url)
-    if local is not None:
-        return LocalObjectStore(local)
-    from udddm.storage.s3 import open_remote  # which a run on local files need not import
-
-    return open_remote(scheme.lower(), rest)

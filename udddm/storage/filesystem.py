@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from udddm.errors import StoreError
-from udddm.storage.base import ObjectStore, Oversized
+from udddm.storage.base import REMOTE_RETRY, ObjectStore, Oversized
 from udddm.storage.failures import of_fsspec
-from udddm.storage.s3 import REMOTE_RETRY
 
 T = TypeVar("T")
 

@@ -11,14 +11,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from udddm.errors import StoreError
-from udddm.storage.base import ObjectStore, Oversized, Retry
+from udddm.storage.base import REMOTE_RETRY, ObjectStore, Oversized
 from udddm.storage.failures import of_obstore, refusal
-from udddm.storage.filesystem import FsspecObjectStore
-from udddm.urls import secret_in
 
 T = TypeVar("T")
 
-REMOTE_RETRY = Retry(attempts=10, first_pause=0.1, longest_pause=20.0)  # 45 s of pauses, and the requests' own time
 REQUEST_TIMEOUT = 30.0  # seconds for a whole request: a chunk of 8 MB at 280 kB/s
 CONNECT_TIMEOUT = 5.0  # seconds
 PART = 8 << 20
@@ -30,17 +27,6 @@ _PAGE = 1000
 """Keys that S3 lists or deletes in a request."""
 
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-
-
-def open_remote(scheme: str, rest: str) -> ObjectStore:
-    """The objects at `scheme://rest`. Raises StoreError for a malformed URL or a missing package."""
-    if secret_in(f"{scheme}://{rest}") or "?" in rest or "#" in rest:
-        raise StoreError(
-            f"store.url {scheme}://...: leave user, password and query out of it; give credentials by the environment"
-        )
-    if scheme in _STORES:
-        return S3ObjectStore(rest, scheme)
-    return FsspecObjectStore(f"{scheme}://{rest}")
 
 
 class S3ObjectStore(ObjectStore):

@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+from udddm.config import StoreConfig
 from udddm.errors import StoreError
 from udddm.order import Order
 
@@ -47,22 +48,38 @@ class Smoothed:
         return self.mean + 4 * self.deviation
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What the user fixes of the numbers that are otherwise chosen."""
+
+    threads: int | None = None
+    """Requests at once, reading, and as many writing."""
+    prefetch: int | None = None
+    """Batches that are prepared ahead."""
+    memory: int | None = None
+    """Bytes of a rank's windows and batches."""
+    first_threads: int = FEWEST
+    """Requests at once until enough is measured."""
+
+    @classmethod
+    def of(cls, config: StoreConfig, first_threads: int = FEWEST) -> Limits:
+        """Those of a configuration."""
+        memory = None if config.memory_mb is None else config.memory_mb * 10**6
+        return cls(config.threads, config.prefetch, memory, first_threads)
+
+
 @dataclass
 class Autotune:
     """The numbers for one rank's `lanes` of an `order` with rows of `row_bytes`.
 
-    `threads`, `prefetch` and `memory` (bytes) fix what is otherwise chosen. Seconds of a step exclude what it waited
-    for the store. Raises StoreError when `memory` is less than the least that works.
+    Seconds of a step exclude what it waited for the store. Raises StoreError when `limits.memory` is less than the
+    least that works.
     """
 
     order: Order
     lanes: range
     row_bytes: int
-    threads: int | None = None
-    prefetch: int | None = None
-    memory: int | None = None
-    first_threads: int = FEWEST
-    """Requests at once until enough is measured."""
+    limits: Limits = Limits()
     step: Smoothed = field(default_factory=Smoothed)
     load: Smoothed = field(default_factory=Smoothed)
     save: Smoothed = field(default_factory=Smoothed)
@@ -76,13 +93,13 @@ class Autotune:
             len(self.lanes) * largest * self.row_bytes,
             len(self.lanes) * order.samples_per_lane_step * self.row_bytes,
         )
-        least = self._fewest_windows * window + 2 * (self.prefetch or 1) * batch
-        if self.memory is not None and self.memory < least:
+        least = self._fewest_windows * window + 2 * (self.limits.prefetch or 1) * batch
+        if self.limits.memory is not None and self.limits.memory < least:
             raise StoreError(
                 f"store.memory_mb: {self._fewest_windows} windows of {len(self.lanes)} lanes and their batches take "
                 f"{math.ceil(least / 1e6)} MB: allow that, or let more ranks share the lanes"
             )
-        budget = max(least, self.memory or DEFAULT_MEMORY)
+        budget = max(least, self.limits.memory or DEFAULT_MEMORY)
         for_batches = max(2 * batch, min(budget // 8, budget - self._fewest_windows * window))
         self._most_depth = min(_DEPTHS[1], for_batches // (2 * batch))
         self._most_windows = max(self._fewest_windows, (budget - for_batches) // window)
@@ -91,9 +108,9 @@ class Autotune:
 
     def update(self) -> None:
         """Choose again."""
-        self.readers = self.writers = self.threads or min(self.first_threads, self._most_threads)
+        self.readers = self.writers = self.limits.threads or min(self.limits.first_threads, self._most_threads)
         self.ahead, self.windows = 1, self._fewest_windows
-        self.depth = self.prefetch or max(1, min(_DEPTHS[0], self._most_depth))
+        self.depth = self.limits.prefetch or max(1, min(_DEPTHS[0], self._most_depth))
         if not self.step.known or self.step.mean <= 0:
             return
         order = self.order
@@ -101,7 +118,7 @@ class Autotune:
         in_use = (
             order.chunks_per_window * order.chunk_size / order.samples_per_lane_step * self.step.mean
         )  # a window's seconds
-        if self.threads is None:
+        if self.limits.threads is None:
             if self.load.known:
                 self.readers = self._within(_SPARE * rate * self.load.mean)
             if self.save.known:
@@ -114,7 +131,7 @@ class Autotune:
         more_behind = min(room - more_ahead, max(0, math.ceil(writing / in_use) - 1))
         self.ahead = 1 + more_ahead
         self.windows = self._fewest_windows + more_ahead + more_behind
-        if self.prefetch is None:
+        if self.limits.prefetch is None:
             wanted = math.ceil(max(_HICCUP, self.load.slow if self.load.known else 0.0) / self.step.mean)
             self.depth = max(1, min(max(wanted, _DEPTHS[0]), self._most_depth))
 

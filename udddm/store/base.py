@@ -19,12 +19,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 
-from udddm.order import Order
+from udddm.config import StoreConfig
+from udddm.storage.guard import Guard
 from udddm.store.encoding import Encoding, Rows
+from udddm.store.layout import StateLayout
 
 if TYPE_CHECKING:
     from udddm.backends.distributed.ranks import Ranks
@@ -65,17 +67,59 @@ class StateSource(Protocol):
         """The chunk's current rows: generation epoch + 1 where visited in this epoch, else generation epoch."""
 
 
+@dataclass(frozen=True)
+class StoreContext:
+    """What a store of a run is created from: `Store.create(context)`, or `Store.create(context, settings)`."""
+
+    layout: StateLayout
+    config: StoreConfig
+    location: str | Path
+    """`<run>/state`: a directory, or a URL for a run at a URL. It moves with the run."""
+    owner: str = ""
+    """What names the run to others that want to write to the same place."""
+    run_id: str = ""
+    """Identifies the run wherever it is moved to."""
+    guard: Guard | None = None
+    """Whether the run may still write at its URL; None for a run directory, which a lock protects."""
+
+
 class X0Store(ABC):
-    def __init__(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, device: torch.device):
-        self.order, self.lanes, self.shape, self.encoding, self.device = order, lanes, shape, encoding, device
+    def __init__(self, layout: StateLayout):
+        self.layout, self.order, self.lanes = layout, layout.order, layout.lanes
+        self.shape, self.encoding, self.device = layout.shape, layout.encoding, layout.device
         self.counters = StoreCounters()
         self.repair: Repair | None = None
-        """What is done about damaged chunks; None: DamagedChunkError. To be set before `start`."""
+        """What is done about damaged chunks; None: CorruptChunkError. To be set before `start`."""
         self.epoch = self.step = 0
 
     def hold(self, ranks: Ranks) -> None:
         """On every rank, before `start`: keep other runs from writing, where nothing else does. Raises StoreError."""
         return
+
+    @classmethod
+    def create(cls, context: StoreContext) -> Self:
+        """The store of a run, not yet started. A store with settings of its own takes them as the second argument, and
+        names their pydantic model as the class attribute `Settings`. Raises ConfigError, StoreError."""
+        return cls(context.layout)
+
+    @classmethod
+    def resident_bytes(cls, layout: StateLayout) -> int:
+        """The most memory that the state takes on a rank, in bytes."""
+        return layout.state_bytes
+
+    @classmethod
+    def memory_kind(cls, device: torch.device) -> str:
+        """Where those bytes are, such as "host memory"."""
+        return "host memory"
+
+    @classmethod
+    def shared_location(cls, config: StoreConfig) -> str | None:
+        """A path or URL outside the run directory that all ranks must be able to reach; None where there is none."""
+        return None
+
+    def describe(self) -> str:
+        """Where the state lives, as the first lines of a run show it."""
+        return self.memory_kind(self.device)
 
     @abstractmethod
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:

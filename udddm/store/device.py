@@ -7,20 +7,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from udddm.order import Order
 from udddm.store.base import StateSource, X0Store
-from udddm.store.encoding import Encoding, Rows, generation_zero
+from udddm.store.encoding import Rows, generation_zero
+from udddm.store.layout import StateLayout
 from udddm.store.snapshot import write_full
 
 
 class DeviceStore(X0Store):
     """Reads gather rows and writes scatter them in place, on the device and without I/O."""
 
-    def __init__(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, device: torch.device):
-        super().__init__(order, lanes, shape, encoding, device)
-        self._first = order.lane_start(lanes.start)
-        slots = order.lane_start(lanes.stop) - self._first
-        self._state = torch.empty(slots, *shape, dtype=encoding.tensor, device=device)
+    def __init__(self, layout: StateLayout):
+        super().__init__(layout)
+        self._first = layout.order.lane_start(layout.lanes.start)
+        self._state = torch.empty(layout.slots, *layout.shape, dtype=layout.encoding.tensor, device=layout.device)
+
+    @classmethod
+    def memory_kind(cls, device: torch.device) -> str:
+        return "GPU memory" if device.type == "cuda" else "host memory (no GPU here)"
+
+    def describe(self) -> str:
+        return f"a tensor in {self.memory_kind(self.device)}"
 
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:
         self.epoch, self.step = epoch, step

@@ -316,8 +316,8 @@ def order_of(settings: Any, where: str) -> Order:
         for key, value in settings.items():
             if type(value) is not int or (value < 1 and key != "seed"):
                 raise ValueError(f"{key} is {value!r}")
-        return Order(**settings)
-    except (ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        return Order.from_fingerprint(settings)
+    except (KeyError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise StoreError(f"{where} does not describe the order of a run: {error!r}") from error
 
 

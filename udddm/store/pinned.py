@@ -7,12 +7,14 @@ stream. Page-locking all of a state would take it from the operating system for 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
-from udddm.order import Order
-from udddm.store.base import StateSource
-from udddm.store.encoding import Encoding, Rows, generation_zero
+from udddm.store.autotune import Limits
+from udddm.store.base import StateSource, StoreContext
+from udddm.store.encoding import Rows, generation_zero
+from udddm.store.layout import StateLayout
 from udddm.store.pipeline import ChunkTable, HostStore
 from udddm.store.snapshot import write_full
 
@@ -20,9 +22,12 @@ from udddm.store.snapshot import write_full
 class MemoryTable(ChunkTable):
     """An array a lane. A chunk of the next generation takes the place of the one it came from, already read by then."""
 
-    def __init__(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding):
-        self.order, self.shape, self.encoding = order, shape, encoding
-        self._lanes = {lane: np.empty((order.lane_slots(lane), *shape), encoding.array) for lane in lanes}
+    def __init__(self, layout: StateLayout):
+        self.order, self.shape, self.encoding = layout.order, layout.shape, layout.encoding
+        self._lanes = {
+            lane: np.empty((layout.order.lane_slots(lane), *layout.shape), layout.encoding.array)
+            for lane in layout.lanes
+        }
 
     def open(self, epoch: int, step: int, source: StateSource | None) -> None:
         for lane in self._lanes:
@@ -47,5 +52,15 @@ class MemoryTable(ChunkTable):
 
 
 class PinnedStore(HostStore):
+    def __init__(self, layout: StateLayout, table: ChunkTable | None = None, limits: Limits = Limits()):
+        super().__init__(layout, table or MemoryTable(layout), limits)
+
+    @classmethod
+    def create(cls, context: StoreContext) -> Self:
+        return cls(context.layout, limits=Limits.of(context.config))
+
+    def describe(self) -> str:
+        return "host memory, copied in the background"
+
     def snapshot(self, directory: Path) -> None:
         write_full(self, directory)

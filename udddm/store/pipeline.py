@@ -32,11 +32,12 @@ import numpy as np
 import torch
 
 from udddm.errors import StoreError
-from udddm.order import Batch, Order
+from udddm.order import Batch
 from udddm.storage.guard import Guard
-from udddm.store.autotune import Autotune
+from udddm.store.autotune import Autotune, Limits
 from udddm.store.base import StateSource, X0Store
-from udddm.store.encoding import Encoding, Rows
+from udddm.store.encoding import Rows
+from udddm.store.layout import StateLayout
 from udddm.store.pool import Pool
 from udddm.store.snapshot import visited_rows
 
@@ -91,27 +92,14 @@ class _Window:
 class HostStore(X0Store):
     """The pipeline over a `ChunkTable`: the `pinned` and `zarr` stores."""
 
-    def __init__(
-        self,
-        order: Order,
-        lanes: range,
-        shape: tuple[int, ...],
-        encoding: Encoding,
-        device: torch.device,
-        table: ChunkTable,
-        *,
-        threads: int | None = None,
-        prefetch: int | None = None,
-        memory: int | None = None,
-        first_threads: int = 2,
-    ):
-        """`threads`, `prefetch` and `memory` (bytes) are those of `Autotune`. Raises StoreError for too little memory."""
-        super().__init__(order, lanes, shape, encoding, device)
+    def __init__(self, layout: StateLayout, table: ChunkTable, limits: Limits = Limits()):
+        """Raises StoreError where `limits` allow too little memory."""
+        super().__init__(layout)
+        device = layout.device
         self.table = table
         self.guard = Guard()
         """Whether this run may still write; looked at in every step."""
-        row_bytes = int(np.prod(shape)) * encoding.array.itemsize
-        self.pace = Autotune(order, lanes, row_bytes, threads, prefetch, memory, first_threads)
+        self.pace = Autotune(layout.order, layout.lanes, layout.row_bytes, limits)
         self._changed = threading.Condition()
         self._windows: dict[tuple[int, int, int], _Window] = {}
         self._first = 0  # the generation that was whole at the start

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 from udddm.errors import CorruptChunkError
-from udddm.log import say
+from udddm.log import log
 from udddm.store.base import StoreCounters
 
 
@@ -24,4 +24,4 @@ class Repair:
                 return
             self._seen.add(key)
             self.counters.reinitialized += samples
-        say(f"{error.what}: the {samples} samples of this chunk begin again from their state of generation 0")
+        log.warning("%s: the %d samples of this chunk restart from generation 0", error.what, samples)

@@ -17,7 +17,7 @@ import numpy as np
 
 from udddm.errors import StoreError
 from udddm.order import Order
-from udddm.storage.base import open_object_store
+from udddm.storage import open_object_store
 from udddm.storage.local import LocalObjectStore
 from udddm.store.encoding import Encoding, Rows, StateDtype
 from udddm.store.generations import Checksums, Generations, order_of

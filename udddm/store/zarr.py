@@ -7,20 +7,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import torch
+from typing import TYPE_CHECKING, Self
 
 from udddm.backends.distributed.lease import follow
+from udddm.config import StoreConfig
 from udddm.errors import StoreError
-from udddm.order import Order
-from udddm.storage.base import open_object_store
+from udddm.storage import local_path, open_object_store
 from udddm.storage.guard import Guard, Guards
 from udddm.storage.lease import Lease
-from udddm.store.base import StateSource
+from udddm.store.autotune import Limits
+from udddm.store.base import StateSource, StoreContext
 from udddm.store.compression import Compression
-from udddm.store.encoding import Encoding, Rows
+from udddm.store.encoding import Rows
 from udddm.store.generations import Checksums, Generations
+from udddm.store.layout import StateLayout
 from udddm.store.pipeline import ChunkTable, HostStore
 from udddm.store.snapshot import Snapshot, write_reference
 
@@ -159,6 +159,8 @@ class GenerationTable(ChunkTable):
         return self.generations.objects.retries
 
 
+REMOTE_THREADS = 8
+"""Requests in flight each way to object storage until a run has measured what it needs."""
 LEASE_PATIENCE = 90.0
 """Seconds that a start waits for another owner's lease: longer than the lease that a killed run of ours left."""
 
@@ -173,42 +175,39 @@ class ZarrStore(HostStore):
 
     def __init__(
         self,
-        order: Order,
-        lanes: range,
-        shape: tuple[int, ...],
-        encoding: Encoding,
-        device: torch.device,
+        layout: StateLayout,
         url: str | Path,
         *,
         default: bool,
         owner: str = "",
-        run: str = "",
+        run_id: str = "",
         guard: Guard | None = None,
         compression: Compression = "none",
-        threads: int | None = None,
-        prefetch: int | None = None,
-        memory: int | None = None,
-        first_threads: int = 2,
+        limits: Limits = Limits(),
     ):
         objects = open_object_store(url)
         self._lease = None if default else Lease(open_object_store(url), owner)
         self._url = None if default else objects.uri("")
-        self._table = GenerationTable(
-            Generations(objects, order, shape, encoding, compression=compression), lanes, "" if default else run
-        )
-        super().__init__(
-            order,
-            lanes,
-            shape,
-            encoding,
-            device,
-            self._table,
-            threads=threads,
-            prefetch=prefetch,
-            memory=memory,
-            first_threads=first_threads,
-        )
+        self._location = objects.uri("")
+        stored = Generations(objects, layout.order, layout.shape, layout.encoding, compression=compression)
+        self._table = GenerationTable(stored, layout.lanes, "" if default else run_id)
+        super().__init__(layout, self._table, limits)
         self.guard = objects.guard = guard or Guard()
+
+    @classmethod
+    def create(cls, context: StoreContext) -> Self:
+        config = context.config
+        url = config.url or context.location
+        return cls(
+            context.layout,
+            url,
+            default=config.url is None,
+            owner=context.owner,
+            run_id=context.run_id,
+            guard=context.guard,
+            compression=config.compression,
+            limits=Limits.of(config, 2 if local_path(url) else REMOTE_THREADS),
+        )
 
     def hold(self, ranks: Ranks) -> None:
         if self._lease is None:
@@ -220,6 +219,19 @@ class ZarrStore(HostStore):
 
     def _guard_by(self, lease: Lease) -> None:
         self.guard = self._table.generations.objects.guard = Guards(self.guard, lease)
+
+    @classmethod
+    def resident_bytes(cls, layout: StateLayout) -> int:
+        order = layout.order
+        window = min(order.chunks_per_window * order.chunk_size, order.longest_lane) * layout.row_bytes
+        return 3 * len(layout.lanes) * window
+
+    @classmethod
+    def shared_location(cls, config: StoreConfig) -> str | None:
+        return config.url
+
+    def describe(self) -> str:
+        return f"{self._location}, read and written in the background"
 
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:
         # Before the table is opened, which removes generations. A store that is used without ranks holds its own.

@@ -10,12 +10,11 @@ from pathlib import Path
 
 import torch
 
-from udddm import ema
+from udddm import ema, networks
+from udddm.backends import engines
 from udddm.backends.distributed.ranks import RENDEZVOUS, Ranks, join
-from udddm.backends.engines import base
 from udddm.config import RunConfig
 from udddm.runs import weights
-from udddm.training.trainer import build_network_of
 
 
 def _rank(rank: int, world: int, meeting: str, work: Callable[[Ranks], None]) -> None:
@@ -49,7 +48,7 @@ class Copy:
         self.config, self.shape, self.source, self.target = config, shape, source, target
 
     def __call__(self, ranks: Ranks) -> None:
-        built = base.build(build_network_of(self.config, self.shape), self.config, ranks, 8)
+        built = engines.build(networks.for_run(self.config, self.shape), self.config, ranks, 8)
         emas = ema.build(self.config.train, built.weights())
         weights.load(self.source, built, emas)
         if ranks.is_rank_zero:

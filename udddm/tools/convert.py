@@ -10,7 +10,7 @@ from udddm.files import load_json
 from udddm.order import Order
 from udddm.runs.remote import open_copy
 from udddm.runs.run import Run, run_id
-from udddm.storage.base import open_object_store
+from udddm.storage import open_object_store
 from udddm.storage.lease import Lease
 from udddm.store.encoding import Encoding, Rows, StateDtype
 from udddm.store.generations import Generations, generation_name

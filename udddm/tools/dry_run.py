@@ -7,6 +7,8 @@ import math
 import torch
 
 from udddm import objectives
+from udddm import store as stores
+from udddm.backends import engines
 from udddm.backends.distributed.ranks import join
 from udddm.config import ExpectConfig, RunConfig
 from udddm.data import ImageDataset, MapDataset, expected, load_dataset
@@ -14,7 +16,7 @@ from udddm.diffusion import schedule
 from udddm.errors import ConfigError
 from udddm.networks.cost import cost as network_cost
 from udddm.order import Order
-from udddm.store import Encoding
+from udddm.store import Encoding, StateLayout
 from udddm.tools.throughput import GPUS, an_image, emulated, measure, on_h100s, teacher_share
 
 
@@ -24,7 +26,7 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
     Without `dataset` the data are loaded if `data.path` says where they are, or if nothing else tells what they hold.
     Raises ConfigError and DataError as a run would.
     """
-    ranks = join(device, config.order.lanes, group=config.engine.name == "deepspeed")
+    ranks = join(device, config.order.lanes, group=engines.find(config).needs_process_group)
     if config.train.torch_threads is not None:
         torch.set_num_threads(config.train.torch_threads)
     train = config.train
@@ -35,7 +37,8 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
     sample_bytes = math.prod(data.shape) * Encoding(config.store.dtype).array.itemsize
     visit = objectives.build(config, schedule.build(config.schedule), steps / order.steps_per_epoch, data.shape)
     cost = network_cost(config.network, data.shape)
-    teacher = teacher_share(visit, data.samples, steps / order.steps_per_epoch)
+    calls = objectives.teacher_of(config, equal_forward_calls=False)
+    teacher = teacher_share(visit, calls, data.samples, steps / order.steps_per_epoch)
     operations = train.batch_size * an_image(cost, teacher)
 
     speed = measure(config, data, order, ranks, steps, visit, cost)
@@ -43,28 +46,24 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
     rate = train.batch_size / step
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
 
-    window = order.chunks_per_window * order.chunk_size * sample_bytes
+    layout = StateLayout(order, lanes, data.shape, Encoding(config.store.dtype), ranks.device)
+    kind = stores.find(config.store)
     generation = data.samples * sample_bytes
-    resident = {
-        "gpu": f"{_size(generation / ranks.world_size)} on {ranks.device.type}",
-        "pinned": f"{_size(generation / ranks.world_size)} of host memory",
-        "zarr": f"at most {_size(3 * len(lanes) * min(window, order.longest_lane * sample_bytes))} of host memory",
-    }
     averages = len(train.averages)
     device = f"{ranks.device.type} in fp32" if emulated(config, ranks) else ranks.device.type
     return [
         f"data: {data.samples} images {'x'.join(map(str, data.shape))} ({origin}), batches of {train.batch_size}",
-        f"network: {cost.parameters:,} parameters; objective: {config.objective_in_words}; "
-        f"process: {config.schedule.kind} ({config.schedule.preconditioning})",
-        f"compute: {an_image(cost, teacher) / 1e9:.4g} GFLOP an image and step: {cost.training / 1e9:.4g} forward "
-        f"and backward, and {cost.forward / 1e9:.4g} forward for targets that are not stored, at {teacher:.1%} of the "
-        "visits",
+        f"network: {cost.parameters:,} parameters; objective: {objectives.describe(config, visit)}; "
+        f"schedule: {config.schedule.kind} ({config.schedule.preconditioning})",
+        f"compute: {an_image(cost, teacher) / 1e9:.4g} GFLOP an image and step: {cost.training / 1e9:.4g} forward and "
+        f"backward, and {cost.forward / 1e9:.4g} forward for targets that are not stored, at {teacher:.1%} of the visits",
         f"memory: {_size(cost.parameters * 4 * (4 + averages))} for weights, gradients, Adam's moments and "
         f"{averages} EMA, and activations",
         f"x0-state: {_size(generation)} a generation in {config.store.dtype}; "
         f"{order.num_lanes} lanes of {order.num_chunks(0)} chunks of {order.chunk_size} samples "
         f"({_size(order.chunk_size * sample_bytes)})",
-        f"store {config.store.kind}: a rank holds {resident[config.store.kind]}",
+        f"store {config.store.kind}: a rank holds at most {_size(kind.resident_bytes(layout))} in "
+        f"{kind.memory_kind(ranks.device)}",
         f"bandwidth: {_size(rate * sample_bytes)}/s read and as much written, at the measured speed",
         f"length: {steps:,} steps, {steps / order.steps_per_epoch:.1f} epochs of {order.steps_per_epoch} steps",
         f"time: {_duration(steps * step)} at {_duration(step)} a step, {rate:.4g} images/s (measured here, "

@@ -15,7 +15,7 @@ from udddm.errors import CheckpointError, StoreError
 from udddm.files import load_json
 from udddm.runs.remote import open_copy
 from udddm.runs.run import Run
-from udddm.storage.base import local_path, open_object_store
+from udddm.storage import local_path, open_object_store
 from udddm.store.encoding import Rows
 from udddm.store.generations import Checksums, Generations, generation_name, open_existing
 from udddm.store.snapshot import Snapshot, read_header

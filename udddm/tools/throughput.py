@@ -13,15 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from udddm import ema
+from udddm import ema, networks
 from udddm.backends.distributed.ranks import Ranks
-from udddm.backends.engines.base import build as build_engine
-from udddm.backends.engines.base import samples_a_part
+from udddm.backends.engines import build as build_engine
+from udddm.backends.engines import samples_a_part
 from udddm.config import ExpectConfig, RunConfig
 from udddm.networks.cost import Cost
-from udddm.objectives.base import Objective
+from udddm.objectives import Objective, Teacher, teacher_of, visit_loss
 from udddm.order import Order
-from udddm.training.trainer import build_network_of
 
 GPUS = 8
 PEAK = {"fp32": 494e12, "bf16": 989e12, "fp16": 989e12}
@@ -71,11 +70,11 @@ def an_image(cost: Cost, teacher: float) -> float:
     return cost.training + teacher * cost.forward
 
 
-def teacher_share(visit: Objective, samples: int, epochs: float) -> float:
+def teacher_share(visit: Objective, teacher: Teacher, samples: int, epochs: float) -> float:
     """Rows that the network evaluates for targets, as a share of the visits, averaged over a run of `epochs` epochs."""
     ids = np.unique(np.linspace(0, samples - 1, _VISITS).astype(np.int64))
     chosen = np.unique(np.linspace(0, max(0.0, np.ceil(epochs) - 1), _EPOCHS).astype(np.int64))
-    return float(np.mean([visit.evaluated(visit.plan(ids, int(epoch))) / len(ids) for epoch in chosen]))
+    return float(np.mean([teacher.evaluated(visit.plan(ids, int(epoch))) / len(ids) for epoch in chosen]))
 
 
 def emulated(config: RunConfig, ranks: Ranks) -> bool:
@@ -93,8 +92,9 @@ def measure(
     """
     if emulated(config, ranks):
         config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
-    engine = build_engine(build_network_of(config, data.shape), config, ranks, steps)
+    engine = build_engine(networks.for_run(config, data.shape), config, ranks, steps)
     averages = ema.build(config.train, engine.weights())
+    teacher = teacher_of(config, equal_forward_calls=engine.equal_forward_calls)
     every = order.batch_of(order.lanes_of(ranks.rank, ranks.world_size), 0, 0).ids
     most = int(_OPERATIONS[ranks.device.type] / an_image(cost, 1))
     images = max(1, min(most, samples_a_part(config, ranks.world_size)))
@@ -103,14 +103,14 @@ def measure(
     warm = False  # the first pass compiles, chooses kernels and makes room, and is not a step's time
     while len(passes) < _PASSES and sum(passes) + sum(updates) < _ENOUGH:
         visits = visit.plan(every[:images], 0)
-        operations = images * cost.training + visit.evaluated(visits) * cost.forward
+        operations = images * cost.training + teacher.evaluated(visits) * cost.forward
         x0 = torch.zeros(images, *data.shape, device=ranks.device)
         labels = torch.zeros(images, dtype=torch.int64, device=ranks.device) if config.network.classes else None
         began = _now(ranks.device)
         try:
             with engine.micro_batch(last=True):
                 with engine.autocast():
-                    losses, _ = visit(engine.module, x0, x0, visits.to(ranks.device), labels)
+                    losses, _ = visit_loss(engine.module, x0, x0, visits.to(ranks.device), labels, teacher)
                 engine.backward(losses.mean())
         except torch.OutOfMemoryError:
             if images == 1:

@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
-from udddm.log import _tqdm, say
+from udddm.log import log, tqdm
 
 
 class _Writer(Protocol):
@@ -25,7 +25,7 @@ class _Writer(Protocol):
 def _tensorboard(directory: Path, purge_step: int) -> _Writer | None:
     """A writer of event files, or None where TensorBoard is not installed, which the log then mentions."""
     if importlib.util.find_spec("tensorboard") is None:
-        say("metrics go to metrics.jsonl only: for TensorBoard, pip install 'udddm[tensorboard]'")
+        log.info("metrics go to metrics.jsonl only: for TensorBoard, pip install 'udddm[tensorboard]'")
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tensorboard's own imports
@@ -51,7 +51,7 @@ class Line:
             if sys.stderr is None or not sys.stderr.isatty():
                 return
             if self._bar is None:
-                self._bar = _tqdm()(total=total, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
+                self._bar = tqdm()(total=total, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
             self._bar.update(step - self._bar.n)
 
     def show(self, step: int, total: int, values: dict[str, float]) -> None:
@@ -76,7 +76,7 @@ class Line:
             self._spoke = time.monotonic()
             minutes, seconds = divmod(round(values["eta_seconds"]), 60)
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            say(f"step {step}/{total}  {text}  ETA {minutes}:{seconds:02d}")
+            log.info(f"step {step}/{total}  {text}  ETA {minutes}:{seconds:02d}")
 
     def close(self) -> None:
         if self._bar is not None:

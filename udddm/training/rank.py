@@ -1,4 +1,4 @@
-"""TODO."""
+"""One rank's part of a run: what every launcher calls on every rank once they have joined."""
 
 from __future__ import annotations
 
@@ -10,17 +10,18 @@ from typing import Any
 import torch
 
 import udddm
+from udddm import objectives
+from udddm import store as stores
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import Ranks
-from udddm.backends.engines.deepspeed_config import zero_stage
 from udddm.config import RunConfig
 from udddm.data import ImageDataset, MapDataset, load_dataset
 from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
 from udddm.files import load_json
-from udddm.log import say
+from udddm.log import log
 from udddm.runs.remote import open_run
 from udddm.runs.run import Run, check_or_record
-from udddm.storage.base import local_path, open_object_store
+from udddm.storage import local_path, open_object_store
 from udddm.training.trainer import Trainer
 
 
@@ -49,8 +50,8 @@ def train_rank(
         ranks.run_on_rank_zero(take, refused)
         held.callback(run.leave)
         ranks.run_on_all(lambda: run.check_visible(ranks), refused)
-        if config.store.kind == "zarr" and config.store.url:
-            url = config.store.url
+        url = stores.find(config.store).shared_location(config.store)
+        if url is not None:
             directory = local_path(url)
             if directory is not None:
                 ranks.check_shared(directory, "the x0-state's directory")
@@ -69,35 +70,29 @@ def _train(
     result = ranks.run_on_rank_zero(finished, (CheckpointError,))
     if result is not None:
         if ranks.is_rank_zero:
-            say(f"{run} is finished; its result is in {run}/result.json")
+            log.info(f"{run} is finished; its result is in {run}/result.json")
         return result
     if config.train.torch_threads is not None:
         torch.set_num_threads(config.train.torch_threads)
+    trainer = Trainer(config, images, run, ranks, listener)
     if ranks.is_rank_zero:
-        for line in describe(config, images, run, ranks):
-            say(line)
-    return Trainer(config, images, run, ranks, listener).train()
+        for line in describe(trainer):
+            log.info(line)
+    return trainer.train()
 
 
-def describe(config: RunConfig, images: ImageDataset, run: Run, ranks: Ranks) -> list[str]:
+def describe(trainer: Trainer) -> list[str]:
     """The first lines of a run: what runs where, and why."""
+    config, images, ranks = trainer.config, trainer.dataset, trainer.ranks
     device = ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    reasons = {
-        "gpu": "a tensor on the training device" if device.type == "cuda" else "no GPU here: a tensor in host memory",
-        "pinned": "host memory, copied in the background",
-        "zarr": f"{config.store.url or run.state}, read and written in the background",
-    }
     precision = "as configured" if config.train.precision != "fp32" else "the default"
-    engine: str = config.engine.name
-    if engine == "deepspeed":
-        engine += f", ZeRO {zero_stage(config)}" + (", optimizer in host memory" if config.engine.offload else "")
     return [
         f"udddm {udddm.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        f"device: {name}, {ranks.world_size} {'ranks' if ranks.world_size > 1 else 'rank'}; engine: {engine}; "
+        f"device: {name}, {ranks.world_size} {'ranks' if ranks.world_size > 1 else 'rank'}; engine: {trainer.engine.describe()}; "
         f"precision: {config.train.precision} ({precision})",
-        f"data: {len(images)} images {'x'.join(map(str, images.shape))}; objective: {config.objective_in_words}; "
+        f"data: {len(images)} images {'x'.join(map(str, images.shape))}; objective: {objectives.describe(config, trainer.objective)}; "
         f"seed: {config.seed}",
-        f"x0-state store: {config.store.kind}, {config.store.dtype} ({reasons[config.store.kind]})",
-        f"run directory: {run}; the same command resumes it",
+        f"x0-state store: {config.store.kind}, {config.store.dtype} ({trainer.store.describe()})",
+        f"run directory: {trainer.run}; the same command resumes it",
     ]

@@ -15,37 +15,32 @@ from typing import Any
 import numpy as np
 import torch
 
-from udddm import ema, image_grid, objectives, rng, store
+from udddm import ema, image_grid, networks, objectives, rng, store
+from udddm.backends import engines
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import Ranks, Vote
 from udddm.backends.distributed.signals import handled
-from udddm.backends.engines import base
 from udddm.config import RunConfig
 from udddm.data import ImageDataset
-from udddm.diffusion import samplers, schedule
+from udddm.diffusion import schedule
+from udddm.diffusion.samplers import SamplingOptions
 from udddm.ema import PowerEMA
 from udddm.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted, StoreError
 from udddm.evaluation.background import BackgroundEvaluation
 from udddm.files import write_array, write_json
-from udddm.log import say
-from udddm.networks import UNet
-from udddm.networks import build as build_network
+from udddm.log import log
+from udddm.objectives.loss import visit_loss
 from udddm.order import Order
 from udddm.rng import Stream
 from udddm.runs import posthoc_ema, weights
 from udddm.runs.checkpoint import load_step, step_of
+from udddm.runs.model import Model
 from udddm.runs.pretrained import begin_from
 from udddm.runs.run import Run
-from udddm.store import Snapshot, StoreCounters, finite_rows
+from udddm.store import Encoding, Snapshot, StateLayout, StoreCounters
+from udddm.store.base import finite_rows
 from udddm.training.inputs import Prefetch
 from udddm.training.progress import Progress
-
-
-def build_network_of(config: RunConfig, shape: tuple[int, int, int]) -> UNet:
-    """The run's network for images [C, H, W], with the run's initial weights."""
-    frequency = schedule.build(config.schedule).max_frequency
-    seed = rng.key(config.seed, Stream.INITIAL_WEIGHTS)
-    return build_network(config.network, shape, max_frequency=frequency, seed=seed)
 
 
 class Trainer:
@@ -59,12 +54,14 @@ class Trainer:
         self.order = Order.build(config.order, config.seed, len(dataset), train.batch_size, shape)
         self.lanes = self.order.lanes_of(ranks.rank, ranks.world_size)
         self.total_steps = train.steps or max(1, round((train.epochs or 0) * self.order.steps_per_epoch))
-        self.process = schedule.build(config.schedule)
-        self.objective = objectives.build(config, self.process, self.total_steps / self.order.steps_per_epoch, shape)
-        self.engine = base.build(build_network_of(config, shape), config, ranks, self.total_steps)
+        self.schedule = schedule.build(config.schedule)
+        self.objective = objectives.build(config, self.schedule, self.total_steps / self.order.steps_per_epoch, shape)
+        self.engine = engines.build(networks.for_run(config, shape), config, ranks, self.total_steps)
+        self.teacher = objectives.teacher_of(config, equal_forward_calls=self.engine.equal_forward_calls)
         self.emas = ema.build(train, self.engine.weights())
         self.powers = [average for average in self.emas if isinstance(average, PowerEMA)]
-        self.store = store.build(config.store, self.order, self.lanes, shape, ranks.device, run)
+        layout = StateLayout(self.order, self.lanes, shape, Encoding(config.store.dtype), ranks.device)
+        self.store = store.build(run.store_context(layout, config.store))
         self.checkpoints = run.checkpoints()
         self.evaluation: BackgroundEvaluation | None = None
         if config.evaluate.every_steps:  # on one rank; where it cannot be had, all must know
@@ -94,7 +91,9 @@ class Trainer:
         for part, state in zip(parts, states, strict=True):
             with self.engine.micro_batch(last=part is parts[-1]):
                 with self.engine.autocast():
-                    losses, new = self.objective(self.engine.module, part.images, state, part.visits, part.labels)
+                    losses, new = visit_loss(
+                        self.engine.module, part.images, state, part.visits, part.labels, self.teacher
+                    )
                 loss = (losses * part.weights).sum()
                 self.engine.backward(loss)
             total += loss.detach()
@@ -284,7 +283,7 @@ class Trainer:
         """Take up the newest whole checkpoint, or begin."""
 
         def newest() -> tuple[str | None, list[int]]:
-            found = self.checkpoints.newest_valid(say)
+            found = self.checkpoints.newest_valid()
             return found.name if found else None, self._kept()
 
         errors = (CheckpointError, StoreError)
@@ -301,7 +300,7 @@ class Trainer:
                         "name one of them in train.init_from"
                     )
                 if self.ranks.is_rank_zero:
-                    say(f"beginning from the weights in {initial}")
+                    log.info(f"beginning from the weights in {initial}")
             self.store.start(0, 0, None)
             return
         path = self._newest = self.checkpoints.directory / name
@@ -316,33 +315,25 @@ class Trainer:
         self.store.start(*divmod(self.step, self.order.steps_per_epoch), snapshot)
         if self.ranks.is_rank_zero:
             for line in self.checkpoints.discard_after(self.step):
-                say(line)
-            say(f"resuming from {path.name}")
+                log.info(line)
+            log.info(f"resuming from {path.name}")
 
     # Samples and the result.
 
     def _samples(self, count: int) -> torch.Tensor:
         """`count` images of the first EMA (the weights, where there is none), [count, C, H, W] clamped to [-1, 1],
         on the host of the first rank; each rank makes its share. Elsewhere nothing."""
-        network = build_network_of(self.config, self.dataset.shape)
+        network = networks.for_run(self.config, self.dataset.shape)
         pieces = self.emas[0].weights if self.emas else self.engine.weights()
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 parameter.copy_(self.engine.whole(pieces, name))  # type: ignore[arg-type]
         network.to(self.ranks.device).eval()
-        seeds = [int(i) for i in np.array_split(np.arange(count), self.ranks.world_size)[self.ranks.rank]]
-        labels = [i % self.config.network.classes for i in seeds] if self.config.network.classes else None
-        drawn = samplers.batches(
-            network,
-            self.process,
-            self.dataset.shape,
-            seeds,
-            steps=self.config.sample.steps,
-            sampler=self.config.sample.sampler,
-            labels=labels,
-            guidance=self.config.sample.guidance,
-            device=self.ranks.device,
-        )
+        model = Model(network, self.schedule, self.config, self.dataset.shape)
+        seeds = np.array_split(np.arange(count), self.ranks.world_size)[self.ranks.rank].tolist()
+        chosen = self.config.sample
+        options = SamplingOptions(chosen.steps, chosen.sampler, chosen.guidance, settings=chosen.settings)
+        drawn = model.batches(seeds, options=options)
         own = torch.cat([torch.empty(0, *self.dataset.shape), *drawn]).clamp(-1, 1)
         return torch.cat(self.ranks.gather_first(own) or [own[:0]])
 

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The connection from a run to whoever started it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 
 
 class Listener(ABC):
-    """Somebody outside of this process who is told of metrics and may ask for a stop, as a launcher does."""
+    """Receives metrics and can request a stop from outside the process, for example a launcher."""
 
     @abstractmethod
     def stop_signal(self) -> int:

@@ -20,13 +20,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
 from udddm.backends.distributed.ranks import Ranks
-from udddm.config import RunConfig, TrainConfig
+from udddm.config import RunConfig
 from udddm.errors import ConfigError
 
 Pieces = dict[str, torch.Tensor]
@@ -50,16 +51,44 @@ class Slot:
         return tensor if tensor.shape == shape else tensor.view(-1).narrow(0, self.offset, self.numel)
 
 
+@dataclass(frozen=True)
+class EngineContext:
+    """What an engine is built from: `factory(context)`, or `factory(context, settings)`."""
+
+    network: nn.Module
+    """On the host, with its initial weights."""
+    config: RunConfig
+    ranks: Ranks
+    total_steps: int
+    """The length of the run, for the learning rate."""
+
+
 class Engine(ABC):
-    """`module` is what objectives call. `total_steps` is the length of the run, for the learning rate."""
+    """`module` is what the loss calls."""
+
+    needs_process_group: ClassVar[bool] = False
+    """Whether even a single rank needs a process group."""
 
     module: nn.Module
     adam: torch.optim.Optimizer
     """Its state is keyed by the slots' masters."""
 
-    def __init__(self, network: nn.Module, config: TrainConfig, ranks: Ranks, total_steps: int):
-        self.config, self.ranks, self.total_steps = config, ranks, total_steps
-        self.shapes = {name: p.shape for name, p in network.named_parameters()}
+    def __init__(self, context: EngineContext):
+        self.config, self.ranks, self.total_steps = context.config.train, context.ranks, context.total_steps
+        self.shapes = {name: p.shape for name, p in context.network.named_parameters()}
+
+    @classmethod
+    def check(cls, config: RunConfig, world_size: int) -> None:
+        """Raise ConfigError for settings that this engine cannot follow, before anything is started."""
+
+    @property
+    def equal_forward_calls(self) -> bool:
+        """Whether all ranks must call `module` equally often, because its forward pass exchanges weights."""
+        return False
+
+    def describe(self) -> str:
+        """The engine and its mode, as the first lines of a run show them."""
+        return "torch"
 
     # Steps.
 
@@ -203,23 +232,11 @@ class Engine(ABC):
 
 
 def samples_a_part(config: RunConfig, world: int) -> int:
-    """The samples of a micro-batch. Raises ConfigError when train.grad_accumulation does not divide a rank's samples."""
+    """The samples of a micro-batch. Raises ConfigError if train.grad_accumulation does not divide a rank's samples."""
     rows = config.train.batch_size // world
     if rows % config.train.grad_accumulation:
         raise ConfigError(
-            f"train.grad_accumulation ({config.train.grad_accumulation}) must divide the {rows} samples a rank takes of a step "
-            f"({world} rank{'s' if world > 1 else ''}, train.batch_size={config.train.batch_size})"
+            f"train.grad_accumulation ({config.train.grad_accumulation}) must divide the {rows} samples a rank takes "
+            f"of a step ({world} rank{'s' if world > 1 else ''}, train.batch_size={config.train.batch_size})"
         )
     return rows // config.train.grad_accumulation
-
-
-def build(network: nn.Module, config: RunConfig, ranks: Ranks, total_steps: int) -> Engine:
-    """The configured engine, around a network on the host. Raises ConfigError."""
-    samples_a_part(config, ranks.world_size)
-    if config.engine.name == "deepspeed":
-        from udddm.backends.engines.deepspeed import DeepSpeedEngine
-
-        return DeepSpeedEngine(network, config, ranks, total_steps)
-    from udddm.backends.engines.ddp import TorchEngine
-
-    return TorchEngine(network, config.train, ranks, total_steps)

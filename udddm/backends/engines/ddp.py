@@ -8,14 +8,15 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from udddm.backends.distributed.ranks import Ranks
-from udddm.backends.engines.base import Engine, Slot
-from udddm.config import TrainConfig
+from udddm.backends.engines.base import Engine, EngineContext, Slot
+from udddm.config import RunConfig
+from udddm.errors import ConfigError
 
 
 class TorchEngine(Engine):
-    def __init__(self, network: nn.Module, config: TrainConfig, ranks: Ranks, total_steps: int):
-        super().__init__(network, config, ranks, total_steps)
+    def __init__(self, context: EngineContext):
+        super().__init__(context)
+        network, config, ranks = context.network, context.config.train, context.ranks
         network.to(ranks.device)
         if config.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -31,6 +32,14 @@ class TorchEngine(Engine):
         self.adam = torch.optim.Adam(network.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
         self._begun = False
+
+    @classmethod
+    def check(cls, config: RunConfig, world_size: int) -> None:
+        chosen = config.engine
+        if chosen.zero is not None or chosen.offload or chosen.deepspeed:
+            raise ConfigError(
+                "engine: zero, offload and deepspeed are settings of engine.name=deepspeed (--engine deepspeed)"
+            )
 
     def _settle_buckets(self, network: nn.Module, ddp: DistributedDataParallel) -> None:
         """DDP arranges its buckets anew after the first backward pass, in the order in which gradients came. Among more

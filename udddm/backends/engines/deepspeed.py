@@ -13,11 +13,9 @@ import os
 from typing import Any
 
 import torch
-from torch import nn
 
-from udddm.backends.distributed.ranks import Ranks
 from udddm.backends.engines import deepspeed_config
-from udddm.backends.engines.base import Engine, Slot
+from udddm.backends.engines.base import Engine, EngineContext, Slot
 from udddm.config import RunConfig
 from udddm.errors import ConfigError
 
@@ -38,9 +36,23 @@ def _import(device: torch.device) -> Any:
 
 
 class DeepSpeedEngine(Engine):
-    def __init__(self, network: nn.Module, config: RunConfig, ranks: Ranks, total_steps: int):
-        super().__init__(network, config.train, ranks, total_steps)
-        train = config.train
+    needs_process_group = True
+
+    @classmethod
+    def check(cls, config: RunConfig, world_size: int) -> None:
+        deepspeed_config.resolve(config, world_size)
+
+    @property
+    def equal_forward_calls(self) -> bool:
+        return self.stage == 3
+
+    def describe(self) -> str:
+        return f"deepspeed, ZeRO {self.stage}" + (", optimizer in host memory" if self._offload else "")
+
+    def __init__(self, context: EngineContext):
+        super().__init__(context)
+        network, config, ranks = context.network, context.config, context.ranks
+        train, self._offload = config.train, config.engine.offload
         if train.compile:
             raise ConfigError("train.compile is for engine.name=torch: set it to false")
         settings = deepspeed_config.resolve(config, ranks.world_size)

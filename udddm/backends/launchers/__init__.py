@@ -1,1 +1,47 @@
-"""Launchers: what starts the processes of a run."""
+"""Launchers: what starts the processes of a run, by name (`--backend`)."""
+
+from __future__ import annotations
+
+import os
+
+from udddm.backends import engines
+from udddm.backends.launchers.base import Job, Launcher, run_rank, supervise
+from udddm.config.plugins import LAUNCHERS
+from udddm.log import log
+from udddm.runs.result import TrainResult
+
+__all__ = ["Job", "Launcher", "choose", "inside_ray_job", "launch", "run_rank", "supervise"]
+
+
+def inside_ray_job() -> bool:
+    """Whether this process is the entry point of a Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "RAY_JOB_ID" in os.environ
+
+
+def choose(backend: str, job: Job) -> tuple[str, str] | None:
+    """The name of the launcher that `backend` (auto or a launcher's name) means here, and why it is used.
+
+    None where nothing needs to be launched: this process is the run, or one rank of it that torchrun, Slurm or another
+    launcher started and restarts.
+    """
+    ranked = "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    if backend == "auto" and not ranked and inside_ray_job():
+        return "ray", "this is a Ray job"
+    if backend not in ("auto", "local"):
+        return backend, "requested"
+    if ranked or (job.workers == (1, 1) and not job.max_failures):
+        return None
+    return "local", "several workers on this machine" if max(job.workers) > 1 else "restarts after failures"
+
+
+def launch(job: Job, backend: str = "auto") -> TrainResult:
+    """Run a job where `backend` says. Raises what ended it; ConfigError before anything starts."""
+    world = os.environ.get("WORLD_SIZE")  # of another launcher
+    engines.find(job.config).check(job.config, int(world) if world else job.resolve_num_workers(job.workers[1]))
+    chosen = choose(backend, job)
+    if chosen is None:
+        return TrainResult.from_dict(run_rank(job, None))
+    name, why = chosen
+    launcher = LAUNCHERS.load(name)()
+    log.info("backend: %s (%s)", name, why)
+    return TrainResult.from_dict(supervise(launcher, job))

@@ -8,7 +8,6 @@ resumes from the newest valid checkpoint, with as many workers as there is room 
 
 from __future__ import annotations
 
-import os
 import pickle
 import platform
 from abc import ABC, abstractmethod
@@ -19,27 +18,18 @@ from typing import Any
 
 import torch.distributed as dist
 
+from udddm.backends import engines
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import TIMEOUT, join
 from udddm.config import RunConfig
 from udddm.data import MapDataset
-from udddm.errors import (
-    CheckpointError,
-    ConfigError,
-    DataError,
-    Diverged,
-    Interrupted,
-    RankError,
-    StoreError,
-    WorkerLost,
-)
-from udddm.log import say
+from udddm.errors import ConfigError, DataError, Diverged, Interrupted, RankError, UdddmError, WorkerLost
+from udddm.log import log
 from udddm.order import check_world
+from udddm.training.rank import train_rank
 
-USER_ERRORS = (CheckpointError, ConfigError, DataError, Diverged, Interrupted, RankError, StoreError)
-"""What is told to the user as a message."""
 NON_RETRYABLE = (ConfigError, DataError, Diverged, Interrupted)
-"""What another attempt would only repeat, or must not be repeated."""
+"""Errors that another attempt would only repeat, or that must not be repeated."""
 
 
 @dataclass(frozen=True)
@@ -101,10 +91,9 @@ class Launcher(ABC):
 
 def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
     """Join the ranks that the environment describes and do this rank's part."""
-    from udddm.training.rank import train_rank
 
     check_versions(job.versions)
-    needs_group = job.config.engine.name == "deepspeed"
+    needs_group = engines.find(job.config).needs_process_group
     ranks = join(job.device, job.config.order.lanes, group=needs_group, timeout=job.timeout)
     try:
         dataset = job.dataset
@@ -134,7 +123,9 @@ def root_cause(errors: list[BaseException]) -> BaseException:
     def order(error: BaseException) -> int:
         if isinstance(error, RankError):
             return 3
-        return 0 if isinstance(error, USER_ERRORS) else 1 if isinstance(error, WorkerLost) else 2
+        if isinstance(error, WorkerLost):
+            return 1
+        return 0 if isinstance(error, UdddmError) else 2
 
     return min(errors, key=order)
 
@@ -154,37 +145,5 @@ def supervise(launcher: Launcher, job: Job) -> dict[str, Any]:
                 if job.max_failures:
                     error.add_note(f"that was failure {failures}; --max-failures is {job.max_failures}")
                 raise
-            say(f"failure {failures} of {job.max_failures} that are allowed: {error}")
-            say("starting again from the newest valid checkpoint")
-
-
-def inside_ray_job() -> bool:
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ or "RAY_JOB_ID" in os.environ
-
-
-def choose(backend: str, job: Job) -> tuple[Launcher, str] | None:
-    """The launcher that `backend` (auto, local, ray) means here, and why. None where nothing is to be launched: this
-    process is the run, or one rank of it that torchrun, Slurm or another launcher started, whose restarts those are.
-
-    Raises ConfigError.
-    """
-    ranked = "WORLD_SIZE" in os.environ and "RANK" in os.environ
-    if backend == "ray" or (backend == "auto" and not ranked and inside_ray_job()):
-        from udddm.backends.launchers.ray_train import RayTrain
-
-        return RayTrain(), "asked for" if backend == "ray" else "this is a Ray job"
-    if ranked or (job.workers == (1, 1) and not job.max_failures):
-        return None
-    from udddm.backends.launchers.local import Processes
-
-    return Processes(), "several workers on this machine" if max(job.workers) > 1 else "restarts after failures"
-
-
-def run(job: Job, backend: str = "auto") -> dict[str, Any]:
-    """Run a job where `backend` says. Raises what ended it."""
-    chosen = choose(backend, job)
-    if chosen is None:
-        return run_rank(job, None)
-    launcher, why = chosen
-    say(f"backend: {type(launcher).__name__} ({why})")
-    return supervise(launcher, job)
+            log.warning("failure %d of %d that are allowed: %s", failures, job.max_failures, error)
+            log.info("restarting from the newest valid checkpoint")

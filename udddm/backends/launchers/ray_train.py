@@ -20,11 +20,12 @@ from typing import Any
 
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.signals import handled
-from udddm.backends.launchers.base import USER_ERRORS, Job, Launcher, inside_ray_job, picklable, root_cause, run_rank
-from udddm.errors import ConfigError, WorkerLost
-from udddm.log import say
+from udddm.backends.launchers import inside_ray_job
+from udddm.backends.launchers.base import Job, Launcher, picklable, root_cause, run_rank
+from udddm.errors import ConfigError, UdddmError, WorkerLost
+from udddm.log import log
 from udddm.runs.remote import scratch
-from udddm.storage.base import local_path
+from udddm.storage import local_path
 from udddm.training.progress import Line
 
 RUNS = "UDDDM_RUNS"
@@ -136,7 +137,7 @@ def _worker(settings: dict[str, Any]) -> None:
     listener = _Watch(ray, board, rank)
     try:
         value: Any = run_rank(job, listener)
-    except USER_ERRORS as error:
+    except UdddmError as error:
         value = picklable(error)
     ray.get(board.outcome.remote(rank, value))
 
@@ -151,7 +152,7 @@ class RayTrain(Launcher):
             # Ray would else look for a cluster on this machine, and wait for one that has crashed.
             self._ray.init(address="local" if local else None, log_to_driver=True, logging_level="ERROR")
             which = "a cluster of its own (RAY_ADDRESS=auto joins one that runs here)" if local else "the cluster"
-            say(f"Ray {self._ray.__version__}: {which} at {self._ray.get_runtime_context().gcs_address}")
+            log.info(f"Ray {self._ray.__version__}: {which} at {self._ray.get_runtime_context().gcs_address}")
 
     def _resources(self, job: Job) -> dict[str, float]:
         """Of one worker. A GPU each where the cluster has any and the CPU was not asked for."""
@@ -171,7 +172,9 @@ class RayTrain(Launcher):
             from ray.autoscaler.sdk import request_resources
 
             request_resources(bundles=[wanted] * least)
-            say(f"the cluster has room for {room} of {least} workers of {wanted}; waiting up to {job.timeout:.0f} s")
+            log.info(
+                f"the cluster has room for {room} of {least} workers of {wanted}; waiting up to {job.timeout:.0f} s"
+            )
             deadline = time.monotonic() + job.timeout
             while room < least and time.monotonic() < deadline:
                 time.sleep(1)
@@ -222,7 +225,7 @@ class RayTrain(Launcher):
         outcomes = self._ray.get(board.outcomes.remote())
         self._ray.kill(board)
         errors = [o for o in outcomes.values() if isinstance(o, BaseException)]
-        if errors and not (lost and not any(isinstance(e, USER_ERRORS) for e in errors)):
+        if errors and not (lost and not any(isinstance(e, UdddmError) for e in errors)):
             raise root_cause(errors)
         if lost:
             raise WorkerLost(lost[0])

@@ -1,0 +1,8 @@
+"""`python -m udddm` is the command `udddm`."""
+
+import sys
+
+from udddm.cli.main import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,79 @@
+"""What every command has in common: exit codes, errors as messages, and types of arguments."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import sys
+from collections.abc import Callable
+
+from udddm import __version__, log
+from udddm.errors import ConfigError, Interrupted, UdddmError
+
+FAILED = 1
+USAGE = 2
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
+"""Errors of a disk, which the user can resolve."""
+TRUST = "import and open what the checkpoint's own configuration names, such as its data set: for files that you trust"
+"""Help for `--trust` (udddm/data/trust.py)."""
+
+
+def reported(body: Callable[[], int]) -> int:
+    """Run a command: turn the errors that are meant for the user into one message and an exit code.
+
+    0 is success, 1 failure, 2 a mistake in the arguments or configuration, 128 + n a stop by signal n after a
+    checkpoint. Other exceptions keep their traceback.
+    """
+    log.install(force=True)
+    try:
+        return body()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return USAGE
+    except Interrupted as error:
+        print(str(error), file=sys.stderr)
+        return error.exit_code
+    except UdddmError as error:
+        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
+        return FAILED
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(
+            f"error: {error.strerror}{where}. Checkpoints and earlier files are intact; make room or restore "
+            "access, then run the same command again",
+            file=sys.stderr,
+        )
+        return FAILED
+    except KeyboardInterrupt:
+        print("stopped at once; the last checkpoint is intact and the same command resumes", file=sys.stderr)
+        return 130
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=__version__)
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return value
+
+
+def integers(text: str) -> list[int]:
+    """`0-999`, `7`, `1,5,9` and mixtures."""
+    found: list[int] = []
+    for part in text.split(","):
+        first, separator, last = part.partition("-")
+        try:
+            low = int(first)
+            high = int(last) if separator else low
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: write seeds as 0-999 or 1,5,9") from None
+        if high < low:
+            raise argparse.ArgumentTypeError(f"{part!r}: the last seed is below the first")
+        found += range(low, high + 1)
+    return found

@@ -1,0 +1,140 @@
+"""The command udddm-store."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from udddm.cli.command import FAILED, TRUST, add_version, positive, reported
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    try:
+        sides = tuple(int(side) for side in text.split("x"))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write the shape as 3x32x32") from None
+    if len(sides) != 3 or min(sides) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: write the shape as CHANNELSxHEIGHTxWIDTH, such as 3x32x32")
+    return sides
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="udddm-store", description="Look into x0-state stores, copy, clean, plan and measure them."
+    )
+    add_version(parser)
+    commands = parser.add_subparsers(dest="command", required=True)
+    dtypes = ["fp32", "fp16", "bf16", "uint8"]
+    for name, text in (
+        ("info", "what the store holds; writes nothing, safe beside a live run"),
+        ("verify", "check every chunk's checksum; exits 1 and lists what is damaged; safe beside a live run"),
+        ("view", "one sample's estimates through the kept generations beside its image, as a PNG"),
+        ("convert", "copy the newest state to another path or URL, in this or another dtype"),
+        ("gc", "remove the generations that no checkpoint of a stopped run refers to"),
+        ("plan", "what a data set's state needs: bytes, memory, bandwidth, requests, and which store fits"),
+        ("bench", "what this machine and a URL give, against what the plan needs"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        if name != "plan":
+            command.add_argument("path", metavar="RUN|URL", help="a run directory, or the store's own path or URL")
+        if name == "view":
+            command.add_argument("--sample", type=int, required=True, metavar="I")
+            command.add_argument("--out", type=Path, default=Path("view.png"), metavar="FILE")
+            command.add_argument("--trust", action="store_true", help=TRUST)
+        if name == "convert":
+            command.add_argument("destination", metavar="URL")
+            command.add_argument("--dtype", choices=dtypes)
+        if name in ("plan", "bench"):
+            command.add_argument("--samples", type=positive, required=name == "plan", default=50_000, metavar="N")
+            command.add_argument("--shape", type=_shape, default=(3, 32, 32), metavar="3x32x32")
+            command.add_argument("--dtype", choices=dtypes, default="fp16")
+            command.add_argument("--images-per-second", type=positive, default=5000, metavar="R")
+            command.add_argument("--workers", type=positive, default=1)
+            command.add_argument("--batch", type=positive, default=1024, help="samples of a step, over all workers")
+        if name == "bench":
+            command.add_argument("--threads", type=positive, default=8)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+
+    def body() -> int:
+        if arguments.command in ("plan", "bench"):
+            return _plan_store(arguments)
+        from udddm.tools import convert, inspect
+
+        if arguments.command == "gc":
+            removed = convert.collect(arguments.path, print)
+            print(f"removed {', '.join(map(str, removed)) or 'nothing'}" + (" (generations)" if removed else ""))
+            return 0
+        place = inspect.find(arguments.path)
+        if arguments.command == "info":
+            print("\n".join(inspect.info(place)))
+        elif arguments.command == "verify":
+            chunks, damaged = inspect.verify(place)
+            print(
+                "\n".join(damaged) if damaged else f"{chunks} chunks and {len(place.checkpoints)} checkpoints are whole"
+            )
+            return FAILED if damaged else 0
+        elif arguments.command == "convert":
+            print(convert.convert(place, arguments.destination, arguments.dtype))
+        else:
+            _view(place, arguments.sample, arguments.out, arguments.trust)
+        return 0
+
+    return reported(body)
+
+
+def _plan_store(arguments: argparse.Namespace) -> int:
+    from udddm.storage import open_object_store
+    from udddm.tools import capacity
+
+    needed = capacity.needs(
+        arguments.samples,
+        arguments.shape,
+        arguments.dtype,
+        arguments.images_per_second,
+        arguments.workers,
+        arguments.batch,
+    )
+    print("\n".join(capacity.plan(needed)))
+    if arguments.command == "bench":
+        speed = capacity.measure(open_object_store(arguments.path), needed.chunk_bytes, threads=arguments.threads)
+        print("\n".join(capacity.verdict(needed, speed)))
+    return 0
+
+
+def _view(place: object, sample: int, out: Path, trust: bool) -> None:
+    import numpy as np
+    import torch
+
+    from udddm.data import ImageDataset, load_dataset
+    from udddm.data.trust import reaching
+    from udddm.image_grid import save_image_grid
+    from udddm.tools import inspect
+    from udddm.urls import redact
+
+    assert isinstance(place, inspect.Place)
+    found = inspect.estimates(place, sample)
+    names, images = [name for name, _ in found], [image for _, image in found]
+    unasked = reaching(place.config.data) if place.config is not None and not trust else []
+    if unasked:
+        named = redact(", ".join(unasked))
+        print(
+            f"the image is left out: the configuration of {place.name} names its data set by {named}, and "
+            "nothing of it is imported or opened unless --trust is given",
+            file=sys.stderr,
+        )
+    elif place.config is not None:
+        image, _ = ImageDataset(load_dataset(place.config.data)).batch(np.array([sample]))
+        names.insert(0, "the image")
+        images.insert(0, image[0])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_image_grid(torch.stack(images), out, columns=len(images), side=128)
+    print(f"sample {sample} in {out}, left to right: {', '.join(names)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The command udddm-train."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from udddm.cli.command import add_version, reported
+from udddm.config.plugins import ENGINES, STORES
+
+
+def _workers(text: str) -> tuple[int, int]:
+    """`4` or `2:8`."""
+    low, separator, high = text.partition(":")
+    try:
+        least, most = int(low), int(high) if separator else int(low)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number of workers, or MIN:MAX") from None
+    if not 1 <= least <= most:
+        raise argparse.ArgumentTypeError(f"{text!r}: at least 1 worker, and MIN no more than MAX")
+    return least, most
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="udddm-train",
+        description="Train a one-step image generator. The same command again resumes the run.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="a YAML preset, such as configs/digits.yaml")
+    parser.add_argument("--run-dir", metavar="DIR|URL", help="where everything goes (default: runs/<preset>)")
+    parser.add_argument(
+        "--store", metavar="KIND", help=f"where the x0-state lives: {', '.join(STORES.members)} (store.kind)"
+    )
+    parser.add_argument("--store-url", metavar="URL", help="where the zarr store is (store.url; default: <run>/state)")
+    parser.add_argument(
+        "--on-damage", choices=["stop", "reinitialize"], help="what a damaged chunk of state does (store.on_corruption)"
+    )
+    parser.add_argument(
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a value, such as train.epochs=3"
+    )
+    parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
+    parser.add_argument(
+        "--engine", metavar="NAME", help=f"what takes the steps: {', '.join(ENGINES.members)} (engine.name)"
+    )
+    parser.add_argument("--zero", type=int, choices=range(4), help="DeepSpeed's ZeRO stage (engine.zero)")
+    parser.add_argument("--deepspeed", metavar="FILE", help='a DeepSpeed JSON; its "auto" values are filled in')
+    cluster = parser.add_argument_group("workers")
+    cluster.add_argument(
+        "--backend", metavar="NAME", default="auto", help="who starts them: auto, local or ray (auto: Ray in a Ray job)"
+    )
+    cluster.add_argument(
+        "--workers", type=_workers, default=(1, 1), metavar="N|MIN:MAX", help="processes, one a GPU (default 1)"
+    )
+    cluster.add_argument(
+        "--max-failures", type=int, default=0, metavar="N", help="restarts after a lost or hung worker (default 0)"
+    )
+    cluster.add_argument(
+        "--timeout", type=float, default=600, metavar="SECONDS", help="a collective that takes longer is hung (600)"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and what it needs, and stop")
+    add_version(parser)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _parser().parse_args(argv)
+
+    def body() -> int:
+        from udddm import config as configuration
+
+        overrides = list(arguments.set)
+        if arguments.store:
+            overrides.append(f"store.kind={arguments.store}")
+        if arguments.store_url:
+            overrides.append(f"store.url={arguments.store_url}")
+        if arguments.on_corruption:
+            overrides.append(f"store.on_corruption={arguments.on_corruption}")
+        if arguments.engine or arguments.deepspeed:
+            overrides.append(f"engine.name={arguments.engine or 'deepspeed'}")
+        if arguments.zero is not None:
+            overrides.append(f"engine.zero={arguments.zero}")
+        if arguments.deepspeed:
+            import json
+
+            from udddm.backends.engines.deepspeed_config import read
+
+            overrides.append(f"engine.deepspeed={json.dumps(read(arguments.deepspeed))}")
+        config = configuration.load_config(arguments.config, overrides)
+        name = Path(arguments.config).stem if arguments.config else "default"
+        run = arguments.run_dir or Path("runs") / name
+        if arguments.dry_run:
+            from udddm.tools.dry_run import plan
+
+            for line in plan(config, arguments.device):
+                print(line)
+            return 0
+        from udddm.api import train as run_training
+
+        run_training(
+            config,
+            run_dir=run,
+            device=arguments.device,
+            backend=arguments.backend,
+            workers=arguments.workers,
+            max_failures=arguments.max_failures,
+            timeout=arguments.timeout,
+        )
+        return 0
+
+    return reported(body)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,157 @@
+"""A trained model: load one from a run, a checkpoint or a release, and make images with it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+from udddm import networks
+from udddm.backends.distributed.ranks import choose_device
+from udddm.config import RunConfig
+from udddm.diffusion import samplers, schedule
+from udddm.diffusion.samplers import SamplingOptions
+from udddm.diffusion.schedule import NoiseSchedule
+from udddm.errors import CheckpointError, ConfigError
+from udddm.runs import posthoc_ema
+from udddm.runs.checkpoint import NAME, load_config
+from udddm.runs.pretrained import checkpoint_files
+from udddm.runs.remote import open_copy
+from udddm.runs.run import Run
+from udddm.runs.weights import Saved
+from udddm.storage import local_path
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained network in evaluation mode, with what sampling needs to know."""
+
+    network: nn.Module
+    schedule: NoiseSchedule
+    config: RunConfig
+    """The configuration that it was trained with."""
+    shape: tuple[int, int, int]
+    """(C, H, W) of its images."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def sample(
+        self,
+        seeds: Sequence[int],
+        *,
+        steps: int = 1,
+        sampler: str = "renoise",
+        labels: Sequence[int] | None = None,
+        guidance: float = 1.0,
+        batch: int = 250,
+    ) -> npt.NDArray[np.float32]:
+        """Images [len(seeds), C, H, W], float32 in [-1, 1], by `steps` network evaluations each.
+
+        Each image depends on its seed (and label) alone. A model with classes and no `labels` takes `seed % classes`.
+        `guidance` other than 1 weighs the labels (docs/method.md), with two calls of the network per evaluation.
+
+        Raises ConfigError for seeds or labels that are no sequence of integers, labels of another number or of a class
+        that the model does not have, an unknown sampler, and guidance for a model that was not trained for it.
+        """
+        options = SamplingOptions(steps, sampler, guidance, batch, self.config.sample.settings)
+        drawn = list(self.batches(seeds, labels, options))
+        images: npt.NDArray[np.float32] = torch.cat([torch.empty(0, *self.shape), *drawn]).clamp(-1, 1).numpy()
+        return images
+
+    def batches(
+        self, seeds: Sequence[int], labels: Sequence[int] | None = None, options: SamplingOptions | None = None
+    ) -> Iterator[torch.Tensor]:
+        """As `sample`, batch by batch: tensors [<= options.batch, C, H, W] on the host, not clamped."""
+        chosen = options or SamplingOptions()
+        wanted = _integers(seeds, "seeds")
+        if chosen.steps < 1 or chosen.batch < 1:
+            raise ConfigError(f"steps ({chosen.steps}) and batch ({chosen.batch}) must be at least 1")
+        self.config.check_guidance(chosen.guidance, "guidance")
+        given = self.default_labels(wanted) if labels is None else self._checked(labels, len(wanted))
+        return samplers.batches(self.network, self.schedule, self.shape, wanted, given, chosen, self.device)
+
+    def default_labels(self, seeds: Sequence[int]) -> list[int] | None:
+        """The class of each seed where none is asked for: the classes in turn. None for a model without classes."""
+        classes = self.config.network.classes
+        return [seed % classes for seed in seeds] if classes else None
+
+    def _checked(self, labels: Sequence[int], count: int) -> list[int]:
+        classes, given = self.config.network.classes, _integers(labels, "labels")
+        if not classes:
+            raise ConfigError("labels: this model has no classes (network.classes is 0); leave them out")
+        if len(given) != count:
+            raise ConfigError(f"labels: {len(given)} labels for {count} seeds; give one label per seed")
+        if given and not 0 <= min(given) <= max(given) < classes:
+            wrong = next(label for label in given if not 0 <= label < classes)
+            raise ConfigError(f"labels: there is no class {wrong}; the model has {classes} classes, numbered from 0")
+        return given
+
+
+def _integers(values: Any, what: str) -> list[int]:
+    if isinstance(values, (torch.Tensor, np.ndarray)):
+        values = values.tolist()
+    if not isinstance(values, (Sequence, range)) or isinstance(values, (str, bytes)):
+        raise ConfigError(f"{what}: give a sequence of integers, such as range(64), not {values!r}")
+    wrong = next((each for each in values if isinstance(each, bool) or not isinstance(each, (int, np.integer))), None)
+    if wrong is not None:
+        raise ConfigError(f"{what}: {wrong!r} is not an integer")
+    return [int(each) for each in values]
+
+
+def load_model(
+    checkpoint: str | Path,
+    *,
+    ema: float | str | None = None,
+    ema_length: float | None = None,
+    device: str | torch.device = "auto",
+) -> Model:
+    """The model of a run, checkpoint or release, in a directory or at a URL.
+
+    `ema` names the average of the weights: a decay that the run kept, "power-<length>", "none" for the raw weights,
+    None for the first average. `ema_length`: of a run (not of one checkpoint), the average of this relative length,
+    assembled from its snapshots. `device` is auto, cpu, cuda (the first one), or the device itself.
+
+    Raises CheckpointError for a checkpoint that is damaged, of another network, or without that average.
+    """
+    if ema is not None and ema_length is not None:
+        raise ConfigError("ema names an average that the run kept, ema_length makes another: give one of them")
+    with checkpoint_files(checkpoint, ("config",) if ema_length is not None else ("config", "model", "ema")) as path:
+        config, shape = load_config(path)
+        network = networks.for_run(config, shape)
+        parameters = dict(network.named_parameters())
+        shapes = {name: p.shape for name, p in parameters.items()}
+        weights: Mapping[str, torch.Tensor]
+        if ema_length is not None:
+            weights = posthoc_ema.average(_run_of(checkpoint), ema_length, shapes)
+        else:
+            weights = kept = Saved.average(path, config.train.averages, ema)
+            kept.check_network(shapes)
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                parameter.copy_(weights[name])
+                if not parameter.isfinite().all():
+                    raise CheckpointError(
+                        f"{checkpoint}: the weights of {name} are not all finite; use another checkpoint"
+                    )
+    network.to(device if isinstance(device, torch.device) else choose_device(device)).eval()
+    return Model(network, schedule.build(config.schedule), config, shape)
+
+
+def _run_of(where: str | Path) -> Run:
+    """The run itself, to choose the length of an average in."""
+    local = local_path(where)
+    name = local.resolve().name if local is not None else str(where).rstrip("/").rpartition("/")[2]
+    if NAME.fullmatch(name) or (local is not None and (local / "config.json").exists()):
+        raise CheckpointError(
+            f"{where} is one checkpoint: the length of an average is chosen from all that a run stored; give the run"
+        )
+    return open_copy(where)
