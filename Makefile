@@ -8,7 +8,7 @@ DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-all lint format lock clean
+.PHONY: demo test test-unit test-all lint format lock clean
 
 # The base installation: no Ray, DeepSpeed, S3 or test tools.
 $(DEMO_READY): pyproject.toml constraints.txt
@@ -28,6 +28,9 @@ demo: $(DEMO_READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+
+test-unit: $(READY)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests/unit
 
 test-all: $(READY)
 	$(BIN)/python -m pytest

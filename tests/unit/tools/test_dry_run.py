@@ -20,7 +20,7 @@ from udddm.networks.cost import cost
 from udddm.tools import dry_run, throughput
 from udddm.tools.throughput import Speed
 
-PRESETS = sorted((Path(__file__).parent.parent / "configs").glob("*.yaml"))
+PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 TINY = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0, condition: none}",
     "train={steps: 6, batch_size: 64, learning_rate: 1.0e-3, ema: [0.9]}",

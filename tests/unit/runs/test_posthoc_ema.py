@@ -243,7 +243,7 @@ def test_the_commands_take_a_length_or_a_name(run: Path, tmp_path: Path, monkeyp
         drawn[name] = np.load(tmp_path / "samples.npy")
     assert np.array_equal(drawn["--ema-length=0.07"], api.sample(api.load_model(run, ema_length=0.07), range(4)))
     assert len({image.tobytes() for image in drawn.values()}) == 3
-    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks" / "yardstick"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks" / "yardstick"))
     figures = []
     for name in ("--ema-length=0.07", "--ema=none"):
         scoring = ["--features=features:digits", "--count=40", f"--cache={tmp_path}", f"--json={tmp_path / 'f.json'}"]

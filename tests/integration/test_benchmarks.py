@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RELEASE = "fashion-mnist/consistency/ema-0.9998.safetensors"  # what the README samples from
 FOLDERS = ("quality", "store", "training", "robustness")
 SCRIPTS = sorted(

@@ -24,7 +24,7 @@ from udddm.data.sources import digits
 from udddm.evaluation import evaluate
 from udddm.evaluation.features import FeatureNetwork, load_features
 
-YARDSTICK = Path(__file__).parents[2] / "benchmarks" / "yardstick"
+YARDSTICK = Path(__file__).parents[3] / "benchmarks" / "yardstick"
 TINY: dict[str, Any] = {
     "data": {"name": "digits"},
     "schedule": {"kind": "ve", "sigma_min": 0.05, "sigma_max": 30.0},

@@ -239,7 +239,7 @@ LEAVES = """
 import os, torch
 os.environ |= {"RANK": "0", "WORLD_SIZE": "1"}
 from pathlib import Path
-from udddm.backends.ranks import join
+from udddm.backends.distributed.ranks import join
 ranks = join("cpu", group=True)
 torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(3, 3))(torch.ones(1, 3)).sum().backward()
 ranks.close()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks" / "store"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks" / "store"))
 store_scale = importlib.import_module("scale")
 pipeline = importlib.import_module("udddm.store.pipeline")
 

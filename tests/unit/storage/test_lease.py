@@ -26,9 +26,9 @@ from udddm.storage.lease from udddm.testing.s3 import BUCKET
 YEAR = 365 * 86_400.0
 HOLD = """
 import sys, time
-from udddm.store.lease import Lease
-from udddm.store.objects import open_objects
-lease = Lease(open_objects(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
+from udddm.storage.lease import Lease
+from udddm.storage import open_object_store
+lease = Lease(open_object_store(sys.argv[1]), sys.argv[2], float(sys.argv[3]))
 lease.acquire()
 print("held", flush=True)
 time.sleep(60)

@@ -14,7 +14,7 @@ from udddm.cli.command import FAILED, USAGE
 from udddm.cli.sample import main as sample_command
 from udddm.cli.train import main as train_command
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[3] / "configs"
 TINY = [
     "--set=network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0, condition: none}",
     "--set=train={steps: 6, batch_size: 64, learning_rate: 1.0e-3, ema: [0.9]}",
