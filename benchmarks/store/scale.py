@@ -48,7 +48,7 @@ from virtual_time import World
 from udddm.config import OrderConfig
 from udddm.errors import StoreError
 from udddm.order import Order
-from udddm.store import REMOTE_THREADS
+from udddm.store.zarr import REMOTE_THREADS
 from udddm.store.autotune import Autotune
 from udddm.store.encoding import Encoding
 from udddm.store.generations import Generations
