@@ -184,7 +184,17 @@ class TrainConfig(Section):
     torch_threads: Positive | None = Field(
         None, description="CPU threads of a tensor operation; unset: torch's choice", json_schema_extra=CHANGEABLE
     )
-    compile: bool = Field(False, json_schema_extra=CHANGEABLE)
+    compile: bool = Field(False, description="torch.compile; needs a C++ compiler", json_schema_extra=CHANGEABLE)
+    tf32: bool = Field(
+        True,
+        description="TF32 for float32 products and convolutions on GPUs: faster, with 10 bits of mantissa",
+        json_schema_extra=CHANGEABLE,
+    )
+    deterministic: bool = Field(
+        False,
+        description="only deterministic kernels, so that a run on the same GPUs repeats bit for bit; slower on GPUs",
+        json_schema_extra=CHANGEABLE,
+    )
     channels_last: bool = True
 
     @model_validator(mode="after")

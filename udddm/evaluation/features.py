@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import nn
 
 from udddm.config.plugins import load_plugin
 from udddm.errors import ConfigError
@@ -25,8 +27,8 @@ class FeatureNetwork:
     `call` gives either the features or (features, logits).
     """
 
-    def __init__(self, name: str, call: Callable[[torch.Tensor], Any], device: torch.device):
-        self.name, self._call, self.device = name, call, device
+    def __init__(self, name: str, call: Callable[[torch.Tensor], Any], device: torch.device, weights: str = ""):
+        self.name, self._call, self.device, self._weights = name, call, device, weights
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[Rows, Rows | None]:
@@ -42,7 +44,10 @@ class FeatureNetwork:
         return _host(features), None if logits is None else _host(logits)
 
     def fingerprint(self, shape: tuple[int, int, int]) -> str:
-        """A hash of what it answers to fixed images: another network, or other weights, has another."""
+        """A hash that differs for another network or other weights: of the weights where they are known, which is the
+        same on every device; otherwise of what the network answers to fixed images."""
+        if self._weights:
+            return hashlib.sha256(f"{self._weights} {shape}".encode()).hexdigest()[:16]
         generator = torch.Generator().manual_seed(0)
         features, _ = self(torch.randn(4, *shape, generator=generator).clamp(-1, 1))
         return hashlib.sha256(features.tobytes()).hexdigest()[:16]
@@ -59,7 +64,8 @@ def load_features(name: str, device: torch.device) -> FeatureNetwork:
     Raises ConfigError for one that cannot be had, naming what to install or correct.
     """
     if name == INCEPTION:
-        return FeatureNetwork(name, _inception(device), device)
+        network = _inception(device)
+        return FeatureNetwork(name, partial(_call_inception, network), device, _hash(network.state_dict().values()))
     if Path(name).suffix in (".pt", ".pth", ".ts", ".jit"):
         try:
             with warnings.catch_warnings():
@@ -68,7 +74,7 @@ def load_features(name: str, device: torch.device) -> FeatureNetwork:
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"cannot load the feature network {name} as TorchScript: {reason}") from error
-        return FeatureNetwork(name, module, device)
+        return FeatureNetwork(name, module, device, hashlib.sha256(Path(name).read_bytes()).hexdigest())
     if ":" in name:
         return FeatureNetwork(name, load_plugin(name, "feature network"), device)
     raise ConfigError(
@@ -76,7 +82,15 @@ def load_features(name: str, device: torch.device) -> FeatureNetwork:
     )
 
 
-def _inception(device: torch.device) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
+def _hash(tensors: Iterable[torch.Tensor]) -> str:
+    """SHA-256 of tensors' bytes."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def _inception(device: torch.device) -> nn.Module:
     """The network of the TensorFlow FID code, as torch-fidelity ported it: 2,048 features, 1,008 logits."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
@@ -85,16 +99,16 @@ def _inception(device: torch.device) -> Callable[[torch.Tensor], tuple[torch.Ten
             "the Inception network comes with torch-fidelity, which is not installed: pip install 'udddm[inception]', "
             "or name another feature network (--features FILE.pt or package.module:function)"
         ) from error
-    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).to(device).eval()
+    network: nn.Module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
+    return network.to(device).eval()
 
-    def call(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pixels = images.add(1).mul(127.5).round().byte()
-        if pixels.shape[1] != 3:
-            pixels = pixels[:, :1].expand(-1, 3, -1, -1)
-        features, logits = network(pixels)
-        return features.flatten(1), logits
 
-    return call
+def _call_inception(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = images.add(1).mul(127.5).round().byte()
+    if pixels.shape[1] != 3:
+        pixels = pixels[:, :1].expand(-1, 3, -1, -1)
+    features, logits = network(pixels)
+    return features.flatten(1), logits
 
 
 def extract(network: FeatureNetwork, batches: Iterable[torch.Tensor]) -> tuple[Rows, Rows | None]:

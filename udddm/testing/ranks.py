@@ -17,21 +17,22 @@ from udddm.config import RunConfig
 from udddm.runs import weights
 
 
-def _rank(rank: int, world: int, meeting: str, work: Callable[[Ranks], None]) -> None:
+def _rank(rank: int, world: int, meeting: str, work: Callable[[Ranks], None], device: str) -> None:
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), RENDEZVOUS: meeting})
     torch.set_num_threads(1)
-    ranks = join("cpu", group=True, timeout=200)
+    ranks = join(device, group=True, timeout=200)
     work(ranks)
     ranks.close()
     sys.stdout.flush()
     os._exit(0)  # DeepSpeed's engines keep their groups, whose threads may abort a process that ends in the usual way
 
 
-def on_ranks(world: int, place: Path, work: Callable[[Ranks], None]) -> None:
+def on_ranks(world: int, place: Path, work: Callable[[Ranks], None], device: str = "cpu") -> None:
     """Run `work`, which must be picklable, on `world` new processes. Raises RuntimeError when one of them fails."""
     spawn = multiprocessing.get_context("spawn")
     processes = [
-        spawn.Process(target=_rank, args=(rank, world, str(place / f"meet-{world}"), work)) for rank in range(world)
+        spawn.Process(target=_rank, args=(rank, world, str(place / f"meet-{world}"), work, device))
+        for rank in range(world)
     ]
     for process in processes:
         process.start()

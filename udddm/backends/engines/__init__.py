@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from udddm.backends.distributed.ranks import Ranks
+from udddm.backends.engines import numerics
 from udddm.backends.engines.base import Engine, EngineContext, samples_a_part
 from udddm.config import RunConfig
 from udddm.config.plugins import ENGINES
@@ -21,6 +22,7 @@ def find(config: RunConfig) -> type[Engine]:
 def build(network: nn.Module, config: RunConfig, ranks: Ranks, total_steps: int) -> Engine:
     """The configured engine, around a network on the host. Raises ConfigError."""
     samples_a_part(config, ranks.world_size)
+    numerics.configure(config.train)
     find(config).check(config, ranks.world_size)
     context = EngineContext(network, config, ranks, total_steps)
     built: Engine = ENGINES.build(config.engine.name, config.engine.settings, context)

@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +158,8 @@ class RayTrain(Launcher):
     def _resources(self, job: Job) -> dict[str, float]:
         """Of one worker. A GPU each where the cluster has any and the CPU was not asked for."""
         if job.device == "cuda" or (job.device == "auto" and self._ray.cluster_resources().get("GPU", 0) > 0):
-            return {"GPU": 1.0, "CPU": 1.0}
+            nodes = [n["Resources"] for n in self._ray.nodes() if n["Alive"]]
+            return {"GPU": 1.0, "CPU": cpus_per_gpu(nodes)}
         return {"CPU": 1.0}
 
     def _fit(self, wanted: dict[str, float]) -> int:
@@ -252,6 +254,15 @@ class RayTrain(Launcher):
                 if self._ray.wait([news], timeout=0)[0]:
                     line.show(*self._ray.get(news))
                     news = board.latest.remote()
+
+
+def cpus_per_gpu(nodes: Sequence[Mapping[str, float]]) -> float:
+    """The CPUs that a worker with one GPU may ask for: its share of the node that has the fewest per GPU.
+
+    Ray sets OMP_NUM_THREADS to what a worker asked for, so with one CPU its host work would run on one thread.
+    """
+    shares = [node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU", 0) >= 1]
+    return max(1.0, min(shares, default=1.0))
 
 
 def job_directory(where: str | Path) -> str | Path:
