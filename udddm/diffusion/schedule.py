@@ -26,7 +26,7 @@ SIGMA_HIGHEST = 80.0
 class Coefficients(NamedTuple):
     """What one sample's time step means, each [B] float32.
 
-    x_t = signal * x_0 + noise * eps, and f = skip * x_t + out * F(scale * x_t, embedding).
+    x_t = alpha * x_0 + sigma * eps, and f = c_skip * x_t + c_out * F(c_in * x_t, c_noise).
     """
 
     alpha: torch.Tensor
@@ -140,7 +140,8 @@ class VariancePreserving(NoiseSchedule):
         super().__init__(config)
         if config.preconditioning in ("linear", "quadratic"):
             raise ConfigError(
-                f"schedule.preconditioning={config.preconditioning} is a kappa of the VE schedule; VP takes paper or edm"
+                f"schedule.preconditioning={config.preconditioning} is a kappa of the VE schedule; VP takes paper or "
+                "edm"
             )
         betas = np.linspace(config.beta_min, config.beta_max, config.timesteps)
         self._steps = np.arange(1, config.timesteps + 1, dtype=np.float64)
