@@ -15,7 +15,6 @@ import torch
 
 from udddm.config import ScheduleConfig
 from udddm.config.plugins import SCHEDULES
-from udddm.errors import ConfigError
 
 Array = npt.NDArray[np.float64]
 
@@ -138,11 +137,6 @@ class VariancePreserving(NoiseSchedule):
 
     def __init__(self, config: ScheduleConfig):
         super().__init__(config)
-        if config.preconditioning in ("linear", "quadratic"):
-            raise ConfigError(
-                f"schedule.preconditioning={config.preconditioning} is a kappa of the VE schedule; VP takes paper or "
-                "edm"
-            )
         betas = np.linspace(config.beta_min, config.beta_max, config.timesteps)
         self._steps = np.arange(1, config.timesteps + 1, dtype=np.float64)
         self._log_alpha_bar = np.cumsum(np.log1p(-betas))
