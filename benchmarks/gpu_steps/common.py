@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +19,20 @@ from torch import nn
 
 from gpu_steps.harness import Bench
 from udddm import config as configuration
-from udddm import ema, objectives
+from udddm import ema, networks, objectives
+from udddm.backends import engines
 from udddm.backends.distributed.ranks import Ranks
-from udddm.backends.engines import base
 from udddm.config import RunConfig, TrainConfig
 from udddm.data import ArrayImages, ImageDataset
 from udddm.diffusion import schedule
 from udddm.runs.run import Run
 from udddm.training.inputs import Prefetch
-from udddm.training.trainer import Trainer, build_network_of
+from udddm.training.trainer import Trainer
 
 Shape = tuple[int, int, int]
 TINY = (
-    "network={width: 32, multipliers: [1, 2], blocks: 1, attention: [4], dropout: 0, condition: none}",
+    "network={base_channels: 32, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], dropout: 0, "
+    "condition: none}",
     "train={steps: 1000, batch_size: 16, learning_rate: 1.0e-4, ema: [0.9], channels_last: false}",
     "sample={every_steps: 0, final: 0}",
 )
@@ -108,8 +109,8 @@ class Passes:
         plans: int = 4,
         epoch: int = 0,
     ):
-        train: dict[str, Any] = {"batch_size": batch, "accumulation": 1}
-        named: dict[str, Any] = {"name": "denoiser"} if teacher == "none" else {"warmup": 0.0}
+        train: dict[str, Any] = {"batch_size": batch, "grad_accumulation": 1}
+        named: dict[str, Any] = {"name": "edm"} if teacher == "none" else {"pretrain": 0.0}
         self.config = config = config.model_copy(
             update={
                 "train": config.train.model_copy(update=train),
@@ -118,8 +119,9 @@ class Passes:
         )
         ranks = alone(bench)
         self.device, self.shape, self.taken = ranks.device, shape, 0
-        self.network = build_network_of(config, shape)
-        self.engine = base.build(self.network, config, ranks, 1_000_000)
+        self.network = networks.for_run(config, shape)
+        self.engine = engines.build(self.network, config, ranks, 1_000_000)
+        self.teacher = objectives.teacher_of(config, equal_forward_calls=self.engine.equal_forward_calls)
         self.averages = ema.build(config.train, self.engine.weights())
         self.objective = objectives.build(config, schedule.build(config.schedule), 1000.0, shape)
         self.resize(batch, full=teacher == "full", plans=plans, epoch=epoch)
@@ -138,17 +140,13 @@ class Passes:
 
     @staticmethod
     def _full(visits: objectives.Visits) -> objectives.Visits:
-        """All rows fresh, at the level they have: the same work as at the level below."""
-        known = {f.name for f in fields(visits)}
-        if not {"fresh", "fresh_coefficients"} <= known:
-            raise RuntimeError("Visits has no `fresh` and `fresh_coefficients`: adapt gpu_steps/common.py")
+        """All rows evaluated, at the level they have: the same work as at the level below."""
         rows = torch.arange(len(visits.x0_weight))
         return replace(visits, teacher_rows=rows, teacher_coefficients=visits.coefficients)
 
     def evaluated(self) -> list[int]:
         """How many rows the teacher's pass has, by batch of visits."""
-        count = getattr(self.objective, "evaluated", lambda visits: len(visits.fresh))
-        return [count(visits) for visits in self.visits]
+        return [self.teacher.evaluated(visits) for visits in self.visits]
 
     def without_teacher(self) -> None:
         """Go on with visits whose targets are all stored."""
@@ -156,12 +154,16 @@ class Passes:
             replace(v, teacher_rows=v.teacher_rows[:0], teacher_coefficients=v.coefficients[:, :0]) for v in self.visits
         ]
 
+    def losses(self, visits: objectives.Visits) -> tuple[torch.Tensor, torch.Tensor]:
+        """The forward passes of `visits`: the loss of each sample, and the next x0-state."""
+        return objectives.visit_loss(self.engine.module, self.x0, self.state, visits, self.labels, self.teacher)
+
     def passes(self) -> torch.Tensor:
         """The forward and backward pass. Returns the loss."""
         visits = self.visits[self.taken % len(self.visits)]
         with self.engine.micro_batch(last=True):
             with self.engine.autocast():
-                losses, self.state = self.objective(self.engine.module, self.x0, self.state, visits, self.labels)
+                losses, self.state = self.losses(visits)
             loss = losses.mean()
             self.engine.backward(loss)
         return loss.detach()

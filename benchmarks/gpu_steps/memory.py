@@ -42,7 +42,7 @@ def kept_bytes(made: Passes) -> int:
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor):
         visits = made.visits[0]
         with made.engine.autocast():
-            losses, _ = made.objective(made.engine.module, made.x0, made.state, visits, made.labels)
+            losses, _ = made.losses(visits)
     del losses
     return kept.bytes
 

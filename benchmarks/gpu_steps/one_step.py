@@ -44,13 +44,13 @@ def gradients(bench: Bench) -> None:
         visits = made.visits[0]
         assert len(visits.teacher_rows), "this batch has no teacher's pass: the check shows nothing"
         with torch.autocast(made.device.type, dtype):
-            found, _ = made.objective(made.network, made.x0, made.state, visits, None)
+            found, _ = made.losses(visits)
         (found.mean() * (256 if precision == "fp16" else 1)).backward()  # type: ignore[no-untyped-call]
         named = list(made.network.named_parameters())
         without = [name for name, p in named if p.grad is None]
         infinite = [name for name, p in named if p.grad is not None and not bool(p.grad.isfinite().all())]
         counts[precision] = {"parameters": len(named), "without": len(without), "not_finite": len(infinite)}
-        bench.report(gradients=dict(counts), fresh=len(visits.teacher_rows))
+        bench.report(gradients=dict(counts), teacher_rows=len(visits.teacher_rows))
         assert not without, f"{precision}: no gradient for {without[:5]}"
         assert not infinite, f"{precision}: gradient not finite for {infinite[:5]}"
 
@@ -84,9 +84,9 @@ def shared_rows(bench: Bench, teacher: str) -> tuple[int, int, int]:
 def masks(bench: Bench) -> None:
     """The teacher drops the units that the trained pass drops (Song & Dhariwal 2023, section 3.2)."""
     found = {teacher: shared_rows(bench, teacher) for teacher in ("full", "planned")}
-    bench.report(fresh_and_shared_first_and_last=found)
-    for teacher, (fresh, *shared) in found.items():
-        assert min(shared) == fresh, f"{teacher}: of {fresh} rows, {shared} share their first and last masks"
+    bench.report(teacher_rows_and_shared_first_and_last=found)
+    for teacher, (rows, *shared) in found.items():
+        assert min(shared) == rows, f"{teacher}: of {rows} rows, {shared} share their first and last masks"
 
 
 def normals(bench: Bench) -> None:

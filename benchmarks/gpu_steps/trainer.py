@@ -13,12 +13,12 @@ import torch
 
 from gpu_steps.common import TINY_SHAPE, Shape, alone, pixels, preset, running, synchronize, tiny
 from gpu_steps.harness import Bench, Check
+from udddm import networks
 from udddm.config import RunConfig
 from udddm.diffusion import schedule
 from udddm.diffusion.denoise import denoise
 from udddm.diffusion.schedule import Coefficients
 from udddm.objectives import pseudo_huber
-from udddm.training.trainer import build_network_of
 
 STORES = ("gpu", "pinned", "zarr")
 
@@ -36,7 +36,7 @@ def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
     """A function that takes one step: images and states in two tensors, torch's generator, no averages."""
     device, shape = images.device, tuple(images.shape[1:])
     steps = schedule.build(config.schedule)
-    network = build_network_of(config, (shape[0], shape[1], shape[2])).to(device)
+    network = networks.for_run(config, (shape[0], shape[1], shape[2])).to(device)
     if config.train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(network.parameters(), lr=config.train.learning_rate, fused=True)

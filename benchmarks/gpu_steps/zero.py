@@ -16,11 +16,11 @@ from torch._C._distributed_c10d import HashStore
 
 from gpu_steps.common import TINY_SHAPE, Passes, alone, digest, environment, gap, synchronize, timed, tiny
 from gpu_steps.harness import Bench, Check, Skipped
-from udddm.backends.engines import base
+from udddm import networks
+from udddm.backends import engines
 from udddm.backends.engines.base import Engine
 from udddm.config import RunConfig
 from udddm.runs import weights
-from udddm.training.trainer import build_network_of
 
 STAGES = {
     "zero0": "engine={name: deepspeed, zero: 0}",
@@ -134,7 +134,7 @@ def checkpoints(bench: Bench) -> None:
         config, ranks = configured(precision, *settings), alone(bench)
         made: Engine
         if places:
-            made = base.build(build_network_of(config, TINY_SHAPE), config, ranks, 100)
+            made = engines.build(networks.for_run(config, TINY_SHAPE), config, ranks, 100)
             weights.load(places[-1], made, [])
         else:
             first = Passes(config, TINY_SHAPE, bench, batch=16)

@@ -19,9 +19,9 @@ release() {
   .venv/bin/python benchmarks/quality/release.py "runs/$1" "$2"
 }
 
-ict="objective={name: consistency, warmup: 0, consistency: {first: 640, last: 640}}"
-ect="objective={name: tuning, warmup: 0, tuning: {q: 256, stages: 1, length: 1}}"
-stored="objective={name: tuning, warmup: 0, tuning: {q: 256, stages: 1, length: 2}}"
+ict="objective={name: ict, pretrain: 0, ict: {s0: 640, s1: 640}}"
+ect="objective={name: ect, pretrain: 0, ect: {q: 256, stages: 1, length: 1}}"
+stored="objective={name: ect, pretrain: 0, ect: {q: 256, stages: 1, length: 2}}"
 
 # 1. The preset: 10 epochs of ECT.
 .venv/bin/udddm-train --config configs/fashion-mnist.yaml

@@ -54,8 +54,8 @@ def main() -> None:
         scores = {}
         for steps in STEPS:
             images = udddm.sample(model, range(arguments.count), steps=steps)
-            scores[str(steps)] = udddm.evaluate(images, dataset, features=arguments.features, device="cpu")
-            figures = scores[str(steps)]
+            found = udddm.evaluate(images, dataset, features=arguments.features, device="cpu")
+            figures = scores[str(steps)] = found.to_dict()
             print(
                 f"EMA {decay:g}, {steps} evaluations: fd {figures['fd']:.2f}, recall {figures['recall']:.3f}",
                 flush=True,

@@ -44,7 +44,7 @@ def main() -> None:
     print("sigma  |mean|/sigma      fd  precision  recall")
     for sigma in arguments.sigma:
         up_to = schedule.build(model.config.schedule.model_copy(update={"sigma_max": sigma}))
-        images = udddm.sample(replace(model, process=up_to), range(arguments.count))
+        images = udddm.sample(replace(model, schedule=up_to), range(arguments.count))
         scores = udddm.evaluate(images, dataset, features=arguments.features, device="cpu")
         rows.append({"sigma": sigma, "offset": offset / sigma} | {k: scores[k] for k in ("fd", "precision", "recall")})
         print("{sigma:5g}  {offset:12.2f}  {fd:6.2f}  {precision:9.2f}  {recall:6.2f}".format(**rows[-1]), flush=True)

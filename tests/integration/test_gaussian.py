@@ -30,10 +30,10 @@ def gaussian() -> ModuleType:
 @pytest.mark.parametrize("kind", ["ve", "vp"])
 def test_the_exact_solution_solves_the_probability_flow_ode(gaussian: ModuleType, kind: str) -> None:
     """dx/dsigma = (x - E[x_0 | x]) / sigma for x = x_t / signal (Karras et al. 2022), by Runge-Kutta steps to x_0."""
-    process = build(ScheduleConfig(kind=kind, timesteps=gaussian.TIMESTEPS[kind]))
-    t = process.time(np.array([20.0]))
-    at = Coefficients(*torch.from_numpy(process.coefficients(t)))
-    sigma = float(process.sigma(t)[0])
+    schedule = build(ScheduleConfig(kind=kind, timesteps=gaussian.TIMESTEPS[kind]))
+    t = schedule.time(np.array([20.0]))
+    at = Coefficients(*torch.from_numpy(schedule.coefficients(t)))
+    sigma = float(schedule.sigma(t)[0])
     mean, variance = gaussian.MEAN.double(), gaussian.SPREAD**2
     x = mean + sigma * torch.randn(1, 1, 2, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     start = x.clone()
@@ -53,14 +53,14 @@ def test_the_exact_solution_solves_the_probability_flow_ode(gaussian: ModuleType
 
 def test_the_bias_of_a_chain_falls_as_1_over_its_levels(gaussian: ModuleType) -> None:
     """And is what iterating the conditional expectation by regression on samples gives."""
-    process = build(ScheduleConfig())
-    means = [gaussian.bias(process.sigma(process.levels(m))).mean() for m in (16, 32, 64, 128)]
+    schedule = build(ScheduleConfig())
+    means = [gaussian.bias(schedule.sigma(schedule.levels(m))).mean() for m in (16, 32, 64, 128)]
     ratios = np.divide(means[:-1], means[1:])
     assert (np.diff(means) < 0).all() and ratios[-1] == pytest.approx(2, abs=0.1)
     rng = np.random.default_rng(0)
     x0, eps = gaussian.SPREAD * rng.standard_normal(200_000), rng.standard_normal(200_000)
     target, found = x0, []
-    sigmas = process.sigma(process.levels(8))
+    sigmas = schedule.sigma(schedule.levels(8))
     for sigma in sigmas:
         x = x0 + sigma * eps
         target = x * (x @ target) / (x @ x)

@@ -65,7 +65,7 @@ class ICTConfig(Section):
     @model_validator(mode="after")
     def _ordered(self) -> ICTConfig:
         if self.s1 < self.s0:
-            raise ValueError(f"last ({self.s1}) must be at least first ({self.s0})")
+            raise ValueError(f"s1 ({self.s1}) must be at least s0 ({self.s0})")
         return self
 
 
@@ -84,7 +84,7 @@ class ECTConfig(Section):
 
 
 class EDMConfig(Section):
-    """The EDM denoiser (Karras et al. 2022), alone or as a warm-up."""
+    """The EDM denoiser (Karras et al. 2022), alone or as pretraining."""
 
     p_mean: float = Field(-1.2, description="of ln sigma")
     p_std: Annotated[float, Field(gt=0)] = Field(1.2, description="of ln sigma")
@@ -98,7 +98,8 @@ class ObjectiveConfig(Section):
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of an objective of your own")
     pretrain: UnderOne | None = Field(
         None,
-        description="share of the run that trains a denoiser first; unset: the objective's default (0.4 for ect), 0 with train.init_from",
+        description="share of the run that trains a denoiser first; unset: the objective's default (0.4 for ect), "
+        "0 with train.init_from",
     )
     huber_c: Annotated[float, Field(gt=0)] | None = Field(
         None,

@@ -76,7 +76,7 @@ class Registry:
         self.what, self.key, self.members, self.renamed = what, key, dict(members), dict(renamed or {})
 
     def check(self, name: str) -> str:
-        """The name as the configuration keeps it. Raises ValueError for one that is neither known nor an import path."""
+        """The name as the configuration keeps it. Raises ValueError if it is neither known nor an import path."""
         name = self.renamed.get(name, name)
         if name in self.members or ":" in name:
             return name
@@ -131,11 +131,11 @@ OBJECTIVES = Registry(
     "objective",
     "objective.name",
     {
-        "chain": "udddm.objectives.chain:build",
-        "ict": "udddm.objectives.ict:build",
-        "ect": "udddm.objectives.ect:build",
-        "edm": "udddm.objectives.edm:build",
-        "uddm": "udddm.objectives.uddm:build",
+        "chain": "udddm.objectives.chain:Chain",
+        "ict": "udddm.objectives.ict:ICT",
+        "ect": "udddm.objectives.ect:ECT",
+        "edm": "udddm.objectives.edm:EDM",
+        "uddm": "udddm.objectives.uddm:UDDM",
     },
     renamed={"consistency": "ict", "tuning": "ect", "denoiser": "edm", "algorithm-1": "uddm"},
 )

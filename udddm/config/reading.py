@@ -83,8 +83,12 @@ def apply(tree: dict[str, Any], override: str) -> None:
         with contextlib.suppress(ValueError):
             value = float(value)
     given, key = key, current_key(key)
-    if given != key:
-        log.warning("--set %s: %s is now %s", override, given, key)
+    replaced = [f"{given} is now {key}"] if given != key else []
+    if isinstance(value, dict):  # now, so that a later override of one of its keys finds it under today's name
+        value, inner = modernize(value, f"{key}.")
+        replaced += inner
+    if replaced:
+        log.warning("--set %s uses old names, which are still read: %s", override, "; ".join(replaced))
     *parents, leaf = key.split(".")
     node = tree
     for depth, name in enumerate(parents):

@@ -52,7 +52,7 @@ def current_key(key: str) -> str:
 def modernize(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
     """A copy of a tree of plain values with today's names, and a phrase for each name that was replaced.
 
-    Where both names are given the new one is kept under its name and the old one is left, so that validation reports it.
+    Where both names are given, both are kept as they are, so that validation reports the old one.
     """
     found: dict[str, Any] = {}
     replaced: list[str] = []

@@ -64,6 +64,10 @@ class ScheduleConfig(Section):
             raise ValueError(f"sigma_min {self.sigma_min} must be below sigma_max {self.sigma_max}")
         if self.beta_min > self.beta_max:
             raise ValueError(f"beta_min {self.beta_min} must not exceed beta_max {self.beta_max}")
+        if self.kind == "vp" and self.preconditioning in ("linear", "quadratic"):
+            raise ValueError(
+                f"preconditioning '{self.preconditioning}' is a kappa of the VE schedule; VP takes paper or edm"
+            )
         return self
 
 

@@ -1,7 +1,7 @@
 """Samplers: Algorithm 2 of the paper, renoising, and Heun's method. Every image is a function of its seed alone.
 
-A sampler is a function `sampler(task)`, or `sampler(task, settings)`, from a `SamplingTask` to images. `sample` runs one
-by name for a batch of seeds; `batches` does so for any number of seeds.
+A sampler is a function `sampler(task)`, or `sampler(task, settings)`, from a `SamplingTask` to images. `sample` runs
+one by name for a batch of seeds; `batches` does so for any number of seeds.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class SamplingTask:
     denoise: Callable[[torch.Tensor, Coefficients, torch.Tensor], torch.Tensor]
     """f(x_t, coefficients of t, conditioning image): the estimate of x_0, all [B, C, H, W]; one network evaluation."""
     draw: Callable[..., torch.Tensor]
-    """`draw(stream, *parts)`: normal noise [B, C, H, W] as a function of each image's seed, the stream and the parts."""
+    """`draw(stream, *parts)`: normal noise [B, C, H, W], a function of each image's seed, the stream and the parts."""
 
     def at(self, t: float) -> Coefficients:
         """The coefficients of time `t`, for every image of the batch."""

@@ -15,7 +15,6 @@ import torch
 
 from udddm.config import ScheduleConfig
 from udddm.config.plugins import SCHEDULES
-from udddm.errors import ConfigError
 
 Array = npt.NDArray[np.float64]
 
@@ -26,7 +25,7 @@ SIGMA_HIGHEST = 80.0
 class Coefficients(NamedTuple):
     """What one sample's time step means, each [B] float32.
 
-    x_t = signal * x_0 + noise * eps, and f = skip * x_t + out * F(scale * x_t, embedding).
+    x_t = alpha * x_0 + sigma * eps, and f = c_skip * x_t + c_out * F(c_in * x_t, c_noise).
     """
 
     alpha: torch.Tensor
@@ -138,10 +137,6 @@ class VariancePreserving(NoiseSchedule):
 
     def __init__(self, config: ScheduleConfig):
         super().__init__(config)
-        if config.preconditioning in ("linear", "quadratic"):
-            raise ConfigError(
-                f"schedule.preconditioning={config.preconditioning} is a kappa of the VE schedule; VP takes paper or edm"
-            )
         betas = np.linspace(config.beta_min, config.beta_max, config.timesteps)
         self._steps = np.arange(1, config.timesteps + 1, dtype=np.float64)
         self._log_alpha_bar = np.cumsum(np.log1p(-betas))

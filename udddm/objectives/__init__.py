@@ -8,8 +8,8 @@ from dataclasses import replace
 from udddm.config import RunConfig
 from udddm.config.plugins import OBJECTIVES
 from udddm.diffusion.schedule import NoiseSchedule
-from udddm.objectives import edm
 from udddm.objectives.base import Objective, ObjectiveContext, Visits
+from udddm.objectives.edm import EDM
 from udddm.objectives.labels import LabelDropout
 from udddm.objectives.loss import Teacher, adaptive_loss, pseudo_huber, visit_loss
 from udddm.objectives.pretrain import Pretrained
@@ -24,6 +24,7 @@ __all__ = [
     "adaptive_loss",
     "build",
     "describe",
+    "pretrain_share",
     "pseudo_huber",
     "teacher_of",
     "visit_loss",
@@ -34,30 +35,26 @@ def build(config: RunConfig, schedule: NoiseSchedule, epochs: float, shape: tupl
     """The objective of a run of `epochs` epochs on images [C, H, W], after its pretraining. Raises ConfigError."""
     conditioned = config.network.condition != "none"
     context = ObjectiveContext(schedule, config.objective, config.seed, epochs, shape, conditioned)
-    share = pretrain_share(config, _create(context))
-    first = math.ceil(share * epochs)
-    if not first:
-        return _create(context)
-    return Pretrained(edm.build(context), _create(replace(context, epochs=max(epochs - first, 1e-9))), first)
+    first = math.ceil(pretrain_share(config) * epochs)
+    own = replace(context, epochs=max(epochs - first, 1e-9)) if first else context
+    built: Objective = OBJECTIVES.build(config.objective.name, config.objective.settings, own)
+    return Pretrained(EDM.create(context), built, first) if first else built
 
 
-def _create(context: ObjectiveContext) -> Objective:
-    built: Objective = OBJECTIVES.build(context.config.name, context.config.settings, context)
-    return built
-
-
-def pretrain_share(config: RunConfig, objective: Objective) -> float:
-    """The share of the run that trains a denoiser before its objective."""
-    if objective.is_denoiser:
+def pretrain_share(config: RunConfig) -> float:
+    """The share of the run that trains a denoiser before its objective. Raises ConfigError."""
+    factory = OBJECTIVES.load(config.objective.name)
+    if getattr(factory, "is_denoiser", Objective.is_denoiser):
         return 0.0
     if config.objective.pretrain is not None:
         return config.objective.pretrain
-    return objective.default_pretrain if config.train.init_from is None else 0.0
+    default: float = getattr(factory, "default_pretrain", Objective.default_pretrain)
+    return default if config.train.init_from is None else 0.0
 
 
 def describe(config: RunConfig, objective: Objective) -> str:
-    """The objective's name, and the pretraining where there is any, as the first lines of a run tell them."""
-    share = pretrain_share(config, objective.then if isinstance(objective, Pretrained) else objective)
+    """The objective's name, and the pretraining where there is any, as the first lines of a run show them."""
+    share = pretrain_share(config) if isinstance(objective, Pretrained) else 0.0
     return config.objective.name + (f", after a denoiser for {share:.0%} of the run" if share else "")
 
 

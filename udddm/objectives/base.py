@@ -54,7 +54,11 @@ class Visits:
 
 
 class Objective(ABC):
-    """What each visit of a sample trains."""
+    """What each visit of a sample trains.
+
+    `default_pretrain` and `is_denoiser` are read from the factory, before the objective is created: from the class that
+    `objective.name` names, or from a function that has such an attribute.
+    """
 
     default_pretrain: ClassVar[float] = 0.0
     """Share of a run from random weights that trains a denoiser first, where `objective.pretrain` is not set."""

@@ -13,6 +13,7 @@ staggers the chains; the first chain of a stage is the shorter for it.
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from udddm.objectives import special
 from udddm.objectives.base import Ids, ObjectiveContext, Visits
 from udddm.objectives.target import TargetObjective
 from udddm.rng import Stream
+
+HUBER_C = 0.19
+"""c of Eq. 4 over sqrt(C H W) for chains: the best value on the digits (docs/method.md, "c")."""
 
 
 class Chain(TargetObjective):
@@ -42,6 +46,12 @@ class Chain(TargetObjective):
         self._starts = [math.ceil(stage.start * epochs) for stage in config.stages]
         self._times = [schedule.levels(stage.levels) for stage in config.stages]
         self._sigmas = [np.minimum(schedule.sigma(times), SIGMA_HIGHEST) for times in self._times]
+
+    @classmethod
+    def create(cls, context: ObjectiveContext) -> Self:
+        """The objective of a run."""
+        c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
+        return cls(context.schedule, context.config.chain, c, context.seed, context.epochs, context.conditioned)
 
     def position(self, ids: Ids, epoch: int) -> tuple[int, Ids, Ids, Ids]:
         """(stage, chain number, visit within the chain, level) of samples `ids` in `epoch`."""
@@ -87,13 +97,3 @@ class Chain(TargetObjective):
             teacher_rows=teacher_rows,
             teacher_times=times[level[teacher_rows] - 1],
         )
-
-
-HUBER_C = 0.19
-"""c of Eq. 4 over sqrt(C H W) for chains: the best value on the digits (docs/method.md, "c")."""
-
-
-def build(context: ObjectiveContext) -> Chain:
-    """The factory of `objective.name=chain`."""
-    c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
-    return Chain(context.schedule, context.config.chain, c, context.seed, context.epochs, context.conditioned)

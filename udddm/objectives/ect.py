@@ -1,4 +1,4 @@
-"""Easy Consistency Tuning, ECT (Geng et al. 2024, arXiv 2406.14548), with a fresh or a stored teacher.
+"""Easy Consistency Tuning, ECT (Geng et al. 2024, arXiv 2406.14548), with targets evaluated now or stored.
 
 Its first phase, a denoiser, is `objective.pretrain`.
 """
@@ -6,6 +6,7 @@ Its first phase, a denoiser, is `objective.pretrain`.
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,12 @@ class ECT(TargetObjective):
         self.config = config
         self._starts = [math.ceil(stage * epochs / config.stages) for stage in range(config.stages)]
 
+    @classmethod
+    def create(cls, context: ObjectiveContext) -> Self:
+        """The objective of a run."""
+        c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
+        return cls(context.schedule, context.config.ect, c, context.seed, context.epochs, context.conditioned)
+
     def below(self, sigma: Floats, stage: int) -> Floats:
         """r of `sigma`, which may be negative."""
         c = self.config
@@ -74,7 +81,7 @@ class ECT(TargetObjective):
         stored = visit > 0
         for step in range(1, int(visit.max(initial=0)) + 1):
             sigma = np.where(visit >= step, self.above(sigma, stage), sigma)
-        beyond = sigma > self.schedule.highest  # the chain has left at the top: its visit is one of its own
+        beyond = sigma > self.schedule.highest  # the chain has left at the top: its visit stands alone
         anew = lognormal(self.schedule, self._key(Stream.TIME, ids, epoch), c.p_mean, c.p_std)
         sigma, stored = np.where(beyond, anew, sigma), stored & ~beyond
         r = self.below(sigma, stage)
@@ -96,9 +103,3 @@ class ECT(TargetObjective):
             teacher_rows=teacher_rows,
             teacher_times=self.schedule.time(r[teacher_rows]),
         )
-
-
-def build(context: ObjectiveContext) -> ECT:
-    """The factory of `objective.name=ect`."""
-    c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
-    return ECT(context.schedule, context.config.ect, c, context.seed, context.epochs, context.conditioned)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import numpy as np
 
@@ -17,7 +18,7 @@ _NONE = np.empty(0, np.int64)
 
 
 class EDM(TargetObjective):
-    """ln sigma ~ N(mean, deviation^2) and the loss lambda(sigma) ||f - x_0||^2 / (C H W), lambda = 1/c_out^2.
+    """ln sigma ~ N(p_mean, p_std^2) and the loss lambda(sigma) ||f - x_0||^2 / (C H W), lambda = 1/c_out^2.
 
     Eq. 4 is ||.||^2 / (2 c) where c is far above every distance; with such a c this is Eq. 3 with x_0 for a target.
     """
@@ -35,6 +36,11 @@ class EDM(TargetObjective):
         super().__init__(schedule, 1e4 * math.sqrt(pixels), seed, conditioned)
         self.config, self.pixels = config, pixels
 
+    @classmethod
+    def create(cls, context: ObjectiveContext) -> Self:
+        """The objective of a run."""
+        return cls(context.schedule, context.config.edm, context.seed, context.pixels, context.conditioned)
+
     def plan(self, ids: Ids, epoch: int) -> Visits:
         sigma = lognormal(
             self.schedule, rng.keys(self.seed, Stream.TIME, ids, epoch), self.config.p_mean, self.config.p_std
@@ -51,8 +57,3 @@ class EDM(TargetObjective):
             teacher_rows=_NONE,
             teacher_times=np.empty(0),
         )
-
-
-def build(context: ObjectiveContext) -> EDM:
-    """The factory of `objective.name=edm`."""
-    return EDM(context.schedule, context.config.edm, context.seed, context.pixels, context.conditioned)

@@ -6,6 +6,7 @@ The network is evaluated twice at every visit, for the target without gradient.
 from __future__ import annotations
 
 import math
+from typing import Self
 
 import numpy as np
 
@@ -17,11 +18,14 @@ from udddm.objectives.base import Ids, ObjectiveContext, Visits
 from udddm.objectives.target import TargetObjective
 from udddm.rng import Stream
 
+HUBER_C = 0.00054
+"""c of Eq. 4 over sqrt(C H W) (Song & Dhariwal 2023, section 3.3)."""
+
 
 class ICT(TargetObjective):
     """Levels k = 1..N by a curriculum over a run of `epochs` epochs; level k learns what the network says at k - 1.
 
-    N begins at `first` and doubles up to `last`, after equal shares of the run (iCT, Eq. 11). k is lognormal in sigma
+    N begins at `s0` and doubles up to `s1`, after equal shares of the run (iCT, Eq. 11). k is lognormal in sigma
     (Eq. 10) or uniform, the weight 1 / (sigma_k - sigma_(k-1)). At the lowest level an image is its own estimate.
     """
 
@@ -36,6 +40,12 @@ class ICT(TargetObjective):
     ):
         super().__init__(schedule, huber_c, seed, conditioned)
         self.config, self.epochs = config, epochs
+
+    @classmethod
+    def create(cls, context: ObjectiveContext) -> Self:
+        """The objective of a run."""
+        c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
+        return cls(context.schedule, context.config.ict, c, context.seed, context.epochs, context.conditioned)
 
     def levels(self, epoch: int) -> int:
         """N in `epoch`."""
@@ -67,13 +77,3 @@ class ICT(TargetObjective):
             teacher_rows=teacher_rows,
             teacher_times=times[level[teacher_rows] - 1],
         )
-
-
-HUBER_C = 0.00054
-"""c of Eq. 4 over sqrt(C H W) (Song & Dhariwal 2023, section 3.3)."""
-
-
-def build(context: ObjectiveContext) -> ICT:
-    """The factory of `objective.name=ict`."""
-    c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
-    return ICT(context.schedule, context.config.ict, c, context.seed, context.epochs, context.conditioned)

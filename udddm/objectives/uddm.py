@@ -5,6 +5,8 @@ It is here to be measured and compared with. It learns to copy its condition (do
 
 from __future__ import annotations
 
+from typing import Self
+
 import numpy as np
 import torch
 
@@ -21,6 +23,15 @@ class UDDM(Objective):
     def __init__(self, schedule: NoiseSchedule, huber_c: float, seed: int):
         self.schedule, self.huber_c, self.seed = schedule, huber_c, seed
 
+    @classmethod
+    def create(cls, context: ObjectiveContext) -> Self:
+        """The objective of a run. Raises ConfigError for a network that takes no conditioning image."""
+        if not context.conditioned:
+            raise ConfigError(
+                "Algorithm 1 conditions the network on the x0-state: set network.condition=cross-attention"
+            )
+        return cls(context.schedule, context.config.huber_c or context.schedule.huber_c, context.seed)
+
     def plan(self, ids: Ids, epoch: int) -> Visits:
         t = 1 + rng.randint(self.schedule.config.timesteps, rng.keys(self.seed, Stream.TIME, ids, epoch))
         return Visits(
@@ -34,10 +45,3 @@ class UDDM(Objective):
             teacher_coefficients=torch.empty(6, 0),
             condition="state",
         )
-
-
-def build(context: ObjectiveContext) -> UDDM:
-    """The factory of `objective.name=uddm`. Raises ConfigError for a network that takes no conditioning image."""
-    if not context.conditioned:
-        raise ConfigError("Algorithm 1 conditions the network on the x0-state: set network.condition=cross-attention")
-    return UDDM(context.schedule, context.config.huber_c or context.schedule.huber_c, context.seed)

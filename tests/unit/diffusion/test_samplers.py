@@ -19,7 +19,7 @@ SHAPE = (1, 8, 8)
 Sampler = str
 SAMPLERS = pytest.mark.parametrize("name", ["algorithm-2", "renoise"])
 PROCESSES = pytest.mark.parametrize(
-    "process", [build(ScheduleConfig(kind="vp", timesteps=8000)), build(ScheduleConfig(kind="ve"))], ids=["vp", "ve"]
+    "schedule", [build(ScheduleConfig(kind="vp", timesteps=8000)), build(ScheduleConfig(kind="ve"))], ids=["vp", "ve"]
 )
 
 
@@ -42,8 +42,8 @@ def draw(stream: Stream, seeds: torch.Tensor, *parts: int) -> torch.Tensor:
     return rng.normal(rng.as_tensor(rng.keys(0, stream, seeds.numpy(), *parts)), SHAPE)
 
 
-def combine(process: NoiseSchedule, t: float, xt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
-    _, _, skip, out, _, _ = process.coefficients(np.array([t]))[:, 0].tolist()
+def combine(schedule: NoiseSchedule, t: float, xt: torch.Tensor, answer: torch.Tensor) -> torch.Tensor:
+    _, _, skip, out, _, _ = schedule.coefficients(np.array([t]))[:, 0].tolist()
     return skip * xt + out * answer
 
 
@@ -68,70 +68,70 @@ def unet(condition: str = "cross-attention", classes: int = 0) -> UNet:
 
 
 @PROCESSES
-def test_algorithm_2_keeps_x_t_and_feeds_the_estimate_back(process: NoiseSchedule) -> None:
+def test_algorithm_2_keeps_x_t_and_feeds_the_estimate_back(schedule: NoiseSchedule) -> None:
     network, seeds = Recorder(), torch.tensor([3, 1, 4])
     estimate = samplers.sample(
-        network, process, SHAPE, seeds, options=samplers.SamplingOptions(steps=4, sampler="algorithm-2")
+        network, schedule, SHAPE, seeds, options=samplers.SamplingOptions(steps=4, sampler="algorithm-2")
     )
     assert len(network.inputs) == 4
-    scale_of_noise, scale, embedding = process.coefficients(np.array([process.last]))[[1, 4, 5], 0].tolist()
-    xt = scale_of_noise * draw(Stream.SAMPLE_NOISE, seeds)
+    sigma, c_in, c_noise = schedule.coefficients(np.array([schedule.last]))[[1, 4, 5], 0].tolist()
+    xt = sigma * draw(Stream.SAMPLE_NOISE, seeds)
     condition = draw(Stream.SAMPLE_CONDITION, seeds)
     for x, level, given, _ in network.inputs:
-        torch.testing.assert_close(x, scale * xt)
-        torch.testing.assert_close(level, torch.full((3,), embedding))
+        torch.testing.assert_close(x, c_in * xt)
+        torch.testing.assert_close(level, torch.full((3,), c_noise))
         torch.testing.assert_close(given, condition)
         answer = torch.tanh(0.3 * x + 0.5 * given + level[:, None, None, None])
-        condition = combine(process, process.last, xt, answer)
+        condition = combine(schedule, schedule.last, xt, answer)
     torch.testing.assert_close(estimate, condition)
 
 
 def test_x_t_has_the_standard_deviation_of_the_last_step() -> None:
     for kind, expected in (("vp", 1.0), ("ve", 50.0)):
-        process = build(ScheduleConfig(kind=kind, timesteps=1000, preconditioning="paper"))
+        schedule = build(ScheduleConfig(kind=kind, timesteps=1000, preconditioning="paper"))
         network = Recorder()
-        samplers.sample(network, process, SHAPE, torch.arange(400), options=samplers.SamplingOptions(steps=1))
-        x = network.inputs[0][0] / float(process.coefficients(np.array([process.last]))[4, 0])
+        samplers.sample(network, schedule, SHAPE, torch.arange(400), options=samplers.SamplingOptions(steps=1))
+        x = network.inputs[0][0] / float(schedule.coefficients(np.array([schedule.last]))[4, 0])
         assert float(x.std()) == pytest.approx(expected, rel=0.02)
         assert float(network.inputs[0][2].std()) == pytest.approx(1, rel=0.02)
 
 
 @PROCESSES
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 50])
-def test_renoise_levels_fall_from_0_8_and_stay_above_the_lowest(process: NoiseSchedule, steps: int) -> None:
-    times = samplers.renoise_times(process, steps)
+def test_renoise_levels_fall_from_0_8_and_stay_above_the_lowest(schedule: NoiseSchedule, steps: int) -> None:
+    times = samplers.renoise_times(schedule, steps)
     assert len(times) == steps - 1
-    sigma = process.sigma(np.array([process.last, *times]))
-    assert (np.diff(sigma) < 0).all() and (sigma > process.sigma(np.array(1.0))).all()
+    sigma = schedule.sigma(np.array([schedule.last, *times]))
+    assert (np.diff(sigma) < 0).all() and (sigma > schedule.sigma(np.array(1.0))).all()
     if steps > 1:
         assert sigma[1] == pytest.approx(0.8, rel=1e-3)
 
 
 @PROCESSES
-def test_renoise_noises_the_estimate_afresh_to_each_level(process: NoiseSchedule) -> None:
+def test_renoise_noises_the_estimate_afresh_to_each_level(schedule: NoiseSchedule) -> None:
     network, seeds = Recorder(), torch.tensor([3, 1, 4])
     estimate = samplers.sample(
-        network, process, SHAPE, seeds, options=samplers.SamplingOptions(steps=3, sampler="renoise")
+        network, schedule, SHAPE, seeds, options=samplers.SamplingOptions(steps=3, sampler="renoise")
     )
     assert len(network.inputs) == 3
-    times = [process.last, *samplers.renoise_times(process, 3)]
+    times = [schedule.last, *samplers.renoise_times(schedule, 3)]
     expected = torch.zeros(3, *SHAPE)
     for step, (t, (x, level, given, _)) in enumerate(zip(times, network.inputs, strict=True)):
-        signal, scale_of_noise, _, _, scale, embedding = process.coefficients(np.array([t]))[:, 0].tolist()
+        alpha, sigma, _, _, c_in, c_noise = schedule.coefficients(np.array([t]))[:, 0].tolist()
         eps = draw(Stream.SAMPLE_RENOISE, seeds, step) if step else draw(Stream.SAMPLE_NOISE, seeds)
-        xt = scale_of_noise * eps + (signal * expected if step else 0)
-        torch.testing.assert_close(x, scale * xt)
-        torch.testing.assert_close(level, torch.full((3,), embedding))
+        xt = sigma * eps + (alpha * expected if step else 0)
+        torch.testing.assert_close(x, c_in * xt)
+        torch.testing.assert_close(level, torch.full((3,), c_noise))
         torch.testing.assert_close(given, draw(Stream.SAMPLE_CONDITION, seeds, *([step] if step else [])))
-        expected = combine(process, t, xt, torch.tanh(0.3 * x + 0.5 * given + level[:, None, None, None]))
+        expected = combine(schedule, t, xt, torch.tanh(0.3 * x + 0.5 * given + level[:, None, None, None]))
     torch.testing.assert_close(estimate, expected)
 
 
 @PROCESSES
-def test_one_step_is_the_same_for_both_samplers(process: NoiseSchedule) -> None:
+def test_one_step_is_the_same_for_both_samplers(schedule: NoiseSchedule) -> None:
     seeds = torch.arange(5)
     one, other = (
-        samplers.sample(unet(), process, SHAPE, seeds, options=samplers.SamplingOptions(sampler=name))
+        samplers.sample(unet(), schedule, SHAPE, seeds, options=samplers.SamplingOptions(sampler=name))
         for name in ("algorithm-2", "renoise")
     )
     assert torch.equal(one, other)
@@ -141,11 +141,11 @@ def test_one_step_is_the_same_for_both_samplers(process: NoiseSchedule) -> None:
 @pytest.mark.parametrize("condition", ["none", "cross-attention"])
 def test_an_image_depends_on_its_seed_alone(name: Sampler, condition: str) -> None:
     """Bit for bit: whatever seeds are beside it, in whatever order, and however many."""
-    process, network = build(ScheduleConfig()), unet(condition)
+    schedule, network = build(ScheduleConfig()), unet(condition)
 
     def images(seeds: list[int]) -> dict[int, torch.Tensor]:
         drawn = samplers.batches(
-            network, process, SHAPE, seeds, options=samplers.SamplingOptions(batch=4, steps=2, sampler=name)
+            network, schedule, SHAPE, seeds, options=samplers.SamplingOptions(batch=4, steps=2, sampler=name)
         )
         return dict(zip(seeds, torch.cat(list(drawn)), strict=True))
 
@@ -158,11 +158,11 @@ def test_an_image_depends_on_its_seed_alone(name: Sampler, condition: str) -> No
 
 
 def test_the_batch_size_changes_nothing_but_rounding() -> None:
-    process, network = build(ScheduleConfig()), unet()
+    schedule, network = build(ScheduleConfig()), unet()
     seeds = list(range(10))
     drawn = [
         torch.cat(
-            list(samplers.batches(network, process, SHAPE, seeds, options=samplers.SamplingOptions(batch=b, steps=3)))
+            list(samplers.batches(network, schedule, SHAPE, seeds, options=samplers.SamplingOptions(batch=b, steps=3)))
         )
         for b in (1, 3, 10, 64)
     ]
@@ -171,22 +171,22 @@ def test_the_batch_size_changes_nothing_but_rounding() -> None:
 
 
 def test_batches_give_every_seed_once_in_order_and_no_padding() -> None:
-    process, network = build(ScheduleConfig()), Recorder()
+    schedule, network = build(ScheduleConfig()), Recorder()
     seeds = [5, 3, 9, 9, 1, 0, 12]
-    drawn = list(samplers.batches(network, process, SHAPE, seeds, options=samplers.SamplingOptions(batch=3)))
+    drawn = list(samplers.batches(network, schedule, SHAPE, seeds, options=samplers.SamplingOptions(batch=3)))
     assert [len(part) for part in drawn] == [3, 3, 1]
     assert [len(inputs[0]) for inputs in network.inputs] == [3, 3, 3]  # the network sees one shape
-    expected = samplers.sample(Recorder(), process, SHAPE, torch.tensor(seeds))
+    expected = samplers.sample(Recorder(), schedule, SHAPE, torch.tensor(seeds))
     torch.testing.assert_close(torch.cat(drawn), expected)
-    assert list(samplers.batches(network, process, SHAPE, [], options=samplers.SamplingOptions(batch=3))) == []
+    assert list(samplers.batches(network, schedule, SHAPE, [], options=samplers.SamplingOptions(batch=3))) == []
 
 
 def test_labels_go_with_their_seeds_through_padding() -> None:
-    process, network = build(ScheduleConfig()), Recorder()
+    schedule, network = build(ScheduleConfig()), Recorder()
     list(
         samplers.batches(
             network,
-            process,
+            schedule,
             SHAPE,
             [1, 2, 3, 4, 5],
             labels=[7, 8, 9, 6, 5],
@@ -199,7 +199,7 @@ def test_labels_go_with_their_seeds_through_padding() -> None:
         torch.cat(
             list(
                 samplers.batches(
-                    unet(classes=3), process, SHAPE, [1, 2], labels=labels, options=samplers.SamplingOptions(batch=2)
+                    unet(classes=3), schedule, SHAPE, [1, 2], labels=labels, options=samplers.SamplingOptions(batch=2)
                 )
             )
         )
@@ -225,18 +225,18 @@ class Labelled(nn.Module):
 
 @PROCESSES
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 3.0])
-def test_guidance_goes_from_no_label_through_the_label(process: NoiseSchedule, weight: float) -> None:
+def test_guidance_goes_from_no_label_through_the_label(schedule: NoiseSchedule, weight: float) -> None:
     network, seeds, labels = Labelled(), torch.tensor([3, 1, 4]), torch.tensor([0, 2, 1])
     guided = samplers.sample(
-        network, process, SHAPE, seeds, labels=labels, options=samplers.SamplingOptions(guidance=weight)
+        network, schedule, SHAPE, seeds, labels=labels, options=samplers.SamplingOptions(guidance=weight)
     )
     assert network.calls == (1 if weight == 1 else 2)
-    noise_scale, scale, level = process.coefficients(np.array([process.last]))[[1, 4, 5], 0].tolist()
-    xt, condition = noise_scale * draw(Stream.SAMPLE_NOISE, seeds), draw(Stream.SAMPLE_CONDITION, seeds)
+    sigma, c_in, level = schedule.coefficients(np.array([schedule.last]))[[1, 4, 5], 0].tolist()
+    xt, condition = sigma * draw(Stream.SAMPLE_NOISE, seeds), draw(Stream.SAMPLE_CONDITION, seeds)
 
     def f(label: torch.Tensor) -> torch.Tensor:
-        answer = torch.tanh(0.3 * scale * xt + 0.5 * condition + (level + label)[:, None, None, None])
-        return combine(process, process.last, xt, answer)
+        answer = torch.tanh(0.3 * c_in * xt + 0.5 * condition + (level + label)[:, None, None, None])
+        return combine(schedule, schedule.last, xt, answer)
 
     none = f(torch.tensor([5, 5, 5]))
     torch.testing.assert_close(guided, none + weight * (f(labels) - none), rtol=1e-4, atol=1e-4)
@@ -245,13 +245,13 @@ def test_guidance_goes_from_no_label_through_the_label(process: NoiseSchedule, w
 @pytest.mark.parametrize("name", ["algorithm-2", "renoise", "heun"])
 def test_every_evaluation_of_every_sampler_is_guided(name: str) -> None:
     """Weight 1 is plain sampling in its bits and its calls, 0 is sampling without labels; else two calls each."""
-    process, network, seeds = build(ScheduleConfig()), Labelled(), [1, 2, 3, 4, 5]
+    schedule, network, seeds = build(ScheduleConfig()), Labelled(), [1, 2, 3, 4, 5]
 
     def drawn(guidance: float, labels: list[int] | None) -> torch.Tensor:
         network.calls = 0
         made = samplers.batches(
             network,
-            process,
+            schedule,
             SHAPE,
             seeds,
             labels=labels,
@@ -264,7 +264,7 @@ def test_every_evaluation_of_every_sampler_is_guided(name: str) -> None:
         list(
             samplers.batches(
                 network,
-                process,
+                schedule,
                 SHAPE,
                 seeds,
                 labels=labels,

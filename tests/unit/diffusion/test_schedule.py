@@ -23,12 +23,12 @@ def ve(**changes: Any) -> NoiseSchedule:
     return build(ScheduleConfig(kind="ve", timesteps=1000, **changes))
 
 
-def at(process: NoiseSchedule, t: Array) -> Coefficients:
+def at(schedule: NoiseSchedule, t: Array) -> Coefficients:
     """The rows as numpy arrays."""
-    return Coefficients(*process.coefficients(t))
+    return Coefficients(*schedule.coefficients(t))
 
 
-BOTH = pytest.mark.parametrize("process", [vp(), ve()], ids=["vp", "ve"])
+BOTH = pytest.mark.parametrize("schedule", [vp(), ve()], ids=["vp", "ve"])
 
 
 def naive_alpha_bar() -> Array:
@@ -88,8 +88,8 @@ def test_vp_combines_by_1_and_minus_1_in_the_paper() -> None:
 )
 def test_ve_combines_by_kappa_and_1_minus_kappa(name: Any, kappa: Any, data: float) -> None:
     t = np.arange(1.0, 1001)
-    process = ve(preconditioning=name, sigma_data=data)
-    sigma, found = process.sigma(t), at(process, t)
+    schedule = ve(preconditioning=name, sigma_data=data)
+    sigma, found = schedule.sigma(t), at(schedule, t)
     np.testing.assert_allclose(found.c_skip, kappa(sigma, data), rtol=1e-6)
     np.testing.assert_allclose(found.c_out, 1 - kappa(sigma, data), rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(found.c_in, 1 / np.sqrt(sigma**2 + data**2), rtol=1e-6)
@@ -105,9 +105,9 @@ def test_the_paper_s_kappa_leaves_the_lowest_level_as_it_is() -> None:
 @pytest.mark.parametrize("kind", ["vp", "ve"])
 def test_edm_gives_unit_variance_input_and_target(kind: str, data: float) -> None:
     """For x_0 ~ N(0, data^2): of scale x_t, and of the F that would make f = x_0, (x_0 - skip x_t) / out."""
-    process = {"vp": vp, "ve": ve}[kind](sigma_data=data)
-    t = process.levels(40)[:-1] if kind == "vp" else process.levels(40)  # VP's t = T: below
-    a = Coefficients(*process.coefficients(t).astype(np.float64))
+    schedule = {"vp": vp, "ve": ve}[kind](sigma_data=data)
+    t = schedule.levels(40)[:-1] if kind == "vp" else schedule.levels(40)  # VP's t = T: below
+    a = Coefficients(*schedule.coefficients(t).astype(np.float64))
     variance = (a.alpha * data) ** 2 + a.sigma**2
     np.testing.assert_allclose(a.c_in**2 * variance, 1, rtol=2e-6)
     target = ((1 - a.c_skip * a.alpha) * data) ** 2 + (a.c_skip * a.sigma) ** 2
@@ -118,8 +118,8 @@ def test_edm_gives_unit_variance_input_and_target(kind: str, data: float) -> Non
 @pytest.mark.parametrize("kind", ["vp", "ve"])
 def test_edm_minimises_the_share_of_the_network(kind: str) -> None:
     """Karras et al. 2022, appendix B.6: of all skips, the chosen one needs the smallest out for a unit target."""
-    process = {"vp": vp, "ve": ve}[kind]()
-    a = Coefficients(*process.coefficients(process.levels(20)[:-1]).astype(np.float64))
+    schedule = {"vp": vp, "ve": ve}[kind]()
+    a = Coefficients(*schedule.coefficients(schedule.levels(20)[:-1]).astype(np.float64))
 
     def share(skip: Any) -> Any:
         return np.hypot((1 - skip * a.alpha) * 0.5, skip * a.sigma)
@@ -128,8 +128,8 @@ def test_edm_minimises_the_share_of_the_network(kind: str) -> None:
 
 
 def test_coefficients_are_finite_at_every_step_of_the_paper() -> None:
-    for process in (vp(), ve(), vp(preconditioning="paper"), ve(preconditioning="paper")):
-        found = process.coefficients(np.arange(1.0, process.last + 1))
+    for schedule in (vp(), ve(), vp(preconditioning="paper"), ve(preconditioning="paper")):
+        found = schedule.coefficients(np.arange(1.0, schedule.last + 1))
         assert found.dtype == np.float32 and np.isfinite(found).all()
 
 
@@ -143,27 +143,27 @@ def test_at_the_last_step_of_vp_the_image_is_gone_and_edm_still_feeds_unit_noise
 
 @BOTH
 @pytest.mark.parametrize("count", [1, 2, 8, 33, 128])
-def test_levels_climb_from_the_first_step_to_the_last(process: NoiseSchedule, count: int) -> None:
-    levels = process.levels(count)
+def test_levels_climb_from_the_first_step_to_the_last(schedule: NoiseSchedule, count: int) -> None:
+    levels = schedule.levels(count)
     assert len(levels) == count + 1
-    assert levels[0] == 1 and levels[-1] == process.last
+    assert levels[0] == 1 and levels[-1] == schedule.last
     assert (np.diff(levels) > 0).all()
 
 
 @BOTH
-def test_levels_nest(process: NoiseSchedule) -> None:
+def test_levels_nest(schedule: NoiseSchedule) -> None:
     for count in (1, 4, 8, 16, 32, 64):
-        np.testing.assert_allclose(process.levels(count), process.levels(2 * count)[::2], rtol=1e-9)
-        np.testing.assert_allclose(process.levels(count), process.levels(3 * count)[::3], rtol=1e-9)
+        np.testing.assert_allclose(schedule.levels(count), schedule.levels(2 * count)[::2], rtol=1e-9)
+        np.testing.assert_allclose(schedule.levels(count), schedule.levels(3 * count)[::3], rtol=1e-9)
 
 
 @BOTH
-def test_levels_are_spaced_as_karras(process: NoiseSchedule) -> None:
+def test_levels_are_spaced_as_karras(schedule: NoiseSchedule) -> None:
     """Eq. 5 of Karras et al. 2022, upwards. VP's last level is T, whose sigma is beyond all levels."""
-    low, high = float(process.sigma(np.array(1.0))), min(SIGMA_HIGHEST, float(process.sigma(np.array(process.last))))
+    low, high = float(schedule.sigma(np.array(1.0))), min(SIGMA_HIGHEST, float(schedule.sigma(np.array(schedule.last))))
     expected = [(high ** (1 / 7) + k / 16 * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for k in range(16, -1, -1)]
-    found = process.sigma(process.levels(16))
-    tolerance = 1e-9 if process.config.kind == "ve" else 1e-4  # VP: between its steps alpha_bar is interpolated
+    found = schedule.sigma(schedule.levels(16))
+    tolerance = 1e-9 if schedule.config.kind == "ve" else 1e-4  # VP: between its steps alpha_bar is interpolated
     np.testing.assert_allclose(found[:-1], expected[:-1], rtol=tolerance)
 
 
@@ -171,32 +171,32 @@ def test_levels_approach_the_geometric_schedule_as_rho_grows() -> None:
     geometric = np.geomspace(0.01, 50, 33)
     gaps = []
     for rho in (7.0, 100.0, 10_000.0):
-        process = ve(rho=rho)
-        gaps.append(np.abs(np.log(process.sigma(process.levels(32)) / geometric)).max())
+        schedule = ve(rho=rho)
+        gaps.append(np.abs(np.log(schedule.sigma(schedule.levels(32)) / geometric)).max())
     assert gaps[0] > gaps[1] > gaps[2] and gaps[2] < 0.01
 
 
 @BOTH
-def test_time_inverts_sigma(process: NoiseSchedule) -> None:
-    t = np.concatenate([np.linspace(1, process.last, 999), np.arange(1.0, 50)])
-    np.testing.assert_allclose(process.time(process.sigma(t)), t, rtol=1e-7)
-    sigma = np.geomspace(process.sigma(np.array(1.0)), 49, 500)
-    np.testing.assert_allclose(process.sigma(process.time(sigma)), sigma, rtol=1e-7)
+def test_time_inverts_sigma(schedule: NoiseSchedule) -> None:
+    t = np.concatenate([np.linspace(1, schedule.last, 999), np.arange(1.0, 50)])
+    np.testing.assert_allclose(schedule.time(schedule.sigma(t)), t, rtol=1e-7)
+    sigma = np.geomspace(schedule.sigma(np.array(1.0)), 49, 500)
+    np.testing.assert_allclose(schedule.sigma(schedule.time(sigma)), sigma, rtol=1e-7)
 
 
 @BOTH
-def test_time_stays_within_1_and_t(process: NoiseSchedule) -> None:
-    assert process.time(np.array([1e-6, 1e30])).tolist() == [1, process.last]
+def test_time_stays_within_1_and_t(schedule: NoiseSchedule) -> None:
+    assert schedule.time(np.array([1e-6, 1e30])).tolist() == [1, schedule.last]
 
 
 @BOTH
-def test_noise_grows_with_time(process: NoiseSchedule) -> None:
-    t = np.linspace(1, process.last, 5000)
-    assert (np.diff(process.sigma(t)) > 0).all()
-    assert (np.diff(process.signal(t)) <= 0).all()
+def test_noise_grows_with_time(schedule: NoiseSchedule) -> None:
+    t = np.linspace(1, schedule.last, 5000)
+    assert (np.diff(schedule.sigma(t)) > 0).all()
+    assert (np.diff(schedule.signal(t)) <= 0).all()
 
 
 @pytest.mark.parametrize("name", ["linear", "quadratic"])
 def test_vp_refuses_the_kappas_of_ve(name: str) -> None:
-    with pytest.raises(ConfigError, match=f"preconditioning '{name}' is a kappa of the VE process"):
+    with pytest.raises(ConfigError, match=f"preconditioning '{name}' is a kappa of the VE schedule"):
         resolve({"schedule": {"kind": "vp", "preconditioning": name}})

@@ -1,4 +1,4 @@
-"""iCT, ECT and the EDM denoiser: what a visit aims at, by their definitions; and warm-up by denoising."""
+"""iCT, ECT and the EDM denoiser: what a visit aims at, by their definitions; and pretraining."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import torch
 from torch import nn
 from torch._dynamo.backends.registry import lookup_backend
 
-from udddm import api, objectives, rng
+from udddm import api, networks, objectives, rng
+from udddm.backends import engines
 from udddm.backends.distributed.ranks import Ranks
-from udddm.backends.engines.ddp import TorchEngine
 from udddm.config import ECTConfig, EDMConfig, ICTConfig, ScheduleConfig, resolve
 from udddm.diffusion import samplers
 from udddm.diffusion.schedule import Coefficients, NoiseSchedule, build
-from udddm.objectives import EDM, ICT, pseudo_huber
 from udddm.objectives.ect import ECT
-from udddm.training.trainer import build_network_of
+from udddm.objectives.edm import EDM
+from udddm.objectives.ict import ICT
+from udddm.objectives.loss import Teacher, pseudo_huber, visit_loss
 
 IDS = np.arange(4000)
 SHAPE = (1, 4, 4)
-PROCESSES = pytest.mark.parametrize("process", [build(ScheduleConfig(kind="ve")), build(ScheduleConfig(kind="vp"))])
+SCHEDULES = pytest.mark.parametrize("schedule", [build(ScheduleConfig(kind="ve")), build(ScheduleConfig(kind="vp"))])
 
 
 class Network(nn.Module):
@@ -38,27 +39,27 @@ class Network(nn.Module):
         return torch.tanh(self.weight * x + level[:, None, None, None])
 
 
-def sigmas(process: NoiseSchedule, coefficients: torch.Tensor) -> np.ndarray:
+def sigmas(schedule: NoiseSchedule, coefficients: torch.Tensor) -> np.ndarray:
     at = Coefficients(*coefficients)
     return (at.sigma / at.alpha).double().numpy()
 
 
-@PROCESSES
-def test_ict_levels_double_and_the_teacher_is_one_level_below(process: NoiseSchedule) -> None:
+@SCHEDULES
+def test_ict_levels_double_and_the_teacher_is_one_level_below(schedule: NoiseSchedule) -> None:
     config = ICTConfig(s0=10, s1=1280)
-    one = ICT(process, config, 0.1, 3, 160, False)
+    one = ICT(schedule, config, 0.1, 3, 160, False)
     counts = [one.levels(epoch) for epoch in range(160)]
     assert sorted(set(counts)) == [10 * 2**i for i in range(8)]
     assert all(counts.count(n) == 20 for n in set(counts))  # equal shares of the run
     for epoch in (0, 50):
         visits = one.plan(IDS, epoch)
-        levels = np.minimum(process.sigma(process.levels(counts[epoch])), 80)
-        at = sigmas(process, visits.coefficients)
+        levels = np.minimum(schedule.sigma(schedule.levels(counts[epoch])), 80)
+        at = sigmas(schedule, visits.coefficients)
         k = np.abs(at[:, None].clip(0, 80) - levels[None]).argmin(1)
         assert k.min() == 1
         np.testing.assert_allclose(visits.x0_weight.numpy(), k == 1)
         assert np.array_equal(visits.teacher_rows.numpy(), np.flatnonzero(k > 1))
-        below = sigmas(process, visits.teacher_coefficients)
+        below = sigmas(schedule, visits.teacher_coefficients)
         np.testing.assert_allclose(below, levels[k[k > 1] - 1], rtol=1e-4)
         np.testing.assert_allclose(
             visits.weight.numpy(), 1 / (levels[k] - np.where(k > 0, levels[k - 1], 0)), rtol=1e-4
@@ -67,47 +68,47 @@ def test_ict_levels_double_and_the_teacher_is_one_level_below(process: NoiseSche
 
 def test_ict_draws_levels_lognormally() -> None:
     """The share of each level is the normal probability of its interval of ln sigma, mean -1.1, deviation 2."""
-    process = build(ScheduleConfig(kind="ve", sigma_min=0.002, sigma_max=80))
-    visits = ICT(process, ICTConfig(s0=20, s1=20), 0.1, 3, 10, False).plan(np.arange(40_000), 0)
-    log_levels = np.log(process.sigma(process.levels(20)))
-    k = np.abs(np.log(sigmas(process, visits.coefficients))[:, None] - log_levels[None]).argmin(1)
+    schedule = build(ScheduleConfig(kind="ve", sigma_min=0.002, sigma_max=80))
+    visits = ICT(schedule, ICTConfig(s0=20, s1=20), 0.1, 3, 10, False).plan(np.arange(40_000), 0)
+    log_levels = np.log(schedule.sigma(schedule.levels(20)))
+    k = np.abs(np.log(sigmas(schedule, visits.coefficients))[:, None] - log_levels[None]).argmin(1)
     seen = np.bincount(k, minlength=21)[1:] / 40_000
     normal = np.array([0.5 * (1 + math.erf((s + 1.1) / 2 / math.sqrt(2))) for s in log_levels])
     expected = np.diff(normal) / (normal[-1] - normal[0])
     np.testing.assert_allclose(seen, expected, atol=0.006)
 
 
-@PROCESSES
-def test_ect_gap_shrinks_by_its_formula(process: NoiseSchedule) -> None:
+@SCHEDULES
+def test_ect_gap_shrinks_by_its_formula(schedule: NoiseSchedule) -> None:
     config = ECTConfig(stages=4)
-    one = ECT(process, config, 0.1, 3, 40, False)
+    one = ECT(schedule, config, 0.1, 3, 40, False)
     gaps = []
     for epoch, a in ((0, 1), (10, 2), (39, 4)):
         sigma, r, stored, _ = one.visit(IDS, epoch)
         assert not stored.any()
         formula = sigma * (1 - (1 + 8 / (1 + np.exp(sigma))) / 2**a)
-        np.testing.assert_allclose(r, np.where(formula < process.lowest, 0, formula), rtol=1e-9)
+        np.testing.assert_allclose(r, np.where(formula < schedule.lowest, 0, formula), rtol=1e-9)
         visits = one.plan(IDS, epoch)
-        np.testing.assert_allclose(sigmas(process, visits.coefficients), sigma, rtol=2e-3)
-        np.testing.assert_allclose(sigmas(process, visits.teacher_coefficients), r[r > 0], rtol=2e-3)
+        np.testing.assert_allclose(sigmas(schedule, visits.coefficients), sigma, rtol=2e-3)
+        np.testing.assert_allclose(sigmas(schedule, visits.teacher_coefficients), r[r > 0], rtol=2e-3)
         np.testing.assert_allclose(visits.x0_weight.numpy(), r == 0)
         np.testing.assert_allclose(visits.weight.numpy(), 1 / (sigma - r), rtol=1e-5)
         gaps.append((1 - r / sigma).mean())
     assert gaps[0] > gaps[1] > 1.5 * gaps[2]
 
 
-@PROCESSES
+@SCHEDULES
 @pytest.mark.parametrize("length", [2, 3])
-def test_a_tuned_chain_takes_its_targets_from_the_visit_before(process: NoiseSchedule, length: int) -> None:
+def test_a_tuned_chain_takes_its_targets_from_the_visit_before(schedule: NoiseSchedule, length: int) -> None:
     """A stored target is f at r, with the noise of this visit: what the sample's last visit left in the store."""
-    one = ECT(process, ECTConfig(stages=2, length=length), 0.1, 3, 20, False)
+    one = ECT(schedule, ECTConfig(stages=2, length=length), 0.1, 3, 20, False)
     shares = []
     before = one.visit(IDS, 0)
     assert not before[2].any()
     for epoch in range(1, 20):
         sigma, r, stored, key = one.visit(IDS, epoch)
         np.testing.assert_allclose(r[stored], before[0][stored], rtol=1e-6)
-        assert (key[stored] == before[3][stored]).all() and sigma.max() <= process.highest
+        assert (key[stored] == before[3][stored]).all() and sigma.max() <= schedule.highest
         visits = one.plan(IDS, epoch)
         assert not stored[visits.teacher_rows.numpy()].any() and not visits.x0_weight.numpy()[stored].any()
         shares.append(stored.mean())
@@ -117,20 +118,20 @@ def test_a_tuned_chain_takes_its_targets_from_the_visit_before(process: NoiseSch
     assert (length - 1) / length - 0.1 < settled <= (length - 1) / length + 0.02  # some chains leave at the top
 
 
-@PROCESSES
+@SCHEDULES
 @pytest.mark.parametrize("name", ["ict", "ect", "edm"])
-def test_loss_and_next_state_by_definition(process: NoiseSchedule, name: str) -> None:
+def test_loss_and_next_state_by_definition(schedule: NoiseSchedule, name: str) -> None:
     made: dict[str, Any] = {
-        "ict": ICT(process, ICTConfig(), 0.3, 3, 40, False),
-        "ect": ECT(process, ECTConfig(), 0.3, 3, 40, False),
-        "edm": EDM(process, EDMConfig(), 3, 16, False),
+        "ict": ICT(schedule, ICTConfig(), 0.3, 3, 40, False),
+        "ect": ECT(schedule, ECTConfig(), 0.3, 3, 40, False),
+        "edm": EDM(schedule, EDMConfig(), 3, 16, False),
     }
     one, network = made[name], Network()
     ids = np.arange(50)
     visits = one.plan(ids, 12)
     g = torch.Generator().manual_seed(0)
     x0, state = torch.randn(50, *SHAPE, generator=g), torch.randn(50, *SHAPE, generator=g)
-    losses, after = one(network, x0, state, visits)
+    losses, after = visit_loss(network, x0, state, visits)
     eps = rng.normal(visits.noise_key, SHAPE)
 
     def f(at: Coefficients, rows: Any) -> torch.Tensor:
@@ -143,25 +144,25 @@ def test_loss_and_next_state_by_definition(process: NoiseSchedule, name: str) ->
     torch.testing.assert_close(after, output)
     assert not after.requires_grad
     if name == "edm":
-        sigma = torch.from_numpy(sigmas(process, visits.coefficients)).float()
+        sigma = torch.from_numpy(sigmas(schedule, visits.coefficients)).float()
         edm = (sigma**2 + 0.25) / (sigma * 0.5) ** 2
         torch.testing.assert_close(losses, edm * (output - x0).square().mean((1, 2, 3)), rtol=1e-3, atol=1e-5)
         assert network.calls == [(50, True)]
     else:
         target = x0.clone()
-        target[visits.fresh] = f(Coefficients(*visits.fresh_coefficients), visits.fresh)
+        target[visits.teacher_rows] = f(Coefficients(*visits.teacher_coefficients), visits.teacher_rows)
         torch.testing.assert_close(losses, visits.weight * pseudo_huber(output, target, 0.3))
         assert network.calls == [(50, False), (50, True)]
-    again, _ = one(network, x0, torch.zeros_like(state), visits)  # the store is not asked
+    again, _ = visit_loss(network, x0, torch.zeros_like(state), visits)  # the store is not asked
     torch.testing.assert_close(again, losses)
 
 
 def test_plans_are_functions_of_seed_sample_and_epoch() -> None:
-    process = build(ScheduleConfig())
+    schedule = build(ScheduleConfig())
     for kind in (
-        lambda seed: ICT(process, ICTConfig(), 0.1, seed, 40, True),
-        lambda seed: ECT(process, ECTConfig(), 0.1, seed, 40, True),
-        lambda seed: EDM(process, EDMConfig(), seed, 16, True),
+        lambda seed: ICT(schedule, ICTConfig(), 0.1, seed, 40, True),
+        lambda seed: ECT(schedule, ECTConfig(), 0.1, seed, 40, True),
+        lambda seed: EDM(schedule, EDMConfig(), seed, 16, True),
     ):
         a, some = kind(3).plan(IDS, 7), kind(3).plan(IDS[[5, 900]], 7)
         assert torch.equal(a.coefficients[:, [5, 900]], some.coefficients)
@@ -186,26 +187,33 @@ class Probe(nn.Module):
 
 
 DROPPING: dict[str, dict[str, Any]] = {
-    "consistency": {"name": "consistency"},
-    "tuning": {"name": "tuning", "warmup": 0.0},
-    "tuning in chains": {"name": "tuning", "warmup": 0.0, "tuning": {"length": 3}},
+    "ict": {"name": "ict"},
+    "ect": {"name": "ect", "pretrain": 0.0},
+    "ect in chains": {"name": "ect", "pretrain": 0.0, "ect": {"length": 3}},
     "chain": {"name": "chain"},
     "long chain": {"name": "chain", "chain": {"length": 8}},
+}
+SMALL: dict[str, Any] = {
+    "base_channels": 16,
+    "channel_mult": [1, 2],
+    "blocks_per_level": 1,
+    "attention_resolutions": [2],
 }
 
 
 @pytest.mark.parametrize("settings", DROPPING.values(), ids=DROPPING)
 def test_teacher_and_student_drop_the_same_units_of_every_row(settings: dict[str, Any]) -> None:
     config = resolve({"objective": settings, "network": {"dropout": 0.3}})
-    process = build(config.schedule)
-    one, network = objectives.build(config, process, 40, SHAPE), Probe()
+    schedule = build(config.schedule)
+    one, network = objectives.build(config, schedule, 40, SHAPE), Probe()
+    teacher = objectives.teacher_of(config, equal_forward_calls=False)
     images, ids = torch.zeros(64, *SHAPE), np.arange(64)
     partly = 0
     for epoch in (0, 9, 25):
         visits = one.plan(ids, epoch)
         network.calls.clear()
         torch.manual_seed(epoch)
-        one(network, images, images, visits)
+        visit_loss(network, images, images, visits, None, teacher)
         if not len(visits.teacher_rows):
             assert len(network.calls) == 1
             continue
@@ -223,21 +231,22 @@ def test_without_dropout_only_the_rows_that_need_it_are_evaluated(name: str) -> 
     """With the targets of a teacher that evaluates every row."""
     tree = {"objective": {"name": name, "pretrain": 0.0}, "network": {"dropout": 0.0}, "train": {"steps": 1}}
     config, compiled = resolve(tree), resolve({**tree, "train": {"steps": 1, "compile": True}})
-    one, other = (objectives.build(c, build(c.schedule), 40, SHAPE) for c in (config, compiled))
+    one = objectives.build(config, build(config.schedule), 40, SHAPE)
+    some, every = (objectives.teacher_of(c, equal_forward_calls=False) for c in (config, compiled))
     g = torch.Generator().manual_seed(0)
     for epoch in range(40):
         for batch in (50, 7, 1):
             ids = np.arange(batch) + 100 * epoch
             images, state = torch.randn(batch, *SHAPE, generator=g), torch.randn(batch, *SHAPE, generator=g)
             visits, network = one.plan(ids, epoch), Network()
-            losses, _ = one(network, images, state, visits)
-            torch.testing.assert_close(losses, other(Network(), images, state, visits)[0])
-            fresh = len(visits.teacher_rows)
-            assert network.calls == [*([(fresh, False)] if fresh else []), (batch, True)]
-            assert one.evaluated(visits) == fresh and other.evaluated(visits) == (batch if fresh else 0)
+            losses, _ = visit_loss(network, images, state, visits, None, some)
+            torch.testing.assert_close(losses, visit_loss(Network(), images, state, visits, None, every)[0])
+            needed = len(visits.teacher_rows)
+            assert network.calls == [*([(needed, False)] if needed else []), (batch, True)]
+            assert some.evaluated(visits) == needed and every.evaluated(visits) == (batch if needed else 0)
 
 
-@pytest.mark.parametrize("settings", [*DROPPING.values(), {"name": "denoiser"}], ids=[*DROPPING, "edm"])
+@pytest.mark.parametrize("settings", [*DROPPING.values(), {"name": "edm"}], ids=[*DROPPING, "edm"])
 def test_the_network_is_compiled_whole_and_once_for_each_of_two_passes(settings: dict[str, Any]) -> None:
     """Whatever the number of rows that need a teacher, the epoch, the levels and the classes."""
     graphs: list[object] = []
@@ -246,50 +255,52 @@ def test_the_network_is_compiled_whole_and_once_for_each_of_two_passes(settings:
         graphs.append(graph)
         return lookup_backend("aot_eager")(graph, inputs)
 
-    network = {"width": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "dropout": 0.1, "classes": 3}
+    network = {**SMALL, "dropout": 0.1, "classes": 3}
     config = resolve({"objective": settings, "network": network, "train": {"steps": 1, "compile": True}})
-    process = build(config.schedule)
-    one = objectives.build(config, process, 40, SHAPE)
+    schedule = build(config.schedule)
+    one = objectives.build(config, schedule, 40, SHAPE)
+    teacher = objectives.teacher_of(config, equal_forward_calls=False)
     torch._dynamo.reset()
-    compiled = torch.compile(build_network_of(config, SHAPE), backend=compiler, fullgraph=True)
+    compiled = torch.compile(networks.for_run(config, SHAPE), backend=compiler, fullgraph=True)
     for epoch in range(0, 40, 2):
         ids = np.arange(16) + 16 * epoch
         x0 = torch.zeros(16, *SHAPE)
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings["name"] == "consistency"):
-            losses, _ = one(compiled, x0, x0, one.plan(ids, epoch), torch.from_numpy(ids % 3))
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings["name"] == "ict"):
+            losses, _ = visit_loss(compiled, x0, x0, one.plan(ids, epoch), torch.from_numpy(ids % 3), teacher)
         losses.sum().backward()
-    assert len(graphs) == (1 if settings["name"] == "denoiser" else 2)
+    assert len(graphs) == (1 if settings["name"] == "edm" else 2)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["chain", "ict", "ect"])
 def test_every_parameter_has_a_gradient_after_a_teachers_call_under_autocast(name: str, dropout: float) -> None:
     """Torch before 2.11 would give the trained call the casts that the teacher's made, which have none."""
-    network = {"width": 16, "multipliers": [1, 2], "blocks": 1, "attention": [2], "dropout": dropout}
+    network = {**SMALL, "dropout": dropout}
     train = {"steps": 8, "precision": "bf16"}
     config = resolve({"objective": {"name": name, "pretrain": 0}, "network": network, "train": train})
     one = objectives.build(config, build(config.schedule), 40, SHAPE)
-    built = TorchEngine(build_network_of(config, SHAPE), config.train, Ranks(0, 1, torch.device("cpu")), 8)
+    built = engines.build(networks.for_run(config, SHAPE), config, Ranks(0, 1, torch.device("cpu")), 8)
+    teacher = objectives.teacher_of(config, equal_forward_calls=built.equal_forward_calls)
     x0, visits = torch.zeros(16, *SHAPE), one.plan(np.arange(16), 30)
     assert len(visits.teacher_rows)
     with built.autocast():
-        losses, _ = one(built.module, x0, x0, visits)
+        losses, _ = visit_loss(built.module, x0, x0, visits, None, teacher)
     built.backward(losses.mean())
     assert not [n for n, p in built.module.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
 
 def test_where_calls_exchange_weights_every_step_has_two() -> None:
-    process = build(ScheduleConfig())
+    schedule = build(ScheduleConfig())
     for every_row in (False, True):
-        teacher = objectives.Teacher(every_row=every_row, lockstep=True)
-        one, network = EDM(process, EDMConfig(), 3, 16, False, teacher), Network()
+        one, network = EDM(schedule, EDMConfig(), 3, 16, False), Network()
         images = torch.zeros(50, *SHAPE)
-        one(network, images, images, one.plan(np.arange(50), 0))
+        teacher = Teacher(every_row=every_row, lockstep=True)
+        visit_loss(network, images, images, one.plan(np.arange(50), 0), None, teacher)
         assert network.calls == [(1, False), (50, True)]
 
 
-@PROCESSES
-def test_heun_reaches_the_data_of_an_exact_denoiser(process: NoiseSchedule) -> None:
+@SCHEDULES
+def test_heun_reaches_the_data_of_an_exact_denoiser(schedule: NoiseSchedule) -> None:
     """With sigma_data the deviation of Gaussian data, EDM's c_skip alone is the exact denoiser: F = 0."""
 
     class Zero(nn.Module):
@@ -300,7 +311,7 @@ def test_heun_reaches_the_data_of_an_exact_denoiser(process: NoiseSchedule) -> N
         return float(
             samplers.sample(
                 Zero(),
-                process,
+                schedule,
                 SHAPE,
                 torch.arange(2000),
                 options=samplers.SamplingOptions(steps=steps, sampler="heun"),
@@ -340,14 +351,14 @@ def test_a_run_trains_and_resumes(tmp_path: Path, name: str) -> None:
     assert resumed["weights_sha256"] == whole["weights_sha256"] and resumed["state_sha256"] == whole["state_sha256"]
 
 
-def test_warm_up_is_a_denoiser_and_then_the_objective_from_its_beginning() -> None:
-    process = build(ScheduleConfig())
+def test_pretraining_is_a_denoiser_and_then_the_objective_from_its_beginning() -> None:
+    schedule = build(ScheduleConfig())
     for name in ("chain", "ict", "ect", "uddm"):
         config = resolve({"objective": {"name": name, "pretrain": 0.25}})
         plain = resolve({"objective": {"name": name, "pretrain": 0.0}})
-        warmed, after = objectives.build(config, process, 40, SHAPE), objectives.build(plain, process, 30, SHAPE)
-        assert bool((warmed.plan(IDS, 9).x0_weight == 1).all()) and not len(warmed.plan(IDS, 9).teacher_rows)
-        first, then = warmed.plan(IDS, 10), after.plan(IDS, 0)
+        pretrained, after = objectives.build(config, schedule, 40, SHAPE), objectives.build(plain, schedule, 30, SHAPE)
+        assert bool((pretrained.plan(IDS, 9).x0_weight == 1).all()) and not len(pretrained.plan(IDS, 9).teacher_rows)
+        first, then = pretrained.plan(IDS, 10), after.plan(IDS, 0)
         assert torch.equal(first.coefficients, then.coefficients) and torch.equal(first.x0_weight, then.x0_weight)
         assert torch.equal(first.huber_c, then.huber_c)
 
@@ -364,10 +375,10 @@ def test_warm_up_is_a_denoiser_and_then_the_objective_from_its_beginning() -> No
 )
 def test_what_begins_with_a_denoiser(settings: dict[str, Any], share: float) -> None:
     config = resolve(settings)
-    assert config.pretrain_share == share
-    assert config.objective_in_words.startswith(config.objective.name)
-    assert ("after a denoiser" in config.objective_in_words) == (share > 0)
+    assert objectives.pretrain_share(config) == share
     built = objectives.build(config, build(config.schedule), 40, SHAPE)
+    described = objectives.describe(config, built)
+    assert described.startswith(config.objective.name) and ("after a denoiser" in described) == (share > 0)
     assert isinstance(built, objectives.Pretrained) == (share > 0)
     if isinstance(built, objectives.Pretrained):
         assert built.epochs == share * 40

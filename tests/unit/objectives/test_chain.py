@@ -14,8 +14,9 @@ from torch import nn
 from udddm import rng
 from udddm.config import ChainConfig, ScheduleConfig
 from udddm.diffusion.schedule import Coefficients, build
-from udddm.objectives import Chain, pseudo_huber
 from udddm.objectives.base import Visits
+from udddm.objectives.chain import Chain
+from udddm.objectives.loss import pseudo_huber, visit_loss
 
 SHAPE = (1, 4, 4)
 SEED, C = 5, 0.03
@@ -33,8 +34,8 @@ def chain(
 ) -> Chain:
     """One stage of `levels`, unless `stages` are given; 40 epochs."""
     settings: dict[str, Any] = {"length": length, "stages": [{"start": 0, "levels": levels}]} | changes
-    process = build(ScheduleConfig(kind=kind, timesteps=1000))
-    return Chain(process, ChainConfig.model_validate(settings), C, seed, 40, conditioned)
+    schedule = build(ScheduleConfig(kind=kind, timesteps=1000))
+    return Chain(schedule, ChainConfig.model_validate(settings), C, seed, 40, conditioned)
 
 
 def growing(length: int | str) -> Chain:
@@ -64,16 +65,17 @@ class Network(nn.Module):
 
 def f_at(network: nn.Module, coefficients: torch.Tensor, x0: torch.Tensor, eps: torch.Tensor) -> torch.Tensor:
     """f for one sample, written out."""
-    signal, scale_of_noise, skip, out, scale, embedding = coefficients
-    xt = signal * x0 + scale_of_noise * eps
+    alpha, sigma, c_skip, c_out, c_in, c_noise = coefficients
+    xt = alpha * x0 + sigma * eps
     with torch.no_grad():
-        answer = network((scale * xt)[None], embedding[None], None, None)[0]
-    result: torch.Tensor = skip * xt + out * answer
+        answer = network((c_in * xt)[None], c_noise[None], None, None)[0]
+    result: torch.Tensor = c_skip * xt + c_out * answer
     return result
 
 
 def same(a: Visits, b: Visits) -> bool:
-    return all(torch.equal(getattr(a, field.name), getattr(b, field.name)) for field in fields(Visits))
+    names = [field.name for field in fields(Visits) if field.name != "condition"]
+    return a.condition == b.condition and all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
 def data(count: int) -> torch.Tensor:
@@ -184,7 +186,7 @@ def test_a_plan_is_a_pure_function_of_each_sample(length: int | str) -> None:
     ids = np.random.default_rng(0).permutation(300)
     for epoch in (0, 3, 10, 24, 39):
         whole, part = chosen.plan(ids, epoch), growing(length).plan(ids[100:150], epoch)
-        for name in ("noise_key", "condition_key", "guide", "weight"):
+        for name in ("noise_key", "condition_key", "x0_weight", "weight"):
             assert torch.equal(getattr(whole, name)[100:150], getattr(part, name)), name
         assert torch.equal(whole.coefficients[:, 100:150], part.coefficients)
         inside = (whole.teacher_rows >= 100) & (whole.teacher_rows < 150)
@@ -196,14 +198,14 @@ def test_a_plan_is_a_pure_function_of_each_sample(length: int | str) -> None:
 @LENGTHS
 def test_targets_are_evaluated_at_first_visits_above_the_lowest_level_only(length: int | str) -> None:
     chosen = chain(length)
-    times = chosen.process.levels(8)
+    times = chosen.schedule.levels(8)
     for epoch in range(12):
         _, _, visit, level = chosen.position(IDS, epoch)
         visits = chosen.plan(IDS, epoch)
         assert visits.teacher_rows.tolist() == [i for i in range(len(IDS)) if visit[i] == 0 and level[i] > 0]
-        below = chosen.process.coefficients(times[level[visits.teacher_rows] - 1])
+        below = chosen.schedule.coefficients(times[level[visits.teacher_rows] - 1])
         np.testing.assert_array_equal(visits.teacher_coefficients, below)
-        np.testing.assert_array_equal(visits.coefficients, chosen.process.coefficients(times[level]))
+        np.testing.assert_array_equal(visits.coefficients, chosen.schedule.coefficients(times[level]))
 
 
 def test_chains_of_one_visit_are_consistency_training() -> None:
@@ -214,26 +216,26 @@ def test_chains_of_one_visit_are_consistency_training() -> None:
         visits = chosen.plan(IDS, epoch)
         level = chosen.position(IDS, epoch)[3]
         assert sorted([*visits.teacher_rows.tolist(), *np.flatnonzero(level == 0)]) == IDS.tolist()
-        results = [chosen(network, x0, state, visits)[0] for state in (torch.zeros_like(x0), x0 + 100)]
+        results = [visit_loss(network, x0, state, visits)[0] for state in (torch.zeros_like(x0), x0 + 100)]
         torch.testing.assert_close(results[0], results[1])
 
 
-@pytest.mark.parametrize("guiding", ["lowest", "visits"])
-def test_the_target_of_the_lowest_level_is_x0(guiding: str) -> None:
-    chosen, network = chain(3, guiding=guiding), Network()
+@pytest.mark.parametrize("x0_weight", ["lowest", "visits"])
+def test_the_target_of_the_lowest_level_is_x0(x0_weight: str) -> None:
+    chosen, network = chain(3, x0_weight=x0_weight), Network()
     x0 = data(300)
     visits = chosen.plan(IDS, 6)
     lowest = torch.from_numpy(chosen.position(IDS, 6)[3] == 0)
     assert 10 < int(lowest.sum()) < 290
-    losses, output = chosen(network, x0, x0 + 50, visits)
+    losses, output = visit_loss(network, x0, x0 + 50, visits)
     torch.testing.assert_close(losses[lowest], pseudo_huber(output, x0, C)[lowest])
     assert (losses[~lowest] != pseudo_huber(output, x0, C)[~lowest]).all()
 
 
-def test_x0_guides_the_lowest_level_alone_or_by_1_over_n_plus_1() -> None:
+def test_x0_weighs_1_at_the_lowest_level_alone_or_1_over_n_plus_1() -> None:
     level = chain(3).position(IDS, 6)[3]
     np.testing.assert_array_equal(chain(3).plan(IDS, 6).x0_weight, level == 0)
-    np.testing.assert_allclose(chain(3, guiding="visits").plan(IDS, 6).x0_weight, 1 / (level + 1.0), rtol=1e-7)
+    np.testing.assert_allclose(chain(3, x0_weight="visits").plan(IDS, 6).x0_weight, 1 / (level + 1.0), rtol=1e-7)
 
 
 @pytest.mark.parametrize("kind", ["ve", "vp"])
@@ -241,14 +243,14 @@ def test_weights_are_1_or_the_inverse_gap_of_levels(kind: str) -> None:
     assert (chain(2, kind=kind).plan(IDS, 6).weight == 1).all()
     chosen = chain(2, kind=kind, weighting="gap")
     level = chosen.position(IDS, 6)[3]
-    sigma = np.minimum(chosen.process.sigma(chosen.process.levels(8)), 80)
+    sigma = np.minimum(chosen.schedule.sigma(chosen.schedule.levels(8)), 80)
     expected = [1 / (sigma[k] - (sigma[k - 1] if k else 0)) for k in level]
     visits = chosen.plan(IDS, 6)
     np.testing.assert_allclose(visits.weight, expected, rtol=1e-6)
     x0 = data(300)
     plain = Visits(**{**vars(visits), "weight": torch.ones(300)})
-    weighted = chosen(Network(), x0, x0, visits)[0]
-    torch.testing.assert_close(weighted, visits.weight * chosen(Network(), x0, x0, plain)[0])
+    weighted = visit_loss(Network(), x0, x0, visits)[0]
+    torch.testing.assert_close(weighted, visits.weight * visit_loss(Network(), x0, x0, plain)[0])
 
 
 # What a visit does.
@@ -261,18 +263,18 @@ def test_every_target_is_f_at_the_level_below_on_the_same_path(length: int | str
     chosen, network = chain(length, kind=kind), Network()
     x0, state = data(40), torch.full((40, *SHAPE), 1e3)  # a state that no loss may show before it is written
     ids = np.arange(40)
-    times = chosen.process.levels(8)
+    times = chosen.schedule.levels(8)
     stored = 0
     for epoch in range(22):
         visits, (_, _, visit, level) = chosen.plan(ids, epoch), chosen.position(ids, epoch)
         eps = rng.normal(visits.noise_key, SHAPE)
-        losses, output = chosen(network, x0, state, visits)
+        losses, output = visit_loss(network, x0, state, visits)
         for i in range(40):
-            own = torch.from_numpy(chosen.process.coefficients(times[level[i : i + 1]]))[:, 0]
+            own = torch.from_numpy(chosen.schedule.coefficients(times[level[i : i + 1]]))[:, 0]
             torch.testing.assert_close(output[i], f_at(network, own, x0[i], eps[i]))
             target = x0[i]
             if level[i]:
-                below = torch.from_numpy(chosen.process.coefficients(times[level[i : i + 1] - 1]))[:, 0]
+                below = torch.from_numpy(chosen.schedule.coefficients(times[level[i : i + 1] - 1]))[:, 0]
                 target = f_at(network, below, x0[i], eps[i])
                 if visit[i]:
                     torch.testing.assert_close(state[i], target)
@@ -288,7 +290,7 @@ def test_the_condition_is_fresh_noise_and_not_the_state() -> None:
     seen = []
     for epoch in (4, 5):
         visits = chosen.plan(IDS, epoch)
-        chosen(network, x0, state, visits)
+        visit_loss(network, x0, state, visits)
         (_, first, _), (_, second, _) = network.calls[-2:]  # the target's evaluation, then the one that learns
         assert first is not None and second is not None
         torch.testing.assert_close(second, rng.normal(visits.condition_key, SHAPE))
@@ -302,16 +304,16 @@ def test_the_condition_is_fresh_noise_and_not_the_state() -> None:
 
 def test_without_a_condition_the_network_gets_none() -> None:
     chosen, network = chain(2), Network()
-    chosen(network, data(300), data(300), chosen.plan(IDS, 4))
+    visit_loss(network, data(300), data(300), chosen.plan(IDS, 4))
     assert [condition for _, condition, _ in network.calls] == [None, None]
 
 
 def test_only_the_learning_evaluation_has_a_gradient_and_none_flows_into_the_state() -> None:
-    chosen, network = chain(3, guiding="visits"), Network()
+    chosen, network = chain(3, x0_weight="visits"), Network()
     x0 = data(300)
     state = (x0 + 0.1).requires_grad_()
     visits = chosen.plan(IDS, 5)
-    losses, new_state = chosen(network, x0, state.detach(), visits)
+    losses, new_state = visit_loss(network, x0, state.detach(), visits)
     assert [grad for _, _, grad in network.calls] == [False, True]
     assert losses.requires_grad and not new_state.requires_grad
     losses.sum().backward()
@@ -337,7 +339,7 @@ def test_only_the_learning_evaluation_has_a_gradient_and_none_flows_into_the_sta
     with torch.no_grad():
         below = Visits(**{**vars(visits), "coefficients": visits.coefficients.clone()})
         below.coefficients[:, rows] = visits.teacher_coefficients
-        target[rows] = chosen(network, x0, state.detach(), below)[1][rows]
+        target[rows] = visit_loss(network, x0, state.detach(), below)[1][rows]
     slope = (held(0.7 + 1e-5) - held(0.7 - 1e-5)) / 2e-5
     assert float(network.weight.grad) == pytest.approx(slope, rel=1e-3)
 
@@ -347,7 +349,7 @@ def test_the_state_that_was_read_is_left_as_it_was() -> None:
     chosen = chain(2)
     state = data(300)
     before = state.clone()
-    chosen(Network(), data(300), state, chosen.plan(IDS, 4))
+    visit_loss(Network(), data(300), state, chosen.plan(IDS, 4))
     assert torch.equal(state, before)
 
 
@@ -360,5 +362,5 @@ def test_labels_reach_both_evaluations() -> None:
     seen: list[torch.Tensor] = []
     chosen = chain(2)
     visits, labels = chosen.plan(IDS, 4), torch.arange(300)
-    chosen(Labelled(), data(300), data(300), visits, labels)
+    visit_loss(Labelled(), data(300), data(300), visits, labels)
     assert torch.equal(seen[0], labels) and torch.equal(seen[1], labels)

@@ -17,6 +17,7 @@ from udddm.data import ImageDataset
 from udddm.diffusion.schedule import build
 from udddm.errors import ConfigError
 from udddm.objectives import LabelDropout
+from udddm.objectives.chain import Chain
 from udddm.order import Order
 from udddm.training.inputs import Prefetch
 
@@ -65,7 +66,7 @@ def test_the_share_is_the_configured_one_and_changes_with_epoch_and_seed(name: s
 def test_a_chain_keeps_its_label_or_goes_without_to_its_end(length: int | str) -> None:
     chosen = config(share=0.4, objective={"chain": {"length": length}})
     chain = objectives.build(chosen, build(chosen.schedule), 40, SHAPE)
-    assert isinstance(chain, objectives.Chain)
+    assert isinstance(chain, Chain)
     without: dict[tuple[int, int, int], set[bool]] = {}
     for epoch in range(40):
         stage, number, *_ = chain.position(IDS, epoch)

@@ -65,26 +65,28 @@ def test_distance_pulls_with_at_most_unit_force() -> None:
 def test_loss_is_equation_3() -> None:
     output, x0, state = images(5, 0, 1, 2)
     visits = [0, 1, 2, 9, 999]
-    guide = torch.tensor([1 / (n + 1) for n in visits])
+    x0_weight = torch.tensor([1 / (n + 1) for n in visits])
     expected = [
         1 / (n + 1) * naive_distance(f, x, 0.00014) + (1 - 1 / (n + 1)) * naive_distance(f, s, 0.00014)
         for n, f, x, s in zip(visits, output, x0, state, strict=True)
     ]
-    np.testing.assert_allclose(adaptive_loss(output, x0, state, guide, 0.00014).numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(adaptive_loss(output, x0, state, x0_weight, 0.00014).numpy(), expected, rtol=1e-5)
 
 
 def test_at_the_first_visit_the_state_does_not_matter() -> None:
     output, x0, state, other = images(2, 0, 1, 2, 3)
-    guide = torch.ones(2)
-    assert torch.equal(adaptive_loss(output, x0, state, guide, 0.1), adaptive_loss(output, x0, other, guide, 0.1))
+    x0_weight = torch.ones(2)
+    assert torch.equal(
+        adaptive_loss(output, x0, state, x0_weight, 0.1), adaptive_loss(output, x0, other, x0_weight, 0.1)
+    )
 
 
 def test_each_image_has_its_own_loss() -> None:
     output, x0, state = images(7, 0, 1, 2)
-    guide = torch.linspace(0, 1, 7)
-    whole = adaptive_loss(output, x0, state, guide, 0.03)
+    x0_weight = torch.linspace(0, 1, 7)
+    whole = adaptive_loss(output, x0, state, x0_weight, 0.03)
     assert whole.shape == (7,)
-    alone = torch.cat([adaptive_loss(*(v[i : i + 1] for v in (output, x0, state, guide)), 0.03) for i in range(7)])
+    alone = torch.cat([adaptive_loss(*(v[i : i + 1] for v in (output, x0, state, x0_weight)), 0.03) for i in range(7)])
     torch.testing.assert_close(whole, alone)
 
 
@@ -102,8 +104,8 @@ class Recorder(nn.Module):
 
 @pytest.mark.parametrize("kind", ["vp", "ve"])
 def test_f_combines_x_t_and_the_network_by_a_and_b(kind: str) -> None:
-    process = build(ScheduleConfig(kind=kind, timesteps=100))
-    at = Coefficients(*torch.from_numpy(process.coefficients(np.array([1.0, 50.0, 99.0]))))
+    schedule = build(ScheduleConfig(kind=kind, timesteps=100))
+    at = Coefficients(*torch.from_numpy(schedule.coefficients(np.array([1.0, 50.0, 99.0]))))
     xt, answer, condition = images(3, 0, 1, 2)
     labels = torch.arange(3)
     network = Recorder(answer.half())
@@ -118,8 +120,8 @@ def test_f_combines_x_t_and_the_network_by_a_and_b(kind: str) -> None:
 
 
 def test_noising_is_signal_times_image_plus_noise_times_eps() -> None:
-    process = build(ScheduleConfig(kind="vp", timesteps=100))
-    at = Coefficients(*torch.from_numpy(process.coefficients(np.array([1.0, 50.0]))))
+    schedule = build(ScheduleConfig(kind="vp", timesteps=100))
+    at = Coefficients(*torch.from_numpy(schedule.coefficients(np.array([1.0, 50.0]))))
     x0, eps = images(2, 0, 1)
     for i, noisy in enumerate(add_noise(x0, eps, at)):
         torch.testing.assert_close(noisy, at.alpha[i] * x0[i] + at.sigma[i] * eps[i])
@@ -128,4 +130,6 @@ def test_noising_is_signal_times_image_plus_noise_times_eps() -> None:
 def test_visits_move_whole_to_a_device() -> None:
     some = Visits(*(torch.tensor([i]) for i in range(8)))
     moved = some.to(torch.device("meta"))
-    assert all(value.device.type == "meta" for value in vars(moved).values()) and len(vars(moved)) == 8
+    assert moved.condition == some.condition == "noise"
+    tensors = [value for name, value in vars(moved).items() if name != "condition"]
+    assert len(tensors) == 8 and all(value.device.type == "meta" for value in tensors)

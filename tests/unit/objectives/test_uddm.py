@@ -10,9 +10,10 @@ from torch import nn
 from udddm import objectives, rng
 from udddm.config import resolve
 from udddm.diffusion.schedule import Coefficients, NoiseSchedule
-from udddm.diffusion.schedule import build as build_process
-from udddm.objectives import UDDM
+from udddm.diffusion.schedule import build as build_schedule
 from udddm.objectives.base import Visits
+from udddm.objectives.loss import visit_loss
+from udddm.objectives.uddm import UDDM
 
 SHAPE = (1, 4, 4)
 SEED, C = 11, 0.00015
@@ -26,16 +27,16 @@ def algorithm(timesteps: int = 20, kind: str = "ve") -> tuple[UDDM, NoiseSchedul
             "objective": {"name": "uddm", "huber_c": C},
         }
     )
-    process = build_process(config.schedule)
-    chosen = objectives.build(config, process, 10, (1, 4, 4))
+    schedule = build_schedule(config.schedule)
+    chosen = objectives.build(config, schedule, 10, (1, 4, 4))
     assert isinstance(chosen, UDDM)
-    return chosen, process
+    return chosen, schedule
 
 
-def times(visits: Visits, process: NoiseSchedule) -> np.ndarray:
+def times(visits: Visits, schedule: NoiseSchedule) -> np.ndarray:
     """The integers t of a plan, from the noise levels that the device gets."""
     sigma = visits.coefficients[1].double() / visits.coefficients[0].double()
-    t = process.time(sigma.numpy())
+    t = schedule.time(sigma.numpy())
     np.testing.assert_allclose(t, t.round(), atol=0.01)
     return t.round().astype(int)
 
@@ -55,15 +56,15 @@ class Network(nn.Module):
 
 def test_times_are_uniform_on_1_to_t() -> None:
     for kind in ("ve", "vp"):
-        chosen, process = algorithm(20, kind)
-        drawn = np.concatenate([times(chosen.plan(np.arange(2000), epoch), process) for epoch in range(10)])
+        chosen, schedule = algorithm(20, kind)
+        drawn = np.concatenate([times(chosen.plan(np.arange(2000), epoch), schedule) for epoch in range(10)])
         assert drawn.min() == 1 and drawn.max() == 20
         assert stats.chisquare(np.bincount(drawn, minlength=21)[1:]).pvalue > 1e-4
 
 
 def test_times_of_successive_visits_are_independent() -> None:
-    chosen, process = algorithm(20)
-    first, second = (times(chosen.plan(np.arange(20_000), epoch), process) for epoch in (4, 5))
+    chosen, schedule = algorithm(20)
+    first, second = (times(chosen.plan(np.arange(20_000), epoch), schedule) for epoch in (4, 5))
     assert abs(np.corrcoef(first, second)[0, 1]) < 4.5 / np.sqrt(20_000)
 
 
@@ -95,7 +96,7 @@ def test_a_visit_is_the_algorithm_s_three_lines() -> None:
     chosen, _ = algorithm()
     x0, state = (torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     visits, network = chosen.plan(np.arange(6), 2), Network()
-    losses, new_state = chosen(network, x0, state, visits)
+    losses, new_state = visit_loss(network, x0, state, visits)
     a = Coefficients(*visits.coefficients)
     eps = rng.normal(visits.noise_key, SHAPE)
     for i in range(6):
@@ -110,5 +111,5 @@ def test_a_visit_is_the_algorithm_s_three_lines() -> None:
 def test_the_new_state_is_detached() -> None:
     chosen, _ = algorithm()
     x0, state = torch.zeros(3, *SHAPE), torch.ones(3, *SHAPE)
-    losses, new_state = chosen(Network(), x0, state, chosen.plan(np.arange(3), 1))
+    losses, new_state = visit_loss(Network(), x0, state, chosen.plan(np.arange(3), 1))
     assert losses.requires_grad and not new_state.requires_grad

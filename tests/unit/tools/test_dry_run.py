@@ -22,7 +22,8 @@ from udddm.tools.throughput import Speed
 
 PRESETS = sorted((Path(__file__).parents[3] / "configs").glob("*.yaml"))
 TINY = [
-    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0, condition: none}",
+    "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], dropout: 0, "
+    "condition: none}",
     "train={steps: 6, batch_size: 64, learning_rate: 1.0e-3, ema: [0.9]}",
 ]
 BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
@@ -30,7 +31,8 @@ BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 def teacher(config: RunConfig, samples: int, epochs: float, shape: tuple[int, int, int]) -> float:
     visit = objectives.build(config, schedule.build(config.schedule), epochs, shape)
-    return throughput.teacher_share(visit, samples, epochs)
+    calls = objectives.teacher_of(config, equal_forward_calls=False)
+    return throughput.teacher_share(visit, calls, samples, epochs)
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
@@ -38,8 +40,8 @@ def test_every_preset_is_planned_without_its_data_as_its_header_says(
     preset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = Speed(images=2, operations=1e12, passes=1.0, update=0.5)
-    monkeypatch.setattr(plan, "measure", lambda *_: measured)  # which needs gigabytes, and a minute
-    monkeypatch.setattr(plan, "load_dataset", lambda _: pytest.fail("a plan loaded data"))
+    monkeypatch.setattr(dry_run, "measure", lambda *_: measured)  # which needs gigabytes, and a minute
+    monkeypatch.setattr(dry_run, "load_dataset", lambda _: pytest.fail("a plan loaded data"))
     config = load_config(preset)
     lines = "\n".join(dry_run.plan(config, "cpu"))
     header = " ".join(line.lstrip("# ") for line in preset.read_text().splitlines() if line.startswith("#"))
@@ -117,7 +119,8 @@ def test_a_measured_step_counts_the_teachers_passes_it_made() -> None:
     ranks = dry_run.join("cpu", 8)
     found = throughput.measure(config, data, order, ranks, 6, visit, known)
     assert found.images == 64
-    evaluated = visit.evaluated(visit.plan(order.batch_of(range(8), 0, 0).ids, 0))
+    calls = objectives.teacher_of(config, equal_forward_calls=False)
+    evaluated = calls.evaluated(visit.plan(order.batch_of(range(8), 0, 0).ids, 0))
     assert evaluated > 40 and found.operations == 64 * known.training + evaluated * known.forward
     assert found.passes > 0 and found.update > 0
 
@@ -129,14 +132,14 @@ def test_the_first_pass_is_not_a_steps_time(monkeypatch: pytest.MonkeyPatch) -> 
     assert data is not None
     order = dry_run.Order.build(config.order, 0, data.samples, 64, data.shape)
     visit = objectives.build(config, schedule.build(config.schedule), 10.0, data.shape)
-    taken, clock = type(visit).__call__, [0.0]
+    clock = [0.0]
 
-    def slow(self: objectives.Objective, *arguments: Any) -> Any:
+    def slow(*arguments: Any) -> Any:
         clock[0] += 1.0 if clock[0] else 100.0
-        return taken(self, *arguments)
+        return objectives.visit_loss(*arguments)
 
-    monkeypatch.setattr(type(visit), "__call__", slow)
-    monkeypatch.setattr(speed, "_now", lambda device: clock[0])
+    monkeypatch.setattr(throughput, "visit_loss", slow)
+    monkeypatch.setattr(throughput, "_now", lambda device: clock[0])
     ranks = dry_run.join("cpu", 8)
     assert throughput.measure(config, data, order, ranks, 6, visit, cost(config.network, (1, 8, 8))).passes == 1.0
 
@@ -147,14 +150,13 @@ def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPat
     assert data is not None
     order = dry_run.Order.build(config.order, 0, data.samples, 64, data.shape)
     visit = objectives.build(config, schedule.build(config.schedule), 10.0, data.shape)
-    taken = type(visit).__call__
 
-    def small(self: objectives.Objective, network: nn.Module, x0: torch.Tensor, *rest: Any) -> Any:
+    def small(network: nn.Module, x0: torch.Tensor, *rest: Any) -> Any:
         if len(x0) > 20:
             raise torch.OutOfMemoryError
-        return taken(self, network, x0, *rest)
+        return objectives.visit_loss(network, x0, *rest)
 
-    monkeypatch.setattr(type(visit), "__call__", small)
+    monkeypatch.setattr(throughput, "visit_loss", small)
     known = cost(config.network, (1, 8, 8))
     assert throughput.measure(config, data, order, dry_run.join("cpu", 8), 6, visit, known).images == 16
 
