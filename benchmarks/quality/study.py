@@ -26,8 +26,8 @@ import torch
 
 import udddm
 from udddm import networks, objectives
+from udddm.backends import engines
 from udddm.backends.distributed.ranks import join
-from udddm.backends.engines.base import build as build_engine
 from udddm.config import RunConfig
 from udddm.data import ImageDataset, MapDataset, load_dataset
 from udddm.diffusion import schedule
@@ -44,7 +44,7 @@ CONDITIONED = ["network.condition=cross-attention"]
 STAGES = "[{start: 0, levels: 8}, {start: 0.2, levels: 16}, {start: 0.4, levels: 32}, {start: 0.6, levels: 64}"
 WARMUP = 0.4
 TUNED = [
-    f"objective={{name: chain, warmup: {WARMUP}, huber_c: 0.00432}}",
+    f"objective={{name: chain, pretrain: {WARMUP}, huber_c: 0.00432}}",
     "objective.chain.distribution=lognormal",
     "objective.chain.weighting=gap",
     f"objective.chain.stages={STAGES}, {{start: 0.8, levels: 128}}]",
@@ -53,20 +53,20 @@ TUNED = [
 MANY = f"objective.chain.stages=[{', '.join(f'{{start: {i / 8}, levels: {8 << i}}}' for i in range(8))}]"
 """About as many levels as iCT has (1,280), at the same shares of the run."""
 PLAIN = "objective={name: chain, huber_c: 1.5}"
-ECT = f"objective={{name: tuning, warmup: {WARMUP}}}"
+ECT = f"objective={{name: ect, pretrain: {WARMUP}}}"
 OBJECTIVES: dict[str, list[str]] = {
     "chain L=2, tuned": TUNED,
     "chain L=2, tuned, M to 1024": [*TUNED, MANY],
     "ECT, stored teacher L=2": [ECT, "objective.ect.length=2"],
-    "iCT": ["objective={name: consistency}"],
+    "iCT": ["objective={name: ict}"],
     "ECT": [ECT],
-    "iCT, warm-up 0.4": [f"objective={{name: consistency, warmup: {WARMUP}}}"],
+    "iCT, warm-up 0.4": [f"objective={{name: ict, pretrain: {WARMUP}}}"],
     "chain L=1, tuned (no store)": [*TUNED, "objective.chain.length=1"],
     "chain L=2": [PLAIN],
     "chain L=1 (no store)": [PLAIN, "objective.chain.length=1"],
     "trajectory": [PLAIN, "objective.chain.length=trajectory"],
-    "denoiser, Heun": ["objective={name: denoiser}", "sample.sampler=heun", "sample.steps=9"],
-    "Algorithm 1": ["objective={name: algorithm-1}", *CONDITIONED],
+    "denoiser, Heun": ["objective={name: edm}", "sample.sampler=heun", "sample.steps=9"],
+    "Algorithm 1": ["objective={name: uddm}", *CONDITIONED],
 }
 """iCT and ECT as published, and iCT after a denoiser; learning rate, batch, EMA and network are the preset's."""
 COMPARED = (
@@ -107,15 +107,15 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "449 steps, ten times the images": ["longer=10", "repeat=16"],
     },
     "iCT": {
-        "as published": ["objective={name: consistency}"],
-        "levels 10 to 160": ["objective={name: consistency, consistency: {last: 160}}"],
-        "warm-up 0.2": ["objective={name: consistency, warmup: 0.2}"],
-        "warm-up 0.4": ["objective={name: consistency, warmup: 0.4}"],
-        "warm-up 0.4, uniformly": ["objective={name: consistency, warmup: 0.4, consistency: {distribution: uniform}}"],
+        "as published": ["objective={name: ict}"],
+        "levels 10 to 160": ["objective={name: ict, ict: {s1: 160}}"],
+        "warm-up 0.2": ["objective={name: ict, pretrain: 0.2}"],
+        "warm-up 0.4": ["objective={name: ict, pretrain: 0.4}"],
+        "warm-up 0.4, uniformly": ["objective={name: ict, pretrain: 0.4, ict: {distribution: uniform}}"],
     },
     "ten times the images": {
-        "iCT": ["objective={name: consistency}", "longer=10"],
-        "iCT, warm-up 0.4": ["objective={name: consistency, warmup: 0.4}", "longer=10"],
+        "iCT": ["objective={name: ict}", "longer=10"],
+        "iCT, warm-up 0.4": ["objective={name: ict, pretrain: 0.4}", "longer=10"],
         "ECT": [ECT, "longer=10"],
         "ECT, warm-up 0.2": [ECT, "objective.pretrain=0.2", "longer=10"],
         "ECT, stored teacher L=2": [ECT, "objective.ect.length=2", "longer=10"],
@@ -274,8 +274,9 @@ def _steps(data: Data, overrides: list[str], ranks: Any) -> Iterator[int]:
     config = configured(data, overrides, 10_000, 0)
     images = ImageDataset(load_dataset(config.data))
     epochs = 60
-    visit = objectives.build(config, schedule.build(config.schedule), epochs, images.shape)
-    engine = build_engine(networks.for_run(config, images.shape), config, ranks, 10_000)
+    objective = objectives.build(config, schedule.build(config.schedule), epochs, images.shape)
+    engine = engines.build(networks.for_run(config, images.shape), config, ranks, 10_000)
+    teacher = objectives.teacher_of(config, equal_forward_calls=engine.equal_forward_calls)
     emas = [EMA(engine.weights(), decay) for decay in config.train.ema]
     batch, step = config.train.batch_size, 0
     state = torch.zeros(batch, *images.shape)
@@ -284,7 +285,8 @@ def _steps(data: Data, overrides: list[str], ranks: Any) -> Iterator[int]:
         x0, labels = images.batch(ids)
         chosen = torch.from_numpy(labels) if config.network.classes and labels is not None else None
         with engine.autocast():
-            losses, state = visit(engine.module, x0, state, visit.plan(ids, 40 + step % 16), chosen)
+            visits = objective.plan(ids, 40 + step % 16)
+            losses, state = objectives.visit_loss(engine.module, x0, state, visits, chosen, teacher)
         engine.backward_and_step(losses.mean(), step % 10_000)
         step += 1
         for ema in emas:
