@@ -54,7 +54,7 @@ def _objectives(rows: dict[tuple[str, ...], Row], budget: str, speed: dict[str, 
     if not rows:
         return
     print(f"At equal {budget}; mean and deviation over seeds where there are several\n")
-    print("| | process | seeds | steps | minutes | fd, 1 | fd, 2 | fd, 4 | precision | recall | collapsed |")
+    print("| | schedule | seeds | steps | minutes | fd, 1 | fd, 2 | fd, 4 | precision | recall | collapsed |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     groups: dict[tuple[str, str], list[Row]] = {}
     for (name, kind, _, _), row in rows.items():
@@ -78,7 +78,7 @@ def _objectives(rows: dict[tuple[str, ...], Row], budget: str, speed: dict[str, 
 def _ablations(rows: dict[tuple[str, ...], Row]) -> None:
     if not rows:
         return
-    print("| setting | process | fd, 1 | fd, 2 | fd, 4 | recall, 1 | collapsed |\n|---|---|---|---|---|---|---|")
+    print("| setting | schedule | fd, 1 | fd, 2 | fd, 4 | recall, 1 | collapsed |\n|---|---|---|---|---|---|---|")
     settings = [name.split(" = ")[0] for name, *_ in rows]
     for (name, kind, *_), row in sorted(rows.items(), key=lambda item: settings.index(item[0][0].split(" = ")[0])):
         scores = row["evaluations"]
