@@ -2,14 +2,14 @@
 
     python benchmarks/quality/gaussian.py --json benchmarks/results/gaussian.json --plot benchmarks/results/gaussian.png
 
-For x_0 ~ N(m, s^2 I) the probability-flow ODE through x_t = signal x_0 + noise eps is solved in closed form:
+For x_0 ~ N(m, s^2 I) the probability-flow ODE through x_t = alpha x_0 + sigma eps is solved in closed form:
 
-    f*(x_t, t) = m + (x_t - signal m) s / sqrt(signal^2 s^2 + noise^2)
+    f*(x_t, t) = m + (x_t - alpha m) s / sqrt(alpha^2 s^2 + sigma^2)
 
-(VE: signal = 1. Both x_t and f* keep their standard score along the ODE, and at t = 0 the score is that of x_0.)
-Process, objective, noise, order, x0-state store, optimizer and EMA are those of a training run; the network is a small
-MLP, so that a run takes minutes of one core. The error of a level is RMS(f - f*) / s on data and noise that training
-never saw, in per cent.
+(VE: alpha = 1. Both x_t and f* keep their standard score along the ODE, and at t = 0 the score is that of x_0.)
+Noise schedule, objective, noise, order, x0-state store, optimizer and EMA are those of a training run; the network is
+a small MLP, so that a run takes minutes of one core. The error of a level is RMS(f - f*) / s on data and noise that
+training never saw, in per cent.
 
 Two things keep the error from 0 however long one trains. (1) A chain of M levels has its own fixed point, not f*:
 level k learns E[f_(k-1)(x_(k-1)) | x_k], which for Gaussian data is m + (x_k - m) g_k (VE) with
@@ -36,8 +36,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from udddm import objectives, rng, store
+from udddm.backends import engines
 from udddm.backends.distributed.ranks import Ranks
-from udddm.backends.engines.ddp import TorchEngine
 from udddm.config import (
     ChainConfig,
     NetworkConfig,
@@ -50,7 +50,7 @@ from udddm.config import (
     TrainConfig,
 )
 from udddm.diffusion import schedule
-from udddm.diffusion.denoise import add_noise
+from udddm.diffusion.denoise import add_noise, denoise
 from udddm.diffusion.schedule import Array, Coefficients, NoiseSchedule
 from udddm.ema import EMA
 from udddm.networks.blocks import NoiseEmbedding
@@ -74,7 +74,7 @@ TIMESTEPS: dict[Kind, int] = {"ve": 1000, "vp": 8000}
 TEST_SEED = 1_000_003
 
 
-class EDM(nn.Module):
+class MLP(nn.Module):
     """F as an MLP of 2 x 2 pixels, for which a U-Net would be a detour. The condition, if any, is more input."""
 
     def __init__(self, width: int, conditioned: bool, max_frequency: float):
@@ -108,8 +108,8 @@ def gaussian_images(seed: int, ids: np.ndarray[Any, np.dtype[np.int64]]) -> torc
 
 def exact(xt: torch.Tensor, at: Coefficients) -> torch.Tensor:
     """f*(x_t, t), [B, 1, 2, 2]."""
-    signal, scale = at.alpha[:, None, None, None], at.sigma[:, None, None, None]
-    return MEAN + (xt - signal * MEAN) * SPREAD / torch.hypot(signal * SPREAD, scale)
+    alpha, sigma = at.alpha[:, None, None, None], at.sigma[:, None, None, None]
+    return MEAN + (xt - alpha * MEAN) * SPREAD / torch.hypot(alpha * SPREAD, sigma)
 
 
 def bias(sigma: Array) -> Array:
@@ -148,27 +148,28 @@ def configure(kind: Kind, name: ObjectiveName, settings: argparse.Namespace) -> 
 
 @dataclass
 class Trained:
-    network: EDM
-    process: NoiseSchedule
+    network: MLP
+    schedule: NoiseSchedule
     seconds: float
     """Of one core, which is all that training uses."""
 
 
 def train(config: RunConfig, samples: int, width: int) -> Trained:
-    """The steps of `udddm.training.trainer` with this network; order, store, objective, engine and EMA are ours."""
+    """The trainer's steps with this network: order, store, objective, engine and EMA are the project's."""
     chosen = schedule.build(config.schedule)
     conditioned = config.network.condition != "none"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network = EDM(width, conditioned, chosen.max_frequency)
-        average = EDM(width, conditioned, chosen.max_frequency)
+        network = MLP(width, conditioned, chosen.max_frequency)
+        average = MLP(width, conditioned, chosen.max_frequency)
     ranks = Ranks(0, 1, torch.device("cpu"))
     images = gaussian_images(config.seed, np.arange(samples))
     order = Order.build(config.order, config.seed, samples, config.train.batch_size, SHAPE)
     lanes = order.lanes_of(0, 1)
     assert config.train.steps is not None
     goal = objectives.build(config, chosen, config.train.steps / order.steps_per_epoch, (1, 2, 2))
-    engine = TorchEngine(network, config.train, ranks, config.train.steps)
+    engine = engines.build(network, config, ranks, config.train.steps)
+    teacher = objectives.teacher_of(config, equal_forward_calls=engine.equal_forward_calls)
     ema = EMA(engine.weights(), config.train.ema[0], config.train.ema_warmup)
     states = store.build(
         Run(Path()).store_context(
@@ -180,7 +181,8 @@ def train(config: RunConfig, samples: int, width: int) -> Trained:
     for step in range(config.train.steps):
         epoch, place = divmod(step, order.steps_per_epoch)
         batch = order.batch_of(lanes, epoch, place)
-        losses, state = goal(network, images[batch.ids], states.read(), goal.plan(batch.ids, epoch))
+        visits = goal.plan(batch.ids, epoch)
+        losses, state = objectives.visit_loss(network, images[batch.ids], states.read(), visits, None, teacher)
         engine.backward_and_step((losses * torch.from_numpy(batch.weights)).sum() / batch.total, step)
         ema.update(step + 1)
         states.write(state)
@@ -196,22 +198,22 @@ def errors(trained: Trained, times: Array, count: int = 4096) -> Array:
     x0 = gaussian_images(TEST_SEED, ids)
     found = []
     for index, t in enumerate(times):
-        at = Coefficients(*torch.from_numpy(trained.process.coefficients(np.full(count, t))))
+        at = Coefficients(*torch.from_numpy(trained.schedule.coefficients(np.full(count, t))))
         eps, condition = (
             rng.normal(rng.as_tensor(rng.keys(TEST_SEED, stream, ids, index)), SHAPE)
             for stream in (Stream.NOISE, Stream.CONDITION)
         )
         xt = add_noise(x0, eps, at)
-        f = objectives.denoise(trained.network, xt, at, condition, None)
+        f = denoise(trained.network, xt, at, condition, None)
         found.append(float((f - exact(xt, at)).square().mean().sqrt()) / SPREAD)
     return np.array(found)
 
 
 def run(kind: Kind, settings: argparse.Namespace) -> dict[str, Any]:
-    """One process: the chain objective, and Algorithm 1 where asked for."""
+    """One schedule: the chain objective, and Algorithm 1 where asked for."""
     trained = train(configure(kind, "chain", settings), settings.samples, settings.width)
-    times = trained.process.levels(settings.levels)
-    sigma = trained.process.sigma(times)
+    times = trained.schedule.levels(settings.levels)
+    sigma = trained.schedule.sigma(times)
     found = errors(trained, times)
     result: dict[str, Any] = {
         "t": times.tolist(),
@@ -224,7 +226,7 @@ def run(kind: Kind, settings: argparse.Namespace) -> dict[str, Any]:
     }
     if settings.algorithm_1_steps:
         shorter = argparse.Namespace(**vars(settings) | {"steps": settings.algorithm_1_steps})
-        other = train(configure(kind, "algorithm-1", shorter), settings.samples, settings.width)
+        other = train(configure(kind, "uddm", shorter), settings.samples, settings.width)
         found = errors(other, times)
         result |= {
             "algorithm_1": found.tolist(),
@@ -238,7 +240,7 @@ def table(results: dict[str, dict[str, Any]], rows: int = 17) -> str:
     """Per cent of s, at evenly spaced levels; the averages are over all levels."""
     lines = [
         "RMS(f - f*) / s, per cent; in brackets, seconds of one core",
-        f"{'process':<8}{'level':>6}{'sigma':>11}{'chain':>8}{'bias':>8}{'Algorithm 1':>13}",
+        f"{'':<8}{'level':>6}{'sigma':>11}{'chain':>8}{'bias':>8}{'Algorithm 1':>13}",
     ]
     for kind, result in results.items():
         count = len(result["t"])
@@ -258,7 +260,7 @@ def table(results: dict[str, dict[str, Any]], rows: int = 17) -> str:
 
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description="Trained f against the exact f* on Gaussian data.")
-    options.add_argument("--process", nargs="+", choices=["ve", "vp"], default=["ve", "vp"])
+    options.add_argument("--schedule", nargs="+", choices=["ve", "vp"], default=["ve", "vp"])
     options.add_argument("--steps", type=int, default=36_000)
     options.add_argument("--algorithm-1-steps", type=int, default=3_000, help="0: leave it out")
     options.add_argument("--levels", type=int, default=128, help="M of the last stage; a multiple of 8")
@@ -277,10 +279,10 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     settings = parser().parse_args()
     torch.set_num_threads(1)
-    results = {kind: run(kind, settings) for kind in settings.process}
+    results = {kind: run(kind, settings) for kind in settings.schedule}
     print(table(results))
     if settings.json:
-        used = {k: v for k, v in vars(settings).items() if k not in ("json", "plot", "process")}
+        used = {k: v for k, v in vars(settings).items() if k not in ("json", "plot", "schedule")}
         record = {"settings": used | {"mean": MEAN.tolist(), "spread": SPREAD}, "results": results}
         write_json(settings.json, about(), record)
     if settings.plot:

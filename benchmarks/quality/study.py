@@ -42,25 +42,25 @@ sys.path.insert(0, str(ROOT / "benchmarks" / "yardstick"))
 
 CONDITIONED = ["network.condition=cross-attention"]
 STAGES = "[{start: 0, levels: 8}, {start: 0.2, levels: 16}, {start: 0.4, levels: 32}, {start: 0.6, levels: 64}"
-WARMUP = 0.4
+PRETRAIN = 0.4
 TUNED = [
-    f"objective={{name: chain, pretrain: {WARMUP}, huber_c: 0.00432}}",
+    f"objective={{name: chain, pretrain: {PRETRAIN}, huber_c: 0.00432}}",
     "objective.chain.distribution=lognormal",
     "objective.chain.weighting=gap",
     f"objective.chain.stages={STAGES}, {{start: 0.8, levels: 128}}]",
 ]
-"""A chain with the baselines' loss weights, distance, distribution of levels, number of levels and warm-up."""
+"""A chain with the baselines' loss weights, distance, distribution of levels, number of levels and pretraining."""
 MANY = f"objective.chain.stages=[{', '.join(f'{{start: {i / 8}, levels: {8 << i}}}' for i in range(8))}]"
 """About as many levels as iCT has (1,280), at the same shares of the run."""
 PLAIN = "objective={name: chain, huber_c: 1.5}"
-ECT = f"objective={{name: ect, pretrain: {WARMUP}}}"
+ECT = f"objective={{name: ect, pretrain: {PRETRAIN}}}"
 OBJECTIVES: dict[str, list[str]] = {
     "chain L=2, tuned": TUNED,
     "chain L=2, tuned, M to 1024": [*TUNED, MANY],
     "ECT, stored teacher L=2": [ECT, "objective.ect.length=2"],
     "iCT": ["objective={name: ict}"],
     "ECT": [ECT],
-    "iCT, warm-up 0.4": [f"objective={{name: ict, pretrain: {WARMUP}}}"],
+    "iCT, warm-up 0.4": [f"objective={{name: ict, pretrain: {PRETRAIN}}}"],
     "chain L=1, tuned (no store)": [*TUNED, "objective.chain.length=1"],
     "chain L=2": [PLAIN],
     "chain L=1 (no store)": [PLAIN, "objective.chain.length=1"],
@@ -78,7 +78,7 @@ COMPARED = (
     "iCT, warm-up 0.4",
 )
 """Over several seeds; the others once."""
-PROCESSES = {
+SCHEDULES = {
     "ve": [],
     "vp": ["schedule.kind=vp", "schedule.timesteps=8000"],
 }
@@ -236,8 +236,8 @@ def run(data: Data, overrides: list[str], length: int, seed: int, directory: Pat
 
 def speeds(data: Data, names: list[str], rounds: int, ict: float | None, seconds: float = 1.0) -> dict[str, Any]:
     """Images/s of a training step (plan, passes, Adam, EMA), objectives in turn within every round; `run_` is over a
-    whole run, a share of which is a denoiser's where there is a warm-up. iCT and the denoiser are measured in any case;
-    ratios become images/s by `ict`, iCT's of another time."""
+    whole run, a share of which is a denoiser's where there is pretraining. iCT and the denoiser are measured in any
+    case; ratios become images/s by `ict`, iCT's of another time."""
     ranks = join("cpu")
     torch.set_num_threads(1)
     beside = {"iCT", "denoiser, Heun", *names}
@@ -257,8 +257,8 @@ def speeds(data: Data, names: list[str], rounds: int, ict: float | None, seconds
     denoiser = float(np.median(ratios["denoiser, Heun"]))
     result = {}
     for name, ratio in ratios.items():
-        over, warmup = float(np.median(ratio)), configured(data, OBJECTIVES[name], 100, 0).objective.pretrain or 0.0
-        run = 1 / (warmup / denoiser + (1 - warmup) / over)
+        over, share = float(np.median(ratio)), objectives.pretrain_share(configured(data, OBJECTIVES[name], 100, 0))
+        run = 1 / (share / denoiser + (1 - share) / over)
         result[name] = {
             "images_per_second": ict * over,
             "over_ict": over,
@@ -274,7 +274,7 @@ def _steps(data: Data, overrides: list[str], ranks: Any) -> Iterator[int]:
     config = configured(data, overrides, 10_000, 0)
     images = ImageDataset(load_dataset(config.data))
     epochs = 60
-    objective = objectives.build(config, schedule.build(config.schedule), epochs, images.shape)
+    visit = objectives.build(config, schedule.build(config.schedule), epochs, images.shape)
     engine = engines.build(networks.for_run(config, images.shape), config, ranks, 10_000)
     teacher = objectives.teacher_of(config, equal_forward_calls=engine.equal_forward_calls)
     emas = [EMA(engine.weights(), decay) for decay in config.train.ema]
@@ -285,7 +285,7 @@ def _steps(data: Data, overrides: list[str], ranks: Any) -> Iterator[int]:
         x0, labels = images.batch(ids)
         chosen = torch.from_numpy(labels) if config.network.classes and labels is not None else None
         with engine.autocast():
-            visits = objective.plan(ids, 40 + step % 16)
+            visits = visit.plan(ids, 40 + step % 16)
             losses, state = objectives.visit_loss(engine.module, x0, state, visits, chosen, teacher)
         engine.backward_and_step(losses.mean(), step % 10_000)
         step += 1
@@ -305,21 +305,21 @@ def planned(suite: str, seeds: list[int], only: list[str] | None) -> Iterator[tu
                     base = [] if setting in ("iCT", "ECT", "ten times the images") else TUNED
                     yield f"{setting} = {value} | ve | ablation", [*base, *sets], "", 0, "ablation"
         if not only or "coefficients" in only:
-            vp = [*TUNED, *PROCESSES["vp"]]
+            vp = [*TUNED, *SCHEDULES["vp"]]
             yield "coefficients = EDM's, VP | vp | ablation", vp, "", 0, "ablation"
             paper = [*vp, "schedule.preconditioning=paper"]
             yield "coefficients = paper's, VP | vp | ablation", paper, "", 0, "ablation"
         return
     for seed in seeds:
-        for kind, process_sets in PROCESSES.items():
+        for kind, schedule_sets in SCHEDULES.items():
             for name, sets in OBJECTIVES.items():
                 if (only and name not in only) or (seed > 0 and name not in COMPARED):
                     continue
-                yield f"{name} | {kind} | time | {seed}", [*process_sets, *sets], name, seed, "time"
-    for kind, process_sets in PROCESSES.items():
+                yield f"{name} | {kind} | time | {seed}", [*schedule_sets, *sets], name, seed, "time"
+    for kind, schedule_sets in SCHEDULES.items():
         for name in COMPARED[:3]:
             if not only or name in only:
-                yield f"{name} | {kind} | images | 0", [*process_sets, *OBJECTIVES[name]], name, 0, "images"
+                yield f"{name} | {kind} | images | 0", [*schedule_sets, *OBJECTIVES[name]], name, 0, "images"
 
 
 def main() -> None:
@@ -328,7 +328,7 @@ def main() -> None:
     parser.add_argument("--data", choices=list(DATA), default="digits")
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", help="objectives, or ablated settings")
-    parser.add_argument("--processes", nargs="*", choices=list(PROCESSES), default=list(PROCESSES))
+    parser.add_argument("--schedules", nargs="*", choices=list(SCHEDULES), default=list(SCHEDULES))
     parser.add_argument("--images", type=int, help="images that iCT trains on; the others as many as fit its time")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/quality-<data>.json")
@@ -360,7 +360,7 @@ def main() -> None:
     if arguments.suite == "speed":
         return
     for key, sets, name, seed, budget in planned(arguments.suite, arguments.seeds, arguments.only):
-        if key in book["rows"] or key.split(" | ")[1] not in arguments.processes:
+        if key in book["rows"] or key.split(" | ")[1] not in arguments.schedules:
             continue
         images = arguments.images or (data.ablated if budget == "ablation" else data.images)
         share = book["speed"][name]["run_over_ict"] if budget == "time" else 1.0
