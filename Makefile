@@ -1,8 +1,8 @@
-# Two commands for a newcomer: `make demo` and `make test`. Both set up .venv on first use, the demo with less in it.
+# Two commands for a newcomer: `make demo` and `make test`. Both create .venv on first use; the demo installs less.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# test files run at a time
+# number of test files that run in parallel
 JOBS ?= 2
 DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
@@ -10,28 +10,33 @@ PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test test-unit test-all lint format lock clean
 
-# The base installation: no Ray, DeepSpeed, S3 or test tools.
+# The base installation, without Ray, DeepSpeed, S3 and test tools.
 $(DEMO_READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e .
 	touch $@
 
-# Everything. It also serves the demo, which then has nothing left to install.
+# All extras. The demo then needs no further installation.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP_INSTALL) -c constraints.txt -e '.[all,test]'
 	touch $(DEMO_READY) $@
 
 demo: $(DEMO_READY)
-	$(BIN)/udddm-train --config configs/digits.yaml --store zarr --run-dir runs/demo
-	@echo "one network evaluation a picture: runs/demo/samples.png"
+	$(BIN)/udddm train --config configs/digits.yaml --store zarr --run-dir runs/demo
+	@echo
+	@echo "The picture: runs/demo/samples.png, 100 digits, one network evaluation each."
+	@echo "Try next, four evaluations each: $(BIN)/udddm sample --checkpoint runs/demo --steps 4 --out runs/demo-4"
 
+# The default tests: unit and integration.
 test: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
 
+# The tests of one module at a time: about a minute.
 test-unit: $(READY)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow" tests/unit
 
+# With the tests that are marked slow.
 test-all: $(READY)
 	$(BIN)/python -m pytest
 
@@ -44,7 +49,7 @@ format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-# constraints.txt anew, from the newest versions that pyproject.toml allows. Test before you commit it.
+# Rewrite constraints.txt with the newest versions that pyproject.toml allows. Run the tests before you commit it.
 lock:
 	rm -rf build/lock
 	$(PYTHON) -m venv build/lock

@@ -1,10 +1,11 @@
 #!/bin/bash
-# A run on Slurm without Ray, a rank a GPU: sbatch examples/slurm.sh --config configs/digits.yaml --store zarr
+# A training run on Slurm without Ray, one rank per GPU: sbatch examples/slurm.sh --config configs/digits.yaml --store zarr
 #
-# What follows the script's name goes to udddm-train. The run directory must be on a file system that all nodes see, or
-# be a URL (--run-dir s3://bucket/run). Two minutes before the time limit, and when the job is preempted with a grace
-# period, every rank gets SIGTERM: they agree on a step, checkpoint, and end with 143; the job is then queued again and
-# resumes. So it is after a lost node (Slurm's --requeue). The number of ranks must divide order.lanes (8).
+# Arguments after the script's name are passed to udddm-train. The run directory must be on a file system that all nodes
+# share, or be a URL (--run-dir s3://bucket/run). Two minutes before the time limit, and when the job is preempted with a
+# grace period, every rank receives SIGTERM. The ranks agree on a step, write a checkpoint and exit with 143; the job is
+# then requeued and resumes. After a lost node, Slurm's --requeue does the same. The number of ranks must divide
+# order.lanes (8).
 #SBATCH --job-name=udddm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4
@@ -21,7 +22,7 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 export MASTER_ADDR MASTER_PORT
 
-# --gpus-per-task shows each rank one GPU only, which is then number 0 of its rank: hence --gpu-bind=none.
+# With --gpus-per-task alone each rank sees one GPU, as number 0. --gpu-bind=none lets it choose by LOCAL_RANK.
 srun --kill-on-bad-exit=1 --gpu-bind=none bash -c '
     export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
     export OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}

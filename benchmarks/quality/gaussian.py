@@ -61,6 +61,7 @@ from udddm.store.encoding import Encoding
 from udddm.store.layout import StateLayout
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import plots
 from report import about, write_json
 
 Kind = Literal["ve", "vp"]
@@ -257,31 +258,6 @@ def table(results: dict[str, dict[str, Any]], rows: int = 17) -> str:
     return "\n".join(lines)
 
 
-def plot(results: dict[str, dict[str, Any]], path: Path) -> None:
-    """Error over level, one panel per schedule."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, panels = plt.subplots(1, len(results), figsize=(5.2 * len(results), 3.8), sharey=True, squeeze=False)
-    for panel, (kind, result) in zip(panels[0], results.items(), strict=True):
-        level = np.arange(len(result["t"]))
-        panel.semilogy(level, 100 * np.array(result["chain"]), label="chain, trained")
-        panel.semilogy(level, 100 * np.array(result["bias"]), "--", label=f"chain, fixed point of {level[-1]} levels")
-        if "algorithm_1" in result:
-            panel.semilogy(level, 100 * np.array(result["algorithm_1"]), label="Algorithm 1")
-        panel.axhline(5, color="grey", linewidth=0.8, linestyle=":")
-        panel.set_title(f"{kind.upper()}: mean error {100 * result['chain_mean']:.1f} %")
-        panel.set_xlabel("level k (0: least noise)")
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("RMS(f - f*) / s, %")
-    panels[0][-1].legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-
-
 def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description="Trained f against the exact f* on Gaussian data.")
     options.add_argument("--schedule", nargs="+", choices=["ve", "vp"], default=["ve", "vp"])
@@ -310,7 +286,7 @@ def main() -> None:
         record = {"settings": used | {"mean": MEAN.tolist(), "spread": SPREAD}, "results": results}
         write_json(settings.json, about(), record)
     if settings.plot:
-        plot(results, settings.plot)
+        plots.gaussian(results, settings.plot)
 
 
 if __name__ == "__main__":

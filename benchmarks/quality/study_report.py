@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+import udddm
+from udddm.data import ImageDataset, load_dataset
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import plots
+from report import ROOT
 
 Row = dict[str, Any]
 Books = dict[str, Any]
@@ -18,8 +26,8 @@ def report(book: Books, runs: Path, out: Path) -> None:
     for budget in ("time", "images"):
         _objectives({key: row for key, row in rows.items() if key[2] == budget}, budget, book["speed"])
     _ablations({key: row for key, row in rows.items() if key[2] == "ablation"})
-    _curves({key: row for key, row in rows.items() if key[2] == "time" and key[3] == "0"}, out, book)
-    _grids({key: row for key, row in rows.items() if key[2] == "time" and key[3] == "0"}, runs, out, book["data"])
+    plots.curves(book, out / f"quality-{book['data']}.png")
+    _grids({key: row for key, row in rows.items() if key[1:] == ("ve", "time", "0")}, runs, out, book["data"])
 
 
 def _speeds(found: dict[str, Row]) -> None:
@@ -80,58 +88,23 @@ def _ablations(rows: dict[tuple[str, ...], Row]) -> None:
     print()
 
 
-def _curves(rows: dict[tuple[str, ...], Row], out: Path, book: Books) -> None:
-    if not rows:
-        return
-    data = book["data"]
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    kinds = sorted({key[1] for key in rows})
-    figure, axes = pyplot.subplots(1, len(kinds), figsize=(7 * len(kinds), 5), sharey=True, squeeze=False)
-    for axis, kind in zip(axes[0], kinds, strict=True):
-        for (name, of, *_), row in rows.items():
-            if of == kind:
-                label = f"{name} (9 evaluations)" if "Heun" in name else name
-                minutes = [_minutes(p["images"], book["speed"][name]) for p in row["curve"]]
-                axis.plot(minutes, [p["fd"] for p in row["curve"]], "o-", ms=3, label=label)
-        axis.set(title=f"{data}, {kind.upper()}", xlabel="minutes of training, one core", yscale="log")
-        axis.grid(alpha=0.3)
-    axes[0][0].set_ylabel("fd of the EMA, 1 evaluation")
-    axes[0][-1].legend(fontsize=8)
-    figure.tight_layout()
-    figure.savefig(out / f"quality-{data}.png", dpi=100)
-    print(f"curves: {out / f'quality-{data}.png'}")
-
-
 def _grids(rows: dict[tuple[str, ...], Row], runs: Path, out: Path, data: str) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    kept = {}
-    for key in rows:
+    """The same seeds of each objective, the best figure first, after real images."""
+    panels = []
+    for key, row in rows.items():
         directory = runs / "".join(c if c.isalnum() else "-" for c in " | ".join(key))
-        found = [p for p in (directory / "samples-35.npy", directory / "samples-1.npy") if p.exists()]
-        if found:
-            kept[key] = np.load(found[0])
-    if not kept:
+        for count in ("35", "1"):
+            if count in row["evaluations"] and (found := directory / f"samples-{count}.npy").exists():
+                evaluations = f", {count} evaluations" if count != "1" else ""
+                fd = row["evaluations"][count]["fd"]
+                panels.append((fd, f"{key[0]}{evaluations}\nfd {fd:.1f}", np.load(found)))
+                break
+    if not panels:
         return
-    columns = 5
-    lines = -(-len(kept) // columns)
-    figure, axes = pyplot.subplots(lines, columns, figsize=(3 * columns, 3.2 * lines), squeeze=False)
-    for axis in axes.flat:
-        axis.axis("off")
-    for axis, ((name, kind, *_), images) in zip(axes.flat, kept.items(), strict=False):
-        framed = np.pad(images[:36, 0], ((0, 0), (1, 1), (1, 1)))  # grey, between black and white
-        side = framed.shape[-1]
-        tiled = framed.reshape(6, 6, side, side).transpose(0, 2, 1, 3).reshape(6 * side, 6 * side)
-        axis.imshow(tiled, cmap="gray", vmin=-1, vmax=1, interpolation="nearest")
-        evaluations = "35 evaluations" if "Heun" in name else "1 evaluation"
-        axis.set_title(f"{name}, {kind.upper()}: {evaluations}", fontsize=8)
-    figure.tight_layout()
-    figure.savefig(out / f"quality-{data}-grids.png", dpi=80)
-    print(f"grids: {out / f'quality-{data}-grids.png'}")
+    real = ImageDataset(load_dataset(udddm.load_config(ROOT / "configs" / f"{data}.yaml").data))
+    images = real.batch(np.arange(36))[0].numpy()
+    path = out / f"quality-{data}-grids.png"
+    plots.grids(
+        [("real images\n", images), *((title, made) for _, title, made in sorted(panels, key=lambda p: p[0]))], path
+    )
+    print(f"grids: {path}")

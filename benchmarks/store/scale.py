@@ -48,13 +48,15 @@ from virtual_time import World
 from udddm.config import OrderConfig
 from udddm.errors import StoreError
 from udddm.order import Order
-from udddm.store.zarr import REMOTE_THREADS
-from udddm.store.autotune import Autotune
+from udddm.store.autotune import Autotune, Limits
 from udddm.store.encoding import Encoding
 from udddm.store.generations import Generations
+from udddm.store.layout import StateLayout
 from udddm.store.pipeline import HostStore
+from udddm.store.zarr import REMOTE_THREADS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import plots
 from report import about, heading, write_json
 
 STALL = 0.01  # of the time
@@ -80,7 +82,7 @@ class Workload:
     def order(self, ranks: int) -> Order:
         config = OrderConfig(lanes=ranks, chunk=self.chunk, window=self.window)
         whole = Order.build(config, 0, self.samples, self.batch * ranks, self.shape)
-        return SampleFreeOrder(**whole.fingerprint())
+        return SampleFreeOrder.from_fingerprint(whole.fingerprint())
 
 
 WORKLOADS = (
@@ -184,11 +186,10 @@ def run(
             table = SteadyTable(Generations(way, order, shape, encoding), lanes)
             if keep:
                 table.retained = set(range(steps + 2))
-            store: HostStore = SteadyStore(
-                order, lanes, shape, encoding, torch.device("cpu"), table, threads=threads, prefetch=prefetch
-            )
+            layout = StateLayout(order, lanes, shape, encoding, torch.device("cpu"))
+            store: HostStore = SteadyStore(layout, table, Limits(threads, prefetch))
             row_bytes = chunk_bytes // order.chunk_size  # of the modelled rows: they bound windows and threads
-            store.pace = Autotune(order, lanes, row_bytes, threads, prefetch, first_threads=REMOTE_THREADS)
+            store.pace = Autotune(order, lanes, row_bytes, Limits(threads, prefetch, first_threads=REMOTE_THREADS))
             stack.callback(store.close)
             stores.append(store)
         values = torch.zeros(order.batch_size // ranks, *shape)
@@ -348,63 +349,6 @@ HEADING = (
 )
 
 
-def draw(path: Path, service: Service, checks: list[Check], outcomes: list[Outcome]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, middle, right) = pyplot.subplots(1, 3, figsize=(15, 4.6), layout="constrained")
-    names = list(dict.fromkeys(each.workload for each in outcomes))
-    for name, colour in zip(names, ("C0", "C1", "C2", "C3"), strict=False):
-        own = [each for each in outcomes if each.workload == name]
-        ranks = [each.ranks for each in own]
-        left.plot(ranks, [max(each.wait, 1e-4) for each in own], "o-", color=colour, label=name)
-        middle.plot(ranks, [each.peak_puts for each in own], "o-", color=colour)
-        middle.plot(ranks, [each.peak_gets for each in own], "o:", color=colour, mfc="white")
-    left.axhline(STALL, color="grey", ls="--", lw=1)
-    left.text(SCALES[0], STALL * 1.1, "stall: 1 %", color="grey", fontsize=8)
-    left.set(xscale="log", yscale="log", ylim=(0.8e-4, 1.2), ylabel="share of the time spent waiting (0 drawn as 1e-4)")
-    left.legend(fontsize=8)
-    for limit, text in ((service.puts, "puts"), (service.gets, "gets")):
-        middle.axhline(limit, color="grey", ls="--", lw=1)
-        middle.text(
-            SCALES[0],
-            limit * 1.06,
-            f"{limit:.0f} {text}/s a prefix",
-            color="grey",
-            fontsize=8,
-            backgroundcolor="#ffffffb0",
-        )
-    middle.set(xscale="log", yscale="log", ylabel="most requests in one second, of one prefix")
-    middle.set_title("solid: puts and deletions; dotted: gets and listings", fontsize=9)
-    for axes in (left, middle):
-        axes.set_xlabel("ranks")
-        axes.set_xticks(SCALES, [str(each) for each in SCALES])
-        axes.minorticks_off()
-        axes.grid(alpha=0.3)
-    for case, marker in zip(dict.fromkeys(each.case for each in checks), "os^Dv*", strict=False):
-        own_checks = [each for each in checks if each.case == case]
-        right.plot(
-            [each.measured_step * 1e3 for each in own_checks],
-            [each.simulated_step * 1e3 for each in own_checks],
-            marker,
-            label=case,
-        )
-    if checks:
-        most = 1.1e3 * max(max(each.measured_step, each.simulated_step) for each in checks)
-        least = 0.9e3 * SMALL.batch / SMALL.images_per_second
-        ends = np.array([least, most])
-        right.plot(ends, ends, color="grey", lw=1)
-        right.fill_between(ends, 0.9 * ends, 1.1 * ends, color="grey", alpha=0.15, label="within 10 %")
-        right.set(xlim=ends, ylim=ends)
-        right.legend(fontsize=8)
-    right.set(xlabel="measured ms a step (real threads, real time)", ylabel="simulated ms a step")
-    right.set_title("validation: 1 to 4 ranks, 40 ms a step without waits", fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=SCALES)
@@ -468,18 +412,18 @@ def main() -> None:
                 told = f"{outcome.refused:5} requests refused, wait {outcome.wait:.2%}"
                 print(f"    {outcome.ranks} ranks, prefixes: {outcome.prefixes:2} {told}", flush=True)
     print(f"\n{time.perf_counter() - began:.0f} s, of which {time.process_time():.0f} s of CPU")
+    result = {
+        "service": asdict(service),
+        "validation": [{**asdict(check), "error": check.error} for check in checks],
+        "runs": [asdict(outcome) for outcome in outcomes],
+        "stalls_from": first,
+        "changes": {name: {k: asdict(v) for k, v in each.items()} for name, each in cured.items()},
+        "more_prefixes_at_most_ranks": {name: [asdict(v) for v in tried] for name, tried in needed.items()},
+    }
     if arguments.json:
-        result = {
-            "service": asdict(service),
-            "validation": [{**asdict(check), "error": check.error} for check in checks],
-            "runs": [asdict(outcome) for outcome in outcomes],
-            "stalls_from": first,
-            "changes": {name: {k: asdict(v) for k, v in each.items()} for name, each in cured.items()},
-            "more_prefixes_at_most_ranks": {name: [asdict(v) for v in tried] for name, tried in needed.items()},
-        }
         write_json(arguments.json, head, result)
     if arguments.plot:
-        draw(arguments.plot, service, checks, outcomes)
+        plots.store_scale(result, arguments.plot)
 
 
 if __name__ == "__main__":

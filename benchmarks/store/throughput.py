@@ -80,6 +80,7 @@ from udddm.store.pipeline import HostStore
 from udddm.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import plots
 from report import about, heading, write_json
 
 CPU = torch.device("cpu")
@@ -511,38 +512,6 @@ SECTIONS: dict[str, tuple[str, Callable[[Setting], dict[str, Any]]]] = {
 }
 
 
-def plot(result: dict[str, Any], path: Path) -> None:
-    from matplotlib.figure import Figure
-
-    panels: list[tuple[str, dict[str, float], bool]] = []
-    for _, (key, _) in itertools.islice(SECTIONS.items(), 2):
-        if key in result:
-            panels.append((f"{key} (ratio)", {n: f["ratio"] for n, f in result[key]["stores"].items()}, False))
-    if turned := result.get("generation_turn_vs_raw_files"):
-        bars = {
-            f"{n}, {t}": f["ratio"] for t, group in turned["stores"].items() for n, f in group.items() if n[0] == "z"
-        }
-        panels.append(("generation_turn_vs_raw_files (ratio)", bars, False))
-    if side := result.get("side_by_side"):
-        panels.append(("side by side (images/s)", {n: f["rate"] for n, f in side["stores"].items()}, True))
-    if held := result.get("host_memory"):
-        bars = {f"{int(n):,} samples": f["peak_mb"] for n, f in held["samples"].items()}
-        panels.append(("peak host memory (MB)", bars, False))
-    figure = Figure(figsize=(8, 0.6 + sum(0.6 + 0.3 * len(bars) for _, bars, _ in panels)), layout="constrained")
-    heights = [0.6 + 0.3 * len(bars) for _, bars, _ in panels]
-    for axes, (title, bars, logarithmic) in zip(
-        figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0], panels, strict=True
-    ):
-        drawn = axes.barh(list(bars), list(bars.values()), log=logarithmic)
-        axes.bar_label(drawn, [f"{v:.3f}" if v < 10 else f"{v:,.0f}" for v in bars.values()], padding=3)
-        axes.invert_yaxis()
-        axes.margins(x=0.15)
-        axes.set_title(title, loc="left", fontsize="medium")
-        axes.spines[["top", "right"]].set_visible(False)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION")
@@ -554,7 +523,7 @@ def main() -> None:
     parser.add_argument("--store-threads", type=int, default=threads, help="store.threads; by default a store chooses")
     parser.add_argument("--directory", type=Path, help="where temporary files go (up to 8 GB)")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--plot", type=Path, help="draw them as a PNG here")
+    parser.add_argument("--plot", type=Path, help="draw the section `rivals` as a PNG here")
     parser.add_argument("--probe", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.probe:
@@ -576,8 +545,8 @@ def main() -> None:
         print(f"  ({name}: {time.perf_counter() - began:.0f} s)")
         if arguments.json:
             write_json(arguments.json, head, result)
-    if arguments.plot:
-        plot(result, arguments.plot)
+    if arguments.plot and "side_by_side" in result:
+        plots.store_rates(result["side_by_side"], arguments.plot)
 
 
 if __name__ == "__main__":

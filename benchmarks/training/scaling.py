@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+import plots
 from report import ROOT, about, heading, write_json
 
 LAUNCHERS = ("local", "torchrun", "ray")
@@ -100,24 +101,6 @@ def measure(launcher: str, workers: int, spare: int, run: Path, arguments: argpa
     return statistics.median(rates)
 
 
-def plot(rates: dict[str, dict[int, float]], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
-    for launcher, by_workers in rates.items():
-        axes.plot(list(by_workers), list(by_workers.values()), marker="o", label=launcher)
-    workers = list(next(iter(rates.values())))
-    ideal = [max(r[workers[0]] for r in rates.values()) * w / workers[0] for w in workers]
-    axes.plot(workers, ideal, linestyle=":", color="grey", label="proportional")
-    axes.set(xlabel="workers, each on a core of its own", ylabel="images/s", xticks=workers, ylim=(0, None))
-    axes.set_title("The digits preset at a global batch of 128")
-    axes.legend()
-    figure.savefig(path, dpi=120)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
@@ -173,8 +156,7 @@ def main() -> None:
     if arguments.json is not None:
         write_json(arguments.json, head, {"rows": rows})
         arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
-        rates = {n: {w: statistics.median(found[n, w, 0]) for w in counts} for n in LAUNCHERS}
-        plot(rates, arguments.json.with_suffix(".png"))
+        plots.scaling(rows, arguments.json.with_suffix(".png"))
 
 
 if __name__ == "__main__":
