@@ -52,12 +52,12 @@ def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
         rows = torch.randint(len(images), (batch,), device=device)
         x0, target, eps = images[rows], state[rows], torch.randn(batch, *shape, device=device)
         level = torch.randint(1, levels.shape[1], (batch,), device=device)
-        fresh = torch.arange(batch // 2, device=device)
+        first = torch.arange(batch // 2, device=device)
         enabled = config.train.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             with torch.no_grad():
-                below = Coefficients(*levels[:, level[fresh] - 1])
-                target[fresh] = denoise(network, noised(x0[fresh], eps[fresh], below), below, None, None)
+                below = Coefficients(*levels[:, level[first] - 1])
+                target[first] = denoise(network, noised(x0[first], eps[first], below), below, None, None)
             at = Coefficients(*levels[:, level])
             output = denoise(network, noised(x0, eps, at), at, None, None)
         loss = pseudo_huber(output, target, c).mean()

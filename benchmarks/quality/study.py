@@ -129,8 +129,8 @@ ABLATIONS: dict[str, dict[str, list[str]]] = {
         "stored teacher, L = 2, state in fp32": [ECT, "objective.ect.length=2", "store.dtype=fp32"],
     },
 }
-"""Each changes one thing of "chain L=2, tuned", VE: L = 2, M to 128, c = 0.00054 sqrt(d), warm-up 0.4, learning rate
-7e-4, a state 28 steps old."""
+"""Each changes one thing of "chain L=2, tuned", VE: L = 2, M to 128, c = 0.00054 sqrt(d), pretraining 0.4, learning
+rate 7e-4, a state 28 steps old. "Warm-up" in a name is pretraining; results are kept by these names."""
 
 
 BATCH = 64

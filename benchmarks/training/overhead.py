@@ -30,7 +30,7 @@ from udddm.config import RunConfig
 from udddm.data import ArrayImages, ImageDataset
 from udddm.diffusion.denoise import denoise
 from udddm.diffusion.schedule import Coefficients
-from udddm.diffusion.schedule import build as build_process
+from udddm.diffusion.schedule import build as build_schedule
 from udddm.objectives import pseudo_huber
 from udddm.runs.run import Run
 from udddm.training.trainer import Trainer
@@ -43,13 +43,13 @@ STORES = ("gpu", "pinned", "zarr")
 
 def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
     """A function that takes one step."""
-    process = build_process(config.schedule)
+    schedule = build_schedule(config.schedule)
     channels, height, width = images.shape[1:]
     network = networks.for_run(config, (channels, height, width))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(network.parameters(), lr=config.train.learning_rate, fused=True)
     state = torch.randn_like(images)
-    levels = torch.from_numpy(process.coefficients(process.levels(config.objective.chain.stages[0].levels)))
+    levels = torch.from_numpy(schedule.coefficients(schedule.levels(config.objective.chain.stages[0].levels)))
     batch, c = config.train.batch_size, 0.3
 
     def noised(x0: torch.Tensor, eps: torch.Tensor, at: Coefficients) -> torch.Tensor:
@@ -59,10 +59,10 @@ def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
         rows = torch.randint(len(images), (batch,))
         x0, target, eps = images[rows], state[rows], torch.randn(batch, *images.shape[1:])
         level = torch.randint(1, levels.shape[1], (batch,))
-        fresh = torch.arange(batch // 2)
+        first = torch.arange(batch // 2)
         with torch.no_grad():
-            below = Coefficients(*levels[:, level[fresh] - 1])
-            target[fresh] = denoise(network, noised(x0[fresh], eps[fresh], below), below, None, None)
+            below = Coefficients(*levels[:, level[first] - 1])
+            target[first] = denoise(network, noised(x0[first], eps[first], below), below, None, None)
         at = Coefficients(*levels[:, level])
         output = denoise(network, noised(x0, eps, at), at, None, None)
         loss = pseudo_huber(output, target, c).mean()

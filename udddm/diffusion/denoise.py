@@ -14,7 +14,7 @@ def append_dims(row: torch.Tensor) -> torch.Tensor:
 
 
 def add_noise(x0: torch.Tensor, eps: torch.Tensor, at: Coefficients) -> torch.Tensor:
-    """x_t = signal x_0 + noise eps, all [B, C, H, W]."""
+    """x_t = alpha x_0 + sigma eps, all [B, C, H, W]."""
     return append_dims(at.alpha) * x0 + append_dims(at.sigma) * eps
 
 

@@ -129,9 +129,9 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 class SelfAttention(nn.Module):
     """[B, C, H, W] -> the same shape: each position attends to all, around a residual connection."""
 
-    def __init__(self, channels: int, head_width: int):
+    def __init__(self, channels: int, head_dim: int):
         super().__init__()
-        self.heads = divisor(channels, channels // head_width)
+        self.heads = divisor(channels, channels // head_dim)
         self.norm = group_norm(channels)
         # No bias: the keys' is a constant that the softmax removes.
         self.query_key_value = nn.Linear(channels, 3 * channels, bias=False)
@@ -161,9 +161,9 @@ class CrossAttention(nn.Module):
     The queries have a position embedding as the tokens do, so that a place can ask for the patch that lies there.
     """
 
-    def __init__(self, channels: int, head_width: int, grid: tuple[int, int]):
+    def __init__(self, channels: int, head_dim: int, grid: tuple[int, int]):
         super().__init__()
-        self.heads = divisor(channels, channels // head_width)
+        self.heads = divisor(channels, channels // head_dim)
         self.norm = group_norm(channels)
         self.position = nn.Parameter(0.02 * torch.randn(grid[0] * grid[1], channels))
         self.query = nn.Linear(channels, channels, bias=False)

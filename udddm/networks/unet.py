@@ -188,19 +188,19 @@ class UNet(nn.Module):
             _, height, width = self.shape
             padded = f", padded to {sides[0]}x{self._grids[0][1]}" if any(self._padding) else ""
             raise ValueError(
-                f"network.attention_resolutions: no stage has side {', '.join(map(str, missing))}; images of {height}x{width} "
-                f"pixels{padded} give {len(sides)} stages with sides {', '.join(map(str, sides))}"
+                f"network.attention_resolutions: no stage has side {', '.join(map(str, missing))}; images of "
+                f"{height}x{width} pixels{padded} give {len(sides)} stages with sides {', '.join(map(str, sides))}"
             )
         return {stage for stage, side in enumerate(sides) if side in self.config.attention_resolutions}
 
     def _layer(self, stage: int, in_channels: int, attention: bool) -> Layer:
-        channels, head_width = self._channels[stage], self.config.head_dim
+        channels, head_dim = self._channels[stage], self.config.head_dim
         crossing = attention and self.config.condition == "cross-attention"
         return Layer(
             stage,
             ResidualBlock(in_channels, channels, self._embedding_width, self.config.dropout),
-            SelfAttention(channels, head_width) if attention else None,
-            CrossAttention(channels, head_width, self._grids[stage]) if crossing else None,
+            SelfAttention(channels, head_dim) if attention else None,
+            CrossAttention(channels, head_dim, self._grids[stage]) if crossing else None,
         )
 
     def _resampling(self, channels: int, resample: Resample) -> ResidualBlock:

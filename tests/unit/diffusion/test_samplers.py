@@ -18,7 +18,7 @@ from udddm.rng import Stream
 SHAPE = (1, 8, 8)
 Sampler = str
 SAMPLERS = pytest.mark.parametrize("name", ["algorithm-2", "renoise"])
-PROCESSES = pytest.mark.parametrize(
+SCHEDULES = pytest.mark.parametrize(
     "schedule", [build(ScheduleConfig(kind="vp", timesteps=8000)), build(ScheduleConfig(kind="ve"))], ids=["vp", "ve"]
 )
 
@@ -67,7 +67,7 @@ def unet(condition: str = "cross-attention", classes: int = 0) -> UNet:
     return network
 
 
-@PROCESSES
+@SCHEDULES
 def test_algorithm_2_keeps_x_t_and_feeds_the_estimate_back(schedule: NoiseSchedule) -> None:
     network, seeds = Recorder(), torch.tensor([3, 1, 4])
     estimate = samplers.sample(
@@ -96,7 +96,7 @@ def test_x_t_has_the_standard_deviation_of_the_last_step() -> None:
         assert float(network.inputs[0][2].std()) == pytest.approx(1, rel=0.02)
 
 
-@PROCESSES
+@SCHEDULES
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 50])
 def test_renoise_levels_fall_from_0_8_and_stay_above_the_lowest(schedule: NoiseSchedule, steps: int) -> None:
     times = samplers.renoise_times(schedule, steps)
@@ -107,7 +107,7 @@ def test_renoise_levels_fall_from_0_8_and_stay_above_the_lowest(schedule: NoiseS
         assert sigma[1] == pytest.approx(0.8, rel=1e-3)
 
 
-@PROCESSES
+@SCHEDULES
 def test_renoise_noises_the_estimate_afresh_to_each_level(schedule: NoiseSchedule) -> None:
     network, seeds = Recorder(), torch.tensor([3, 1, 4])
     estimate = samplers.sample(
@@ -127,7 +127,7 @@ def test_renoise_noises_the_estimate_afresh_to_each_level(schedule: NoiseSchedul
     torch.testing.assert_close(estimate, expected)
 
 
-@PROCESSES
+@SCHEDULES
 def test_one_step_is_the_same_for_both_samplers(schedule: NoiseSchedule) -> None:
     seeds = torch.arange(5)
     one, other = (
@@ -223,7 +223,7 @@ class Labelled(nn.Module):
         return torch.tanh(0.3 * x + 0.5 * condition + (level + chosen)[:, None, None, None])
 
 
-@PROCESSES
+@SCHEDULES
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 3.0])
 def test_guidance_goes_from_no_label_through_the_label(schedule: NoiseSchedule, weight: float) -> None:
     network, seeds, labels = Labelled(), torch.tensor([3, 1, 4]), torch.tensor([0, 2, 1])

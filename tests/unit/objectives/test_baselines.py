@@ -135,9 +135,9 @@ def test_loss_and_next_state_by_definition(schedule: NoiseSchedule, name: str) -
     eps = rng.normal(visits.noise_key, SHAPE)
 
     def f(at: Coefficients, rows: Any) -> torch.Tensor:
-        scale, signal, deviation = (v[:, None, None, None] for v in (at.c_in, at.alpha, at.sigma))
-        xt = signal * x0[rows] + deviation * eps[rows]
-        answer = torch.tanh(0.7 * scale * xt + at.c_noise[:, None, None, None])
+        c_in, alpha, sigma = (v[:, None, None, None] for v in (at.c_in, at.alpha, at.sigma))
+        xt = alpha * x0[rows] + sigma * eps[rows]
+        answer = torch.tanh(0.7 * c_in * xt + at.c_noise[:, None, None, None])
         return at.c_skip[:, None, None, None] * xt + at.c_out[:, None, None, None] * answer
 
     output = f(Coefficients(*visits.coefficients), slice(None))
