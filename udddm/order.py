@@ -97,7 +97,7 @@ class Order:
         return cls(seed, samples, batch, config.lanes, chunk, config.window or WINDOW_CHUNKS)
 
     @classmethod
-    def from_fingerprint(cls, values: Mapping[str, int]) -> Order:
+    def from_fingerprint(cls, values: Mapping[str, int]) -> Self:
         """The order that a store or snapshot recorded. Raises KeyError, TypeError or ValueError for anything else."""
         seed, samples, batch, lanes, chunk, window = (int(values[key]) for key in _RECORDED)
         return cls(seed, samples, batch, lanes, chunk, window)

@@ -48,11 +48,12 @@ from virtual_time import World
 from udddm.config import OrderConfig
 from udddm.errors import StoreError
 from udddm.order import Order
-from udddm.store.zarr import REMOTE_THREADS
-from udddm.store.autotune import Autotune
+from udddm.store.autotune import Autotune, Limits
 from udddm.store.encoding import Encoding
 from udddm.store.generations import Generations
+from udddm.store.layout import StateLayout
 from udddm.store.pipeline import HostStore
+from udddm.store.zarr import REMOTE_THREADS
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json
@@ -80,7 +81,7 @@ class Workload:
     def order(self, ranks: int) -> Order:
         config = OrderConfig(lanes=ranks, chunk=self.chunk, window=self.window)
         whole = Order.build(config, 0, self.samples, self.batch * ranks, self.shape)
-        return SampleFreeOrder(**whole.fingerprint())
+        return SampleFreeOrder.from_fingerprint(whole.fingerprint())
 
 
 WORKLOADS = (
@@ -184,11 +185,10 @@ def run(
             table = SteadyTable(Generations(way, order, shape, encoding), lanes)
             if keep:
                 table.retained = set(range(steps + 2))
-            store: HostStore = SteadyStore(
-                order, lanes, shape, encoding, torch.device("cpu"), table, threads=threads, prefetch=prefetch
-            )
+            layout = StateLayout(order, lanes, shape, encoding, torch.device("cpu"))
+            store: HostStore = SteadyStore(layout, table, Limits(threads, prefetch))
             row_bytes = chunk_bytes // order.chunk_size  # of the modelled rows: they bound windows and threads
-            store.pace = Autotune(order, lanes, row_bytes, threads, prefetch, first_threads=REMOTE_THREADS)
+            store.pace = Autotune(order, lanes, row_bytes, Limits(threads, prefetch, first_threads=REMOTE_THREADS))
             stack.callback(store.close)
             stores.append(store)
         values = torch.zeros(order.batch_size // ranks, *shape)
