@@ -10,8 +10,8 @@ deletion, a chunk swapped with another one's, or the same chunk of an older gene
                  damaged ones must raise CorruptChunkError with their generation, lane and chunk, the others must not
     verify       `udddm-store verify` must list exactly these
     resume       a store that is started from a checkpoint that needs the chunk must fail, naming it, and leave the
-                 checkpoint as it is; with `on_corruption=reinitialize` it must go on and count the chunk's samples (every
-                 20th time)
+                 checkpoint as it is; with `on_corruption=reinitialize` it must go on and count the chunk's samples
+                 (every 20th time)
 
 Then it is undone. Exits 1 when anything was missed. `--s3` does it to objects of a SeaweedFS server.
 """
@@ -46,7 +46,7 @@ from udddm.tools.inspect import Place, verify
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json
 
-ORDER = Order(seed=11, samples=4 * 12 * 16 - 5, batch_size=64, num_lanes=4, chunk_size=16, window=4)
+ORDER = Order(seed=11, samples=4 * 12 * 16 - 5, batch_size=64, num_lanes=4, chunk_size=16, chunks_per_window=4)
 SHAPE = (3, 8, 8)
 LANES = range(ORDER.num_lanes)
 NEWEST = 3

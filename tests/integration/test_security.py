@@ -139,7 +139,7 @@ def test_a_run_evaluates_with_the_function_of_its_own_configuration(ran: Path, t
 
 @pytest.mark.parametrize("name", ["os:path.join", "mine:features.__call__", "mine:", "mine:a b"])
 def test_only_a_function_of_the_module_itself_is_named(name: str, ran: Path) -> None:
-    with pytest.raises(DataError, match=r"write package\.module:function"):
+    with pytest.raises(ConfigError, match=r"write package\.module:function"):
         load_plugin(name, "data set")
 
 

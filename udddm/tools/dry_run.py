@@ -56,7 +56,8 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
         f"network: {cost.parameters:,} parameters; objective: {objectives.describe(config, visit)}; "
         f"schedule: {config.schedule.kind} ({config.schedule.preconditioning})",
         f"compute: {an_image(cost, teacher) / 1e9:.4g} GFLOP an image and step: {cost.training / 1e9:.4g} forward and "
-        f"backward, and {cost.forward / 1e9:.4g} forward for targets that are not stored, at {teacher:.1%} of the visits",
+        f"backward, and {cost.forward / 1e9:.4g} forward for targets that are not stored, at {teacher:.1%} of the "
+        "visits",
         f"memory: {_size(cost.parameters * 4 * (4 + averages))} for weights, gradients, Adam's moments and "
         f"{averages} EMA, and activations",
         f"x0-state: {_size(generation)} a generation in {config.store.dtype}; "

@@ -226,7 +226,7 @@ def test_other_ranks_go_on_while_the_first_renews(place: str, leases: list[Lease
 
 # What the store makes of it.
 
-ORDER = Order(seed=1, samples=64, batch_size=8, num_lanes=2, chunk_size=4, window=2)
+ORDER = Order(seed=1, samples=64, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2)
 
 
 def opened(url: str, lease: Lease) -> ZarrStore:

@@ -34,9 +34,9 @@ from udddm.testing.store import SHAPE, ModelledRun
 CPU = torch.device("cpu")
 ROW_BYTES = 24  # of SHAPE in fp16
 ORDER = Order(
-    seed=9, samples=90, batch_size=8, num_lanes=2, chunk_size=4, window=2
+    seed=9, samples=90, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2
 )  # 6 windows a lane, 12 steps an epoch
-ONE_WINDOW = Order(seed=9, samples=40, batch_size=8, num_lanes=2, chunk_size=4, window=8)
+ONE_WINDOW = Order(seed=9, samples=40, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=8)
 
 
 class Watched(LocalObjectStore):

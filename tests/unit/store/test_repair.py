@@ -21,7 +21,7 @@ from udddm.store.generations import Generations, open_existing
 from udddm.store.layout import StateLayout
 from udddm.testing.store import SHAPE, ModelledRun
 
-ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, window=2)
+ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2)
 FP16 = Encoding("fp16")
 
 
@@ -144,7 +144,7 @@ def test_a_later_run_at_the_same_url_is_refused_and_the_own_run_is_not(tmp_path:
     def opened(run_id: str) -> ModelledRun:
         directory = tmp_path / run_id
         directory.mkdir(exist_ok=True)
-        (directory / "run.json").write_text(json.dumps({"id": run_id}))
+        (directory / "run.json").write_text(json.dumps({"id": run_id, "config": {}}))
         config = StoreConfig(kind="zarr", url=str(url))
 
         def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, where: Path) -> X0Store:

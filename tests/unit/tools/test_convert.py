@@ -97,7 +97,7 @@ def test_gc_sees_the_checkpoint_that_was_made_before_it_got_the_run(run: Path, m
             (run / "elsewhere").rename(run / "checkpoints")
             yield
 
-    monkeypatch.setattr(Run, "held", slowly)
+    monkeypatch.setattr(Run, "lock", slowly)
     collect(str(run), print)
     assert generations(run / "state") == [3, 4, 6]
 
