@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
+from udddm.log import StderrHandler, log
 from udddm.testing import s3 as seaweed
 from udddm.testing.s3 import S3Server
 
@@ -30,3 +32,13 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture(autouse=True)
+def messages() -> Iterator[None]:
+    """A command that a test runs in this process installs its handler; the next test finds the logger as it was."""
+    yield
+    for handler in [each for each in log.handlers if isinstance(each, StderrHandler)]:
+        log.removeHandler(handler)
+    log.propagate = True
+    log.setLevel(logging.NOTSET)

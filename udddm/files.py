@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import time
+import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -19,19 +20,37 @@ from udddm.errors import CheckpointError, Unreadable
 T = TypeVar("T")
 
 
-def atomic_write(path: Path, write: Callable[[BinaryIO], object]) -> None:
-    """Write a file by `write(file)`: durable, and it replaces an earlier one when it is complete. Raises OSError."""
-    temporary = path.with_name(path.name + ".partial")
+@contextmanager
+def complete_file(temporary: Path, save: Callable[[Path], object]) -> Iterator[Path]:
+    """The file that `save(temporary)` writes, complete and synced; removed in the end unless it was renamed."""
     try:
+        save(temporary)
+        sync_file(temporary)
+        yield temporary
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
+
+
+def atomic_save(path: Path, save: Callable[[Path], object], *, shared: bool = False) -> None:
+    """Write a file by `save(temporary path)`: durable, and it replaces an earlier one when it is complete.
+
+    `shared`: other processes may write the same file at the same time. Raises OSError.
+    """
+    name = f"{path.name}.{uuid.uuid4().hex}.partial" if shared else f"{path.name}.partial"
+    with complete_file(path.with_name(name), save) as temporary:
+        temporary.replace(path)
+    sync_directory(path.parent)
+
+
+def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, shared: bool = False) -> None:
+    """`atomic_save` by `write(open file)`."""
+
+    def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
             write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_directory(path.parent)
+
+    atomic_save(path, save, shared=shared)
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:
@@ -43,6 +62,15 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> None:
         file.write(rows.data)
 
     atomic_write(path, write)
+
+
+def make_directory(path: Path) -> None:
+    """Create a directory and the parents that it lacks, if it does not exist; their names outlive a power loss."""
+    path = path.absolute()
+    created = [each for each in (path, *path.parents) if not each.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for each in reversed(created):
+        sync_directory(each.parent)
 
 
 def sync_directory(path: Path) -> None:
@@ -59,6 +87,7 @@ _PAUSES = (0.2, 1.0, 3.0)
 
 
 def sync_file(path: Path) -> None:
+    """Let the contents of a file outlive a power loss."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
@@ -73,7 +102,7 @@ def write_text(path: Path, text: str) -> None:
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
-def _patiently(path: Path, action: Callable[[], T]) -> T:
+def read_patiently(path: Path, action: Callable[[], T]) -> T:
     """The result of reading something under `path`, at one of a few attempts. Raises Unreadable."""
     for pause in (*_PAUSES, None):
         try:

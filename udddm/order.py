@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 import numpy.typing as npt
@@ -68,9 +69,11 @@ class Batch:
 
 
 class Order:
-    """The order of a run. `chunk` (C) and `window` (W) are in slots a chunk and chunks a window."""
+    """The order of a run. `chunk_size` (C) is in slots, `chunks_per_window` (W) in chunks."""
 
-    def __init__(self, seed: int, samples: int, batch_size: int, num_lanes: int, chunk_size: int, window: int):
+    def __init__(
+        self, seed: int, samples: int, batch_size: int, num_lanes: int, chunk_size: int, chunks_per_window: int
+    ):
         if samples < num_lanes:
             raise ConfigError(
                 f"the data set has {samples} samples, fewer than order.lanes={num_lanes}; lower order.lanes"
@@ -81,7 +84,7 @@ class Order:
         self.samples_per_lane_step = batch_size // num_lanes
         self.longest_lane = -(-samples // num_lanes)
         self.chunk_size = min(chunk_size, self.longest_lane)
-        self.chunks_per_window = window
+        self.chunks_per_window = chunks_per_window
         self.steps_per_epoch = -(-self.longest_lane // self.samples_per_lane_step)
         self._half_bits = max(1, ((samples - 1).bit_length() + 1) // 2)
         self._round_keys = [rng.key(seed, Stream.PERMUTATION, r) for r in range(_ROUNDS)]
@@ -97,7 +100,7 @@ class Order:
         return cls(seed, samples, batch, config.lanes, chunk, config.window or WINDOW_CHUNKS)
 
     @classmethod
-    def from_fingerprint(cls, values: Mapping[str, int]) -> Order:
+    def from_fingerprint(cls, values: Mapping[str, int]) -> Self:
         """The order that a store or snapshot recorded. Raises KeyError, TypeError or ValueError for anything else."""
         seed, samples, batch, lanes, chunk, window = (int(values[key]) for key in _RECORDED)
         return cls(seed, samples, batch, lanes, chunk, window)

@@ -41,7 +41,7 @@ SETTINGS = (
     "sample.every_steps=0",
     "log_every_steps=5",
 )
-PRELOADED = ["udddm.api", "torch.utils.tensorboard"]
+PRELOADED = ["udddm.cli.train", "udddm.api", "torch.utils.tensorboard"]
 FORKS = multiprocessing.get_context("forkserver")
 
 Fingerprints = dict[str, str]
@@ -52,6 +52,7 @@ def train(arguments: list[str], log: str) -> None:
     with Path(log).open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    from udddm.cli.train import main as train_command
 
     sys.exit(train_command(arguments))
 

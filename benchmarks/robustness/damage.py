@@ -7,11 +7,11 @@ The store holds three complete generations, written by the pipeline itself. A da
 deletion, a chunk swapped with another one's, or the same chunk of an older generation in its place. Each time:
 
     training     the damaged generation is opened afresh and all its chunks are read as training reads them: exactly the
-                 damaged ones must raise DamagedChunkError with their generation, lane and chunk, the others must not
+                 damaged ones must raise CorruptChunkError with their generation, lane and chunk, the others must not
     verify       `udddm-store verify` must list exactly these
     resume       a store that is started from a checkpoint that needs the chunk must fail, naming it, and leave the
-                 checkpoint as it is; with `on_damage=reinitialize` it must go on and count the chunk's samples (every
-                 20th time)
+                 checkpoint as it is; with `on_corruption=reinitialize` it must go on and count the chunk's samples
+                 (every 20th time)
 
 Then it is undone. Exits 1 when anything was missed. `--s3` does it to objects of a SeaweedFS server.
 """
@@ -46,7 +46,7 @@ from udddm.tools.inspect import Place, verify
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json
 
-ORDER = Order(seed=11, samples=4 * 12 * 16 - 5, batch_size=64, num_lanes=4, chunk_size=16, window=4)
+ORDER = Order(seed=11, samples=4 * 12 * 16 - 5, batch_size=64, num_lanes=4, chunk_size=16, chunks_per_window=4)
 SHAPE = (3, 8, 8)
 LANES = range(ORDER.num_lanes)
 NEWEST = 3
@@ -55,8 +55,8 @@ FOUND = ("found by training", "found by verify", "nothing else named")
 Chunk = tuple[int, int]
 
 
-def opened(url: str, run: Path, on_damage: str = "stop") -> X0Store:
-    config = StoreConfig.model_validate({"kind": "zarr", "url": url, "on_corruption": on_damage})
+def opened(url: str, run: Path, on_corruption: str = "stop") -> X0Store:
+    config = StoreConfig.model_validate({"kind": "zarr", "url": url, "on_corruption": on_corruption})
     return store.build(
         Run(run).store_context(StateLayout(ORDER, LANES, SHAPE, Encoding(config.dtype), torch.device("cpu")), config)
     )
@@ -136,8 +136,8 @@ def listed(url: str) -> set[Chunk]:
 def resume(url: str, run: Path, checkpoint: Path, damaged: set[Chunk]) -> str:
     """What is wrong with a start from the checkpoint, "" for nothing."""
     before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
-    for on_damage in ("stop", "reinitialize"):
-        again = opened(url, run, on_damage)
+    for on_corruption in ("stop", "reinitialize"):
+        again = opened(url, run, on_corruption)
         again.retain({1, 2, NEWEST})
         try:
             again.start(NEWEST, 0, Snapshot(checkpoint, run / "state", again.repair))
@@ -151,9 +151,9 @@ def resume(url: str, run: Path, checkpoint: Path, damaged: set[Chunk]) -> str:
         finally:
             again.close()
         samples = sum(len(ORDER.chunk_samples(*chunk)) for chunk in damaged)
-        wanted = ("named", 0) if on_damage == "stop" else ("went on", samples)
+        wanted = ("named", 0) if on_corruption == "stop" else ("went on", samples)
         if (ended, again.counters.reinitialized) != wanted:
-            return f"{on_damage}: {ended}, {again.counters.reinitialized} samples began again"
+            return f"{on_corruption}: {ended}, {again.counters.reinitialized} samples began again"
     if before != {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}:
         return "the checkpoint's files changed"
     return ""

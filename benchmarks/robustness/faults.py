@@ -81,7 +81,7 @@ class Run:
         self.environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
 
     def start(self) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", "import sys; from udddm import cli; sys.exit(cli.train())"]
+        command = [sys.executable, "-c", "import sys; from udddm.cli.train import main; sys.exit(main())"]
         command += ["--run-dir", str(self.directory), "--device", "cpu", "--store", "zarr", "--store-url", self.url]
         for setting in SETTINGS:
             command += ["--set", setting]
@@ -103,7 +103,7 @@ class Run:
         return int(json.loads(lines[-1])["store_retries"]) if lines else 0
 
     def error(self) -> str:
-        lines = [line for line in self.log.read_text().splitlines() if "udddm-train:" in line or "rror" in line]
+        lines = [line for line in self.log.read_text().splitlines() if "rror" in line]
         return lines[-1].replace(str(self.directory.parent), "...") if lines else ""
 
     def holds(self, secrets: list[str]) -> bool:
@@ -180,8 +180,8 @@ def on_a_full_disk(directory: Path, server: s3.S3Server, wanted: dict[str, str])
 
 
 def show(row: Row) -> None:
-    told = f"{row.fault:40} {row.outcome:37} {row.exit_code:4} {row.seconds:7.1f} {row.retries:8}"
-    print(f"{told}  {'yes' if row.equal else 'NO':7}{'yes' if row.secrets_kept else 'NO'}", flush=True)
+    line = f"{row.fault:40} {row.outcome:37} {row.exit_code:4} {row.seconds:7.1f} {row.retries:8}"
+    print(f"{line}  {'yes' if row.equal else 'NO':7}{'yes' if row.secrets_kept else 'NO'}", flush=True)
 
 
 def main() -> int:

@@ -45,17 +45,17 @@ class Job:
         for setting in (*SETTINGS, f"train.steps={steps}"):
             command += ["--set", setting]
         self.process: subprocess.Popen[str] = cluster.submit(*command, "--max-failures", str(failures))
-        self.said: list[str] = []
+        self.log: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        self.said += self.process.stdout
+        self.log += self.process.stdout
 
     def end(self) -> None:
         if self.process.wait(600) != 0:
-            raise SystemExit("the job failed:\n" + "".join(self.said))
+            raise SystemExit("the job failed:\n" + "".join(self.log))
         self._reader.join()
 
 
@@ -97,8 +97,8 @@ def disturb(
         os.kill(victim, signal.SIGKILL)
         steps.append(newest_step(run))
     job.end()
-    told = sum("that are allowed" in line for line in job.said)
-    print(f"  {run.name}: killed at checkpoints {steps}, {told} failures told", flush=True)
+    logged = sum("that are allowed" in line for line in job.log)
+    print(f"  {run.name}: killed at checkpoints {steps}, {logged} failures logged", flush=True)
     return steps
 
 

@@ -229,8 +229,8 @@ class SteadyStore(HostStore):
 class SampleFreeOrder(Order):
     """The order without the samples' numbers and the batch's size, which the store does not look at."""
 
-    def __init__(self, **settings: int):
-        super().__init__(**settings)
+    def __init__(self, *settings: int):
+        super().__init__(*settings)
         self._batches = lru_cache(maxsize=16 * self.num_lanes)(self._compute_batch)
 
     def _compute_batch(self, lanes: range, epoch: int, step: int) -> Batch:

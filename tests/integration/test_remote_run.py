@@ -197,7 +197,7 @@ def test_a_run_that_resumes_keeps_what_it_wrote_under_the_same_names(
 
 def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """On this machine by the lock; from another, with another disk, by the lease."""
-    monkeypatch.setattr(remote_run, "LEASE_PATIENCE", 0.0)
+    monkeypatch.setattr(remote, "LEASE_PATIENCE", 0.0)
     with open_run(files).lock():
         with pytest.raises(ConfigError, match="another process"):
             udddm.train(config(), run_dir=files, device="cpu")
@@ -287,13 +287,15 @@ def test_a_checkpoint_is_whole_or_not_there(files: str, tmp_path: Path) -> None:
         objects.passed = number
         with pytest.raises(CheckpointError, match=r"cannot write the checkpoint memory://.*Earlier .* intact"):
             kept.write(2, ALONE, fill)
-        assert kept.newest_valid(print) == older
+        assert kept.newest_valid() == older
     newer = kept.write(2, ALONE, fill)
     assert kept.all() == [older, newer]
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_damage_is_found_and_the_one_before_is_used(files: str, tmp_path: Path) -> None:
+def test_damage_is_found_and_the_one_before_is_used(
+    files: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     kept, objects = checkpoints(files, tmp_path)
     older = kept.write(1, ALONE, fill)
     for number, (name, change) in enumerate(
@@ -306,9 +308,9 @@ def test_damage_is_found_and_the_one_before_is_used(files: str, tmp_path: Path) 
             objects.delete(key)
         else:
             objects.put(key, data[:-1] if change == "cut" else bytes([data[0] ^ 1]) + data[1:])
-        said: list[str] = []
-        assert kept.newest_valid(said.append) == older
-        assert f"{files}/checkpoints/{key}" in said[0]
+        caplog.clear()
+        assert kept.newest_valid() == older
+        assert f"{files}/checkpoints/{key}" in caplog.text
         kept.discard_after(1)
         assert kept.all() == [older]
 

@@ -40,6 +40,8 @@ def child(arguments: list[str], log: str) -> None:
     with Path(log).open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
+    from udddm.cli.train import main as train_command
+
     sys.exit(train_command(arguments))
 
 

@@ -81,8 +81,8 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 def test_open_objects_chooses_by_the_url(place: str, objects: ObjectStore) -> None:
     kinds = {"s3": S3ObjectStore, "memory": FsspecObjectStore}
     assert type(objects) is kinds.get(place.partition("://")[0], LocalObjectStore)
-    assert open_object_store(place + "/").describe("") == objects.describe("") == place
-    assert objects.describe("a/b") == f"{place}/a/b"
+    assert open_object_store(place + "/").uri("") == objects.uri("") == place
+    assert objects.uri("a/b") == f"{place}/a/b"
     assert not list(objects.list(""))
 
 
@@ -205,7 +205,7 @@ def test_one_client_of_many_replaces(place: str) -> None:
     assert list(clients[0].list("d")) == ["it"]
 
 
-ORDER = Order(samples=50, batch_size=8, num_lanes=2, chunk_size=4, window=3, seed=1)
+ORDER = Order(samples=50, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=3, seed=1)
 
 
 def test_generations_come_back_and_zarr_reads_them(place: str, objects: ObjectStore) -> None:

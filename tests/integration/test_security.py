@@ -18,15 +18,19 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import udddm
-from udddm import cli
+from udddm.cli.command import FAILED, USAGE
 from udddm.cli.evaluate import main as evaluate
+from udddm.cli.sample import main as sample_command
+from udddm.cli.store import main as store_command
+from udddm.cli.train import main as train_command
 from udddm.config import load_config
 from udddm.config.plugins import load_plugin
 from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
 from udddm.runs.checkpoint import corruption
 from udddm.runs.manifest import dumps, parse
 from udddm.runs.remote import RemoteCheckpoints
-from udddm.storage.base import Oversized, open_object_store
+from udddm.storage import open_object_store
+from udddm.storage.base import Oversized
 from udddm.testing.s3 import BUCKET, S3Server
 from udddm.urls import secret_in
 
@@ -83,22 +87,22 @@ def test_looking_into_a_strangers_run_imports_nothing(
     )
     run, out = str(theirs), str(tmp_path / "out")
     scored = ["--checkpoint", run, "--count", "8", "--features", "mine:features", "--device", "cpu", "--cache", out]
-    assert evaluate(scored) == cli.USAGE
+    assert evaluate(scored) == USAGE
     said = capsys.readouterr().err
     assert "data.name=stranger:images" in said and "--trust" in said and "--set data.name=..." in said
-    assert evaluate([*scored, "--set", "data.path=null"]) == cli.USAGE
-    assert cli.sample(["--checkpoint", run, "--seeds", "0-3", "--out", out, "--device", "cpu"]) == 0
+    assert evaluate([*scored, "--set", "data.path=null"]) == USAGE
+    assert sample_command(["--checkpoint", run, "--seeds", "0-3", "--out", out, "--device", "cpu"]) == 0
     for command in (["info", run], ["verify", run], ["convert", run, f"{out}/copy"]):
-        assert cli.store(command) == 0, command
+        assert store_command(command) == 0, command
     capsys.readouterr()
-    assert cli.store(["view", run, "--sample", "3", "--out", f"{out}/view.png"]) == 0
+    assert store_command(["view", run, "--sample", "3", "--out", f"{out}/view.png"]) == 0
     shown = capsys.readouterr()
     assert "the image" not in shown.out and "left out" in shown.err and "data.name=stranger:images" in shown.err
     assert not ran.exists()
     assert evaluate([*scored, "--set", "data.name=digits"]) == 0 and not ran.exists()
     assert evaluate([*scored, "--set", "data.name=mine:images"]) == 0 and not ran.exists()
     assert evaluate([*scored, "--trust"]) == 0 and ran.exists()
-    assert cli.store(["view", run, "--sample", "3", "--out", f"{out}/view.png", "--trust"]) == 0
+    assert store_command(["view", run, "--sample", "3", "--out", f"{out}/view.png", "--trust"]) == 0
     assert "the image" in capsys.readouterr().out
 
 
@@ -111,9 +115,9 @@ def test_a_strangers_path_is_not_opened_and_a_users_own_is(
     rewrite(theirs, data={"name": "array", "path": str(secret)})
     scored = ["--checkpoint", str(theirs), "--count", "8", "--features", "mine:features", "--device", "cpu"]
     scored += ["--cache", str(tmp_path / "cache")]
-    assert evaluate(scored) == cli.USAGE
+    assert evaluate(scored) == USAGE
     assert f"data.path={secret}" in capsys.readouterr().err
-    assert cli.store(["view", str(theirs), "--sample", "3", "--out", str(tmp_path / "view.png")]) == 0
+    assert store_command(["view", str(theirs), "--sample", "3", "--out", str(tmp_path / "view.png")]) == 0
     assert "left out" in capsys.readouterr().err
     assert evaluate([*scored, "--set", f"data.path={tmp_path / 'mine.npy'}"]) == 0
 
@@ -123,7 +127,7 @@ def test_arguments_of_a_stranger_are_not_given_to_a_users_function(
 ) -> None:
     rewrite(theirs, data={"name": "stranger:images", "arguments": {"path": "/etc/passwd"}})
     scored = ["--checkpoint", str(theirs), "--features", "mine:features", "--device", "cpu", "--set"]
-    assert evaluate([*scored, "data.name=mine:images"]) == cli.USAGE
+    assert evaluate([*scored, "data.name=mine:images"]) == USAGE
     assert "data.arguments.path=/etc/passwd" in capsys.readouterr().err
 
 
@@ -135,7 +139,7 @@ def test_a_run_evaluates_with_the_function_of_its_own_configuration(ran: Path, t
 
 @pytest.mark.parametrize("name", ["os:path.join", "mine:features.__call__", "mine:", "mine:a b"])
 def test_only_a_function_of_the_module_itself_is_named(name: str, ran: Path) -> None:
-    with pytest.raises(DataError, match=r"write package\.module:function"):
+    with pytest.raises(ConfigError, match=r"write package\.module:function"):
         load_plugin(name, "data set")
 
 
@@ -277,11 +281,11 @@ def test_a_web_server_writes_nothing_elsewhere(
     monkeypatch.setattr("tempfile.tempdir", None)
     sampling = ["--seeds", "0-3", "--device", "cpu", "--out", str(tmp_path / "out")]
     whole = put_at(site, theirs, lambda manifest: None)
-    assert cli.sample(["--checkpoint", whole, *sampling]) == 0
+    assert sample_command(["--checkpoint", whole, *sampling]) == 0
     name = f"config/../../../../{tmp_path.name}/bashrc"
     url = put_at(site, theirs, lambda manifest: manifest.update({name: entry(b"owned")}))
     site.pages["/run/checkpoints/bashrc"] = b"owned"
-    assert cli.sample(["--checkpoint", url, *sampling]) == cli.FAILED
+    assert sample_command(["--checkpoint", url, *sampling]) == FAILED
     assert name in capsys.readouterr().err
     assert not list(tmp_path.rglob("bashrc"))
 
@@ -295,7 +299,7 @@ def test_a_web_server_sends_no_more_than_its_manifest_says(
     site.announced[key] = size  # what it announces is not what it sends
     site.pages[key] = bytes(40 << 20)
     for _ in range(2):
-        assert cli.sample(["--checkpoint", url, "--device", "cpu", "--out", str(tmp_path / "out")]) == cli.FAILED
+        assert sample_command(["--checkpoint", url, "--device", "cpu", "--out", str(tmp_path / "out")]) == FAILED
         assert f"model.safetensors cannot be read: it has more than its {size} bytes" in capsys.readouterr().err
         site.announced = {}
 
@@ -337,7 +341,7 @@ def test_a_secret_in_a_url_is_refused_before_anything_is_written_and_not_shown(
     arguments += [f"--run-dir={url}"] if key == "run_dir" else ["--run-dir=run", f"--set={key}={url}"]
     if key == "data.path":
         arguments.append("--set=data.name=array")
-    assert cli.train(arguments) == cli.USAGE
+    assert train_command(arguments) == USAGE
     said = "".join(capsys.readouterr())
     assert key.replace("run_dir", "the run directory") in said and not list(tmp_path.iterdir())
     assert not any(part in said for part in SECRET.split("/"))
@@ -367,10 +371,10 @@ def test_a_message_about_a_path_with_a_secret_does_not_show_it(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = f"{site.url}/nothing.npy?signature={SECRET}"
-    assert cli.train([f"--set=data={{name: array, path: '{path}'}}", "--dry-run"]) != 0
+    assert train_command([f"--set=data={{name: array, path: '{path}'}}", "--dry-run"]) != 0
     said = "".join(capsys.readouterr())
     assert "nothing.npy" in said and "XUtnF" not in said
-    assert cli.sample(["--checkpoint", f"s3://AKIA:{SECRET}@bucket/run", "--out", str(tmp_path)]) == cli.FAILED
+    assert sample_command(["--checkpoint", f"s3://AKIA:{SECRET}@bucket/run", "--out", str(tmp_path)]) == FAILED
     assert "XUtnF" not in "".join(capsys.readouterr())
 
 
@@ -414,12 +418,12 @@ def test_a_malformed_snapshot_is_an_error_that_names_it(
         changed = value if not (key == "order" and value) else header["order"] | value  # type: ignore[operator]
         path.write_text(json.dumps(header | {key: changed}))
         for command in (["info"], ["verify"], ["view", "--sample=1", f"--out={tmp_path}/x.png"]):
-            code = cli.store([command[0], str(theirs), *command[1:]])
+            code = store_command([command[0], str(theirs), *command[1:]])
             said = "".join(capsys.readouterr())
             passes = command[0] != "verify" and (key == "order" or command[0] == "view")  # the store itself suffices
-            assert code == cli.FAILED or passes, (command, value, said)
+            assert code == FAILED or passes, (command, value, said)
             assert "snapshot.json" in said or passes, (command, value, said)
-        assert cli.store(["convert", str(theirs), str(tmp_path / "copy")]) == cli.FAILED
+        assert store_command(["convert", str(theirs), str(tmp_path / "copy")]) == FAILED
         assert "snapshot.json" in capsys.readouterr().err
 
 
@@ -433,7 +437,7 @@ def test_a_malformed_store_is_an_error_that_names_it(
         old = found["attributes"][key]
         found["attributes"][key] = old | value if isinstance(value, dict) else value
     path.write_text(json.dumps(found))
-    assert cli.store(["info", str(theirs / "state")]) == cli.FAILED
+    assert store_command(["info", str(theirs / "state")]) == FAILED
     assert "zarr.json" in capsys.readouterr().err
 
 
@@ -450,10 +454,10 @@ def test_malformed_json_is_an_error_that_names_its_file(
     ) if name != "run.json" else None
     (theirs / "result.json").unlink()
     if name == "config.json":
-        code = cli.sample(["--checkpoint", str(theirs), "--out", str(tmp_path / "out"), "--device", "cpu"])
+        code = sample_command(["--checkpoint", str(theirs), "--out", str(tmp_path / "out"), "--device", "cpu"])
     else:
-        code = cli.train([f"--run-dir={theirs}", "--device=cpu", *[f"--set={one}" for one in SETTINGS]])
-    assert code in (cli.FAILED, cli.USAGE)
+        code = train_command([f"--run-dir={theirs}", "--device=cpu", *[f"--set={one}" for one in SETTINGS]])
+    assert code in (FAILED, USAGE)
     assert name in capsys.readouterr().err
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +67,7 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         from udddm.backends.distributed.ranks import join
+        from udddm.files import make_directory, write_json
 
         ranks = join(arguments.device)
         try:
@@ -77,10 +77,8 @@ def main(argv: list[str] | None = None) -> int:
         if found is None:
             return 0
         if arguments.json:
-            arguments.json.parent.mkdir(parents=True, exist_ok=True)
-            temporary = arguments.json.with_name(arguments.json.name + ".partial")
-            temporary.write_text(json.dumps(found, indent=1) + "\n")
-            temporary.replace(arguments.json)
+            make_directory(arguments.json.parent)
+            write_json(arguments.json, found)
         print("\n".join(_table(found)))
         return 0
 

@@ -15,6 +15,7 @@ from udddm.data import ImageDataset
 from udddm.evaluation import evaluate
 from udddm.evaluation.features import extract, load_features
 from udddm.evaluation.metrics import Reference
+from udddm.files import write_text
 from udddm.log import log
 
 
@@ -24,9 +25,9 @@ class BackgroundEvaluation:
     Raises ConfigError for a feature network that cannot be had.
     """
 
-    def __init__(self, config: EvaluateConfig, dataset: ImageDataset, device: torch.device, run: Path):
+    def __init__(self, config: EvaluateConfig, dataset: ImageDataset, device: torch.device, run_dir: Path):
         self._network, self._metrics = load_features(config.features, device), config.metrics
-        self._dataset, self._path = dataset, run / "evaluation.jsonl"
+        self._dataset, self._path = dataset, run_dir / "evaluation.jsonl"
         self._reference: Reference | None = None
         choose = (
             partial(torch.cuda.set_device, device) if device.type == "cuda" else None
@@ -50,9 +51,7 @@ class BackgroundEvaluation:
         lines = [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
         same = (step, evaluations)  # of a run that was resumed from before it
         kept = [line for line in lines if (line["step"], line["evaluations"]) != same]
-        temporary = self._path.with_name(self._path.name + ".partial")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in [*kept, found]))
-        temporary.replace(self._path)
+        write_text(self._path, "".join(json.dumps(line) + "\n" for line in [*kept, found]))
         distance = "fid" if "fid" in found else "fd"
         log.info(f"step {step}: {distance} {found[distance]:.4g} on {found['n']} images, recall {found['recall']:.2f}")
         for note in evaluate.notes(found):

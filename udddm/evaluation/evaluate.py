@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +22,7 @@ from udddm.errors import DataError
 from udddm.evaluation import metrics
 from udddm.evaluation.features import INCEPTION, FeatureNetwork, Rows, extract, load_features
 from udddm.evaluation.metrics import KERNEL, MetricInput, Reference
+from udddm.files import atomic_write, make_directory
 
 T = TypeVar("T")
 BATCH = 256
@@ -62,15 +62,16 @@ def reference(dataset: ImageDataset, network: FeatureNetwork, cache: Path | None
             with path.open("rb") as source, np.load(source) as saved:
                 return Reference(saved["mean"], saved["covariance"], saved["probe"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            path.unlink()  # half a file of a full disk: make it anew
+            path.unlink(missing_ok=True)  # not complete: computed again
     features, _ = extract(network, prefetch(_read(dataset)))
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[-KERNEL:].numpy()
     found = Reference(*metrics.moments(features), features[drawn])
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    with temporary.open("wb") as file:
+
+    def write(file: BinaryIO) -> None:
         np.savez(file, mean=found.mean, covariance=found.covariance, probe=found.probe)
-    temporary.replace(path)
+
+    make_directory(directory)
+    atomic_write(path, write, shared=True)
     return found
 
 

@@ -1,6 +1,6 @@
 """Checkpoints: `<run>/checkpoints/step-00012000/`, complete or absent, verified before they are used.
 
-    model.safetensors  ema-<name>.safetensors  optimizer.safetensors    weights, averages, moments (udddm/runs/weights.py)
+    model.safetensors  ema-<name>.safetensors  optimizer.safetensors   weights, averages, moments (runs/weights.py)
     config.json        the resolved configuration and the image shape: with the weights, all that sampling needs
     position.json      the step
     state/             the x0-state snapshot (udddm/store/snapshot.py); never inside a model file
@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig, resolve
 from udddm.errors import CheckpointError, RankError, StoreError, Unreadable
-from udddm.files import _patiently, load_json, sync_directory, sync_file, write_text
+from udddm.files import load_json, make_directory, read_patiently, sync_directory, sync_file, write_text
 from udddm.log import log
 from udddm.runs import manifest
 from udddm.runs.manifest import MANIFEST, Entries
@@ -54,8 +54,8 @@ def step_of(path: Path) -> int:
 class Checkpoints:
     """The checkpoints of a run directory."""
 
-    def __init__(self, run: Path):
-        self.directory = run / "checkpoints"
+    def __init__(self, run_dir: Path):
+        self.directory = run_dir / "checkpoints"
 
     def all(self) -> list[Path]:
         """Named checkpoints, oldest first, valid or not. Raises Unreadable, StoreError."""
@@ -65,7 +65,7 @@ class Checkpoints:
                 return []
             return sorted((p for p in self.directory.iterdir() if NAME.fullmatch(p.name)), key=step_of)
 
-        return _patiently(self.directory, listed)
+        return read_patiently(self.directory, listed)
 
     def newest_valid(self) -> Path | None:
         """The newest checkpoint that verifies; says which newer ones do not, and why. None when there is none at all.
@@ -107,7 +107,8 @@ class Checkpoints:
 
         def make() -> None:
             shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
+            make_directory(self.directory)
+            partial.mkdir()
             if ranks.is_rank_zero:
                 self._announce(final)
 
@@ -202,14 +203,14 @@ def _hidden(path: Path) -> Path:
 def corruption(path: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None when every file is as its manifest says.
 
-    A file that is missing or has other contents is damage. One that cannot be read (a network file system that does not
-    answer, missing rights, no more file descriptors) is not: raises Unreadable after a few attempts.
+    A file that is missing or has other contents is corrupt. One that cannot be read (a network file system that does
+    not answer, missing rights, no more file descriptors) is not: raises Unreadable after a few attempts.
     """
-    return _patiently(path, lambda: _damage(path))
+    return read_patiently(path, lambda: _corruption(path))
 
 
-def _damage(path: Path) -> str | None:
-    """`damage`, at the first attempt. Raises OSError for a file that is there and cannot be read."""
+def _corruption(path: Path) -> str | None:
+    """`corruption`, at the first attempt. Raises OSError for a file that is there and cannot be read."""
     name = MANIFEST
     try:
         entries = manifest.read(path)

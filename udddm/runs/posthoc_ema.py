@@ -28,7 +28,7 @@ from safetensors.torch import save_file
 from udddm.backends.engines.base import Engine
 from udddm.ema import PowerEMA, exponent
 from udddm.errors import CheckpointError, ConfigError
-from udddm.files import sync_file
+from udddm.files import atomic_save, make_directory
 from udddm.runs.checkpoint import NAME, step_of
 from udddm.runs.run import AVERAGES, Run
 
@@ -48,7 +48,7 @@ class Stored:
     length: float
 
 
-def write(run: Path, step: int, averages: Sequence[PowerEMA], engine: Engine) -> None:
+def write(run_dir: Path, step: int, averages: Sequence[PowerEMA], engine: Engine) -> None:
     """Put down the averages after `step`; one that is there already is replaced. Every rank must call it; the first
     holds one average at a time. Raises CheckpointError on a full or read-only disk."""
     for average in averages:
@@ -57,17 +57,15 @@ def write(run: Path, step: int, averages: Sequence[PowerEMA], engine: Engine) ->
             whole = engine.whole(average.weights, name, 0)
             if whole is not None:
                 tensors[name] = whole.half()
-        path = run / AVERAGES / f"step-{step:08d}" / f"{average.name}.safetensors"
+        path = run_dir / AVERAGES / f"step-{step:08d}" / f"{average.name}.safetensors"
         engine.ranks.run_on_rank_zero(partial(_put, path, tensors), (CheckpointError,))
 
 
 def _put(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
-    temporary = path.with_name(path.name + ".partial")
+    metadata = {"crc32c": _checksum(tensors)}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(dict(tensors), temporary, {"crc32c": _checksum(tensors)})
-        sync_file(temporary)
-        temporary.replace(path)
+        make_directory(path.parent)
+        atomic_save(path, lambda temporary: save_file(dict(tensors), temporary, metadata))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             f"cannot write the average {path}: {error}. Checkpoints are intact; make room or restore access, then run "

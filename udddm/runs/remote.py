@@ -81,8 +81,8 @@ def open_copy(where: str | Path, wanted: Callable[[str], bool] = lambda name: Tr
 class RemoteCheckpoints(Checkpoints):
     """Under a URL: complete once their manifest is there. The paths are those of the copies on this machine."""
 
-    def __init__(self, run: Path, objects: ObjectStore, wanted: Callable[[str], bool] = lambda name: True):
-        super().__init__(run)
+    def __init__(self, run_dir: Path, objects: ObjectStore, wanted: Callable[[str], bool] = lambda name: True):
+        super().__init__(run_dir)
         self.objects, self.wanted = objects, wanted
         self._left: set[Path] = set()
 

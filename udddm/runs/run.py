@@ -16,7 +16,7 @@ from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig, StoreConfig, resolve
 from udddm.data import ImageDataset, check_unchanged
 from udddm.errors import ConfigError
-from udddm.files import load_json, write_json, write_text
+from udddm.files import load_json, make_directory, write_json, write_text
 from udddm.runs.checkpoint import Checkpoints
 from udddm.storage.guard import Guard
 from udddm.store.base import StoreContext
@@ -86,27 +86,29 @@ class Run:
 
 
 @contextmanager
-def locked(run: Path) -> Iterator[None]:
+def locked(run_dir: Path) -> Iterator[None]:
     """Make the directory and hold it. Raises ConfigError when it cannot be written or another process holds it."""
     try:
-        run.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(run / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        make_directory(run_dir)
+        descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
-        raise ConfigError(f"cannot write to the run directory {run}: {error}; choose another with --run-dir") from error
+        problem = f"cannot write to the run directory {run_dir}: {error}; choose another with --run-dir"
+        raise ConfigError(problem) from error
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(descriptor)
-        raise ConfigError(f"another process is training in {run}; wait for it or choose another --run-dir") from None
+        problem = f"another process is training in {run_dir}; wait for it or choose another --run-dir"
+        raise ConfigError(problem) from None
     try:
         yield
     finally:
         os.close(descriptor)
 
 
-def run_id(run: Path) -> str:
+def run_id(run_dir: Path) -> str:
     """What tells a run from all others, wherever its directory is moved; "" for one that has no `run.json`."""
-    path = run / "run.json"
+    path = run_dir / "run.json"
     return str(load_json(path, "config").get("id", "")) if path.exists() else ""
 
 
@@ -122,12 +124,12 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def check_or_record(run: Path, config: RunConfig, dataset: ImageDataset) -> None:
+def check_or_record(run_dir: Path, config: RunConfig, dataset: ImageDataset) -> None:
     """Record what the run is, or check that it is still the same.
 
     Raises ConfigError when the directory belongs to another configuration, DataError when the data set changed.
     """
-    path = run / "run.json"
+    path = run_dir / "run.json"
     resolved = config.model_dump(mode="json")
     if path.exists():
         recorded = load_json(path, "config", "dataset")
@@ -139,14 +141,14 @@ def check_or_record(run: Path, config: RunConfig, dataset: ImageDataset) -> None
                 if line.split(":")[0] not in RunConfig.changeable() and line.split(".")[0] not in RunConfig.changeable()
             ]
             raise ConfigError(
-                f"{run} belongs to a run of another configuration ({'; '.join(decisive)}); "
+                f"{run_dir} belongs to a run of another configuration ({'; '.join(decisive)}); "
                 "use that configuration to resume it, or another --run-dir"
             )
         check_unchanged(recorded["dataset"], dataset.fingerprint())
         return
-    if (run / "checkpoints").exists():
-        raise ConfigError(f"{run} holds checkpoints but no run.json; restore that file or choose another --run-dir")
-    write_text(run / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    if (run_dir / "checkpoints").exists():
+        raise ConfigError(f"{run_dir} holds checkpoints but no run.json; restore that file or choose another --run-dir")
+    write_text(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
     write_json(
         path,
         {

@@ -149,7 +149,10 @@ class ObjectStore(ABC):
         return self._retrying(f"list {self.uri(prefix)}", lambda: self._sizes(prefix))
 
     def sync(self) -> None:
-        """Let the names of all that was put outlive a power loss, where a put alone does not do that."""
+        """Let the names of all that was put outlive a power loss, where a put alone does not do that.
+
+        Raises StoreError.
+        """
         return
 
     def exists(self, key: str) -> bool:

@@ -1,8 +1,9 @@
 """What a failed request to an object store means: another attempt, or an end with a cure.
 
 Throttling, server errors, timeouts and connections that break are `OSError`, for another attempt; missing rights,
-expired credentials, a missing bucket and the like are `PermanentStorageError`. The texts are made here, from a reply's status and
-error code: the libraries' own repeat whole replies, in which S3 returns the sender's key id and what it signed.
+expired credentials, a missing bucket and the like are `PermanentStorageError`. The texts are made here, from a reply's
+status and error code: the libraries' own repeat whole replies, in which S3 returns the sender's key id and what it
+signed.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Objects of any file system that fsspec opens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class FsspecObjectStore(ObjectStore):
 
     A put is as atomic as the file system's own: object stores show an object whole or not at all, sftp and the like do
     not, where the checksums of chunks and records find what was cut. `put_if_absent` is exclusive where the file system
-    creates exclusively (gcsfs, s3fs); `compare_and_swap` only between the threads of a process, so that a lease is not taken
-    over from another there, unless the file system is this process's own.
+    creates exclusively (gcsfs, s3fs); `compare_and_swap` only between the threads of a process, so that a lease is not
+    taken over from another there, unless the file system is this process's own.
     """
 
     retry = REMOTE_RETRY

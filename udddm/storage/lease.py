@@ -1,7 +1,7 @@
 """Who may write to a store at a URL: one run at a time, found out before anything is overwritten.
 
-A run directory's lock (`udddm.runs.run.locked`) keeps two processes out of one directory; two directories, or two machines,
-can still name one `store.url`. So a run holds a lease: an object `lease.json` that says who holds it and until when,
+A run directory's lock (`udddm.runs.run.locked`) keeps two processes out of one directory; two directories, or two
+machines, can still name one `store.url`. So a run holds a lease: an object `lease.json` with its holder and its end,
 made and replaced only under conditions (`ObjectStore.put_if_absent`, `compare_and_swap`), and renewed in a thread.
 
 No two hosts' clocks are compared. A holder stops `seconds` after its last renewal, by the one of its own clocks that

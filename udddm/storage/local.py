@@ -1,4 +1,4 @@
-"""TODO."""
+"""Objects as files of a local or network file system."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ import itertools
 import os
 import shutil
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
-from udddm.storage.base import _TEMPORARY, ObjectStore
+from udddm.errors import StoreError
+from udddm.files import complete_file, make_directory, sync_directory
+from udddm.storage.base import _RESUME, _TEMPORARY, ObjectStore
 
 
 class LocalObjectStore(ObjectStore):
     """Files under a directory. An object is written under another name, synced, and renamed into place.
 
-    Its name is durable after `sync`: to sync the directories after every put would cost a store as much again.
+    Its name is durable after `sync`: syncing the directories after every put would double the cost of a put.
     """
 
     _serial = itertools.count()
@@ -28,6 +30,7 @@ class LocalObjectStore(ObjectStore):
         self.root = root.resolve()  # so that two spellings of a path are seen to be one place
         self._unsynced: set[Path] = set()
         self._unsynced_lock = threading.Lock()
+        self._syncing = threading.Lock()
 
     def _get(self, key: str) -> bytes:
         return (self.root / key).read_bytes()
@@ -36,8 +39,7 @@ class LocalObjectStore(ObjectStore):
         try:
             with self._written(key, parts) as temporary:
                 temporary.replace(self.root / key)
-            with self._unsynced_lock:
-                self._unsynced.update((self.root / key).parents[: key.count("/") + 1])
+            self._remember(key)
         except FileNotFoundError as error:  # another rank has just removed the generation; the next attempt remakes it
             raise OSError(errno.ESTALE, f"the directory of {self.root / key} was removed meanwhile") from error
 
@@ -47,7 +49,13 @@ class LocalObjectStore(ObjectStore):
                 os.link(temporary, self.root / key)  # unlike a rename, fails when there is one
             except FileExistsError:
                 return False
-            return True
+        self._remember(key)
+        return True
+
+    def _remember(self, key: str) -> None:
+        """Remember the directories from the root down to an object's own for the next `sync`."""
+        with self._unsynced_lock:
+            self._unsynced.update((self.root / key).parents[: key.count("/") + 1])
 
     def _compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
         path = self.root / key
@@ -63,39 +71,40 @@ class LocalObjectStore(ObjectStore):
             self._put(key, (data,))
             return True
 
-    @contextmanager
-    def _written(self, key: str, parts: tuple[bytes | memoryview, ...]) -> Iterator[Path]:
+    def _written(self, key: str, parts: tuple[bytes | memoryview, ...]) -> AbstractContextManager[Path]:
         """The parts in a synced file under another name, which is removed in the end unless it is renamed."""
         path = self.root / key
         temporary = path.with_name(f"{path.name}.{os.getpid()}-{next(self._serial)}{_TEMPORARY}")
-        try:
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        except FileNotFoundError:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        try:
-            with os.fdopen(descriptor, "wb", buffering=0) as file:
-                for part in parts:
-                    view = memoryview(part).cast("B")
-                    while view:
-                        view = view[file.write(view) :]
-                os.fsync(descriptor)
-            yield temporary
-        finally:
-            temporary.unlink(missing_ok=True)
+
+        def save(temporary: Path) -> None:
+            try:
+                file = temporary.open("xb")
+            except FileNotFoundError:
+                make_directory(self.root)  # those below it are synced by `sync`
+                path.parent.mkdir(parents=True, exist_ok=True)
+                file = temporary.open("xb")
+            with file:
+                file.writelines(parts)
+
+        return complete_file(temporary, save)
 
     def sync(self) -> None:
-        with self._unsynced_lock:
-            directories, self._unsynced = self._unsynced, set()
-        for directory in sorted(directories, key=lambda d: -len(d.parts)):
+        """Raises StoreError; what could not be synced is tried again by the next call."""
+        with self._syncing:  # a second caller returns when its own names are durable, whoever made them so
+            with self._unsynced_lock:
+                waiting, self._unsynced = self._unsynced, set()
             try:
-                descriptor = os.open(directory, os.O_RDONLY)
-            except FileNotFoundError:  # removed since
-                continue
-            try:
-                os.fsync(descriptor)
+                for directory in sorted(waiting, key=lambda each: -len(each.parts)):
+                    with suppress(FileNotFoundError):  # removed since
+                        sync_directory(directory)
+                    waiting.remove(directory)
+            except OSError as error:
+                raise StoreError(
+                    f"cannot sync {directory}: {error}. {_RESUME.format(cure='make room or restore access')}"
+                ) from error
             finally:
-                os.close(descriptor)
+                with self._unsynced_lock:
+                    self._unsynced |= waiting
 
     def _list(self, prefix: str) -> Sequence[str]:
         try:

@@ -47,7 +47,7 @@ def generation_name(generation: int) -> str:
 class Generations:
     """Reads and writes the generations under one URL. Holds no state but the completion records it has read.
 
-    `repair(error, samples)` is told of a damaged chunk before `state` gives generation 0 in its place.
+    `repair(error, samples)` is called for a damaged chunk before `state` gives generation 0 instead.
     """
 
     def __init__(
@@ -77,16 +77,17 @@ class Generations:
             "dtype": self.encoding.name,
         }
 
-    def create(self, run: str = "", *, own: bool = False) -> None:
+    def create(self, run_id: str = "", *, own: bool = False) -> None:
         """Make the group, or check that the one that is there holds this run's kind of state.
 
-        `run` is the id of the run that writes here, "" where the place itself says whose it is. Raises StoreError when
-        the group is another run's, or nobody's but not empty. `own`: it is known to be this run's.
+        `run_id`: id of the run that writes here; empty for a store inside a run directory, whose location identifies
+        it. Raises StoreError when the group is another run's, or nobody's but not empty. `own`: it is known to be this
+        run's.
         """
         try:
             found = dict(json.loads(self.objects.get("zarr.json"))["attributes"])
         except FileNotFoundError:
-            self._write_group(run)
+            self._write_group(run_id)
             return
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.objects.uri('zarr.json')} is no x0-state store: {error}") from error
@@ -98,20 +99,20 @@ class Generations:
                 f"(it differs in {', '.join(differing)}); choose another store.url or run directory"
             )
 
-        if owner != run and not own and (owner or self.existing()):
+        if owner != run_id and not own and (owner or self.existing()):
             raise StoreError(
                 f"{self.objects.uri('')} holds the x0-state of another run ({owner or 'none that is named'}), "
                 "although of the same kind; give every run a store.url of its own, or delete what is there"
             )
-        if run and not owner:
-            self._write_group(run)
+        if run_id and not owner:
+            self._write_group(run_id)
 
     def owner(self) -> str:
-        """The id of the run that writes here; "" where the place itself says whose it is, or nobody does."""
+        """The id of the run that writes here; empty for a store inside a run directory, and for nobody's."""
         return str(json.loads(self.objects.get("zarr.json"))["attributes"].get("run", ""))
 
-    def _write_group(self, run: str) -> None:
-        attributes = {**self.identity(), "run": run} if run else self.identity()
+    def _write_group(self, run_id: str) -> None:
+        attributes = {**self.identity(), "run": run_id} if run_id else self.identity()
         self._put_json("zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
     def begin(self, generation: int) -> None:

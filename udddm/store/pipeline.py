@@ -1,8 +1,8 @@
 """Prefetch and write-behind: the x0-state of the coming steps is read, and that of past steps written, in threads.
 
 A lane's windows go through three phases: being read, in use, being written; three are in memory, and more only where
-reading or writing one takes longer than using one (`Autotune`, which also chooses threads and depths). A window's rows live
-in one buffer all the while: a row is copied out when its step is prefetched and overwritten when the step's result
+reading or writing one takes longer than using one (`Autotune`, which also chooses threads and depths). A window's rows
+live in one buffer all the while: a row is copied out when its step is prefetched and overwritten when the step's result
 arrives. Reads and writes of an epoch never meet in the table: it is read at generation g and written at g + 1.
 
     reader threads    table.load  -> window buffer

@@ -10,7 +10,7 @@ from udddm.store.base import StoreCounters
 
 
 class Repair:
-    """Counts the samples of damaged chunks in `counters.reinitialized`, each chunk once, and says so."""
+    """Counts the samples of damaged chunks in `counters.reinitialized`, each chunk once, and logs a warning."""
 
     def __init__(self, counters: StoreCounters):
         self.counters = counters

@@ -7,15 +7,14 @@ generation that were written by then, and the rows of the windows in flight.
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 import numpy as np
 
-from udddm.errors import StoreError
+from udddm.errors import CheckpointError, StoreError
+from udddm.files import load_json, make_directory, write_array, write_json
 from udddm.order import Order
 from udddm.storage import open_object_store
 from udddm.storage.local import LocalObjectStore
@@ -39,23 +38,17 @@ def _header(store: X0Store, form: str, url: str | None) -> dict[str, Any]:
     }
 
 
-def _write_file(path: Path, data: bytes) -> None:
-    with path.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def write_full(store: X0Store, directory: Path) -> None:
     """All rows of the store's own lanes."""
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     target = Generations(LocalObjectStore(directory / "rows"), store.order, store.shape, store.encoding)
     target.create()
     target.begin(store.epoch)
     for lane in store.lanes:
         chunks = range(store.order.num_chunks(lane))
         target.complete(store.epoch, lane, {c: target.write(store.epoch, lane, c, store.rows(lane, c)) for c in chunks})
-    _write_file(directory / "snapshot.json", json.dumps(_header(store, "full", None), indent=1).encode())
+    target.objects.sync()
+    write_json(directory / "snapshot.json", _header(store, "full", None))
 
 
 def write_reference(
@@ -71,13 +64,9 @@ def write_reference(
     `base` (`Generations.record_checksum` of the generation that is read) and `written` are by lane, the visited rows
     `in_flight` by (lane, window).
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     for (lane, window), rows in in_flight.items():
-        path = directory / f"lane-{lane:04d}-window-{window:06d}.npy"
-        with path.open("wb") as file:
-            np.save(file, rows)
-            file.flush()
-            os.fsync(file.fileno())
+        write_array(directory / f"lane-{lane:04d}-window-{window:06d}.npy", rows)
     for lane in store.lanes:
         windows = sorted(w for own, w in in_flight if own == lane)
         record = {
@@ -85,20 +74,16 @@ def write_reference(
             "written": {str(c): v for c, v in sorted(written.get(lane, {}).items())},
             "in_flight": windows,
         }
-        _write_file(directory / f"lane-{lane:04d}.json", json.dumps(record, indent=1).encode())
-    _write_file(directory / "snapshot.json", json.dumps(_header(store, "reference", url), indent=1).encode())
+        write_json(directory / f"lane-{lane:04d}.json", record)
+    write_json(directory / "snapshot.json", _header(store, "reference", url))
 
 
 def _mapping(path: Path, *keys: str) -> dict[str, Any]:
     """A JSON file's mapping that has these keys. Raises StoreError."""
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise StoreError(f"cannot read {path}: {error}") from error
-    missing = [key for key in keys if not isinstance(found, dict) or key not in found]
-    if missing:
-        raise StoreError(f"cannot read {path}: it lacks {', '.join(missing)}")
-    return dict(found)
+        return dict(load_json(path, *keys))
+    except CheckpointError as error:
+        raise StoreError(str(error)) from error
 
 
 def read_header(directory: Path) -> dict[str, Any]:
@@ -131,7 +116,8 @@ class Snapshot:
     def __init__(self, directory: Path, default_url: str | Path, repair: Repair | None = None):
         """`default_url` is where a reference without a URL of its own points: `<run>/state`.
 
-        `repair` is told of damaged chunks, in whose place `rows` gives generation 0; without it they are an error.
+        `repair` is called for every damaged chunk, for which `rows` then gives generation 0; without it such a
+        chunk is an error.
         """
         header = read_header(directory)
         self.directory, self.shape = directory, tuple(header["shape"])

@@ -31,11 +31,11 @@ if TYPE_CHECKING:
 class GenerationTable(ChunkTable):
     """Chunks in `Generations`, and the checksums of the generations that are being written.
 
-    `run` is the id of the run whose they are, "" where the place says so.
+    `run_id`: id of the owning run; empty for a store inside a run directory, whose location identifies it.
     """
 
-    def __init__(self, generations: Generations, lanes: range, run: str = ""):
-        self.generations, self.lanes, self.run = generations, lanes, run
+    def __init__(self, generations: Generations, lanes: range, run_id: str = ""):
+        self.generations, self.lanes, self.run_id = generations, lanes, run_id
         self.retained: set[int] = set()
         self._lock = threading.Lock()
         self._begin_lock = threading.Lock()
@@ -50,7 +50,7 @@ class GenerationTable(ChunkTable):
         at_home = (
             isinstance(source, Snapshot) and source.form == "reference" and source.location == stored.objects.uri("")
         )
-        stored.create(self.run, own=at_home)
+        stored.create(self.run_id, own=at_home)
         in_place = at_home and source is not None and source.encoding.name == stored.encoding.name
         for old in stored.existing():
             if old > epoch + 1 or (not in_place and (old >= epoch or old not in self.retained)):
@@ -166,11 +166,11 @@ LEASE_PATIENCE = 90.0
 
 
 class ZarrStore(HostStore):
-    """`url` is where the generations live; `default` says that this is `<run>/state`, which moves with the run.
+    """`url` is where the generations live; with `default` it is `<run>/state`, which moves with the run.
 
-    `owner` is who may write there, `run` the run's id, `guard` the run's own: a default store has no other. For any
-    other the first rank holds a lease, which the other ranks watch, and another run pointed at it is refused, at the
-    same time or later.
+    `owner` names who may write there, `run_id` is the run's id, `guard` the run's own: a default store has no other.
+    For any other URL, the first rank holds a lease, which the other ranks watch, and another run pointed at it is refused,
+    at the same time or later.
     """
 
     def __init__(

@@ -96,7 +96,7 @@ class _Fault:
 
 
 class FaultyObjectStore(WrappedObjectStore):
-    """Requests fail as they are told to: see `fail`. `failed` counts those that did."""
+    """Requests fail as `fail` asks. `failed` counts those that did."""
 
     def __init__(self, inner: ObjectStore):
         super().__init__(inner)
@@ -109,8 +109,9 @@ class FaultyObjectStore(WrappedObjectStore):
     ) -> None:
         """Let the next `times` requests raise `error`: of one operation when it is given, after earlier faults.
 
-        An OSError is tried again (PermissionError is not), `PermanentStorageError` and FileNotFoundError are not. With `after` the
-        request takes effect first and what it gave is lost. Raises ValueError for an operation that does not exist.
+        An OSError is tried again (PermissionError is not), `PermanentStorageError` and FileNotFoundError are not. With
+        `after` the request takes effect first and what it gave is lost. Raises ValueError for an operation that does
+        not exist.
         """
         if operation and operation not in get_args(Operation):
             raise ValueError(f"no operation {operation!r}: there are {', '.join(get_args(Operation))}")

@@ -160,15 +160,17 @@ class ModelledRun:
 
 
 ORDERS: dict[str, Order] = {
-    "even": Order(seed=1, samples=64, batch_size=8, num_lanes=2, chunk_size=4, window=2),
+    "even": Order(seed=1, samples=64, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2),
     "short last chunk and padded last step": Order(
-        seed=2, samples=61, batch_size=8, num_lanes=4, chunk_size=5, window=2
+        seed=2, samples=61, batch_size=8, num_lanes=4, chunk_size=5, chunks_per_window=2
     ),
-    "uneven lanes": Order(seed=3, samples=23, batch_size=6, num_lanes=3, chunk_size=2, window=3),
-    "a step of several windows": Order(seed=4, samples=53, batch_size=22, num_lanes=2, chunk_size=2, window=1),
-    "one window a lane": Order(seed=5, samples=30, batch_size=4, num_lanes=2, chunk_size=4, window=8),
-    "one step an epoch": Order(seed=6, samples=12, batch_size=12, num_lanes=4, chunk_size=1, window=1),
-    "one sample a lane": Order(seed=7, samples=2, batch_size=2, num_lanes=2, chunk_size=1, window=1),
+    "uneven lanes": Order(seed=3, samples=23, batch_size=6, num_lanes=3, chunk_size=2, chunks_per_window=3),
+    "a step of several windows": Order(
+        seed=4, samples=53, batch_size=22, num_lanes=2, chunk_size=2, chunks_per_window=1
+    ),
+    "one window a lane": Order(seed=5, samples=30, batch_size=4, num_lanes=2, chunk_size=4, chunks_per_window=8),
+    "one step an epoch": Order(seed=6, samples=12, batch_size=12, num_lanes=4, chunk_size=1, chunks_per_window=1),
+    "one sample a lane": Order(seed=7, samples=2, batch_size=2, num_lanes=2, chunk_size=1, chunks_per_window=1),
 }
 
 
@@ -278,7 +280,7 @@ def _machine(make: Make, encoding: Encoding, root: Path) -> type[RuleBasedStateM
             more=st.integers(0, 60),
             share=st.integers(1, 9),
             chunk=st.integers(1, 9),
-            window=st.integers(1, 4),
+            chunks_per_window=st.integers(1, 4),
         )
         def begin(self, seed: int, lanes: int, more: int, share: int, chunk: int, window: int) -> None:
             order = Order(seed, lanes + more, share * lanes, lanes, chunk, window)

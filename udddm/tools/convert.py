@@ -78,11 +78,11 @@ def _newest(place: Place) -> tuple[int, Order, tuple[int, ...], Encoding, Callab
     raise StoreError(f"{place.name} holds neither a checkpoint nor a complete generation")
 
 
-def collect(path: str, say: Callable[[str], None]) -> list[int]:
+def collect(path: str, report: Callable[[str], None]) -> list[int]:
     """Remove the generations that no checkpoint of a stopped run refers to, and return their numbers.
 
-    `say` gets a line about each, and the reason, before anything is removed. What is newer than the newest checkpoint
-    stays: a run that resumes writes it again, and another copy of the run directory may refer to it. Raises StoreError
+    `report` gets a line about each, and the reason, before anything is removed. What is newer than the newest
+    checkpoint stays: a run that resumes writes it again, and another copy of the run directory may refer to it. Raises StoreError
     and removes nothing for a bare store, a store of another run, and where a checkpoint is damaged or all are missing;
     ConfigError or StoreError when the run is alive.
     """
@@ -103,7 +103,7 @@ def collect(path: str, say: Callable[[str], None]) -> list[int]:
         stored = place.generations
         default = stored.objects.uri("") == open_object_store(run.state).uri("")
         check = _hold_store(run, stored, held) if not default else run.guard.check
-        unneeded = _unneeded(place, stored, say)
+        unneeded = _unneeded(place, stored, report)
         for generation in unneeded:
             check()
             stored.delete(generation, range(stored.order.num_lanes))
@@ -125,7 +125,7 @@ def _hold_store(run: Run, stored: Generations, held: ExitStack) -> Callable[[], 
     return lease.check
 
 
-def _unneeded(place: Place, stored: Generations, say: Callable[[str], None]) -> list[int]:
+def _unneeded(place: Place, stored: Generations, report: Callable[[str], None]) -> list[int]:
     """The generations to remove; says why. Raises StoreError where that cannot be known."""
     assert place.run is not None
     existing, kept = stored.existing(), place.run.checkpoints()
@@ -146,9 +146,9 @@ def _unneeded(place: Place, stored: Generations, say: Callable[[str], None]) -> 
     unneeded = [g for g in existing if g not in needed and g <= newest]
     if unneeded:
         references = ", ".join(f"{name} to {epoch} and {epoch + 1}" for name, epoch in epochs.items())
-        say(f"checkpoints refer to generations: {references}")
+        report(f"checkpoints refer to generations: {references}")
     for generation in unneeded:
-        say(f"removing {generation_name(generation)} from {stored.objects.uri('')}: no checkpoint refers to it")
+        report(f"removing {generation_name(generation)} from {stored.objects.uri('')}: no checkpoint refers to it")
     for generation in (g for g in existing if g > newest):
-        say(f"keeping {generation_name(generation)}: it is newer than the newest checkpoint")
+        report(f"keeping {generation_name(generation)}: it is newer than the newest checkpoint")
     return unneeded

@@ -167,7 +167,7 @@ def verify(place: Place) -> tuple[int, list[str]]:
 def _check_references(
     path: Path, place: Place, check: Callable[[Generations, int, int, Checksums], list[str]]
 ) -> list[str]:
-    """What is damaged of the generations that a checkpoint refers to, and was not said yet."""
+    """What is damaged of the generations that a checkpoint refers to, and is not in the list yet."""
     assert place.run is not None
     snapshot = Snapshot(path / "state", place.run.state)
     problems: list[str] = []

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
+from udddm.files import write_text
 from udddm.log import log, tqdm
 
 
@@ -110,9 +111,7 @@ class Progress:
                     kept.append(line + "\n")
             except (ValueError, KeyError, TypeError):
                 continue
-        temporary = self._path.with_name(self._path.name + ".partial")
-        temporary.write_text("".join(kept))
-        temporary.replace(self._path)
+        write_text(self._path, "".join(kept))
 
     def advance(self) -> None:
         self._step += 1

@@ -35,7 +35,7 @@ def test_a_written_checkpoint_is_whole(tmp_path: Path) -> None:
     assert path.name == "step-00000012" and step_of(path) == 12
     assert corruption(path) is None
     assert torch.equal(Saved(path, "model")["weight"], torch.arange(300.0))
-    assert Checkpoints(tmp_path).newest_valid(print) == path
+    assert Checkpoints(tmp_path).newest_valid() == path
 
 
 def test_every_damage_is_found_and_names_its_file(tmp_path: Path) -> None:
@@ -60,16 +60,17 @@ def test_every_damage_is_found_and_names_its_file(tmp_path: Path) -> None:
         if victim.name != "manifest.json":
             assert victim.name in problem, (kind, victim, problem)
         with pytest.raises(CheckpointError, match="no checkpoint in"):
-            checkpoints.newest_valid(lambda text: None)
+            checkpoints.newest_valid()
 
 
-def test_the_newest_whole_one_is_taken_and_the_others_are_said(tmp_path: Path) -> None:
+def test_the_newest_valid_one_is_taken_and_the_others_are_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     checkpoints = Checkpoints(tmp_path)
     older, newer = checkpoints.write(1, ALONE, fill), checkpoints.write(2, ALONE, fill)
     (newer / "model.safetensors").write_bytes(b"")
-    said: list[str] = []
-    assert checkpoints.newest_valid(said.append) == older
-    assert "step-00000002" in said[0] and "model.safetensors" in said[0]
+    assert checkpoints.newest_valid() == older
+    assert "step-00000002" in caplog.text and "model.safetensors" in caplog.text
     assert "step-00000002.damaged" in checkpoints.discard_after(1)[0]
     assert checkpoints.all() == [older]
     assert {p.name for p in checkpoints.directory.iterdir()} == {older.name, "step-00000002.damaged"}
@@ -100,7 +101,7 @@ def test_what_cannot_be_read_is_not_damaged_and_nothing_is_removed(
     monkeypatch.setattr(time, "sleep", pauses.append)
     with no_more_files():
         with pytest.raises(CheckpointError, match=r"Too many open files.*nothing was removed"):
-            checkpoints.newest_valid(print)
+            checkpoints.newest_valid()
         with pytest.raises(CheckpointError, match=r"step-00000003: .*Too many open files.*nothing was removed"):
             corruption(paths[-1])
         assert len(pauses) == 6
@@ -116,7 +117,7 @@ def test_a_checkpoint_that_can_be_read_at_the_second_attempt_is_taken(
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     monkeypatch.setattr(time, "sleep", lambda seconds: resource.setrlimit(resource.RLIMIT_NOFILE, limits))
     with no_more_files():
-        assert checkpoints.newest_valid(print) == newest
+        assert checkpoints.newest_valid() == newest
 
 
 def test_a_loop_of_links_is_damage(tmp_path: Path) -> None:
@@ -158,11 +159,11 @@ def test_a_failed_write_leaves_the_earlier_ones(tmp_path: Path, error: OSError) 
 
 def test_leftovers_of_a_killed_write_are_not_checkpoints(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
-    assert checkpoints.newest_valid(print) is None
+    assert checkpoints.newest_valid() is None
     partial = checkpoints.directory / ".step-00000005.partial"
     partial.mkdir(parents=True)
     fill(partial)
-    assert checkpoints.newest_valid(print) is None
+    assert checkpoints.newest_valid() is None
     path = checkpoints.write(5, ALONE, fill)
     checkpoints.prune(2)
     assert list(checkpoints.directory.iterdir()) == [path]

@@ -23,6 +23,7 @@ from udddm.config import RunConfig, resolve
 from udddm.ema import PowerEMA
 from udddm.errors import CheckpointError, ConfigError
 from udddm.runs import posthoc_ema
+from udddm.runs.model import Model, load_model
 from udddm.runs.run import Run
 from udddm.runs.weights import Saved
 
@@ -173,19 +174,19 @@ def files(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
 
 
-def weights(model: api.Model) -> torch.Tensor:
+def weights(model: Model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.network.parameters()])
 
 
 def test_a_length_chosen_after_training_is_the_one_kept_while_training(run: Path, tmp_path: Path) -> None:
     api.train(config(0.07, plain=()), run_dir=tmp_path / "other", device="cpu")
     assert sha256s(tmp_path / "other")["weights_sha256"] == sha256s(run)["weights_sha256"]
-    aim = weights(api.load_model(tmp_path / "other"))  # the first power average, where there is no other
-    found = weights(api.load_model(run, ema_length=0.07))
-    kept = {name: weights(api.load_model(run, ema=name)) for name in ("power-0.05", "power-0.1", "0.9", "none")}
+    aim = weights(load_model(tmp_path / "other"))  # the first power average, where there is no other
+    found = weights(load_model(run, ema_length=0.07))
+    kept = {name: weights(load_model(run, ema=name)) for name in ("power-0.05", "power-0.1", "0.9", "none")}
     assert (found - aim).norm() < 1e-3 * aim.norm()
     assert all((found - aim).norm() < 0.1 * (other - aim).norm() for other in kept.values())
-    assert (weights(api.load_model(run, ema_length=0.1)) - kept["power-0.1"]).norm() < 1e-3 * aim.norm()
+    assert (weights(load_model(run, ema_length=0.1)) - kept["power-0.1"]).norm() < 1e-3 * aim.norm()
 
 
 def test_snapshots_are_whole_networks_at_every_interval_and_the_last_step(tmp_path: Path) -> None:
@@ -228,11 +229,11 @@ def test_a_run_at_a_url_has_the_same_averages(run: Path) -> None:
     url = f"memory://{uuid.uuid4().hex}"
     chosen = config(0.05, 0.1).model_copy(update={"store": config().store.model_copy(update={"kind": "zarr"})})
     api.train(chosen, run_dir=url, device="cpu")
-    assert torch.equal(weights(api.load_model(url, ema_length=0.07)), weights(api.load_model(run, ema_length=0.07)))
+    assert torch.equal(weights(load_model(url, ema_length=0.07)), weights(load_model(run, ema_length=0.07)))
     with pytest.raises(CheckpointError, match=rf"averages in {url} cannot"):
-        api.load_model(url, ema_length=0.01)
+        load_model(url, ema_length=0.01)
     with pytest.raises(CheckpointError, match="is one checkpoint"):
-        api.load_model(f"{url}/checkpoints/step-00000040", ema_length=0.07)
+        load_model(f"{url}/checkpoints/step-00000040", ema_length=0.07)
 
 
 def test_the_commands_take_a_length_or_a_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -241,7 +242,7 @@ def test_the_commands_take_a_length_or_a_name(run: Path, tmp_path: Path, monkeyp
     for name in ("--ema-length=0.07", "--ema=power-0.1", "--ema=none"):
         assert sample_command([*common, name, "--seeds", "0-3", "--out", str(tmp_path)]) == 0
         drawn[name] = np.load(tmp_path / "samples.npy")
-    assert np.array_equal(drawn["--ema-length=0.07"], api.sample(api.load_model(run, ema_length=0.07), range(4)))
+    assert np.array_equal(drawn["--ema-length=0.07"], api.sample(load_model(run, ema_length=0.07), range(4)))
     assert len({image.tobytes() for image in drawn.values()}) == 3
     monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks" / "yardstick"))
     figures = []
@@ -286,7 +287,7 @@ def test_what_cannot_be_had_is_told(run: Path, tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         sample_command(["--checkpoint", str(run), "--ema", "none", "--ema-length", "0.1"])
     with pytest.raises(ConfigError, match="give one of them"):
-        api.load_model(run, ema="none", ema_length=0.1)
+        load_model(run, ema="none", ema_length=0.1)
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "other"])
@@ -297,7 +298,7 @@ def test_a_damaged_average_is_found(harm: str, tmp_path: Path) -> None:
     data[-5] ^= 1
     shapes: dict[str, torch.Size] = {"w": torch.Size([3])}
     if harm != "other":
-        shapes = {name: p.shape for name, p in api.load_model(tmp_path).network.named_parameters()}
+        shapes = {name: p.shape for name, p in load_model(tmp_path).network.named_parameters()}
         path.write_bytes(data if harm == "flip" else data[:-5])
     words = {"flip": "checksum; remove it", "cut": "cannot read", "other": "of another network"}[harm]
     with pytest.raises(CheckpointError, match=words):

@@ -16,12 +16,13 @@ import torch
 from udddm.backends.distributed.ranks import Ranks
 from udddm.errors import CheckpointError, StoreError
 from udddm.order import Order
-from udddm.runs.remote import MANIFEST, WRITER, RemoteCheckpoints
-from udddm.storage.base import ObjectStore, open_object_store
+from udddm.runs.manifest import MANIFEST
+from udddm.runs.remote import WRITER, RemoteCheckpoints
+from udddm.storage import ObjectStore, open_object_store
 from udddm.storage.guard import Guard
 from udddm.storage.lease import KEY, MARGIN, Instant, Lease
 from udddm.storage.s3 import PART, REQUEST_TIMEOUT
-from udddm.store import Encoding
+from udddm.store import Encoding, StateLayout
 from udddm.store.zarr import ZarrStore
 from udddm.testing.s3 import BUCKET, S3Server
 
@@ -225,13 +226,12 @@ def test_other_ranks_go_on_while_the_first_renews(place: str, leases: list[Lease
 
 # What the store makes of it.
 
-ORDER = Order(seed=1, samples=64, batch_size=8, num_lanes=2, chunk_size=4, window=2)
+ORDER = Order(seed=1, samples=64, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2)
 
 
 def opened(url: str, lease: Lease) -> ZarrStore:
-    store = ZarrStore(
-        ORDER, range(2), (2, 2, 3), Encoding("fp32"), torch.device("cpu"), f"{url}/state", default=True, guard=lease
-    )
+    layout = StateLayout(ORDER, range(2), (2, 2, 3), Encoding("fp32"), torch.device("cpu"))
+    store = ZarrStore(layout, f"{url}/state", default=True, guard=lease)
     store.start(0, 0, None)
     return store
 
@@ -337,7 +337,7 @@ def test_pruning_leaves_what_another_lease_is_writing(url: str, leases: list[Lea
     objects = open_object_store(f"{url}/checkpoints")
     objects.put("step-00000001/model.safetensors", b"left by a run that was killed")
     kept = checkpoints(url, tmp_path, lease)
-    assert kept.newest_valid(print) is None
+    assert kept.newest_valid() is None
     for step in (2, 3):
         kept.write(step, ALONE, fill)
     objects.put(f"step-00000004/{WRITER}", json.dumps({"lease": "another"}).encode())

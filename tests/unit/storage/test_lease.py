@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from udddm.errors import StoreError
-from udddm.storage.lease import GRACE, KEY, Holder, Lease, process_identity, process_table
 from udddm.storage import open_object_store
 from udddm.storage.base import ObjectStore, Retry
-from udddm.storage.lease from udddm.testing.s3 import BUCKET
+from udddm.storage.lease import GRACE, KEY, Holder, Lease, process_identity, process_table
+from udddm.testing.s3 import BUCKET
 
 YEAR = 365 * 86_400.0
 HOLD = """

@@ -13,7 +13,7 @@ from udddm.order import Order
 from udddm.store.autotune import FEWEST, MOST, Autotune, Limits, Smoothed
 from udddm.store.pool import Pool
 
-ORDER = Order(seed=1, samples=100_000, batch_size=256, num_lanes=8, chunk_size=256, window=4)
+ORDER = Order(seed=1, samples=100_000, batch_size=256, num_lanes=8, chunk_size=256, chunks_per_window=4)
 ROW = 6144  # bytes
 
 

@@ -23,7 +23,7 @@ from udddm.store.generations import Generations
 from udddm.store.layout import StateLayout
 from udddm.testing.store import SHAPE, ModelledRun, StoreConformance
 
-ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, window=2)
+ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2)
 
 
 def make_with(compression: str, order: Order, lanes: range, encoding: Encoding, directory: Path) -> X0Store:

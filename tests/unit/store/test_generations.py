@@ -21,7 +21,7 @@ from udddm.store.generations import Generations, generation_name, open_existing
 
 SHAPE = (3, 4, 4)
 ORDER = Order(
-    seed=3, samples=47, batch_size=8, num_lanes=4, chunk_size=5, window=2
+    seed=3, samples=47, batch_size=8, num_lanes=4, chunk_size=5, chunks_per_window=2
 )  # lanes of 12, 12, 12, 11 in chunks of 5, 5, 2 or 1
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 
+from udddm.cli.train import main as train_command
 from udddm.errors import StoreError
 from udddm.order import Order
 from udddm.storage.base import Retry
@@ -33,9 +34,9 @@ from udddm.testing.store import SHAPE, ModelledRun
 CPU = torch.device("cpu")
 ROW_BYTES = 24  # of SHAPE in fp16
 ORDER = Order(
-    seed=9, samples=90, batch_size=8, num_lanes=2, chunk_size=4, window=2
+    seed=9, samples=90, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2
 )  # 6 windows a lane, 12 steps an epoch
-ONE_WINDOW = Order(seed=9, samples=40, batch_size=8, num_lanes=2, chunk_size=4, window=8)
+ONE_WINDOW = Order(seed=9, samples=40, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=8)
 
 
 class Watched(LocalObjectStore):
@@ -478,15 +479,16 @@ def test_a_chunks_generations_are_saved_in_their_order_however_slow_one_is() -> 
             saved.append((lane, chunk, generation))
 
     order, encoding = ONE_WINDOW, Encoding("fp32")
-    table = Slow(order, range(order.num_lanes), SHAPE, encoding)
-    store = PinnedStore(StateLayout(order, range(order.num_lanes), SHAPE, encoding, CPU), table, Limits(threads=16))
+    layout = StateLayout(order, range(order.num_lanes), SHAPE, encoding, CPU)
+    table = Slow(layout)
+    store = PinnedStore(layout, table, Limits(threads=16))
     store.start(0, 0, None)
     try:
         for _ in range(3 * order.steps_per_epoch):
             store.write(store.read() + 1)
         store.settle()
         assert sorted(saved) == sorted(saved, key=lambda entry: entry[:2])
-        zero = MemoryTable(StateLayout(order, range(order.num_lanes), SHAPE, encoding, CPU))
+        zero = MemoryTable(layout)
         zero.open(0, 0, None)
         for lane in range(order.num_lanes):
             for chunk in range(order.num_chunks(lane)):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from udddm.cli.train import main as train_command
 from udddm.config import StoreConfig
 from udddm.errors import CorruptChunkError, StoreError
 from udddm.order import Order
@@ -20,12 +21,12 @@ from udddm.store.generations import Generations, open_existing
 from udddm.store.layout import StateLayout
 from udddm.testing.store import SHAPE, ModelledRun
 
-ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, window=2)
+ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2)
 FP16 = Encoding("fp16")
 
 
-def run_at(directory: Path, on_damage: str, kind: str = "zarr") -> ModelledRun:
-    config = StoreConfig.model_validate({"kind": kind, "on_corruption": on_damage})
+def run_at(directory: Path, on_corruption: str, kind: str = "zarr") -> ModelledRun:
+    config = StoreConfig.model_validate({"kind": kind, "on_corruption": on_corruption})
 
     def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, where: Path) -> X0Store:
         return build(
@@ -58,7 +59,7 @@ def cut(path: Path) -> None:
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 @pytest.mark.parametrize("steps", [0, 3])
 def test_reinitialize_gives_the_chunk_generation_zero_and_leaves_all_others(
-    tmp_path: Path, damage: Callable[[Path], None], steps: int, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, damage: Callable[[Path], None], steps: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = run_at(tmp_path, "reinitialize")
     run.start()
@@ -78,7 +79,7 @@ def test_reinitialize_gives_the_chunk_generation_zero_and_leaves_all_others(
         run.check_rows()
         assert run.stores[0].counters.reinitialized == len(samples)
         run.crash()
-    said = capsys.readouterr().err
+    said = caplog.text
     assert f"generation 1, lane 1, chunk {chunk}" in said and f"{len(samples)} samples" in said
 
 
@@ -92,7 +93,7 @@ def test_a_store_in_memory_that_takes_over_repairs_as_well(tmp_path: Path, kind:
     chunk = ORDER.window_chunks_of(0, 1, ORDER.num_windows(0) - 1)[0]
     flip(chunk_path(tmp_path, 1, 0, chunk))
     refused = run_at(tmp_path, "stop", kind)
-    with pytest.raises(CorruptChunkError, match="--on-damage"):
+    with pytest.raises(CorruptChunkError, match="--on-corruption"):
         refused.start(1, saved)
     refused.crash()
     samples = ORDER.chunk_samples(0, chunk)
@@ -143,7 +144,7 @@ def test_a_later_run_at_the_same_url_is_refused_and_the_own_run_is_not(tmp_path:
     def opened(run_id: str) -> ModelledRun:
         directory = tmp_path / run_id
         directory.mkdir(exist_ok=True)
-        (directory / "run.json").write_text(json.dumps({"id": run_id}))
+        (directory / "run.json").write_text(json.dumps({"id": run_id, "config": {}}))
         config = StoreConfig(kind="zarr", url=str(url))
 
         def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, where: Path) -> X0Store:
@@ -213,7 +214,7 @@ def test_the_command_stops_by_default_and_goes_on_with_the_flag(
     flip(chunk)
     assert train(run) == 1
     said = capsys.readouterr().err
-    assert "generation 2, lane 1, chunk 3 is damaged" in said and "--on-damage" in said
+    assert "generation 2, lane 1, chunk 3 is damaged" in said and "--on-corruption" in said
     assert (run / "checkpoints" / "step-00000060").exists() and not (run / "result.json").exists()
     assert train(run, "--on-damage", "reinitialize") == 0
     assert json.loads((run / "result.json").read_text())["store_reinitialized"] == 32

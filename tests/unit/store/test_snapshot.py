@@ -23,7 +23,7 @@ from udddm.store.zarr import ZarrStore
 from udddm.testing.store import Make, ModelledRun
 
 CPU = torch.device("cpu")
-ORDER = Order(seed=2, samples=61, batch_size=8, num_lanes=4, chunk_size=3, window=2)  # 8 steps an epoch
+ORDER = Order(seed=2, samples=61, batch_size=8, num_lanes=4, chunk_size=3, chunks_per_window=2)  # 8 steps an epoch
 
 
 def gpu(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:

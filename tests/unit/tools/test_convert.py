@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 
 import udddm
-from udddm import cli, config
+from udddm import config
+from udddm.cli.store import main as store_command
 from udddm.errors import ConfigError, StoreError
 from udddm.runs.run import Run
-from udddm.storage.base import open_object_store
+from udddm.storage import open_object_store
 from udddm.storage.lease import Lease
 from udddm.store.encoding import Rows
 from udddm.store.generations import Generations
@@ -68,7 +69,7 @@ def generations(store: Path) -> list[int]:
 
 def test_gc_removes_what_no_checkpoint_refers_to_and_says_why(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generations(run / "state") == [1, 3, 4, 6]
-    assert cli.store(["gc", str(run)]) == 0
+    assert store_command(["gc", str(run)]) == 0
     said = capsys.readouterr().out
     assert generations(run / "state") == [3, 4, 6]
     assert "step-00000050 to 3 and 4" in said
@@ -96,7 +97,7 @@ def test_gc_sees_the_checkpoint_that_was_made_before_it_got_the_run(run: Path, m
             (run / "elsewhere").rename(run / "checkpoints")
             yield
 
-    monkeypatch.setattr(Run, "held", slowly)
+    monkeypatch.setattr(Run, "lock", slowly)
     collect(str(run), print)
     assert generations(run / "state") == [3, 4, 6]
 
@@ -174,7 +175,7 @@ def test_gc_leaves_the_store_of_another_run_alone(linked: tuple[Path, Path], tmp
 
 
 def test_gc_of_a_bare_store_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.store(["gc", str(run / "state")]) == 1
+    assert store_command(["gc", str(run / "state")]) == 1
     assert "a store without its run" in capsys.readouterr().err
 
 

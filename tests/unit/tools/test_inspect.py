@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 
 import udddm
-from udddm import cli, config
+from udddm import config
+from udddm.cli.store import main as store_command
 from udddm.errors import StoreError
 from udddm.storage.lease import Lease
 from udddm.storage.local import LocalObjectStore
@@ -43,7 +44,7 @@ def run(request: pytest.FixtureRequest, finished: Path, tmp_path: Path) -> Path:
 
 
 def store(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
-    code = cli.store(list(arguments))
+    code = store_command(list(arguments))
     return code, *capsys.readouterr()
 
 

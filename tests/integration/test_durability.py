@@ -1,0 +1,180 @@
+"""Nothing that a run reports as written is lost by a power loss: contents are synced before a file gets its name, and
+every directory after it got a new name, in a record of what a run does to the file system."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from udddm.files import atomic_write, make_directory, write_json
+
+RECORD = """
+import json, os, sys, threading
+events, lock = [], threading.Lock()
+def recorded(name, call, paths):
+    def traced(*arguments, **options):
+        found = [os.path.abspath(p) for p in paths(*arguments)]
+        result = call(*arguments, **options)  # when it has succeeded
+        with lock:
+            events.append([name, *found])
+        return result
+    return traced
+os.fsync = recorded("fsync", os.fsync, lambda fd, *_: [os.readlink(f"/proc/self/fd/{fd}")])
+os.mkdir = recorded("mkdir", os.mkdir, lambda path, *_: [path])
+os.rename = recorded("rename", os.rename, lambda old, new: [old, new])
+os.replace = recorded("rename", os.replace, lambda old, new: [old, new])
+from udddm.cli.train import main
+code = main(sys.argv[2:])
+open(sys.argv[1], "w").write(json.dumps(events))
+sys.exit(code)
+"""
+SETTINGS = (
+    "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], condition: none}",
+    "order={lanes: 2, chunk: 64, window: 2}",
+    "train={steps: 40, batch_size: 128, ema: [0.9], power_ema: [0.1], power_ema_every_steps: 20}",
+    "checkpoint={every_steps: 10, keep: 2}",
+    "sample={every_steps: 20, final: 8}",
+    "evaluate={every_steps: 20, count: 8, features: 'features:flat'}",
+    "log_every_steps=10",
+)
+
+
+class Event(NamedTuple):
+    kind: str
+    path: Path
+    """What was synced or made; of a renaming, the new name."""
+    old: Path | None = None
+
+
+@pytest.fixture(scope="module", params=["gpu", "zarr"])
+def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event]]:
+    """A run directory two levels below one that existed, and what happened to it: a run of 40 steps that was resumed
+    from step 30."""
+    place = tmp_path_factory.mktemp("durability")
+    (place / "features.py").write_text("def flat(batch):\n    return batch.flatten(1)[:, :8]\n")
+    run, events = place / "runs" / "one", []
+    paths = os.pathsep.join([str(place), str(Path(__file__).parents[2])])
+    for resumed in (False, True):
+        if resumed:  # as after a kill between the checkpoints of steps 30 and 40
+            (run / "result.json").unlink()
+            shutil.rmtree(run / "checkpoints" / "step-00000040")
+        arguments = ["--run-dir", str(run), "--device", "cpu", "--store", request.param]
+        for setting in SETTINGS:
+            arguments += ["--set", setting]
+        command = [sys.executable, "-c", RECORD, str(place / "events.json"), *arguments]
+        environment = {**os.environ, "PYTHONPATH": paths, "UDDDM_CACHE": str(place / "cache")}
+        subprocess.run(command, check=True, env=environment, timeout=200)
+        for kind, *named in json.loads((place / "events.json").read_text()):
+            events.append(Event(kind, Path(named[-1]), Path(named[0]) if len(named) > 1 else None))
+    return run, [event for event in events if place in event.path.parents or event.path == place]
+
+
+def synced_after(events: list[Event], number: int, path: Path) -> bool:
+    return any(event.kind == "fsync" and event.path == path for event in events[number:])
+
+
+def test_a_files_contents_are_synced_before_it_gets_its_name(recorded: tuple[Path, list[Event]]) -> None:
+    run, events = recorded
+    checked = set()
+    for number, event in enumerate(events):
+        if (
+            event.kind == "rename"
+            and event.old is not None
+            and event.old.suffix == ".partial"
+            and not event.path.is_dir()
+        ):
+            if run.parent.parent / "cache" in event.path.parents or event.path.name.startswith("step-"):
+                continue
+            last = max(
+                (i for i, e in enumerate(events[:number]) if e.path == event.old and e.kind == "rename"), default=0
+            )
+            assert any(e.kind == "fsync" and e.path == event.old for e in events[last:number]), event
+            checked.add(event.path.name)
+    assert {"run.json", "config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json", "samples.npy"} <= checked
+    assert "power-0.1.safetensors" in checked
+
+
+def test_a_directory_is_synced_after_every_new_name_in_it(recorded: tuple[Path, list[Event]]) -> None:
+    """Of what is there in the end. Everything in a checkpoint is named before the checkpoint itself."""
+    run, events = recorded
+    checked = set()
+    for number, event in enumerate(events):
+        named = event.kind in ("mkdir", "rename") and event.path.exists()
+        if named and "tensorboard" not in event.path.parts:
+            assert synced_after(events, number, event.path.parent), event
+            checked.add(event.path)
+    assert {run.parent, run, run / "checkpoints", run / "checkpoints" / "step-00000040", run / "ema"} <= checked
+    assert (run / "state" in checked) == (run / "state").exists()
+
+
+def test_a_checkpoints_files_are_durable_before_it_is_visible(recorded: tuple[Path, list[Event]]) -> None:
+    run, events = recorded
+    final = run / "checkpoints" / "step-00000040"
+    shown, hidden = next((number, e.old) for number, e in enumerate(events) if e.kind == "rename" and e.path == final)
+    assert hidden is not None
+    came = [e for e in events[:shown] if e.kind == "rename" and hidden in e.path.parents]
+    assert {e.path.relative_to(hidden) for e in came} >= {
+        p.relative_to(final) for p in final.rglob("*") if p.is_file() and p.name != ".lock"
+    }
+    for event in came:
+        number = events.index(event)
+        assert event.old is not None
+        assert any(e.kind == "fsync" and e.path == event.old for e in events[:number]), event
+        assert synced_after(events[:shown], number, event.path.parent), event
+
+
+def test_a_generations_record_is_written_when_its_chunks_are_durable(recorded: tuple[Path, list[Event]]) -> None:
+    run, events = recorded
+    if not (run / "state").exists():
+        return  # a store in memory
+    records = [(n, e.path) for n, e in enumerate(events) if e.kind == "rename" and e.path.parent.name == "complete"]
+    assert records
+    for number, record in records:
+        generation, lane = record.parent.parent, int(record.stem.removeprefix("lane-"))
+        chunks = [
+            (n, e)
+            for n, e in enumerate(events[:number])
+            if e.kind == "rename" and generation / "c" / str(lane) in e.path.parents
+        ]
+        assert chunks
+        for made, chunk in chunks:
+            for directory in chunk.path.parents[: len(chunk.path.relative_to(generation).parts)]:
+                assert synced_after(events[:number], made, directory), (record, chunk, directory)
+
+
+def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b" / "file.json"
+    make_directory(path.parent)
+    write_json(path, {"a": 1})
+    before = path.read_bytes()
+    for shared in (False, True):
+        with pytest.raises(OSError, match="No space"):
+            atomic_write(path, lambda file: file.write(b"half") and full(), shared=shared)
+        assert path.read_bytes() == before and [p.name for p in path.parent.iterdir()] == ["file.json"]
+
+
+def full() -> None:
+    raise OSError(28, "No space left on device")
+
+
+def test_a_shared_file_is_one_writers_or_the_others(tmp_path: Path) -> None:
+    """A second writer that begins while the first has written half of it."""
+    path = tmp_path / "cache.npz"
+
+    def first(file) -> None:  # type: ignore[no-untyped-def]
+        file.write(b"first")
+        file.flush()
+        atomic_write(path, lambda other: other.write(b"second"), shared=True)
+        assert path.read_bytes() == b"second"
+        file.write(b", all of it")
+
+    atomic_write(path, first, shared=True)
+    assert path.read_bytes() == b"first, all of it"
+    assert not list(tmp_path.glob("*.partial"))
