@@ -30,7 +30,7 @@ from udddm.config import RunConfig
 from udddm.data import ArrayImages, ImageDataset
 from udddm.diffusion.denoise import denoise
 from udddm.diffusion.schedule import Coefficients
-from udddm.diffusion.schedule import build as build_process
+from udddm.diffusion.schedule import build as build_schedule
 from udddm.objectives import pseudo_huber
 from udddm.runs.run import Run
 from udddm.training.trainer import Trainer
@@ -43,13 +43,13 @@ STORES = ("gpu", "pinned", "zarr")
 
 def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
     """A function that takes one step."""
-    process = build_process(config.schedule)
+    schedule = build_schedule(config.schedule)
     channels, height, width = images.shape[1:]
     network = networks.for_run(config, (channels, height, width))
     network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.Adam(network.parameters(), lr=config.train.learning_rate, fused=True)
     state = torch.randn_like(images)
-    levels = torch.from_numpy(process.coefficients(process.levels(config.objective.chain.stages[0].levels)))
+    levels = torch.from_numpy(schedule.coefficients(schedule.levels(config.objective.chain.stages[0].levels)))
     batch, c = config.train.batch_size, 0.3
 
     def noised(x0: torch.Tensor, eps: torch.Tensor, at: Coefficients) -> torch.Tensor:
@@ -83,7 +83,8 @@ def main() -> None:
     config = configuration.load_config(
         None,
         [
-            "network={width: 32, multipliers: [1, 2], blocks: 1, attention: [], dropout: 0, condition: none}",
+            "network={base_channels: 32, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [], "
+            "dropout: 0, condition: none}",
             "objective={huber_c: 0.3, chain: {length: 2, stages: [{start: 0, levels: 16}]}}",
             "train={steps: 1000000, batch_size: 64, learning_rate: 1.0e-3, ema: [0.999]}",
         ],
