@@ -6,6 +6,7 @@ import dataclasses
 import io
 import json
 import logging
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -91,6 +92,15 @@ def test_a_wrong_name_is_an_attribute_error_that_lists_the_names() -> None:
         udddm.trian  # type: ignore[attr-defined]  # noqa: B018
     with pytest.raises(ImportError):
         from udddm import trian  # type: ignore[attr-defined]  # noqa: F401
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, udddm; dir(udddm)\n"
+        "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'zarr'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
 # Configurations.
