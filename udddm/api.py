@@ -1,14 +1,14 @@
-"""The public functions that are more than one module's: `train` and `sample`."""
+"""The public functions that combine several rooms: `train` and `sample`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 import numpy as np
 import numpy.typing as npt
+import yaml
 
 from udddm import config as configuration
 from udddm import log
@@ -23,41 +23,33 @@ from udddm.runs.result import TrainResult
 from udddm.urls import secret_in
 
 Overrides = Mapping[str, Any] | Sequence[str]
+Factory = Callable[..., Any] | str
+"""A class or function at the top level of a module, or its name: one of the configuration's, or package.module:name."""
 
 
-def train(
-    config: RunConfig | Mapping[str, Any] | str | Path,
-    dataset: MapDataset | Callable[[], MapDataset] | None = None,
-    *,
-    run_dir: str | Path,
-    overrides: Overrides = (),
-    workers: int | tuple[int, int] = 1,
-    **options: Any,
-) -> TrainResult:
-    """Train, or resume, the run in `run_dir`, a directory or a URL.
+class TrainOptions(TypedDict, total=False):
+    """The other arguments of `train`."""
 
-    Args:
-        config: a RunConfig, the path of a YAML file, or a dict of its sections.
-        dataset: any map-style object: `len(dataset)` and `dataset[i]` giving an image [C, H, W] in [-1, 1] (or uint8),
-            or an (image, label) pair; or a function that returns one, which every worker calls. Without it,
-            `config.data` is loaded.
-        run_dir: where everything goes; the same call resumes it.
-        overrides: changes to the configuration, as {"train.steps": 500} or ["train.steps=500"].
-        workers: processes, a number or (least, most).
-        **options: `device` (auto, cpu, cuda), `backend` (auto, local, ray, or a launcher of your own), `max_failures`
-            (restarts after a worker was killed or did not answer), `timeout` (seconds until a collective counts as
-            hung); and, instead of a name in the configuration, the factory of your own `store`, `network`,
-            `objective`, `engine`, `schedule` or `sampler` (docs/extending.md): a class or function at the top level
-            of a module, or "package.module:name".
-
-    Raises ConfigError, DataError, StoreError, CheckpointError, Diverged, Interrupted, RankError or WorkerLost (all
-    UdddmError). None of them loses anything that a checkpoint holds, and the same call resumes.
-    """
-    log.install()
-    resolved = _resolved(config, overrides, {key: options.pop(key) for key in list(options) if key in _PLUGINS})
-    _refuse_secrets(resolved, run_dir)
-    job = _job(resolved, dataset, run_dir, workers, options)
-    return launch(job, options.get("backend", "auto"))
+    device: str
+    """auto, cpu or cuda."""
+    backend: Factory
+    """What starts the workers: auto, local, ray, or a launcher of your own."""
+    max_failures: int
+    """Restarts after a worker was killed or did not answer."""
+    timeout: float
+    """Seconds until a collective operation counts as hung."""
+    store: Factory
+    """Instead of store.kind."""
+    network: Factory
+    """Instead of network.name."""
+    objective: Factory
+    """Instead of objective.name."""
+    engine: Factory
+    """Instead of engine.name."""
+    schedule: Factory
+    """Instead of schedule.kind."""
+    sampler: Factory
+    """Instead of sample.sampler."""
 
 
 _PLUGINS = {
@@ -68,31 +60,86 @@ _PLUGINS = {
     "schedule": "schedule.kind",
     "sampler": "sample.sampler",
 }
-_OPTIONS = {"device": "auto", "backend": "auto", "max_failures": 0, "timeout": TIMEOUT}
+
+
+def train(
+    config: RunConfig | Mapping[str, Any] | str | Path,
+    dataset: MapDataset | Callable[[], MapDataset] | None = None,
+    *,
+    run_dir: str | Path,
+    overrides: Overrides = (),
+    workers: int | tuple[int, int] = 1,
+    **options: Unpack[TrainOptions],
+) -> TrainResult:
+    """Train, or resume, the run in `run_dir`, a directory or a URL.
+
+    Args:
+        config: a RunConfig, the path of a YAML file, or a dict of its sections.
+        dataset: any map-style object: `len(dataset)` and `dataset[i]` giving an image [C, H, W] in [-1, 1] (or uint8),
+            or an (image, label) pair; or a function that returns one, which every worker calls. Without it,
+            `config.data` is loaded.
+        run_dir: the directory or URL of the run; the same call resumes it.
+        overrides: changes to the configuration, as {"train.steps": 500} or ["train.steps=500"].
+        workers: number of processes, or (least, most).
+        **options: `device` (auto, cpu, cuda), `backend` (auto, local, ray, or a launcher of your own), `max_failures`
+            (restarts after a worker was killed or did not answer), `timeout` (seconds until a collective counts as
+            hung); and, instead of a name in the configuration, the factory of your own `store`, `network`,
+            `objective`, `engine`, `schedule` or `sampler` (docs/extending.md): a class or function at the top level
+            of a module, or "package.module:name".
+
+    Raises ConfigError, DataError, StoreError, CheckpointError, Diverged, Interrupted, RankError or WorkerLost (all
+    UdddmError). None of them loses anything that a checkpoint holds, and the same call resumes.
+    """
+    unknown = [name for name in options if name not in TrainOptions.__annotations__]
+    if unknown:
+        known = ", ".join(["overrides", "workers", *TrainOptions.__annotations__])
+        raise TypeError(f"train() has no argument {unknown[0]!r}; besides config, dataset and run_dir it has {known}")
+    log.install()
+    members = {key: value for key, value in options.items() if key in _PLUGINS}
+    resolved = _resolved(config, overrides, members)
+    _refuse_secrets(resolved, run_dir)
+    job = Job(
+        config=resolved,
+        run_dir=run_dir,
+        dataset=dataset,
+        device=options.get("device", "auto"),
+        workers=_range_of_workers(workers),
+        max_failures=options.get("max_failures", 0),
+        timeout=options.get("timeout", TIMEOUT),
+    )
+    return launch(job, name_of(options.get("backend", "auto"), "backend"))
 
 
 def _resolved(config: Any, overrides: Overrides, members: Mapping[str, Any]) -> RunConfig:
-    """The configuration with overrides and members of the caller's. Raises ConfigError."""
-    changes = [f"{_PLUGINS[what]}={name_of(factory, what)}" for what, factory in members.items()]
+    """The configuration with overrides and the caller's factories. Raises ConfigError."""
     if isinstance(overrides, Mapping):
-        changes = [f"{key}={configuration.as_yaml(value)}" for key, value in overrides.items()] + changes
-    elif isinstance(overrides, str):
-        raise ConfigError(f"overrides: give a dict or a list such as ['train.steps=500'], not the text {overrides!r}")
+        changes = [_override(key, value) for key, value in overrides.items()]
+    elif isinstance(overrides, (list, tuple)) and all(isinstance(each, str) for each in overrides):
+        changes = list(overrides)
     else:
-        changes = [*overrides, *changes]
+        raise ConfigError(f"overrides: give a dict or a list such as ['train.steps=500'], not {overrides!r}")
+    changes += [f"{_PLUGINS[what]}={name_of(factory, what)}" for what, factory in members.items()]
+    source = "the configuration"
     if isinstance(config, (str, Path)):
         return configuration.load_config(config, changes)
     if isinstance(config, RunConfig):
         if not changes:
             return config
-        tree, source = config.model_dump(mode="json"), "the configuration"
+        tree = config.model_dump(mode="json")
     elif isinstance(config, Mapping):
-        tree, source = dict(config), "the configuration"
+        tree = dict(config)
     else:
         raise ConfigError(
             f"config: give a RunConfig, the path of a YAML file or a dict of sections, not a {type(config).__name__}"
         )
     return configuration.resolve(configuration.overridden(tree, changes, source), source)
+
+
+def _override(key: str, value: Any) -> str:
+    try:
+        return f"{key}={configuration.as_yaml(str(value) if isinstance(value, Path) else value)}"
+    except yaml.YAMLError:
+        raise ConfigError(f"overrides: {key} is a {type(value).__name__}; give a number, text, list or dict") from None
 
 
 def _refuse_secrets(config: RunConfig, run_dir: str | Path) -> None:
@@ -111,25 +158,14 @@ def _refuse_secrets(config: RunConfig, run_dir: str | Path) -> None:
             )
 
 
-def _job(
-    config: RunConfig, dataset: Any, run_dir: str | Path, workers: int | tuple[int, int], options: Mapping[str, Any]
-) -> Job:
-    unknown = sorted(set(options) - set(_OPTIONS))
-    if unknown:
-        known = ", ".join([*_OPTIONS, *_PLUGINS])
-        raise TypeError(f"train() has no argument {unknown[0]!r}; besides config, dataset, run_dir: {known}")
-    given = {**_OPTIONS, **options}
-    wanted = (workers, workers) if isinstance(workers, int) else tuple(workers)
-    if len(wanted) != 2 or not 1 <= wanted[0] <= wanted[1]:
-        raise ConfigError(f"workers {workers!r}: give a positive number, or the least and the most")
-    names = {field.name for field in fields(Job)}
-    return Job(
-        config=config,
-        run_dir=run_dir,
-        dataset=dataset,
-        workers=wanted,
-        **{key: value for key, value in given.items() if key in names},
-    )
+def _range_of_workers(workers: object) -> tuple[int, int]:
+    """(least, most). Raises ConfigError."""
+    given = workers if isinstance(workers, (tuple, list)) else (workers, workers)
+    if len(given) == 2 and all(isinstance(each, int) and not isinstance(each, bool) for each in given):
+        least, most = given
+        if 1 <= least <= most:
+            return least, most
+    raise ConfigError(f"workers={workers!r}: give a positive number, or the least and the most as (1, 8)")
 
 
 def sample(
@@ -137,11 +173,11 @@ def sample(
     seeds: Sequence[int],
     *,
     steps: int = 1,
-    sampler_name: str = "renoise",
+    sampler: str = "renoise",
     labels: Sequence[int] | None = None,
     guidance: float = 1.0,
     batch: int = 250,
 ) -> npt.NDArray[np.float32]:
     """`Model.sample` of a model, or of the run, checkpoint or release at a path or URL."""
     loaded = model if isinstance(model, Model) else load_model(model)
-    return loaded.sample(seeds, steps=steps, sampler=sampler_name, labels=labels, guidance=guidance, batch=batch)
+    return loaded.sample(seeds, steps=steps, sampler=sampler, labels=labels, guidance=guidance, batch=batch)

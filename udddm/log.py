@@ -1,8 +1,8 @@
 """Messages to the person who runs this: the logger `udddm`.
 
-The commands install a handler that prints to stderr. In a Python program, configure logging as usual; where nobody has,
-`udddm.train` installs the same handler. `logging.getLogger("udddm").setLevel(logging.WARNING)` silences what is not a
-warning.
+The commands install a handler that prints to stderr. In a Python program, configure logging as usual; if no handler is
+configured, `udddm.train` installs the same one. `logging.getLogger("udddm").setLevel(logging.WARNING)` silences
+everything below a warning, in the workers too.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ class StderrHandler(logging.Handler):
             sys.stderr.flush()
 
 
-def install(*, force: bool = False) -> None:
-    """Print the messages of `udddm` to stderr.
+def install(*, force: bool = False, level: int = logging.INFO) -> None:
+    """Print the messages of `udddm` to stderr, those from `level` on unless the logger has a level already.
 
-    Without `force`, only where no handler would receive them, so that an application's own configuration wins.
+    Without `force`, only if no handler would receive them, so that an application's own configuration wins.
     """
     if any(isinstance(each, StderrHandler) for each in log.handlers) or (log.hasHandlers() and not force):
         return
     log.addHandler(StderrHandler())
     log.propagate = False
     if log.level == logging.NOTSET:
-        log.setLevel(logging.INFO)
+        log.setLevel(level)

@@ -220,7 +220,7 @@ def run(data: Data, overrides: list[str], length: int, seed: int, directory: Pat
     by_evaluations = {}
     for steps in (1, 2, 4) if not heun else (1, 3, 35):
         sampler = config.sample.sampler
-        drawn = udddm.sample(directory, range(data.count), steps=steps, sampler_name=sampler)
+        drawn = udddm.sample(directory, range(data.count), steps=steps, sampler=sampler)
         if steps in (1, 35):
             np.save(directory / f"samples-{steps}.npy", drawn[:64])
         features, logits = extract(network, torch.split(torch.from_numpy(drawn), 250))

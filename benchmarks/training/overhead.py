@@ -83,7 +83,8 @@ def main() -> None:
     config = configuration.load_config(
         None,
         [
-            "network={width: 32, multipliers: [1, 2], blocks: 1, attention: [], dropout: 0, condition: none}",
+            "network={base_channels: 32, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [], "
+            "dropout: 0, condition: none}",
             "objective={huber_c: 0.3, chain: {length: 2, stages: [{start: 0, levels: 16}]}}",
             "train={steps: 1000000, batch_size: 64, learning_rate: 1.0e-3, ema: [0.999]}",
         ],

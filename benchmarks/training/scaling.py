@@ -60,7 +60,8 @@ def one_run(launcher: str, workers: int, run: Path, steps: int, engine: str) -> 
         str(preset),
         [
             "objective={name: chain, huber_c: 1.5}",
-            "network={width: 32, multipliers: [1, 2], blocks: 1, attention: [], dropout: 0.0, condition: none}",
+            "network={base_channels: 32, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [], "
+            "dropout: 0.0, condition: none}",
             f"train.steps={steps}",
             "train.batch_size=128",
             f"checkpoint.every_steps={steps}",

@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import yaml
 
-from udddm import cli, config
+from udddm import config
+from udddm.cli.train import _parser
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SRUN = """#!{python}
@@ -33,7 +34,8 @@ SCONTROL = """#!/bin/sh
 if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> {log}; fi
 """
 SETTINGS = [
-    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0, condition: none}",
+    "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], "
+    "dropout: 0, condition: none}",
     "train={steps: 200, batch_size: 64, learning_rate: 0.001, ema: [0.9]}",
     "checkpoint.every_steps=10",
     "sample={every_steps: 0, final: 0}",
@@ -66,7 +68,9 @@ def test_the_slurm_script_stops_requeues_and_resumes(slurm: dict[str, str], tmp_
     first = subprocess.Popen(command, env=slurm, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "step-00000020").exists():
-        assert first.poll() is None and time.monotonic() < deadline
+        if first.poll() is not None or time.monotonic() > deadline:
+            first.kill()
+            raise AssertionError(first.communicate()[1])
         time.sleep(0.02)
     children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
     os.kill(int(children[0]), signal.SIGTERM)  # Slurm signals a job's steps, and not the script
@@ -98,7 +102,7 @@ def manifest() -> dict[str, Any]:
 def test_the_rayjob_s_command_is_one_of_ours() -> None:
     entry = shlex.split(manifest()["spec"]["entrypoint"])
     assert entry[0] == "udddm-train"
-    arguments = cli._train_parser().parse_args(entry[1:])
+    arguments = _parser().parse_args(entry[1:])
     here = EXAMPLES.parent / Path(arguments.config).relative_to("/home/ray/udddm")
     lanes = config.load_config(str(here), []).order.lanes
     assert any(lanes % workers == 0 for workers in range(arguments.workers[0], arguments.workers[1] + 1))

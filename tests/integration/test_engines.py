@@ -13,15 +13,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 import udddm
 from udddm import ConfigError, RunConfig, networks
+from udddm.backends import engines
 from udddm.backends.distributed.ranks import Ranks
-from udddm.backends.engines import base, ddp, deepspeed_config
+from udddm.backends.engines import EngineContext, ddp, deepspeed_config
 from udddm.backends.engines.ddp import TorchEngine
 from udddm.config import resolve
 from udddm.runs.weights import Saved, share_out
 from udddm.testing.ranks import Copy, on_ranks
 
 SHAPE = (1, 8, 8)
-NETWORK = {"width": 8, "multipliers": [1, 2], "blocks": 1, "attention": [4], "dropout": 0.0}
+NETWORK = {
+    "base_channels": 8,
+    "channel_mult": [1, 2],
+    "blocks_per_level": 1,
+    "attention_resolutions": [4],
+    "dropout": 0.0,
+}
 ENGINES: dict[str, dict[str, Any]] = {
     "torch": {},
     **{f"zero{stage}": {"name": "deepspeed", "zero": stage} for stage in range(4)},
@@ -78,7 +85,7 @@ def test_every_stage_gives_the_weights_ema_and_moments_of_torch(name: str, refer
 
 @pytest.mark.parametrize("name", ["torch", "zero2"])
 def test_accumulation_gives_the_same(name: str, reference: Path, tmp_path: Path) -> None:
-    assert difference(train(tmp_path / name, name, 2, accumulation=4), reference) < 1e-6
+    assert difference(train(tmp_path / name, name, 2, grad_accumulation=4), reference) < 1e-6
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(4, marks=pytest.mark.slow)])
@@ -158,7 +165,7 @@ class HalfSteps:
 
         kind = type(get_accelerator())
         kind.is_fp16_supported = lambda self: True
-        built = base.build(build_network_of(self.config, SHAPE), self.config, ranks, 8)
+        built = engines.build(networks.for_run(self.config, SHAPE), self.config, ranks, 8)
         if self.good:
             built._load_scale(2.0**10, self.good)
         for step in range(3):
@@ -194,7 +201,7 @@ def half_steps(place: Path, name: str, world: int = 1, good: int = 0, **settings
 )
 def test_fp16_gradients_are_scaled_and_unscaled_at_every_stage(name: str, clip: float | None, tmp_path: Path) -> None:
     """Adam hides a constant factor in its updates, but not in its moments."""
-    expected, found = half_steps(tmp_path, "torch", clip=clip), half_steps(tmp_path, name, clip=clip)
+    expected, found = half_steps(tmp_path, "torch", grad_clip=clip), half_steps(tmp_path, name, grad_clip=clip)
     assert set(expected) == set(found)
     assert torch.equal(expected["scaler"], found["scaler"])
     for moment in ("exp_avg/", "exp_avg_sq/"):
@@ -231,7 +238,7 @@ class StartsOnAGPU:
     def __call__(self, ranks: Ranks) -> None:
         ddp.DistributedDataParallel = OnAGPU
         there = Ranks(ranks.rank, ranks.world_size, torch.device("cuda", 0))
-        built = TorchEngine(Stays(3, 2), config().train, there, 8)
+        built = TorchEngine(EngineContext(Stays(3, 2), config(), there, 8))
         built.backward_and_step(built.module(torch.ones(4, 3)).square().mean(), 0)
         assert all(bool(moment.any()) for moment in built.moments()["exp_avg"].values())
 
@@ -251,7 +258,7 @@ def test_bf16_keeps_unrounded_master_weights(tmp_path: Path) -> None:
 
 
 def test_a_sharded_run_begins_with_another_engines_average(reference: Path, tmp_path: Path) -> None:
-    run = train(tmp_path / "run", "zero1", 2, precision="bf16", learning_rate=1e-12, initial=str(reference))
+    run = train(tmp_path / "run", "zero1", 2, precision="bf16", learning_rate=1e-12, init_from=str(reference))
     begun = Saved(reference / "checkpoints" / "step-00000008", "ema-0.9")
     for kind in ("model", "ema-0.9"):
         saved = Saved(run / "checkpoints" / "step-00000008", kind)
@@ -316,13 +323,14 @@ def test_the_stage_of_the_file_and_of_the_command_must_agree() -> None:
         deepspeed_config.resolve(with_file(AUTO, zero=3), 2)
 
 
-def test_settings_of_deepspeed_need_deepspeed() -> None:
+def test_settings_of_deepspeed_need_deepspeed(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"engine\.name=deepspeed"):
-        resolve({"engine": {"zero": 2}})
+        udddm.train({"engine": {"zero": 2}}, run_dir=tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match="offload needs ZeRO"):
         resolve({"engine": {"name": "deepspeed", "zero": 0, "offload": True}})
 
 
 def test_accumulation_must_divide_a_ranks_samples(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"train\.accumulation"):
-        udddm.train(config(accumulation=3), run_dir=tmp_path / "run", device="cpu")
+    with pytest.raises(ConfigError, match=r"train\.grad_accumulation"):
+        udddm.train(config(grad_accumulation=3), run_dir=tmp_path / "run", device="cpu")

@@ -23,7 +23,8 @@ from udddm.config import resolve
 from udddm.errors import DataError, Interrupted, RankError, WorkerLost
 
 SETTINGS = [
-    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.1, condition: none}",
+    "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], "
+    "dropout: 0.1, condition: none}",
     "train={steps: 120, batch_size: 64, learning_rate: 0.001, ema: [0.9]}",
     "checkpoint.every_steps=5",
     "sample={every_steps: 0, final: 7}",
@@ -233,6 +234,35 @@ def test_a_data_set_factory_runs_in_the_workers(tmp_path: Path) -> None:
         for i, given in enumerate([Squares, Squares()])
     ]
     assert results[0]["weights_sha256"] == results[1]["weights_sha256"]
+
+
+PROGRAM = """
+import logging, sys
+import udddm
+
+if __name__ == "__main__":
+    if sys.argv[2] == "silenced":
+        logging.getLogger("udddm").setLevel(logging.WARNING)
+    sections = {
+        "network": {"base_channels": 4, "channel_mult": [1], "blocks_per_level": 1, "attention_resolutions": [],
+                    "condition": "none"},
+        "train": {"steps": 2, "batch_size": 64},
+        "sample": {"every_steps": 0},
+    }
+    udddm.train(sections, run_dir=sys.argv[1], device="cpu", workers=2)
+"""
+
+
+@pytest.mark.parametrize("logger", ["as it is", "silenced"])
+def test_workers_print_their_messages_unless_the_program_silenced_them(logger: str, tmp_path: Path) -> None:
+    """A worker is a new process, which knows nothing of the program's logging but its level."""
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM)
+    command = [sys.executable, str(program), str(tmp_path / "run"), logger]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, timeout=120, check=True)
+    printed = 0 if logger == "silenced" else 1
+    assert done.stderr.count("backend: local (several workers on this machine)") == printed  # by the driver
+    assert done.stderr.count("2 ranks; engine: torch") == printed, done.stderr  # by the first worker
 
 
 LEAVES = """

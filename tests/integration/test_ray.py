@@ -21,7 +21,8 @@ from udddm.testing.s3 import BUCKET, S3Server
 pytest.importorskip("ray")
 pytestmark = pytest.mark.timeout(280)
 SETTINGS = [
-    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.1, condition: none}",
+    "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], "
+    "dropout: 0.1, condition: none}",
     "train={steps: 300, batch_size: 64, learning_rate: 0.001, ema: [0.9]}",
     "checkpoint.every_steps=10",
     "sample={every_steps: 0, final: 7}",

@@ -49,15 +49,16 @@ def test_the_base_installation_trains_samples_and_draws(tmp_path: Path) -> None:
     code = (
         "import json, sys\n"
         f"sys.modules.update(dict.fromkeys({lacking!r}))\n"  # importing them fails, as if they were not installed
-        "from udddm import cli\n"
-        "for name in ('consistency', 'tuning', 'chain'):\n"
+        "from udddm.cli import sample, train\n"
+        "for name in ('ict', 'ect', 'chain'):\n"
         "    run = sys.argv[1] + '/' + name\n"
-        "    code = cli.train(['--config', sys.argv[2], '--run-dir', run, '--store=zarr', '--device=cpu',\n"
-        "        '--set=network={width: 8, multipliers: [1], blocks: 1, attention: [], condition: none}',\n"
+        "    code = train.main(['--config', sys.argv[2], '--run-dir', run, '--store=zarr', '--device=cpu',\n"
+        "        '--set=network={base_channels: 8, channel_mult: [1], blocks_per_level: 1}',\n"
+        "        '--set=network.attention_resolutions=[]', '--set=network.condition=none',\n"
         "        '--set=train={steps: 6, batch_size: 64, learning_rate: 1.0e-3, ema: [0.9]}',\n"
         "        f'--set=objective={{name: {name}}}', '--set=sample={every_steps: 0, final: 9}'])\n"
         "    assert code == 0, (name, code)\n"
-        "assert cli.sample(['--checkpoint', run, '--seeds', '0-3', '--out', sys.argv[1] + '/samples']) == 0\n"
+        "assert sample.main(['--checkpoint', run, '--seeds', '0-3', '--out', sys.argv[1] + '/samples']) == 0\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path), str(ROOT / "configs" / "digits.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
@@ -73,7 +74,7 @@ def test_a_folder_of_images_without_pillow_says_what_to_install(tmp_path: Path) 
         "import sys\n"
         "sys.modules['PIL'] = None\n"
         "from pathlib import Path\n"
-        "from udddm.data import DataError\n"
+        "from udddm.errors import DataError\n"
         "from udddm.data.folder import FolderImages\n"
         "try:\n    FolderImages(Path(sys.argv[1]))\n"
         "except DataError as error:\n    print(error)\n"

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from udddm.cli.command import TRUST, add_version, positive, reported
-from udddm.config.plugins import SAMPLERS
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="udddm-evaluate",
-        description="Score a model, or samples, against their data set. Under torchrun each rank makes a share.",
+        description="Score a model, or samples, against their data set. Under torchrun the ranks share the sampling.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", metavar="RUN", help="a run directory or URL, or one of its checkpoints")
@@ -38,7 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--count", type=positive, default=50_000, metavar="N", help="samples to make (default 50,000)")
     parser.add_argument("--steps", type=positive, default=1, metavar="N", help="network evaluations a sample")
-    parser.add_argument("--sampler", default="renoise", metavar="NAME", help=", ".join(SAMPLERS.members))
+    parser.add_argument(
+        "--sampler",
+        default="renoise",
+        metavar="NAME",
+        help="renoise (default), algorithm-2, heun, or package.module:function",
+    )
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="W", help="weight of the labels (default 1: plain sampling)"
     )
@@ -77,6 +81,8 @@ def main(argv: list[str] | None = None) -> int:
         if found is None:
             return 0
         if arguments.json:
+            from udddm.files import make_directory, write_json
+
             make_directory(arguments.json.parent)
             write_json(arguments.json, found)
         print("\n".join(_table(found)))
@@ -86,14 +92,12 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
-    """What was found, on the first rank."""
-    import torch
-
+    """The figures, on rank zero; None elsewhere."""
     from udddm import config as configuration
     from udddm.data import ImageDataset, load_dataset
     from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
     from udddm.evaluation import evaluate
-    from udddm.evaluation.features import extract, load_features
+    from udddm.evaluation.features import load_features
     from udddm.runs.model import load_model
 
     refused = (ConfigError, DataError, CheckpointError, StoreError, OSError)
@@ -109,19 +113,16 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
 
     dataset = ranks.run_on_all(lambda: ImageDataset(load_dataset(config.data)) if ranks.is_rank_zero else None, refused)
     rows = []
-    if model is None:
-        if dataset is not None:
-            images = read_samples(arguments.samples, dataset.shape)
-            rows.append(extract(network, torch.split(images, evaluate.BATCH)))
-    else:
+    if model is not None:
         for repetition in range(arguments.repeat):
             rows.append(_share(arguments, model, network, ranks, arguments.first_seed + repetition * arguments.count))
+    elif dataset is not None:
+        rows.append(_features_of_file(arguments.samples, dataset.shape, network))
     if dataset is None:
         return None
     # After the last exchange: the statistics of a large data set take longer than ranks wait for each other.
     real = evaluate.reference(dataset, network, arguments.cache)
     scores = [evaluate.score(features, logits, real, network.name) for features, logits in rows]
-    found = evaluate.summarize(scores)
     return {
         "of": str(arguments.checkpoint or arguments.samples),
         "data": config.data.name,
@@ -129,10 +130,20 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
         "evaluations": arguments.steps if model else None,
         "guidance": arguments.guidance if model else None,
         "repeat": len(scores),
-        **found,
+        **evaluate.summarize(scores),
         "published": published,
         "each": scores if len(scores) > 1 else [],
     }
+
+
+def _features_of_file(path: Path, shape: tuple[int, int, int], network: FeatureNetwork) -> Any:
+    """Features and logits of the images in an .npy file."""
+    import torch
+
+    from udddm.evaluation import evaluate
+    from udddm.evaluation.features import extract
+
+    return extract(network, torch.split(read_samples(path, shape), evaluate.BATCH))
 
 
 def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:

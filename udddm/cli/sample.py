@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from udddm.cli.command import add_version, integers, reported
-from udddm.config.plugins import SAMPLERS
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -16,7 +15,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoint", metavar="RUN", required=True, help="a run directory or one of its checkpoints")
     parser.add_argument("--steps", type=int, default=1, metavar="N", help="network evaluations an image (default 1)")
-    parser.add_argument("--sampler", default="renoise", metavar="NAME", help=", ".join(SAMPLERS.members))
+    parser.add_argument(
+        "--sampler",
+        default="renoise",
+        metavar="NAME",
+        help="renoise (default), algorithm-2, heun, or package.module:function",
+    )
     parser.add_argument("--seeds", type=integers, default=list(range(64)), metavar="0-999", help="default 0-63")
     parser.add_argument(
         "--labels",

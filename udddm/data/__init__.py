@@ -7,7 +7,6 @@ images, labels = dataset.batch(ids)                 # float32 [n, C, H, W] in [-
 from udddm.data.dataset import ImageDataset, check_unchanged
 from udddm.data.images import ArrayImages, BatchSource, MapDataset
 from udddm.data.loading import expected, load_dataset
-from udddm.errors import DataError
 
 __all__ = [
     "ArrayImages",

@@ -1,4 +1,4 @@
-"""Evaluation during training: samples are made between two steps; all the rest happens in a background thread."""
+"""Evaluation during training: samples are made between two steps; everything else runs in a background thread."""
 
 from __future__ import annotations
 
@@ -20,23 +20,22 @@ from udddm.log import log
 
 
 class BackgroundEvaluation:
-    """Scores go to `<run>/evaluation.jsonl`, one line a step, and to the run's messages.
+    """Writes scores to `<run>/evaluation.jsonl`, one line per step, and to the run's messages.
 
-    Raises ConfigError for a feature network that cannot be had.
+    Raises ConfigError for a feature network that cannot be loaded.
     """
 
     def __init__(self, config: EvaluateConfig, dataset: ImageDataset, device: torch.device, run_dir: Path):
         self._network, self._metrics = load_features(config.features, device), config.metrics
         self._dataset, self._path = dataset, run_dir / "evaluation.jsonl"
         self._reference: Reference | None = None
-        choose = (
-            partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-        )  # else a thread's is the first
+        # Without it, a new thread's device is the first.
+        choose = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(1, "evaluation", initializer=choose)
         self._pending: list[Future[None]] = []
 
     def submit(self, step: int, images: torch.Tensor, evaluations: int) -> None:
-        """Returns at once. Raises what an earlier evaluation failed with."""
+        """Queue an evaluation and return. Raises the error of an earlier one that failed."""
         for done in [future for future in self._pending if future.done()]:
             self._pending.remove(done)
             done.result()
@@ -49,16 +48,16 @@ class BackgroundEvaluation:
         found: dict[str, Any] = {"step": step, "evaluations": evaluations}
         found |= evaluate.score(*rows, self._reference, self._network.name, self._metrics)
         lines = [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
-        same = (step, evaluations)  # of a run that was resumed from before it
+        same = (step, evaluations)  # written before the run was resumed from an earlier step
         kept = [line for line in lines if (line["step"], line["evaluations"]) != same]
         write_text(self._path, "".join(json.dumps(line) + "\n" for line in [*kept, found]))
-        distance = "fid" if "fid" in found else "fd"
-        log.info(f"step {step}: {distance} {found[distance]:.4g} on {found['n']} images, recall {found['recall']:.2f}")
+        shown = (f"{name} {found[name]:.4g}" for name in ("fid", "fd", "kid", "recall", "spread") if name in found)
+        log.info(f"step {step}: {found['n']} images scored: {', '.join(shown) or 'see evaluation.jsonl'}")
         for note in evaluate.notes(found):
             log.info(note)
 
     def close(self) -> None:
-        """Wait for what is under way."""
+        """Wait for the evaluations that are queued. Raises the error of one that failed."""
         self._pool.shutdown()
         for future in self._pending:
             future.result()

@@ -18,7 +18,7 @@ from udddm.backends.distributed.ranks import choose_device
 from udddm.config.plugins import METRICS, name_of
 from udddm.data import ImageDataset, MapDataset
 from udddm.data.download import cache_directory
-from udddm.errors import DataError
+from udddm.errors import ConfigError, DataError
 from udddm.evaluation import metrics
 from udddm.evaluation.features import INCEPTION, FeatureNetwork, Rows, extract, load_features
 from udddm.evaluation.metrics import KERNEL, MetricInput, Reference
@@ -33,7 +33,7 @@ STANDARD = 50_000
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
     """`items`, made in a background thread while the caller works on the ones before."""
     iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1, "ahead") as pool:
+    with ThreadPoolExecutor(1, "prefetch") as pool:
         waiting = [pool.submit(next, iterator, end) for _ in range(depth)]
         while (item := waiting.pop(0).result()) is not end:
             waiting.append(pool.submit(next, iterator, end))
@@ -83,7 +83,12 @@ def score(
     found: dict[str, Any] = {"n": len(features)}
     given = MetricInput(features, logits, real, "fid" if name == INCEPTION else "fd")
     for metric in chosen:
-        found |= METRICS.build(metric, {}, given)
+        figures = METRICS.build(metric, {}, given)
+        if not isinstance(figures, Mapping):
+            raise ConfigError(
+                f"the metric {metric} returned a {type(figures).__name__}; return a dict of figures by name"
+            )
+        found |= {key: value.item() if hasattr(value, "item") else value for key, value in figures.items()}
     return found
 
 
@@ -140,16 +145,26 @@ def evaluate(
     """Score `images` [N, C, H, W] in [-1, 1] against `dataset`, as `udddm-evaluate --samples` does.
 
     `features` is inception, a TorchScript file, or package.module:function; `metrics` are names, or functions of your
-    own (docs/extending.md). Raises ConfigError for a feature network or metric that cannot be had, and DataError for
+    own (docs/extending.md). Raises ConfigError for a feature network or metric that cannot be loaded, and DataError for
     images of another shape than the data set's.
     """
-    chosen = [METRICS.check(name_of(metric, "metrics")) for metric in metrics]
+    chosen = _metric_names(metrics)
     real, rows = ImageDataset(dataset), torch.as_tensor(images)
     if tuple(rows.shape[1:]) != real.shape or len(rows) < 2:
         raise DataError(f"the images are {list(rows.shape)}: wanted two or more [N, {', '.join(map(str, real.shape))}]")
     network = load_features(features, choose_device(device))
     extracted = extract(network, torch.split(rows, BATCH))
     return Scores.from_dict(score(*extracted, reference(real, network, cache), network.name, chosen))
+
+
+def _metric_names(metrics: Sequence[str | Callable[..., Any]]) -> list[str]:
+    """The names of metrics, before anything is computed. Raises ConfigError."""
+    if isinstance(metrics, str) or not isinstance(metrics, Sequence):
+        raise ConfigError(f"metrics: give a list of names or functions, such as ['frechet'], not {metrics!r}")
+    names = [name_of(metric, "metrics") for metric in metrics]
+    for name in names:
+        METRICS.load(name)
+    return names
 
 
 def summarize(scores: list[dict[str, Any]]) -> dict[str, Any]:
@@ -167,11 +182,11 @@ def summarize(scores: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def notes(found: dict[str, Any]) -> list[str]:
-    """What a reader must know before quoting these figures."""
+    """Remarks that belong to these figures wherever they are quoted."""
     lines = []
     if found["n"] < STANDARD and "fid" in found:
         lines.append(f"NOTE: {found['n']} images. FID falls with their number: published figures stand on {STANDARD:,}")
-    if found["collapsed"]:
+    if found.get("collapsed"):
         lines.append(
             f"NOTE: COLLAPSED. The samples vary {found['spread']:.3f} times as much as the data: nearly all are alike"
         )

@@ -61,7 +61,7 @@ def _host(rows: torch.Tensor) -> Rows:
 def load_features(name: str, device: torch.device) -> FeatureNetwork:
     """`inception`, a TorchScript file, or `package.module:function` that takes the images.
 
-    Raises ConfigError for one that cannot be had, naming what to install or correct.
+    Raises ConfigError for one that cannot be loaded, naming what to install or correct.
     """
     if name == INCEPTION:
         network = _inception(device)

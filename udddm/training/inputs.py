@@ -1,4 +1,4 @@
-"""The images and visits of the coming steps, made ready in a background thread."""
+"""The images and visits of the coming steps, prefetched in a background thread."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from udddm.order import Order
 
 @dataclass
 class StepInput:
-    """What one rank trains on in a step, or in one of its micro-batches, but for the x0-state."""
+    """What one rank trains on in a step, or in one of its micro-batches, apart from the x0-state."""
 
     images: torch.Tensor
     """[b, C, H, W] float32 in [-1, 1]."""
@@ -27,37 +27,23 @@ class StepInput:
     visits: Visits
 
 
-class Prefetch:
-    """Inputs of consecutive steps from `step` on, `depth` of them ahead. `next` raises what the data set raised."""
+@dataclass(frozen=True)
+class InputBuilder:
+    """Builds one rank's inputs of any step, on the host: a function of the step alone."""
 
-    def __init__(
-        self,
-        order: Order,
-        lanes: range,
-        dataset: ImageDataset,
-        objective: Objective,
-        device: torch.device,
-        *,
-        step: int,
-        depth: int,
-        labels: LabelDropout | None,
-        parts: int = 1,
-    ):
-        """`labels` says which visits keep theirs; None: the network takes none. `parts` is the number of equal
-        micro-batches that a step is cut into."""
-        self.order, self.lanes, self.dataset, self.objective = order, lanes, dataset, objective
-        self.device, self.labels, self.parts = device, labels, parts
-        self._pool = ThreadPoolExecutor(1, "data")
-        self._next = step
-        self._pending: deque[Future[list[StepInput]]] = deque()
-        for _ in range(depth):
-            self._ask()
+    order: Order
+    lanes: range
+    dataset: ImageDataset
+    objective: Objective
+    device: torch.device
+    """Where they are used: page-locked memory is taken for CUDA."""
+    labels: LabelDropout | None
+    """Which visits keep their label; None: the network takes none."""
+    parts: int = 1
+    """Equal micro-batches that a step is cut into."""
 
-    def _ask(self) -> None:
-        self._pending.append(self._pool.submit(self._make, self._next))
-        self._next += 1
-
-    def _make(self, global_step: int) -> list[StepInput]:
+    def build(self, global_step: int) -> list[StepInput]:
+        """One input per micro-batch. Raises what the data set raises."""
         epoch, step = divmod(global_step, self.order.steps_per_epoch)
         batch = self.order.batch_of(self.lanes, epoch, step)
         images, labels = self.dataset.batch(batch.ids)
@@ -77,16 +63,32 @@ class Prefetch:
             made.append(StepInput(images[part], given, weights[part], visits))
         return made
 
+
+class Prefetch:
+    """Inputs of consecutive steps from `step` on, built `depth` steps ahead in a background thread."""
+
+    def __init__(self, builder: InputBuilder, *, step: int, depth: int):
+        self._builder, self._next = builder, step
+        self._pool = ThreadPoolExecutor(1, "data")
+        self._pending: deque[Future[list[StepInput]]] = deque()
+        for _ in range(depth):
+            self._submit()
+
+    def _submit(self) -> None:
+        self._pending.append(self._pool.submit(self._builder.build, self._next))
+        self._next += 1
+
     def next(self) -> list[StepInput]:
-        """The next step's micro-batches, on the device once its stream gets there."""
-        made = self._pending.popleft().result()
-        self._ask()
-        if self.device.type == "cuda":
+        """The next step's micro-batches, on the device once its stream reaches their copies. Raises what the data set
+        raised."""
+        made, device = self._pending.popleft().result(), self._builder.device
+        self._submit()
+        if device.type == "cuda":
             for part in made:
-                part.images = part.images.to(self.device, non_blocking=True)
-                part.weights = part.weights.to(self.device, non_blocking=True)
-                part.labels = None if part.labels is None else part.labels.to(self.device, non_blocking=True)
-                part.visits = part.visits.to(self.device)
+                part.images = part.images.to(device, non_blocking=True)
+                part.weights = part.weights.to(device, non_blocking=True)
+                part.labels = None if part.labels is None else part.labels.to(device, non_blocking=True)
+                part.visits = part.visits.to(device)
         return made
 
     def close(self) -> None:

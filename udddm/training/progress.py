@@ -1,4 +1,4 @@
-"""What a run tells: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+"""Reports of a run: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def _tensorboard(directory: Path, purge_step: int) -> _Writer | None:
 
 
 class Line:
-    """Progress as a person sees it: a bar on a terminal, now and then a plain line elsewhere."""
+    """Progress on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
 
     PLAIN_EVERY = 10.0  # seconds between plain lines
 
     def __init__(self) -> None:
         self._bar: Any = None
-        self._spoke = time.monotonic()
-        self._told = -1
+        self._last_line = time.monotonic()
+        self._shown = -1
 
     def advance(self, step: int, total: int) -> None:
         with suppress(OSError, ValueError):
@@ -57,9 +57,9 @@ class Line:
 
     def show(self, step: int, total: int, values: dict[str, float]) -> None:
         """The rates, the store's counters and the ETA at a step."""
-        if step == self._told:
+        if step == self._shown:
             return
-        self._told = step
+        self._shown = step
         shown = {
             "loss": f"{values['loss']:.4g}",
             "images/s": f"{values['images_per_second']:.0f}",
@@ -73,8 +73,8 @@ class Line:
         if self._bar is not None:
             with suppress(OSError, ValueError):
                 self._bar.set_postfix(shown)
-        elif time.monotonic() - self._spoke >= self.PLAIN_EVERY or step == total:
-            self._spoke = time.monotonic()
+        elif time.monotonic() - self._last_line >= self.PLAIN_EVERY or step == total:
+            self._last_line = time.monotonic()
             minutes, seconds = divmod(round(values["eta_seconds"]), 60)
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
             log.info(f"step {step}/{total}  {text}  ETA {minutes}:{seconds:02d}")
@@ -86,22 +86,22 @@ class Line:
 
 
 class Progress:
-    """Reports on training from step `start` of `total`. `metrics` writes a line; `close` finishes the bar.
+    """Reports on training from step `start` of `total`. `write` records metrics; `close` finishes the bar.
 
-    `listener` is told of the metrics too, and then nothing is shown here.
+    With `on_metrics`, which then receives them too, nothing is shown here.
     """
 
     def __init__(
-        self, run: Path, start: int, total: int, listener: Callable[[int, int, dict[str, float]], None] | None = None
+        self, run: Path, start: int, total: int, on_metrics: Callable[[int, int, dict[str, float]], None] | None = None
     ):
         self._path = run / "metrics.jsonl"
         self._keep_until(start)
         self._tensorboard = _tensorboard(run / "tensorboard", start + 1)
-        self._step, self._total, self._listener = start, total, listener
+        self._step, self._total, self._on_metrics = start, total, on_metrics
         self._line = Line()
 
     def _keep_until(self, step: int) -> None:
-        """Drop the lines of steps that a killed run took after the checkpoint: they are about to be taken again."""
+        """Drop the lines of steps that a killed run took after the checkpoint, which are repeated now."""
         if not self._path.exists():
             return
         kept = []
@@ -115,20 +115,20 @@ class Progress:
 
     def advance(self) -> None:
         self._step += 1
-        if self._listener is None:
+        if self._on_metrics is None:
             self._line.advance(self._step, self._total)
 
-    def metrics(self, step: int, values: dict[str, float]) -> None:
+    def write(self, step: int, values: dict[str, float]) -> None:
         """Record values at a step: the rates, the store's counters and the ETA are also shown."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._tensorboard is not None:
             for name, value in values.items():
                 self._tensorboard.add_scalar(name, value, step)
-        if self._listener is None:
+        if self._on_metrics is None:
             self._line.show(step, self._total, values)
         else:
-            self._listener(step, self._total, values)
+            self._on_metrics(step, self._total, values)
 
     def close(self) -> None:
         if self._tensorboard is not None:

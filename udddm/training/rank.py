@@ -1,4 +1,4 @@
-"""One rank's part of a run: what every launcher calls on every rank once they have joined."""
+"""One rank's part of a run, from the data set to the result."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from udddm import store as stores
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig
+from udddm.config.plugins import ENGINES, METRICS, NETWORKS, SAMPLERS, STORES
 from udddm.data import ImageDataset, MapDataset, load_dataset
+from udddm.diffusion import schedule
 from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
 from udddm.files import load_json
 from udddm.log import log
@@ -28,7 +30,7 @@ from udddm.training.trainer import Trainer
 def train_rank(
     config: RunConfig, dataset: MapDataset | None, where: str | Path, ranks: Ranks, listener: Listener | None = None
 ) -> dict[str, Any]:
-    """This rank's part of a run: what every launcher calls on every rank once they have joined."""
+    """Train this rank's part of the run in `where`, after the ranks have joined. Returns the run's result."""
     refused = (ConfigError, DataError, StoreError, CheckpointError, OSError)
     run = ranks.run_on_all(lambda: open_run(where), refused)
 
@@ -36,6 +38,7 @@ def train_rank(
         images = ImageDataset(dataset if dataset is not None else load_dataset(config.data))
         if config.network.classes and not images.labelled:
             raise ConfigError("network.classes is set, but the data set has no labels")
+        check_factories(config, images.shape)
         return images
 
     images = ranks.run_on_all(load, refused)
@@ -55,9 +58,23 @@ def train_rank(
             directory = local_path(url)
             if directory is not None:
                 ranks.check_shared(directory, "the x0-state's directory")
-            else:  # every rank must get there, with its machine's credentials
+            else:  # every rank must reach it, with its machine's credentials
                 ranks.run_on_all(lambda: open_object_store(url).exists("zarr.json"), refused)
         return _train(config, images, run, ranks, listener)
+
+
+def check_factories(config: RunConfig, shape: tuple[int, int, int]) -> None:
+    """Load what the configuration names. Raises ConfigError, before the run directory records a wrong choice."""
+    for registry, name, settings in (
+        (STORES, config.store.kind, config.store.settings),
+        (NETWORKS, config.network.name, config.network.settings),
+        (ENGINES, config.engine.name, config.engine.settings),
+        (SAMPLERS, config.sample.sampler, config.sample.settings),
+    ):
+        registry.parse(name, registry.load(name), settings)
+    for metric in config.evaluate.metrics if config.evaluate.every_steps else ():
+        METRICS.load(metric)
+    objectives.build(config, schedule.build(config.schedule), 1.0, shape)
 
 
 def _train(
@@ -89,10 +106,10 @@ def describe(trainer: Trainer) -> list[str]:
     precision = "as configured" if config.train.precision != "fp32" else "the default"
     return [
         f"udddm {udddm.__version__}, torch {torch.__version__}, Python {platform.python_version()}",
-        f"device: {name}, {ranks.world_size} {'ranks' if ranks.world_size > 1 else 'rank'}; engine: {trainer.engine.describe()}; "
-        f"precision: {config.train.precision} ({precision})",
-        f"data: {len(images)} images {'x'.join(map(str, images.shape))}; objective: {objectives.describe(config, trainer.objective)}; "
-        f"seed: {config.seed}",
+        f"device: {name}, {ranks.world_size} {'ranks' if ranks.world_size > 1 else 'rank'}; "
+        f"engine: {trainer.engine.describe()}; precision: {config.train.precision} ({precision})",
+        f"data: {len(images)} images {'x'.join(map(str, images.shape))}; "
+        f"objective: {objectives.describe(config, trainer.objective)}; seed: {config.seed}",
         f"x0-state store: {config.store.kind}, {config.store.dtype} ({trainer.store.describe()})",
         f"run directory: {trainer.run}; the same command resumes it",
     ]

@@ -39,12 +39,12 @@ from udddm.runs.pretrained import begin_from
 from udddm.runs.run import Run
 from udddm.store import Encoding, Snapshot, StateLayout, StoreCounters
 from udddm.store.base import finite_rows
-from udddm.training.inputs import Prefetch
+from udddm.training.inputs import InputBuilder, Prefetch
 from udddm.training.progress import Progress
 
 
 class Trainer:
-    """A run on one rank: built from a configuration and a data set, resumed from the newest whole checkpoint."""
+    """A run on one rank: built from a configuration and a data set, resumed from the newest valid checkpoint."""
 
     def __init__(
         self, config: RunConfig, dataset: ImageDataset, run: Run, ranks: Ranks, listener: Listener | None = None
@@ -122,9 +122,10 @@ class Trainer:
             stack.callback(inputs.close)
             if self.evaluation is not None:
                 stack.callback(self.evaluation.close)
-            told = self.listener.metrics if self.listener else None
-            progress = Progress(self.run.path, self.step, self.total_steps, told) if self.ranks.is_rank_zero else None
-            if progress is not None:
+            progress = None
+            if self.ranks.is_rank_zero:
+                on_metrics = self.listener.on_metrics if self.listener else None
+                progress = Progress(self.run.path, self.step, self.total_steps, on_metrics)
                 stack.callback(progress.close)
             self._loop(inputs, progress)
             state = self.ranks.gather(self.store.sha256())
@@ -136,19 +137,12 @@ class Trainer:
         return result
 
     def begin(self) -> Prefetch:
-        """Resume, or start, and begin to make ready what the coming steps need."""
+        """Resume, or start, and begin to prefetch what the coming steps need."""
         self._resume()
-        return Prefetch(
-            self.order,
-            self.lanes,
-            self.dataset,
-            self.objective,
-            self.ranks.device,
-            step=self.step,
-            depth=self.config.store.prefetch or 4,
-            labels=objectives.LabelDropout.of(self.config) if self.config.network.classes else None,
-            parts=self.config.train.grad_accumulation,
-        )
+        labels = objectives.LabelDropout.of(self.config) if self.config.network.classes else None
+        parts = self.config.train.grad_accumulation
+        builder = InputBuilder(self.order, self.lanes, self.dataset, self.objective, self.ranks.device, labels, parts)
+        return Prefetch(builder, step=self.step, depth=self.config.store.prefetch or 4)
 
     def _loop(self, inputs: Prefetch, progress: Progress | None) -> None:
         config = self.config
@@ -199,7 +193,7 @@ class Trainer:
         read_wait, write_wait = counters.read_wait - before.read_wait, counters.write_wait - before.write_wait
         rate = (self.step - first) / seconds
         if progress is not None:
-            progress.metrics(
+            progress.write(
                 self.step,
                 {
                     "epoch": self.step / self.order.steps_per_epoch,
@@ -227,28 +221,28 @@ class Trainer:
         return now, self.step, counters
 
     def _diverged(self, what: str) -> str:
-        cure = (
+        advice = (
             "a lower train.learning_rate, train.grad_clip or another train.precision needs a new run: another --run-dir"
         )
         if self._newest is None:
-            return f"{what} is not finite after step {self.step}, and there is no checkpoint yet: {cure}"
+            return f"{what} is not finite after step {self.step}, and there is no checkpoint yet: {advice}"
         newest = self.checkpoints.name(self._newest)
         return (
             f"{what} is not finite after step {self.step}. The newest checkpoint is kept and is from step "
             f"{step_of(self._newest)}; the same command resumes from it, which helps if the machine was at fault. Else "
-            f"{cure}, with train.init_from={newest} to begin with that checkpoint's weights"
+            f"{advice}, with train.init_from={newest} to begin with that checkpoint's weights"
         )
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         """SIGTERM and SIGINT ask for a checkpoint and a stop after the step in progress."""
-        if self._signal is not None:  # asked twice: stop at once
+        if self._signal is not None:  # a second signal stops at once
             raise KeyboardInterrupt
         self._signal = signum
 
     # Checkpoints.
 
     def save(self) -> Path:
-        """Write a checkpoint of this position and remove those that `checkpoint.keep` lets go."""
+        """Write a checkpoint of this position and remove those beyond `checkpoint.keep`."""
         errors = (StoreError, CheckpointError, OSError)
         self.ranks.run_on_rank_zero(self.run.upload, errors)  # first: a run that resumes from it has its metrics
         path = self._newest = self.checkpoints.write(self.step, self.ranks, self._fill)
@@ -261,8 +255,8 @@ class Trainer:
         return path
 
     def _kept(self) -> list[int]:
-        """The steps of the checkpoints that there are, as the first rank sees them: another machine's listing of a
-        shared directory may be a minute old, and would let go of generations that the newest checkpoint refers to."""
+        """The steps of the checkpoints that there are, as rank zero sees them: another machine's listing of a
+        shared directory may be a minute old, and would drop generations that the newest checkpoint refers to."""
         assert self.ranks.is_rank_zero
         return [step_of(p) for p in self.checkpoints.all()]
 
@@ -280,7 +274,7 @@ class Trainer:
         write_json(directory / "position.json", {"step": self.step})
 
     def _resume(self) -> None:
-        """Take up the newest whole checkpoint, or begin."""
+        """Load the newest valid checkpoint, or start the run."""
 
         def newest() -> tuple[str | None, list[int]]:
             found = self.checkpoints.newest_valid()

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import udddm
 from udddm import api
 from udddm.backends.distributed.ranks import Ranks
 from udddm.cli.evaluate import main
@@ -104,28 +102,6 @@ def test_a_model_is_scored_over_seeds_and_a_collapse_is_told(
     assert alike["collapsed"] and "COLLAPSED" in capsys.readouterr().out
 
 
-def test_two_ranks_make_the_samples_that_one_makes(tmp_path: Path) -> None:
-    api.train(resolve(TINY), run_dir=tmp_path / "run", device="cpu")
-    arguments = ["--checkpoint", str(tmp_path / "run"), "--features", "features:digits", "--count", "70"]
-    one = evaluated(tmp_path, *arguments, "--batch", "20", "--repeat", "2")
-    out = tmp_path / "two.json"
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "udddm.cli.evaluate",
-    ]
-    rest = ["--batch", "20", "--repeat", "2", "--cache", str(tmp_path / "cache"), "--json", str(out), "--device", "cpu"]
-    paths = os.pathsep.join([str(YARDSTICK), os.environ.get("PYTHONPATH", "")])
-    environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *launcher, *arguments, *rest], check=True, env=environment, timeout=200)
-    two = json.loads(out.read_text())
-    assert two["n"] == 70 and [e["fd"] for e in two["each"]] == pytest.approx([e["fd"] for e in one["each"]], rel=1e-5)
-
-
 def test_the_statistics_are_made_when_no_rank_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of a large data set take longer than a collective may."""
     api.train(resolve(TINY), run_dir=tmp_path / "run", device="cpu")
@@ -144,17 +120,17 @@ def test_the_statistics_are_made_when_no_rank_waits(tmp_path: Path, monkeypatch:
 
 def test_a_model_goes_to_the_device_of_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     api.train(resolve(TINY), run_dir=tmp_path / "run", device="cpu")
-    model = api.load_model(tmp_path / "run", device=torch.device("meta"))
+    load_model = udddm.load_model
+    model = load_model(tmp_path / "run", device=torch.device("meta"))
     assert {p.device.type for p in model.network.parameters()} == {"meta"}
     devices: list[object] = []
-    taken = api.load_model
-    monkeypatch.setattr(api, "load_model", lambda *a, **k: [devices.append(k["device"]), taken(*a, **k)][1])
+    noted = lambda *a, **k: [devices.append(k["device"]), load_model(*a, **k)][1]  # noqa: E731
+    monkeypatch.setattr("udddm.runs.model.load_model", noted)
     evaluated(tmp_path, "--checkpoint", str(tmp_path / "run"), "--features", "features:digits", "--count", "60")
     assert devices == [torch.device("cpu")]  # not the name of a kind, which would be the first of them
 
 
 def test_samples_are_scored_from_python(tmp_path: Path) -> None:
-    import udddm
     from udddm.data import load_dataset
     from udddm.errors import DataError
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 
 from udddm.cli.command import FAILED, USAGE
+from udddm.cli.evaluate import main as evaluate_command
 from udddm.cli.sample import main as sample_command
 from udddm.cli.train import main as train_command
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 TINY = [
-    "--set=network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0, condition: none}",
+    "--set=network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], "
+    "dropout: 0, condition: none}",
     "--set=train={steps: 6, batch_size: 64, learning_rate: 1.0e-3, ema: [0.9]}",
     "--set=checkpoint.every_steps=3",
     "--set=sample={every_steps: 0, final: 9}",
@@ -33,15 +35,37 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("command", ["train", "sample", "store"])
+@pytest.mark.parametrize("command", ["train", "sample", "evaluate", "store"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = (
-        "import sys; from udddm import cli\n"
-        f"try: cli.{command}(['--help'])\nexcept SystemExit: pass\n"
+        f"import sys; from udddm.cli import {command}\n"
+        f"try: {command}.main(['--help'])\nexcept SystemExit: pass\n"
         "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'zarr', 'PIL'} & set(sys.modules)\n"
         "assert not heavy, heavy"
     )
     subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+def test_help_names_every_member_of_the_plug_points(capsys: pytest.CaptureFixture[str]) -> None:
+    """The help is text: to read the tables it would have to import what the configuration imports."""
+    from udddm.config.plugins import ENGINES, LAUNCHERS, SAMPLERS, STORES
+
+    for command, tables in (
+        (train_command, (STORES, ENGINES, LAUNCHERS)),
+        (sample_command, (SAMPLERS,)),
+        (evaluate_command, (SAMPLERS,)),
+    ):
+        with pytest.raises(SystemExit):
+            command(["--help"])
+        words = set(capsys.readouterr().out.replace(",", " ").split())
+        assert {name for table in tables for name in table.members} <= words
+
+
+def test_a_damaged_chunk_has_an_option_by_both_its_names() -> None:
+    from udddm.cli.train import _parser
+
+    for name in ("--on-corruption", "--on-damage"):
+        assert _parser().parse_args([name, "reinitialize"]).on_corruption == "reinitialize"
 
 
 @pytest.mark.parametrize(
@@ -199,7 +223,7 @@ def test_sampling_from_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.
     assert "none does not exist" in message
     assert "holds no checkpoint" in message
     assert "0.5" in message and "0.9" in message
-    assert "0 classes" in message
+    assert "this model has no classes" in message
     assert "guidance 2: the network takes no labels" in message
 
 
@@ -223,12 +247,12 @@ def test_samples_that_do_not_fit_leave_the_earlier_ones(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--checkpoint", str(run), "--out", str(tmp_path), "--device", "cpu", "--seeds"]
-    assert cli.sample([*command, "0-3"]) == 0
+    assert sample_command([*command, "0-3"]) == 0
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limit[1]))  # as on a full disk, the file is cut
     try:
-        assert cli.sample([*command, "0-99"]) == cli.FAILED
+        assert sample_command([*command, "0-99"]) == FAILED
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert "error: File too large" in capsys.readouterr().err
@@ -237,7 +261,7 @@ def test_samples_that_do_not_fit_leave_the_earlier_ones(
 
 @pytest.mark.parametrize("reader", ["goes", "was never there"])
 def test_a_run_outlives_whoever_reads_its_messages(reader: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "udddm.cli", "--run-dir", str(tmp_path / "run"), *TINY]
+    command = [sys.executable, "-m", "udddm", "train", "--run-dir", str(tmp_path / "run"), *TINY]
     if reader == "goes":
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         assert process.stderr is not None and process.stderr.readline()

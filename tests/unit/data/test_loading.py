@@ -11,7 +11,7 @@ import torch
 
 from udddm.config import DataConfig, ExpectConfig, RunConfig
 from udddm.data import ImageDataset, expected, load_dataset
-from udddm.errors import DataError
+from udddm.errors import ConfigError, DataError
 
 MODULE = """
 import numpy as np
@@ -56,24 +56,36 @@ def test_a_users_function_is_called_with_the_arguments(module: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no_such_module:f", "there is no module no_such_module: .*PYTHONPATH"),
+        ("their_data.deeper:f", "importing their_data.deeper failed|there is no module their_data.deeper"),
+        ("their_broken:f", "importing their_broken failed: No module named 'no_such_dependency'"),
+        ("their_circle:f", "importing their_circle failed: cannot import name 'no_such_name'"),
+        ("their_data:bild", "has no bild; did you mean build"),
+        ("their_data:count", "is a int, not a function"),
+        ("their_data:Namespace.build", "write package.module:function"),
+        (":f", "write package.module:function"),
+        ("their_data:", "write package.module:function"),
+        (".relative:f", "write package.module:function"),
+    ],
+)
+def test_the_name_of_a_factory_that_cannot_be_loaded_is_a_wrong_configuration(
+    module: str, name: str, message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(name)
+
+
+@pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("no_such_module:f", {}, "there is no module no_such_module: .*PYTHONPATH"),
-        ("their_data.deeper:f", {}, "importing their_data.deeper failed|there is no module their_data.deeper"),
-        ("their_broken:f", {}, "importing their_broken failed: No module named 'no_such_dependency'"),
-        ("their_circle:f", {}, "importing their_circle failed: cannot import name 'no_such_name'"),
-        ("their_data:bild", {}, "has no bild; did you mean build"),
-        ("their_data:count", {}, "is a int, not a function"),
         ("their_data:build", {"m": 1}, "cannot be called with data.arguments: got an unexpected keyword argument 'm'"),
         ("their_data:stream", {}, "what their_data:stream returned is a list_iterator without __len__"),
         ("their_data:mapping", {}, "what their_data:mapping returned is a dict"),
-        ("their_data:Namespace.build", {}, "write package.module:function"),
-        (":f", {}, "write package.module:function"),
-        ("their_data:", {}, "write package.module:function"),
-        (".relative:f", {}, "write package.module:function"),
     ],
 )
-def test_a_wrong_factory_is_told(module: str, name: str, arguments: dict[str, Any], message: str) -> None:
+def test_a_wrong_factory_is_reported(module: str, name: str, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load(name, arguments=arguments)
 

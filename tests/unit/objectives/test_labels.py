@@ -19,7 +19,7 @@ from udddm.errors import ConfigError
 from udddm.objectives import LabelDropout
 from udddm.objectives.chain import Chain
 from udddm.order import Order
-from udddm.training.inputs import Prefetch
+from udddm.training.inputs import InputBuilder
 
 SHAPE = (1, 8, 8)
 IDS = np.arange(3000)
@@ -94,9 +94,8 @@ def test_a_step_gets_the_label_that_stands_for_none_and_else_its_own(share: floa
     lanes = order.lanes_of(0, 1)
     made = objectives.build(chosen, build(chosen.schedule), 40, SHAPE)
     device = torch.device("cpu")
-    inputs = Prefetch(order, lanes, dataset, made, device, step=0, depth=1, labels=LabelDropout.of(chosen), parts=2)
-    seen = torch.cat([part.labels for part in inputs.next() if part.labels is not None])
-    inputs.close()
+    builder = InputBuilder(order, lanes, dataset, made, device, LabelDropout.of(chosen), parts=2)
+    seen = torch.cat([part.labels for part in builder.build(0) if part.labels is not None])
     ids = order.batch_of(lanes, 0, 0).ids
     drop = dropped(ids, 0, chosen)
     assert np.array_equal(seen.numpy(), np.where(drop, 10, labels[ids]))

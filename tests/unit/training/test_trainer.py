@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,10 +13,11 @@ import pytest
 import torch
 
 import udddm
-from udddm import ConfigError, RunConfig
+from udddm import ConfigError, RunConfig, TrainResult
 from udddm.backends.distributed.ranks import Ranks
+from udddm.backends.engines import EngineContext
 from udddm.backends.engines.ddp import TorchEngine
-from udddm.config import TrainConfig, resolve
+from udddm.config import resolve
 from udddm.data import ImageDataset
 from udddm.ema import EMA
 from udddm.errors import CheckpointError, DataError, Diverged
@@ -28,7 +26,14 @@ from udddm.runs.weights import Saved
 from udddm.store import StoreCounters
 from udddm.training.trainer import Trainer
 
-NETWORK = {"width": 8, "multipliers": [1], "blocks": 1, "attention": [], "dropout": 0.0, "condition": "none"}
+NETWORK = {
+    "base_channels": 8,
+    "channel_mult": [1],
+    "blocks_per_level": 1,
+    "attention_resolutions": [],
+    "dropout": 0.0,
+    "condition": "none",
+}
 
 
 def tiny(**sections: Any) -> RunConfig:
@@ -59,13 +64,13 @@ class Squares:
         return image, index % 4
 
 
-def train(config: RunConfig, run: Path, dataset: Any = None) -> dict[str, Any]:
+def train(config: RunConfig, run: Path, dataset: Any = None) -> TrainResult:
     return udddm.train(config, dataset or Squares(), run_dir=run, device="cpu")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_every_precision_trains_and_keeps_float32_weights(precision: str, tmp_path: Path) -> None:
-    train(tiny(train={"precision": precision, "clip": 1.0}), tmp_path)
+    train(tiny(train={"precision": precision, "grad_clip": 1.0}), tmp_path)
     directory = tmp_path / "checkpoints" / "step-00000006"
     for name in ("model", "ema-0.9"):
         weights = Saved(directory, name)
@@ -77,7 +82,7 @@ def test_a_run_begins_with_another_runs_average(tmp_path: Path) -> None:
     """Weights and averages; where it is resumed, what it began with is of no account any more."""
     first, second = tmp_path / "first", tmp_path / "second"
     train(tiny(), first)
-    config = tiny(train={"initial": str(first), "learning_rate": 1e-12, "ema": [0.5, 0.9]})
+    config = tiny(train={"init_from": str(first), "learning_rate": 1e-12, "ema": [0.5, 0.9]})
     train(config, second)
     begun = Saved(first / "checkpoints" / "step-00000006", "ema-0.9")
     for kind in ("model", "ema-0.5", "ema-0.9"):
@@ -92,11 +97,11 @@ def test_a_run_begins_with_another_runs_average(tmp_path: Path) -> None:
 
 def test_a_run_does_not_begin_with_another_network(tmp_path: Path) -> None:
     train(tiny(), tmp_path / "first")
-    config = tiny(network={"width": 16}, train={"initial": str(tmp_path / "first")})
+    config = tiny(network={"base_channels": 16}, train={"init_from": str(tmp_path / "first")})
     with pytest.raises(CheckpointError, match="is of another network"):
         train(config, tmp_path / "second")
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
-        train(tiny(train={"initial": str(tmp_path / "nowhere")}), tmp_path / "third")
+        train(tiny(train={"init_from": str(tmp_path / "nowhere")}), tmp_path / "third")
 
 
 def test_a_run_of_an_older_version_resumes(tmp_path: Path) -> None:
@@ -104,7 +109,7 @@ def test_a_run_of_an_older_version_resumes(tmp_path: Path) -> None:
     result = train(tiny(), tmp_path)
     path = tmp_path / "run.json"
     recorded = json.loads(path.read_text())
-    del recorded["config"]["train"]["initial"]
+    del recorded["config"]["train"]["init_from"]
     path.write_text(json.dumps(recorded))
     (tmp_path / "checkpoints" / "step-00000006" / "manifest.json").unlink()
     (tmp_path / "result.json").unlink()
@@ -154,26 +159,6 @@ def test_the_loss_is_averaged_over_samples_and_not_over_padding(tmp_path: Path) 
     train(config, tmp_path)
     losses = [json.loads(line)["loss"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and max(losses) < 2 * min(losses)
-
-
-def test_two_ranks_agree_with_one_to_float_rounding(tmp_path: Path) -> None:
-    arguments = [
-        *("--set", f"network={json.dumps(NETWORK)}", "--set", "train={steps: 10, batch_size: 64, ema: [0.9]}"),
-        *("--set", "checkpoint.every_steps=5", "--set", "sample.every_steps=0", "--store", "zarr", "--device", "cpu"),
-    ]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    module = ["-m", "udddm", "train", *arguments]
-    one, two = tmp_path / "one", tmp_path / "two"
-    subprocess.run([sys.executable, *module, "--run-dir", str(one)], check=True, env=environment, timeout=200)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    subprocess.run([*launcher, *module, "--run-dir", str(two)], check=True, env=environment, timeout=200)
-    for name in ("model", "ema-0.9"):
-        a, b = (Saved(run / "checkpoints" / "step-00000010", name) for run in (one, two))
-        assert max(float((a[key] - b[key]).abs().max()) for key in a) < 1e-5
-    losses = [
-        [json.loads(line)["loss"] for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (one, two)
-    ]
-    assert np.allclose(losses[0], losses[1], rtol=1e-4)
 
 
 def test_a_changed_data_set_is_refused(tmp_path: Path) -> None:
@@ -250,7 +235,8 @@ def test_no_checkpoint_holds_what_is_not_finite(
     assert finite(tmp_path / "run") == [kept.name]
     again = train(settings, tmp_path / "run")
     undisturbed = train(settings, tmp_path / "other")
-    assert {k: v for k, v in again.items() if "sha256" in k} == {k: v for k, v in undisturbed.items() if "sha256" in k}
+    for key in ("weights_sha256", "ema_sha256", "state_sha256"):
+        assert again[key] == undisturbed[key], key
 
 
 def test_without_a_checkpoint_none_is_named(tmp_path: Path) -> None:
@@ -301,10 +287,10 @@ def test_one_run_at_a_time_in_a_directory(tmp_path: Path) -> None:
 
 def test_the_learning_rate_schedule() -> None:
     def engine(**settings: Any) -> TorchEngine:
-        config = TrainConfig(steps=100, learning_rate=1.0, **settings)
-        return TorchEngine(torch.nn.Linear(2, 2), config, Ranks(0, 1, torch.device("cpu")), 100)
+        config = resolve({"train": {"steps": 100, "learning_rate": 1.0, **settings}})
+        return TorchEngine(EngineContext(torch.nn.Linear(2, 2), config, Ranks(0, 1, torch.device("cpu")), 100))
 
-    constant, cosine, linear = engine(), engine(decay="cosine", warmup_steps=10), engine(decay="linear")
+    constant, cosine, linear = engine(), engine(lr_schedule="cosine", warmup_steps=10), engine(lr_schedule="linear")
     assert {constant.learning_rate(s) for s in range(100)} == {1.0}
     assert cosine.learning_rate(0) == pytest.approx(0.1) and cosine.learning_rate(9) == pytest.approx(1.0)
     assert cosine.learning_rate(55) == pytest.approx(0.5) and cosine.learning_rate(99) < 0.001
@@ -313,17 +299,17 @@ def test_the_learning_rate_schedule() -> None:
 
 def test_optimizer_state_survives_a_round_trip() -> None:
     ranks = Ranks(0, 1, torch.device("cpu"))
-    config = TrainConfig(steps=10)
+    config = resolve({"train": {"steps": 10}})
 
     def step(engine: TorchEngine, number: int) -> None:
         torch.manual_seed(number)
         engine.backward_and_step(engine.module(torch.randn(4, 3)).square().mean(), number)
 
     torch.manual_seed(0)
-    first = TorchEngine(torch.nn.Linear(3, 2), config, ranks, 10)
+    first = TorchEngine(EngineContext(torch.nn.Linear(3, 2), config, ranks, 10))
     for number in range(3):
         step(first, number)
-    second = TorchEngine(torch.nn.Linear(3, 2), config, ranks, 10)
+    second = TorchEngine(EngineContext(torch.nn.Linear(3, 2), config, ranks, 10))
     moments = {f"{key}/{n}": m for key, pieces in first.moments().items() for n, m in pieces.items()}
     second.load(first.weights(), moments | first.scalars())
     for engine in (first, second):

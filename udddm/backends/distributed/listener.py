@@ -13,5 +13,5 @@ class Listener(ABC):
         """The signal for which to checkpoint and stop, or 0. Called at every step: it must not wait."""
 
     @abstractmethod
-    def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
-        """Called on the first rank every `log_every_steps`."""
+    def on_metrics(self, step: int, total: int, values: dict[str, float]) -> None:
+        """Called on rank zero every `log_every_steps`."""

@@ -1,4 +1,4 @@
-"""Who gets SIGTERM and SIGINT while a run goes on."""
+"""The handler of SIGTERM and SIGINT during a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Let `handler` have both signals. Outside of the main thread nothing changes: there the launcher has them."""
+    """Handle both signals by `handler`. Outside of the main thread nothing changes: there the launcher handles them."""
     previous: dict[int, Any] = {}
     try:
         for signum in (signal.SIGTERM, signal.SIGINT):

@@ -80,6 +80,7 @@ class Engine(ABC):
     @classmethod
     def check(cls, config: RunConfig, world_size: int) -> None:
         """Raise ConfigError for settings that this engine cannot follow, before anything is started."""
+        return
 
     @property
     def equal_forward_calls(self) -> bool:

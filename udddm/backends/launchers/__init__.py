@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 
 from udddm.backends import engines
-from udddm.backends.launchers.base import Job, Launcher, run_rank, supervise
+from udddm.backends.launchers.base import Job, Launcher, run_rank, start_logging, supervise
 from udddm.config.plugins import LAUNCHERS
+from udddm.errors import ConfigError
 from udddm.log import log
 from udddm.runs.result import TrainResult
 
-__all__ = ["Job", "Launcher", "choose", "inside_ray_job", "launch", "run_rank", "supervise"]
+__all__ = ["Job", "Launcher", "choose", "inside_ray_job", "launch", "run_rank", "start_logging", "supervise"]
 
 
 def inside_ray_job() -> bool:
@@ -19,9 +20,9 @@ def inside_ray_job() -> bool:
 
 
 def choose(backend: str, job: Job) -> tuple[str, str] | None:
-    """The name of the launcher that `backend` (auto or a launcher's name) means here, and why it is used.
+    """The name of the launcher that `backend` (auto or a launcher's name) selects here, and the reason.
 
-    None where nothing needs to be launched: this process is the run, or one rank of it that torchrun, Slurm or another
+    None if nothing needs to be launched: this process is the run, or one rank of it that torchrun, Slurm or another
     launcher started and restarts.
     """
     ranked = "WORLD_SIZE" in os.environ and "RANK" in os.environ
@@ -35,13 +36,19 @@ def choose(backend: str, job: Job) -> tuple[str, str] | None:
 
 
 def launch(job: Job, backend: str = "auto") -> TrainResult:
-    """Run a job where `backend` says. Raises what ended it; ConfigError before anything starts."""
-    world = os.environ.get("WORLD_SIZE")  # of another launcher
+    """Run a job by the launcher that `backend` selects. Raises the error that ended it, or ConfigError before
+    anything starts."""
+    world = os.environ.get("WORLD_SIZE")  # set by another launcher
     engines.find(job.config).check(job.config, int(world) if world else job.resolve_num_workers(job.workers[1]))
     chosen = choose(backend, job)
     if chosen is None:
         return TrainResult.from_dict(run_rank(job, None))
     name, why = chosen
     launcher = LAUNCHERS.load(name)()
+    if not isinstance(launcher, Launcher):
+        raise ConfigError(
+            f"--backend {name}: it returned a {type(launcher).__name__}; name a class or function that returns a "
+            "udddm.backends.launchers.Launcher"
+        )
     log.info("backend: %s (%s)", name, why)
     return TrainResult.from_dict(supervise(launcher, job))

@@ -1,9 +1,9 @@
-"""Launchers: what starts the processes of a run, watches them, and starts them again after a failure.
+"""The contract of a launcher: it starts the processes of a run and watches them.
 
-A launcher runs one *attempt* at a job with a number of workers, to its end; `supervise` decides what a failed attempt
-means. Errors that another attempt would only repeat (a configuration, the data, a diverged loss) are raised at once; a
-worker that was killed, a node that is gone or a collective that hung costs one of `max_failures`, and the next attempt
-resumes from the newest valid checkpoint, with as many workers as there is room for then.
+A launcher runs one *attempt* at a job with a given number of workers, to its end; `supervise` decides what follows a
+failed attempt. Errors that another attempt would only repeat (a configuration, the data, a diverged loss) are raised at
+once. A worker that was killed, a node that is gone or a collective that hung costs one of `max_failures`, and the next
+attempt resumes from the newest valid checkpoint, with as many workers as are available then.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from udddm.backends.distributed.ranks import TIMEOUT, join
 from udddm.config import RunConfig
 from udddm.data import MapDataset
 from udddm.errors import ConfigError, DataError, Diverged, Interrupted, RankError, UdddmError, WorkerLost
-from udddm.log import log
+from udddm.log import install, log
 from udddm.order import check_world
 from udddm.training.rank import train_rank
 
@@ -44,19 +44,21 @@ class Job:
     max_failures: int = 0
     timeout: float = TIMEOUT
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    log_level: int = field(default_factory=log.getEffectiveLevel)
+    """The driver's level of the logger `udddm`, which new worker processes take over."""
 
-    def resolve_num_workers(self, room: int) -> int:
-        """The largest number of workers that is wanted, divides the lanes, and fits into `room`. Raises ConfigError."""
+    def resolve_num_workers(self, available: int) -> int:
+        """The largest requested number of workers that divides the lanes and is available. Raises ConfigError."""
         low, high = self.workers
         lanes = self.config.order.lanes
-        for workers in range(min(high, room), low - 1, -1):
+        for workers in range(min(high, available), low - 1, -1):
             if lanes % workers == 0:
                 return workers
         if not any(lanes % workers == 0 for workers in range(low, high + 1)):
             check_world(lanes, high)
         raise ConfigError(
-            f"--workers {low if low == high else f'{low}:{high}'}: there is room for {room} "
-            f"worker{'' if room == 1 else 's'} here; ask for fewer, or add machines"
+            f"--workers {low if low == high else f'{low}:{high}'}: there is room for {available} "
+            f"worker{'' if available == 1 else 's'} here; ask for fewer, or add machines"
         )
 
 
@@ -80,18 +82,29 @@ def check_versions(expected: dict[str, str]) -> None:
 
 
 class Launcher(ABC):
+    """`--backend` names a class or function that returns one when called without arguments."""
+
     @abstractmethod
     def available_workers(self, job: Job) -> int:
         """The number of workers that could start now. May wait for machines. Raises ConfigError."""
 
     @abstractmethod
     def run_attempt(self, job: Job, workers: int) -> dict[str, Any]:
-        """Run the job to its end. Raises what a rank raised, or WorkerLost."""
+        """Run the job to its end with this number of workers, and return rank zero's result.
+
+        Every worker sets the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, and MASTER_ADDR and
+        MASTER_PORT, or `UDDDM_RENDEZVOUS` on one machine) and calls `run_rank`; one in a new process first calls
+        `start_logging`. Raises what a rank raised, or WorkerLost.
+        """
+
+
+def start_logging(job: Job) -> None:
+    """Print this worker process's messages as the driver's are printed."""
+    install(force=True, level=job.log_level)
 
 
 def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
-    """Join the ranks that the environment describes and do this rank's part."""
-
+    """Join the ranks that the environment describes, do this rank's part, and return its result."""
     check_versions(job.versions)
     needs_group = engines.find(job.config).needs_process_group
     ranks = join(job.device, job.config.order.lanes, group=needs_group, timeout=job.timeout)
@@ -102,14 +115,14 @@ def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
         return train_rank(job.config, made, job.run_dir, ranks, listener)  # type: ignore[arg-type]
     except RuntimeError as error:
         if ranks.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise RankError(f"the other ranks are gone or did not answer in {job.timeout:.0f} s: {error}") from error
+            raise RankError(f"another rank is gone or did not answer in {job.timeout:.0f} s: {error}") from error
         raise
     finally:
         ranks.close()
 
 
 def picklable(error: BaseException) -> BaseException:
-    """The error, or one that says the same where it cannot be pickled."""
+    """The error, or a RankError with its message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -118,7 +131,7 @@ def picklable(error: BaseException) -> BaseException:
 
 
 def root_cause(errors: list[BaseException]) -> BaseException:
-    """Of the ranks' errors, the one that the others followed from."""
+    """The one of the ranks' errors that caused the others."""
 
     def order(error: BaseException) -> int:
         if isinstance(error, RankError):
@@ -131,7 +144,7 @@ def root_cause(errors: list[BaseException]) -> BaseException:
 
 
 def supervise(launcher: Launcher, job: Job) -> dict[str, Any]:
-    """Attempts until the job is done or has failed more than `max_failures` times. Raises what ended it."""
+    """Run attempts until the job is done or has failed more than `max_failures` times. Raises the last error."""
     failures = 0
     while True:
         workers = job.resolve_num_workers(launcher.available_workers(job))

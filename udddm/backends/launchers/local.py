@@ -17,11 +17,11 @@ from typing import Any
 
 from udddm.backends.distributed.ranks import RENDEZVOUS
 from udddm.backends.distributed.signals import handled
-from udddm.backends.launchers.base import Job, Launcher, picklable, root_cause, run_rank
+from udddm.backends.launchers.base import Job, Launcher, picklable, root_cause, run_rank, start_logging
 from udddm.errors import RankError, WorkerLost
 
 GRACE = 20.0
-"""Seconds that the other ranks are given to end by themselves after one has failed."""
+"""Seconds that the other ranks are given to end after one has failed."""
 
 
 def _end_with(parent: BaseProcess) -> None:
@@ -38,6 +38,7 @@ def _child(job: Job, rank: int, world: int, rendezvous: str, outcome: Connection
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     )
     os.environ[RENDEZVOUS] = rendezvous
+    start_logging(job)
     try:
         outcome.send(run_rank(job, None))
     except KeyboardInterrupt:
@@ -60,7 +61,7 @@ class Processes(Launcher):
         threads = str(max(1, (os.cpu_count() or 1) // workers))
         with tempfile.TemporaryDirectory(prefix="udddm-") as place:
             pipes, children = [], []
-            had = os.environ.get("OMP_NUM_THREADS")
+            previous = os.environ.get("OMP_NUM_THREADS")
             os.environ.setdefault("OMP_NUM_THREADS", threads)  # read when the children import torch
             try:
                 for rank in range(workers):
@@ -73,10 +74,10 @@ class Processes(Launcher):
                     children.append(child)
                 with _forwarded(children):
                     outcomes = _collect(pipes, children)
-                    for child in children:  # they have said all; what is left of them is to end
+                    for child in children:  # their outcomes are here; only their exit is awaited
                         child.join(GRACE)
             finally:
-                if had is None:
+                if previous is None:
                     os.environ.pop("OMP_NUM_THREADS", None)
                 for child in children:
                     if child.is_alive():
@@ -101,7 +102,7 @@ def _collect(pipes: list[Connection], children: Sequence[BaseProcess]) -> list[A
         if not ready:
             for rank in open_pipes.values():
                 children[rank].kill()
-                outcomes[rank] = RankError(f"rank {rank} did not end by itself when another had failed")
+                outcomes[rank] = RankError(f"rank {rank} did not end within {GRACE:.0f} s after another had failed")
             break
         for pipe in ready:
             assert isinstance(pipe, Connection)

@@ -1,6 +1,6 @@
 """Ray Train: workers on a Ray cluster, or on one that is started here.
 
-Training runs in `run_rank`, as everywhere. A small actor, the board, carries what passes between it and the driver: a
+Training runs in `run_rank`, as everywhere. A small actor, the mailbox, carries messages between it and the driver: a
 request to stop, metrics, and each rank's result or error, so that the driver ends as the run did. Restarts are
 `supervise`'s and not Ray's: the next attempt may have another number of workers.
 """
@@ -22,7 +22,7 @@ from typing import Any
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.signals import handled
 from udddm.backends.launchers import inside_ray_job
-from udddm.backends.launchers.base import Job, Launcher, picklable, root_cause, run_rank
+from udddm.backends.launchers.base import Job, Launcher, picklable, root_cause, run_rank, start_logging
 from udddm.errors import ConfigError, UdddmError, WorkerLost
 from udddm.log import log
 from udddm.runs.remote import scratch
@@ -30,12 +30,12 @@ from udddm.storage import local_path
 from udddm.training.progress import Line
 
 RUNS = "UDDDM_RUNS"
-"""Environment variable: where a Ray job's relative run directory goes. Default: ~/udddm-runs."""
+"""Environment variable: the folder of a Ray job's relative run directories. Default: ~/udddm-runs."""
 QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",  # of Ray Train's controller; ours are `_Watch.metrics`
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # of Ray Train's controller; ours are set by `_Watch.on_metrics`
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for what SIGTERM and `supervise` do
     "RAY_TRAIN_V2_ENABLED": "1",
 }
@@ -71,17 +71,17 @@ class Mailbox:
     """The actor. Methods are remote; nobody has to ask twice for what is not there yet."""
 
     def __init__(self) -> None:
-        self._stop, self._asked = 0, asyncio.Event()
+        self._stop, self._stopping = 0, asyncio.Event()
         self._latest, self._news = (0, 0, dict[str, float]()), asyncio.Event()
         self._outcomes: dict[int, Any] = {}
 
     async def stop(self, signum: int) -> None:
         self._stop = signum
-        self._asked.set()
+        self._stopping.set()
 
     async def stopped(self) -> int:
         """The signal, once somebody asks to stop."""
-        await self._asked.wait()
+        await self._stopping.wait()
         return self._stop
 
     async def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
@@ -102,23 +102,23 @@ class Mailbox:
 
 
 class _Watch(Listener):
-    """A worker's side: waits for the board in the background, so that a step never does."""
+    """A worker's side: waits for the mailbox in the background, so that a step never does."""
 
-    def __init__(self, ray: Any, board: Any, rank: int):
-        self._ray, self._board, self._signal = ray, board, 0
+    def __init__(self, ray: Any, mailbox: Any, rank: int):
+        self._ray, self._mailbox, self._signal = ray, mailbox, 0
         self._gauges: dict[str, Any] = {}
         if rank == 0:
             threading.Thread(target=self._wait, name="stop request", daemon=True).start()
 
     def _wait(self) -> None:
-        with contextlib.suppress(Exception):  # the board is gone, and this process goes with it or is done
-            self._signal = self._ray.get(self._board.stopped.remote())
+        with contextlib.suppress(Exception):  # the mailbox is gone: the job ends, or has ended
+            self._signal = self._ray.get(self._mailbox.stopped.remote())
 
     def stop_signal(self) -> int:
         return self._signal
 
-    def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
-        self._board.metrics.remote(step, total, values)
+    def on_metrics(self, step: int, total: int, values: dict[str, float]) -> None:
+        self._mailbox.metrics.remote(step, total, values)
         for name, value in values.items():  # Ray's dashboard and its Prometheus endpoint
             if name not in self._gauges:
                 self._gauges[name] = self._ray.util.metrics.Gauge(f"udddm_{name}", description=f"udddm-train: {name}")
@@ -131,16 +131,17 @@ def _worker(settings: dict[str, Any]) -> None:
     import ray.util.metrics
 
     job: Job = settings["job"]
-    board = settings["board"]
+    mailbox = settings["mailbox"]
     if Path(settings["cwd"]).is_dir():
         os.chdir(settings["cwd"])
+    start_logging(job)
     rank = int(os.environ["RANK"])
-    listener = _Watch(ray, board, rank)
+    listener = _Watch(ray, mailbox, rank)
     try:
         value: Any = run_rank(job, listener)
     except UdddmError as error:
         value = picklable(error)
-    ray.get(board.outcome.remote(rank, value))
+    ray.get(mailbox.outcome.remote(rank, value))
 
 
 class RayTrain(Launcher):
@@ -169,25 +170,26 @@ class RayTrain(Launcher):
     def available_workers(self, job: Job) -> int:
         """Waits up to `timeout` seconds for an autoscaler, or a node that comes back; not for what can never be."""
         wanted, least = self._resources(job), job.workers[0]
-        room = self._fit(wanted)
-        if room < least and (inside_ray_job() or os.environ.get("RAY_ADDRESS")):
+        available = self._fit(wanted)
+        if available < least and (inside_ray_job() or os.environ.get("RAY_ADDRESS")):
             from ray.autoscaler.sdk import request_resources
 
             request_resources(bundles=[wanted] * least)
             log.info(
-                f"the cluster has room for {room} of {least} workers of {wanted}; waiting up to {job.timeout:.0f} s"
+                f"the cluster has room for {available} of {least} workers of {wanted}; "
+                f"waiting up to {job.timeout:.0f} s"
             )
             deadline = time.monotonic() + job.timeout
-            while room < least and time.monotonic() < deadline:
+            while available < least and time.monotonic() < deadline:
                 time.sleep(1)
-                room = self._fit(wanted)
-        if room < least:
+                available = self._fit(wanted)
+        if available < least:
             total = {k: v for k, v in self._ray.cluster_resources().items() if k in ("CPU", "GPU")}
             raise ConfigError(
-                f"--workers {least}: each worker needs {wanted}, and the cluster has {total}, room for {room}; "
+                f"--workers {least}: each worker needs {wanted}, and the cluster has {total}, room for {available}; "
                 "ask for fewer workers, or start the cluster with more"
             )
-        return room
+        return available
 
     def run_attempt(self, job: Job, workers: int) -> dict[str, Any]:
         from ray.train import FailureConfig, RunConfig, ScalingConfig
@@ -196,10 +198,10 @@ class RayTrain(Launcher):
         resources = self._resources(job)
         run = job_directory(job.run_dir)
         job = replace(job, run_dir=run, device="cuda" if "GPU" in resources else "cpu")
-        board = self._ray.remote(num_cpus=0)(Mailbox).remote()
+        mailbox = self._ray.remote(num_cpus=0)(Mailbox).remote()
         trainer = TorchTrainer(
             _worker,
-            train_loop_config={"job": job, "board": board, "cwd": str(Path.cwd())},
+            train_loop_config={"job": job, "mailbox": mailbox, "cwd": str(Path.cwd())},
             torch_config=TorchConfig(
                 backend="cpu:gloo,cuda:nccl" if "GPU" in resources else "gloo", timeout_s=max(1, round(job.timeout))
             ),
@@ -208,7 +210,7 @@ class RayTrain(Launcher):
             ),
             run_config=RunConfig(
                 name=Path(str(run)).name,
-                storage_path=str(_beside(run)),
+                storage_path=str(_ray_storage(run)),
                 failure_config=FailureConfig(max_failures=0, controller_failure_limit=0),  # type: ignore[call-arg]
             ),
         )
@@ -222,10 +224,10 @@ class RayTrain(Launcher):
 
         thread = threading.Thread(target=fit, name="ray train", daemon=True)
         thread.start()
-        self._watch(board, thread)
+        self._watch(mailbox, thread)
         gc.collect()  # a trace that is left would keep the controller alive, and the workers' places taken
-        outcomes = self._ray.get(board.outcomes.remote())
-        self._ray.kill(board)
+        outcomes = self._ray.get(mailbox.outcomes.remote())
+        self._ray.kill(mailbox)
         errors = [o for o in outcomes.values() if isinstance(o, BaseException)]
         if errors and not (lost and not any(isinstance(e, UdddmError) for e in errors)):
             raise root_cause(errors)
@@ -235,25 +237,25 @@ class RayTrain(Launcher):
         assert isinstance(result, dict)
         return result
 
-    def _watch(self, board: Any, thread: threading.Thread) -> None:
-        """Show progress, and pass SIGTERM and SIGINT on to the board, until the thread ends."""
-        asked: list[int] = []
+    def _watch(self, mailbox: Any, thread: threading.Thread) -> None:
+        """Show progress, and pass SIGTERM and SIGINT on to the mailbox, until the thread ends."""
+        received: list[int] = []
 
         def on_signal(signum: int, frame: object) -> None:
-            if asked:
+            if received:  # a second signal stops at once
                 raise KeyboardInterrupt
-            asked.append(signum)
+            received.append(signum)
 
-        line, told, news = Line(), False, board.latest.remote()
+        line, forwarded, news = Line(), False, mailbox.latest.remote()
         with contextlib.closing(line), handled(on_signal):
             while thread.is_alive():
                 thread.join(0.5)
-                if asked and not told:
-                    self._ray.get(board.stop.remote(asked[0]))
-                    told = True
+                if received and not forwarded:
+                    self._ray.get(mailbox.stop.remote(received[0]))
+                    forwarded = True
                 if self._ray.wait([news], timeout=0)[0]:
                     line.show(*self._ray.get(news))
-                    news = board.latest.remote()
+                    news = mailbox.latest.remote()
 
 
 def cpus_per_gpu(nodes: Sequence[Mapping[str, float]]) -> float:
@@ -276,7 +278,7 @@ def job_directory(where: str | Path) -> str | Path:
     return Path(os.environ.get(RUNS, "~/udddm-runs")).expanduser() / run
 
 
-def _beside(run: str | Path) -> Path:
+def _ray_storage(run: str | Path) -> Path:
     """Where Ray keeps a few bytes about a run of its own."""
     local = local_path(run)
     return scratch() / "ray" if local is None else local.with_name(f".{local.name}.ray")
