@@ -116,7 +116,7 @@ class TestZarrStoreOnSlowAndFlakyObjects(InMemoryFiles):
             found.append(FlakyObjects(DelayedObjectStore(inner, 0.001)))
             return found[-1]
 
-        monkeypatch.setattr("udddm.store.zarr.open_objects", open_wrapped)
+        monkeypatch.setattr("udddm.store.zarr.open_object_store", open_wrapped)
         return found
 
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:

@@ -170,17 +170,17 @@ def test_a_run_that_resumes_keeps_what_it_wrote_under_the_same_names(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     settings = config("evaluate={every_steps: 6, count: 16, features: 'test_remote_run:pixels'}", "train.steps=30")
-    push, pushed = RemoteRun.upload, 0
+    upload, uploads = RemoteRun.upload, 0
 
     def lost(run: RemoteRun) -> None:
-        nonlocal pushed
-        pushed += 1
-        push(run)
-        if pushed == 4:  # when the run begins and for each checkpoint
+        nonlocal uploads
+        uploads += 1
+        upload(run)
+        if uploads == 4:  # when the run begins and for each checkpoint
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(RemoteRun, "push", lost)
+        patched.setattr(RemoteRun, "upload", lost)
         patched.setenv(remote.SCRATCH, str(tmp_path / "first"))
         with pytest.raises(KeyboardInterrupt):
             udddm.train(settings, run_dir=files, device="cpu")

@@ -81,20 +81,20 @@ def test_a_store_that_chooses_its_threads_and_windows_hides_a_latency_that_two_t
 def test_every_chunk_is_written_once_an_epoch_and_read_at_most_once(epochs, latency):
     order = WORK.order(RANKS)
     service = replace(FREE, get_median=latency, get_p99=2 * latency, put_median=latency, put_p99=2 * latency)
-    result = run(service, steps=epochs * order.steps)
-    chunks = sum(order.chunks(lane) for lane in range(RANKS))
-    ahead = RANKS * 2 * order.window_chunks  # windows of the next epoch that are read already
+    result = run(service, steps=epochs * order.steps_per_epoch)
+    chunks = sum(order.num_chunks(lane) for lane in range(RANKS))
+    ahead = RANKS * 2 * order.chunks_per_window  # windows of the next epoch that are read already
     assert result.chunks_written == epochs * chunks
     # What the end of an epoch has just written reaches the next epoch in memory.
-    handed_over = (epochs - 1) * RANKS * 2 * order.window_chunks
+    handed_over = (epochs - 1) * RANKS * 2 * order.chunks_per_window
     assert epochs * chunks - handed_over <= result.chunks_read <= epochs * chunks + ahead
 
 
 def test_without_a_second_epoch_each_chunk_is_read_exactly_once():
     order = WORK.order(RANKS)
     slow = replace(FREE, put_median=100.0, put_p99=100.1)  # nothing of the next generation is there to be read
-    result = run(slow, steps=order.steps // 4)
-    assert result.chunks_read <= sum(order.chunks(lane) for lane in range(RANKS))
+    result = run(slow, steps=order.steps_per_epoch // 4)
+    assert result.chunks_read <= sum(order.num_chunks(lane) for lane in range(RANKS))
 
 
 def test_refused_requests_are_made_again_and_more_prefixes_cure_them():

@@ -280,7 +280,7 @@ def _machine(make: Make, encoding: Encoding, root: Path) -> type[RuleBasedStateM
             more=st.integers(0, 60),
             share=st.integers(1, 9),
             chunk=st.integers(1, 9),
-            chunks_per_window=st.integers(1, 4),
+            window=st.integers(1, 4),
         )
         def begin(self, seed: int, lanes: int, more: int, share: int, chunk: int, window: int) -> None:
             order = Order(seed, lanes + more, share * lanes, lanes, chunk, window)
