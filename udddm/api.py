@@ -57,7 +57,7 @@ def train(
     resolved = _resolved(config, overrides, {key: options.pop(key) for key in list(options) if key in _PLUGINS})
     _refuse_secrets(resolved, run_dir)
     job = _job(resolved, dataset, run_dir, workers, options)
-    return launch(job, options.get("backend", "auto"))
+    return launch(job, name_of(options.get("backend", "auto"), "backend"))
 
 
 _PLUGINS = {
@@ -137,11 +137,21 @@ def sample(
     seeds: Sequence[int],
     *,
     steps: int = 1,
-    sampler_name: str = "renoise",
+    sampler_name: str | Callable[..., Any] = "renoise",
+    settings: Mapping[str, Any] | None = None,
     labels: Sequence[int] | None = None,
     guidance: float = 1.0,
     batch: int = 250,
+    trust: bool = False,
 ) -> npt.NDArray[np.float32]:
-    """`Model.sample` of a model, or of the run, checkpoint or release at a path or URL."""
-    loaded = model if isinstance(model, Model) else load_model(model)
-    return loaded.sample(seeds, steps=steps, sampler=sampler_name, labels=labels, guidance=guidance, batch=batch)
+    """`Model.sample` of a model, or of the run, checkpoint or release at a path or URL (`load_model`)."""
+    loaded = model if isinstance(model, Model) else load_model(model, trust=trust)
+    return loaded.sample(
+        seeds,
+        steps=steps,
+        sampler=sampler_name,
+        settings=settings,
+        labels=labels,
+        guidance=guidance,
+        batch=batch,
+    )

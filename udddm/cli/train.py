@@ -34,7 +34,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--store-url", metavar="URL", help="where the zarr store is (store.url; default: <run>/state)")
     parser.add_argument(
-        "--on-damage", choices=["stop", "reinitialize"], help="what a damaged chunk of state does (store.on_corruption)"
+        "--on-corruption",
+        "--on-damage",  # its old name
+        choices=["stop", "reinitialize"],
+        help="what a damaged chunk of state does (store.on_corruption)",
     )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a value, such as train.epochs=3"

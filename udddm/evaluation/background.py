@@ -18,6 +18,12 @@ from udddm.evaluation.metrics import Reference
 from udddm.log import log
 
 
+def _shown(found: dict[str, Any]) -> list[str]:
+    """Of the figures of a step, those that its line shows."""
+    scores = {key: value for key, value in found.items() if key not in ("step", "evaluations")}
+    return [f"{key} {scores[key]:.4g}" for key in ("fid", "fd", "recall") if key in scores] + evaluate.figures(scores)
+
+
 class BackgroundEvaluation:
     """Scores go to `<run>/evaluation.jsonl`, one line a step, and to the run's messages.
 
@@ -53,8 +59,7 @@ class BackgroundEvaluation:
         temporary = self._path.with_name(self._path.name + ".partial")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in [*kept, found]))
         temporary.replace(self._path)
-        distance = "fid" if "fid" in found else "fd"
-        log.info(f"step {step}: {distance} {found[distance]:.4g} on {found['n']} images, recall {found['recall']:.2f}")
+        log.info(f"step {step}: {', '.join(_shown(found))} on {found['n']} images")
         for note in evaluate.notes(found):
             log.info(note)
 

@@ -32,8 +32,7 @@ __all__ = [
 
 def build(config: RunConfig, schedule: NoiseSchedule, epochs: float, shape: tuple[int, int, int]) -> Objective:
     """The objective of a run of `epochs` epochs on images [C, H, W], after its pretraining. Raises ConfigError."""
-    conditioned = config.network.condition != "none"
-    context = ObjectiveContext(schedule, config.objective, config.seed, epochs, shape, conditioned)
+    context = ObjectiveContext(schedule, config.objective, config.seed, epochs, shape, config.network.conditioned)
     share = pretrain_share(config, _create(context))
     first = math.ceil(share * epochs)
     if not first:

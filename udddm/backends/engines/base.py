@@ -64,7 +64,10 @@ class EngineContext:
 
 
 class Engine(ABC):
-    """`module` is what the loss calls."""
+    """`module` is what the loss calls. An engine with settings of its own is built as `factory(context, settings)`.
+
+    For another optimizer alone, derive from `udddm.backends.engines.ddp.TorchEngine` and override `optimizer`.
+    """
 
     needs_process_group: ClassVar[bool] = False
     """Whether even a single rank needs a process group."""
@@ -88,7 +91,7 @@ class Engine(ABC):
 
     def describe(self) -> str:
         """The engine and its mode, as the first lines of a run show them."""
-        return "torch"
+        return type(self).__name__
 
     # Steps.
 
