@@ -1,9 +1,9 @@
-"""The torch engine with AdamW or RAdam in place of Adam.
+"""The torch engine with AdamW or RAdam instead of Adam.
 
     PYTHONPATH=examples udddm-train --config configs/digits.yaml --engine custom_engine:Decoupled \\
         --set 'engine.settings={optimizer: radam, weight_decay: 0.01}'
 
-Everything but the optimizer is `TorchEngine`'s: DDP over several ranks, autocast, clipping, learning rates, checkpoints.
+All but the optimizer is `TorchEngine`'s: DDP over several ranks, autocast, clipping, learning rates, checkpoints.
 Its state has to be Adam's (`exp_avg`, `exp_avg_sq`, `step`), which is what checkpoints hold and every engine reads; an
 optimizer with another state is refused when the first checkpoint is due.
 """

@@ -2,7 +2,7 @@
 
     PYTHONPATH=examples udddm-train --config configs/digits.yaml --set store.kind=custom_store:SqliteStore
 
-The database is a working copy that is made anew at each start. What a run is resumed from is its checkpoint, to which
+The database is a working copy that is rebuilt at each start. What a run is resumed from is its checkpoint, to which
 `X0Store.snapshot` copies all rows; so a kill at any moment may leave the database in any condition.
 """
 

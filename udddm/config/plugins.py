@@ -106,7 +106,7 @@ class Registry:
         self.what, self.key, self.members, self.renamed = what, key, dict(members), dict(renamed or {})
 
     def check(self, name: str) -> str:
-        """The name as the configuration keeps it. Raises ValueError for one that is neither known nor an import path."""
+        """The name as the configuration keeps it. Raises ValueError for one that is unknown and no import path."""
         name = self.renamed.get(name, name)
         if name in self.members or ":" in name:
             return name

@@ -69,7 +69,7 @@ class TorchEngine(Engine):
             loss = loss * self.ranks.world_size  # DDP averages over ranks what should be summed
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def _step(self) -> None:
+    def optimizer_step(self) -> None:
         if self.config.grad_clip is not None:
             self.scaler.unscale_(self.adam)
             torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.grad_clip)
@@ -90,9 +90,9 @@ class TorchEngine(Engine):
     def slots(self) -> dict[str, Slot]:
         return {name: Slot(p, 0, 0, p.numel()) for name, p in self._parameters.items()}
 
-    def _scale(self) -> list[float]:
+    def loss_scale(self) -> list[float]:
         state = self.scaler.state_dict()
         return [state["scale"], state["_growth_tracker"]]
 
-    def _load_scale(self, scale: float, since: int) -> None:
+    def load_loss_scale(self, scale: float, since: int) -> None:
         self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": since})
