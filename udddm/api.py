@@ -173,11 +173,21 @@ def sample(
     seeds: Sequence[int],
     *,
     steps: int = 1,
-    sampler: str = "renoise",
+    sampler: Factory = "renoise",
+    settings: Mapping[str, Any] | None = None,
     labels: Sequence[int] | None = None,
     guidance: float = 1.0,
     batch: int = 250,
+    trust: bool = False,
 ) -> npt.NDArray[np.float32]:
-    """`Model.sample` of a model, or of the run, checkpoint or release at a path or URL."""
-    loaded = model if isinstance(model, Model) else load_model(model)
-    return loaded.sample(seeds, steps=steps, sampler=sampler, labels=labels, guidance=guidance, batch=batch)
+    """`Model.sample` of a model, or of the run, checkpoint or release at a path or URL (`load_model`)."""
+    loaded = model if isinstance(model, Model) else load_model(model, trust=trust)
+    return loaded.sample(
+        seeds,
+        steps=steps,
+        sampler=sampler,
+        settings=settings,
+        labels=labels,
+        guidance=guidance,
+        batch=batch,
+    )

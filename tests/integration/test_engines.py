@@ -167,7 +167,7 @@ class HalfSteps:
         kind.is_fp16_supported = lambda self: True
         built = engines.build(networks.for_run(self.config, SHAPE), self.config, ranks, 8)
         if self.good:
-            built._load_scale(2.0**10, self.good)
+            built.load_loss_scale(2.0**10, self.good)
         for step in range(3):
             generator = torch.Generator().manual_seed(step)
             x = torch.randn(32, *SHAPE, generator=generator)

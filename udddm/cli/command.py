@@ -6,6 +6,7 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable
+from typing import Any
 
 from udddm import __version__, log
 from udddm.errors import ConfigError, Interrupted, UdddmError
@@ -14,8 +15,11 @@ FAILED = 1
 USAGE = 2
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 """Errors of a disk, which the user can resolve."""
-TRUST = "import and open what the checkpoint's own configuration names, such as its data set: for files that you trust"
-"""Help for `--trust` (udddm/data/trust.py)."""
+TRUST = (
+    "import and open what the checkpoint's own configuration names, such as its network or data set: for files that "
+    "you trust"
+)
+"""Help for `--trust` (udddm/config/trust.py)."""
 
 
 def reported(body: Callable[[], int]) -> int:
@@ -53,6 +57,36 @@ def reported(body: Callable[[], int]) -> int:
 
 def add_version(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", action="version", version=__version__)
+
+
+def add_sampler(parser: argparse.ArgumentParser) -> None:
+    """The options that choose a sampler."""
+    parser.add_argument(
+        "--sampler",
+        default="renoise",
+        metavar="NAME",
+        help="renoise (default), algorithm-2, heun, or package.module:function",
+    )
+    parser.add_argument(
+        "--sampler-settings",
+        type=mapping,
+        default={},
+        metavar="YAML",
+        help="of a sampler of your own: '{key: value}'",
+    )
+
+
+def mapping(text: str) -> dict[str, Any]:
+    """A YAML mapping such as `{levels: [5, 1]}`."""
+    import yaml
+
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not valid YAML: {error}") from None
+    if not isinstance(found, dict):
+        raise argparse.ArgumentTypeError(f"{text!r}: write a mapping such as '{{levels: [5, 1]}}'")
+    return found
 
 
 def positive(text: str) -> int:

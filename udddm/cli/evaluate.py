@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from udddm.cli.command import TRUST, add_version, positive, reported
+from udddm.cli.command import TRUST, add_sampler, add_version, positive, reported
 
 if TYPE_CHECKING:
     import torch
@@ -35,14 +35,15 @@ def _parser() -> argparse.ArgumentParser:
         help="inception, a TorchScript file or package.module:function, both of which are programs that run with your "
         "rights: name one only if you trust it",
     )
+    parser.add_argument(
+        "--metrics",
+        metavar="NAME,...",
+        help="which figures (default: all): frechet, kid, precision-recall, spread, inception-score, or your own as "
+        "package.module:function",
+    )
     parser.add_argument("--count", type=positive, default=50_000, metavar="N", help="samples to make (default 50,000)")
     parser.add_argument("--steps", type=positive, default=1, metavar="N", help="network evaluations a sample")
-    parser.add_argument(
-        "--sampler",
-        default="renoise",
-        metavar="NAME",
-        help="renoise (default), algorithm-2, heun, or package.module:function",
-    )
+    add_sampler(parser)
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="W", help="weight of the labels (default 1: plain sampling)"
     )
@@ -94,17 +95,21 @@ def main(argv: list[str] | None = None) -> int:
 def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
     """The figures, on rank zero; None elsewhere."""
     from udddm import config as configuration
+    from udddm.config.plugins import METRICS
     from udddm.data import ImageDataset, load_dataset
     from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
     from udddm.evaluation import evaluate
     from udddm.evaluation.features import load_features
     from udddm.runs.model import load_model
 
+    metrics = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else list(METRICS.members)
+    for name in metrics:
+        METRICS.load(name)  # a mistake is reported before anything is computed
     refused = (ConfigError, DataError, CheckpointError, StoreError, OSError)
     network = ranks.run_on_all(lambda: load_features(arguments.features, ranks.device), refused)
     model, published = None, {}
     if arguments.checkpoint:
-        chosen = {"ema": arguments.ema, "ema_length": arguments.ema_length}
+        chosen = {"ema": arguments.ema, "ema_length": arguments.ema_length, "trust": arguments.trust}
         model = ranks.run_on_all(lambda: load_model(arguments.checkpoint, **chosen, device=ranks.device), refused)
         config = _configured(arguments, model.config)
         published = config.published.get(arguments.steps, {})
@@ -122,7 +127,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
         return None
     # After the last exchange: the statistics of a large data set take longer than ranks wait for each other.
     real = evaluate.reference(dataset, network, arguments.cache)
-    scores = [evaluate.score(features, logits, real, network.name) for features, logits in rows]
+    scores = [evaluate.score(features, logits, real, network.name, metrics) for features, logits in rows]
     return {
         "of": str(arguments.checkpoint or arguments.samples),
         "data": config.data.name,
@@ -150,7 +155,7 @@ def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
     """The checkpoint's configuration with the command line's overrides. Raises ConfigError, also for one that would
     import code or open files that the user did not name."""
     from udddm import config as configuration
-    from udddm.data.trust import check_trusted
+    from udddm.config.trust import DATA, check_trusted
 
     config.check_guidance(arguments.guidance, "--guidance")
     if arguments.set:
@@ -159,7 +164,7 @@ def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
             configuration.apply(tree, override)
         config = configuration.resolve(tree)
     if not arguments.trust:
-        check_trusted(config.data, str(arguments.checkpoint), arguments.set)
+        check_trusted(config, DATA, str(arguments.checkpoint), arguments.set)
     return config
 
 
@@ -173,7 +178,8 @@ def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, r
 
     seeds = (first + np.array_split(np.arange(arguments.count), ranks.world_size)[ranks.rank]).tolist()
     batch = min(arguments.batch, arguments.count)
-    options = SamplingOptions(arguments.steps, arguments.sampler, arguments.guidance, batch)
+    chosen = arguments.sampler, arguments.guidance, batch, arguments.sampler_settings
+    options = SamplingOptions(arguments.steps, *chosen)
     drawn = model.batches(seeds, options=options)
     pieces = [piece for piece in ranks.gather_first(extract(network, prefetch(drawn))) if len(piece[0])]
     if not pieces:
@@ -208,8 +214,12 @@ def read_samples(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
     return images
 
 
+_ABOUT = ("of", "data", "features", "evaluations", "guidance", "repeat", "published", "each")
+"""What `_evaluate` says of a score, next to its figures."""
+
+
 def _table(found: dict[str, Any]) -> list[str]:
-    from udddm.evaluation.evaluate import notes
+    from udddm.evaluation.evaluate import figures, notes
 
     names = {"fid": "FID", "fd": "fd", "inception_score": "IS", "kid": "KID", "precision": "P", "recall": "R"}
     cells = []
@@ -218,6 +228,7 @@ def _table(found: dict[str, Any]) -> list[str]:
             over = f" ± {found[f'{key}_over_seeds']:.2g}" if f"{key}_over_seeds" in found else ""
             stated = f" (published {found['published'][key]:g})" if key in found["published"] else ""
             cells.append(f"{name} {found[key]:.4g}{over}{stated}")
+    cells += figures({key: value for key, value in found.items() if key not in _ABOUT})
     times = f" x {found['repeat']}" if found["repeat"] > 1 else ""
     evaluations = (
         f", {found['evaluations']} evaluation{'s' if found['evaluations'] != 1 else ''}" if found["evaluations"] else ""

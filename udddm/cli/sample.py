@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from udddm.cli.command import add_version, integers, reported
+from udddm.cli.command import TRUST, add_sampler, add_version, integers, reported
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -15,12 +15,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--checkpoint", metavar="RUN", required=True, help="a run directory or one of its checkpoints")
     parser.add_argument("--steps", type=int, default=1, metavar="N", help="network evaluations an image (default 1)")
-    parser.add_argument(
-        "--sampler",
-        default="renoise",
-        metavar="NAME",
-        help="renoise (default), algorithm-2, heun, or package.module:function",
-    )
+    add_sampler(parser)
     parser.add_argument("--seeds", type=integers, default=list(range(64)), metavar="0-999", help="default 0-63")
     parser.add_argument(
         "--labels",
@@ -40,6 +35,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="samples.npy and samples.png go here")
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="images made at once (default 250)")
+    parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add_version(parser)
     return parser
@@ -61,7 +57,11 @@ def main(argv: list[str] | None = None) -> int:
         from udddm.runs.model import load_model
 
         model = load_model(
-            arguments.checkpoint, ema=arguments.ema, ema_length=arguments.ema_length, device=arguments.device
+            arguments.checkpoint,
+            ema=arguments.ema,
+            ema_length=arguments.ema_length,
+            device=arguments.device,
+            trust=arguments.trust,
         )
         labels = None
         if arguments.labels is not None:
@@ -70,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             arguments.seeds,
             steps=arguments.steps,
             sampler=arguments.sampler,
+            settings=arguments.sampler_settings,
             labels=labels,
             guidance=arguments.guidance,
             batch=arguments.batch,

@@ -110,8 +110,8 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
     import numpy as np
     import torch
 
+    from udddm.config.trust import DATA, reaching
     from udddm.data import ImageDataset, load_dataset
-    from udddm.data.trust import reaching
     from udddm.image_grid import save_image_grid
     from udddm.tools import inspect
     from udddm.urls import redact
@@ -119,7 +119,7 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
     assert isinstance(place, inspect.Place)
     found = inspect.estimates(place, sample)
     names, images = [name for name, _ in found], [image for _, image in found]
-    unasked = reaching(place.config.data) if place.config is not None and not trust else []
+    unasked = reaching(place.config, DATA) if place.config is not None and not trust else []
     if unasked:
         named = redact(", ".join(unasked))
         print(

@@ -9,13 +9,18 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import importlib.util
 import inspect
+import sys
 from collections.abc import Callable, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from udddm.errors import ConfigError
+
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def load_plugin(name: str, what: str) -> Callable[..., Any]:
@@ -62,7 +67,32 @@ def name_of(factory: Callable[..., Any] | str, what: str) -> str:
             f"{what}={factory!r}: give a function or class that is defined at the top level of a module, or its name "
             "as package.module:function; every worker imports it by that name"
         )
-    return f"{module}:{name}"
+    return f"{_importable(module)}:{name}"
+
+
+def _importable(module: str) -> str:
+    """The name by which another process can import a module: for the script that is running, that of its file."""
+    script = getattr(sys.modules.get(module), "__file__", None)
+    if module != "__main__" or script is None:
+        return module
+    spec = getattr(sys.modules[module], "__spec__", None)  # set by python -m
+    stem: str = spec.name if spec is not None else Path(script).stem
+    found = importlib.util.find_spec(stem) if stem.isidentifier() or spec is not None else None
+    same = found is not None and found.origin is not None and Path(found.origin).resolve() == Path(script).resolve()
+    return stem if same else module
+
+
+def takes_settings(model: type[BaseModel]) -> Callable[[Function], Function]:
+    """Decorator of a factory that is a function: its settings are of this model, and are its second argument.
+
+    A class names its model as the attribute `Settings` instead.
+    """
+
+    def mark(factory: Function) -> Function:
+        factory.Settings = model  # type: ignore[attr-defined]
+        return factory
+
+    return mark
 
 
 class Registry:
@@ -83,6 +113,10 @@ class Registry:
         match = difflib.get_close_matches(name, [*self.members, *self.renamed], 1, 0.5)
         hint = f"did you mean {self.renamed.get(match[0], match[0])}? There are" if match else "there are"
         raise ValueError(f"unknown {self.what} {name!r}; {hint} {', '.join(self.members)}, and package.module:function")
+
+    def is_import(self, name: str) -> bool:
+        """Whether a name imports code that is not a member of the package."""
+        return self.renamed.get(name, name) not in self.members
 
     def load(self, name: str) -> Callable[..., Any]:
         """Import the factory of a member. Raises ConfigError."""

@@ -89,6 +89,11 @@ class NetworkConfig(Section):
         0.0, description="share of the visits that see no label: what guidance needs (docs/method.md)"
     )
 
+    @property
+    def conditioned(self) -> bool:
+        """Whether the network is given a conditioning image."""
+        return self.condition != "none"
+
     @model_validator(mode="after")
     def _labels_to_drop(self) -> NetworkConfig:
         if self.label_dropout and not self.classes:

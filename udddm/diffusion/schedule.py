@@ -7,6 +7,7 @@ All of this is float64 arithmetic on the host; the device only ever sees the six
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import NamedTuple
 
 import numpy as np
@@ -36,15 +37,16 @@ class Coefficients(NamedTuple):
     c_noise: torch.Tensor
 
 
-class NoiseSchedule:
-    """The contract of a noise schedule: `sigma`, `signal`, `time` and `_precondition`.
+class NoiseSchedule(ABC):
+    """The contract of a noise schedule: `sigma`, `signal`, `time`, and `precondition` where it is not EDM's.
 
-    `sigma(t)` is the noise-to-signal ratio: VE's sigma_t, VP's sqrt((1 - abar_t) / abar_t). A factory of your own is
-    called with the section `schedule` of the configuration.
+    `sigma(t)` is the noise-to-signal ratio: VE's sigma_t, VP's sqrt((1 - abar_t) / abar_t). It rises with t and is
+    positive and finite in [1, T]. A factory of your own is called with the section `schedule` of the configuration.
     """
 
-    max_frequency: float
-    """The highest frequency that an embedding of `Coefficients.c_noise` should resolve, radians per unit."""
+    max_frequency: float = 16.0
+    """The highest frequency that an embedding of `Coefficients.c_noise` should resolve, radians per unit. 16 suits
+    EDM's ln(sigma) / 4."""
     huber_c: float = 0.00015
     """The paper's c of Eq. 4 for this schedule."""
 
@@ -52,8 +54,9 @@ class NoiseSchedule:
         self.config = config
         self.last = float(config.timesteps)
 
+    @abstractmethod
     def sigma(self, t: Array) -> Array:
-        raise NotImplementedError
+        """The noise-to-signal ratio of times `t` in [1, T]."""
 
     @property
     def lowest(self) -> float:
@@ -65,13 +68,13 @@ class NoiseSchedule:
         """sigma at the highest level, T: at most SIGMA_HIGHEST."""
         return min(SIGMA_HIGHEST, float(self.sigma(np.array(self.last))))
 
+    @abstractmethod
     def signal(self, t: Array) -> Array:
         """The factor of x_0 in x_t."""
-        raise NotImplementedError
 
+    @abstractmethod
     def time(self, sigma: Array) -> Array:
         """The inverse of `sigma`, clipped to [1, T]."""
-        raise NotImplementedError
 
     def levels(self, count: int) -> Array:
         """Times t_0 = 1 < t_1 < ... < t_count = T, [count + 1], spaced as Karras et al. 2022, Eq. 5.
@@ -88,22 +91,20 @@ class NoiseSchedule:
         """The rows of `Coefficients` for times `t` [B]: [6, B] float32."""
         t = np.asarray(t, np.float64)
         sigma, signal = self.sigma(t), self.signal(t)
-        skip, out, scale, embedding = self._precondition(t, sigma, signal)
+        skip, out, scale, embedding = self.precondition(t, sigma, signal)
         return np.stack([signal, sigma * signal, skip, out, scale, embedding]).astype(np.float32)
 
-    def _precondition(self, t: Array, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
-        raise NotImplementedError
+    def precondition(self, t: Array, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
+        """c_skip, c_out, c_in and c_noise of times `t` [B], whose `sigma` and `signal` are given.
 
-    def _edm(self, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
-        """Karras et al. 2022, Table 1, applied to x_t / signal = x_0 + sigma eps."""
+        By default EDM's (Karras et al. 2022, Table 1), applied to x_t / signal = x_0 + sigma eps.
+        """
         data = self.config.sigma_data
         total = np.hypot(sigma, data)
         return (data / total) ** 2 / signal, sigma / total * data, 1 / (signal * total), np.log(sigma) / 4
 
 
 class VarianceExploding(NoiseSchedule):
-    max_frequency = 16.0
-
     def sigma(self, t: Array) -> Array:
         c = self.config
         low, high = c.sigma_min ** (1 / c.rho), c.sigma_max ** (1 / c.rho)
@@ -119,10 +120,10 @@ class VarianceExploding(NoiseSchedule):
         found: Array = 1 + (np.asarray(sigma) ** (1 / c.rho) - low) / (high - low) * (self.last - 1)
         return found.clip(1, self.last)
 
-    def _precondition(self, t: Array, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
+    def precondition(self, t: Array, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
         c = self.config
         if c.preconditioning == "edm":
-            return self._edm(sigma, signal)
+            return super().precondition(t, sigma, signal)
         if c.preconditioning == "paper":
             kappa = c.sigma_min / sigma
         elif c.preconditioning == "linear":
@@ -155,9 +156,9 @@ class VariancePreserving(NoiseSchedule):
     def time(self, sigma: Array) -> Array:
         return np.interp(np.log1p(np.asarray(sigma) ** 2), -self._log_alpha_bar, self._steps)
 
-    def _precondition(self, t: Array, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
+    def precondition(self, t: Array, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
         if self.config.preconditioning == "edm":
-            return self._edm(sigma, signal)
+            return super().precondition(t, sigma, signal)
         one = np.ones_like(t)
         return one, -one, one, 1000 * t / self.last
 

@@ -191,3 +191,10 @@ def notes(found: dict[str, Any]) -> list[str]:
             f"NOTE: COLLAPSED. The samples vary {found['spread']:.3f} times as much as the data: nearly all are alike"
         )
     return lines
+
+
+def figures(found: Mapping[str, Any]) -> list[str]:
+    """The figures of metrics of your own, as `name value`."""
+    own = {key: value for key, value in found.items() if key not in Scores.__dataclass_fields__}
+    shown = {key: value for key, value in own.items() if not key.endswith("_over_seeds")}
+    return [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()]

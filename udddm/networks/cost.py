@@ -31,7 +31,7 @@ def cost(config: NetworkConfig, shape: tuple[int, int, int]) -> Cost:
         network = assemble(NetworkContext(config, shape))
         image, level = torch.zeros(1, *shape), torch.zeros(1)
         labels = torch.zeros(1, dtype=torch.int64) if config.classes else None
-    condition = image if config.condition == "cross-attention" else None
+    condition = image if config.conditioned else None
     counts = []
     for training in (False, True):
         # The fused attention kernel of CPUs is one that the counter does not know; attention in single steps it does.

@@ -86,7 +86,7 @@ class UNet(nn.Module):
         self.noise_embedding = NoiseEmbedding(config.base_channels, self._embedding_width, max_frequency)
         self.label_embedding = nn.Embedding(config.classes + 1, self._embedding_width) if config.classes else None
         self.condition_tokens = nn.ModuleDict()  # one for each stage with attention, shared by the stage's layers
-        if config.condition == "cross-attention":
+        if config.conditioned:
             for stage in sorted(self._attended | {stages - 1}):
                 self.condition_tokens[str(stage)] = ConditionTokens(
                     image_channels, self._channels[stage], config.patch * 2**stage, self._grids[stage]
@@ -158,7 +158,7 @@ class UNet(nn.Module):
     def _tokens(self, condition: torch.Tensor | None, count: int) -> list[torch.Tensor | None]:
         """For each stage, the tokens of the `count` conditioning images, or None where nothing attends to them."""
         tokens: list[torch.Tensor | None] = [None] * len(self._grids)
-        if self.config.condition == "none":
+        if not self.config.conditioned:
             return tokens
         if condition is None:
             raise ValueError(
@@ -195,7 +195,7 @@ class UNet(nn.Module):
 
     def _layer(self, stage: int, in_channels: int, attention: bool) -> Layer:
         channels, head_dim = self._channels[stage], self.config.head_dim
-        crossing = attention and self.config.condition == "cross-attention"
+        crossing = attention and self.config.conditioned
         return Layer(
             stage,
             ResidualBlock(in_channels, channels, self._embedding_width, self.config.dropout),

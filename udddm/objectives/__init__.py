@@ -33,8 +33,7 @@ __all__ = [
 
 def build(config: RunConfig, schedule: NoiseSchedule, epochs: float, shape: tuple[int, int, int]) -> Objective:
     """The objective of a run of `epochs` epochs on images [C, H, W], after its pretraining. Raises ConfigError."""
-    conditioned = config.network.condition != "none"
-    context = ObjectiveContext(schedule, config.objective, config.seed, epochs, shape, conditioned)
+    context = ObjectiveContext(schedule, config.objective, config.seed, epochs, shape, config.network.conditioned)
     first = math.ceil(pretrain_share(config) * epochs)
     own = replace(context, epochs=max(epochs - first, 1e-9)) if first else context
     built: Objective = OBJECTIVES.build(config.objective.name, config.objective.settings, own)

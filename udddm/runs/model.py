@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,8 @@ from torch import nn
 from udddm import networks
 from udddm.backends.distributed.ranks import choose_device
 from udddm.config import RunConfig
+from udddm.config.plugins import name_of
+from udddm.config.trust import MODEL, check_trusted
 from udddm.diffusion import samplers, schedule
 from udddm.diffusion.samplers import SamplingOptions
 from udddm.diffusion.schedule import NoiseSchedule
@@ -49,7 +51,8 @@ class Model:
         seeds: Sequence[int],
         *,
         steps: int = 1,
-        sampler: str = "renoise",
+        sampler: str | Callable[..., torch.Tensor] = "renoise",
+        settings: Mapping[str, Any] | None = None,
         labels: Sequence[int] | None = None,
         guidance: float = 1.0,
         batch: int = 250,
@@ -57,12 +60,13 @@ class Model:
         """Images [len(seeds), C, H, W], float32 in [-1, 1], by `steps` network evaluations each.
 
         Each image depends on its seed (and label) alone. A model with classes and no `labels` takes `seed % classes`.
+        `sampler` is a name, or a function of your own, and `settings` are its settings (docs/extending.md).
         `guidance` other than 1 weighs the labels (docs/method.md), with two calls of the network per evaluation.
 
         Raises ConfigError for seeds or labels that are no sequence of integers, labels of another number or of a class
         that the model does not have, an unknown sampler, and guidance for a model that was not trained for it.
         """
-        options = SamplingOptions(steps, sampler, guidance, batch, self.config.sample.settings)
+        options = SamplingOptions(steps, name_of(sampler, "sampler"), guidance, batch, settings or {})
         drawn = list(self.batches(seeds, labels, options))
         images: npt.NDArray[np.float32] = torch.cat([torch.empty(0, *self.shape), *drawn]).clamp(-1, 1).numpy()
         return images
@@ -113,19 +117,25 @@ def load_model(
     ema: float | str | None = None,
     ema_length: float | None = None,
     device: str | torch.device = "auto",
+    trust: bool = False,
 ) -> Model:
     """The model of a run, checkpoint or release, in a directory or at a URL.
 
     `ema` names the average of the weights: a decay that the run kept, "power-<length>", "none" for the raw weights,
     None for the first average. `ema_length`: of a run (not of one checkpoint), the average of this relative length,
     assembled from its snapshots. `device` is auto, cpu, cuda (the first one), or the device itself.
+    A checkpoint may name a network or noise schedule of its own as package.module:factory. These are imported, which
+    runs their code, with `trust` only: for files that you trust.
 
-    Raises CheckpointError for a checkpoint that is damaged, of another network, or without that average.
+    Raises ConfigError for one that does without `trust`, CheckpointError for a checkpoint that is damaged, of another
+    network, or without that average.
     """
     if ema is not None and ema_length is not None:
         raise ConfigError("ema names an average that the run kept, ema_length makes another: give one of them")
     with checkpoint_files(checkpoint, ("config",) if ema_length is not None else ("config", "model", "ema")) as path:
         config, shape = load_config(path)
+        if not trust:
+            check_trusted(config, MODEL, str(checkpoint))
         network = networks.for_run(config, shape)
         parameters = dict(network.named_parameters())
         shapes = {name: p.shape for name, p in parameters.items()}

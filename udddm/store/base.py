@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
@@ -25,8 +26,9 @@ import torch
 
 from udddm.config import StoreConfig
 from udddm.storage.guard import Guard
-from udddm.store.encoding import Encoding, Rows
+from udddm.store.encoding import Encoding, Rows, generation_zero
 from udddm.store.layout import StateLayout
+from udddm.store.snapshot import write_full
 
 if TYPE_CHECKING:
     from udddm.backends.distributed.ranks import Ranks
@@ -84,6 +86,12 @@ class StoreContext:
 
 
 class X0Store(ABC):
+    """A store of your own implements `start`, `read`, `put`, `rows` and `close` (docs/extending.md).
+
+    Failures that the user has to know of are StoreError, with the file or key and what to do. A store is used by one
+    thread; what it does in the background is its own affair, and is reported by the next `read` or `write`.
+    """
+
     def __init__(self, layout: StateLayout):
         self.layout, self.order, self.lanes = layout, layout.order, layout.lanes
         self.shape, self.encoding, self.device = layout.shape, layout.encoding, layout.device
@@ -134,26 +142,41 @@ class X0Store(ABC):
 
     def write(self, values: torch.Tensor) -> None:
         """Take the successors [b, C, H, W] of what `read` gave; padding is ignored. Moves to the next step."""
-        self._write(values)
+        self.put(values)
         self.step += 1
         if self.step == self.order.steps_per_epoch:
             self.epoch, self.step = self.epoch + 1, 0
-            self._turn()
+            self.next_epoch()
 
     @abstractmethod
-    def _write(self, values: torch.Tensor) -> None: ...
+    def put(self, values: torch.Tensor) -> None:
+        """Store the successors [b, C, H, W] of what `read` gave for the step (`self.epoch`, `self.step`)."""
 
-    def _turn(self) -> None:
-        """Called when an epoch is over."""
+    def next_epoch(self) -> None:
+        """Called when an epoch is over, with `self.epoch` the new one."""
         return
+
+    def initial_rows(self, source: StateSource | None) -> Iterator[tuple[int, int, Rows]]:
+        """(lane, chunk, rows) of all own chunks at the position of `source`, in this store's encoding: what `start` has
+        to take up. Generation 0 where `source` is None."""
+        for lane, chunk in self.layout.chunks():
+            if source is None:
+                samples = self.order.chunk_samples(lane, chunk)
+                zero = generation_zero(self.order.seed, samples, self.shape, self.encoding)
+                yield lane, chunk, self.encoding.to_array(zero)
+            else:
+                yield lane, chunk, self.encoding.recode(source.rows(lane, chunk), source.encoding)
 
     @abstractmethod
     def rows(self, lane: int, chunk: int) -> Rows:
         """A chunk's current rows, as `StateSource.rows`. For an own lane, between two steps."""
 
-    @abstractmethod
     def snapshot(self, directory: Path) -> None:
-        """Write into `directory` what `start` needs to come back to this position. Durable when it returns."""
+        """Write into `directory` what `start` needs to come back to this position. Durable when it returns.
+
+        By default this is a copy of all own rows, from which a store of any kind can be started.
+        """
+        write_full(self, directory)
 
     def retain(self, generations: set[int]) -> None:
         """The generations that kept checkpoints refer to; others may go once training has passed them."""
@@ -170,7 +193,6 @@ class X0Store(ABC):
     def sha256(self) -> str:
         """The fingerprint of the own lanes' state: its stored bytes in slot order."""
         digest = hashlib.sha256()
-        for lane in self.lanes:
-            for chunk in range(self.order.num_chunks(lane)):
-                digest.update(self.rows(lane, chunk).tobytes())
+        for lane, chunk in self.layout.chunks():
+            digest.update(self.rows(lane, chunk).tobytes())
         return digest.hexdigest()

@@ -6,7 +6,6 @@ stream. Page-locking all of a state would take it from the operating system for 
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -16,7 +15,6 @@ from udddm.store.base import StateSource, StoreContext
 from udddm.store.encoding import Rows, generation_zero
 from udddm.store.layout import StateLayout
 from udddm.store.pipeline import ChunkTable, HostStore
-from udddm.store.snapshot import write_full
 
 
 class MemoryTable(ChunkTable):
@@ -61,6 +59,3 @@ class PinnedStore(HostStore):
 
     def describe(self) -> str:
         return "host memory, copied in the background"
-
-    def snapshot(self, directory: Path) -> None:
-        write_full(self, directory)

@@ -156,7 +156,7 @@ class HostStore(X0Store):
             stored.record_stream(current)
         return self.encoding.decode(stored)
 
-    def _write(self, values: torch.Tensor) -> None:
+    def put(self, values: torch.Tensor) -> None:
         encoded = self.encoding.encode(values.detach())
         if encoded.data_ptr() == values.data_ptr():  # float32: the caller may change its tensor before it is written
             encoded = encoded.clone()
@@ -179,7 +179,7 @@ class HostStore(X0Store):
             self.counters.write_wait += time.perf_counter() - began
         self.counters.retries = self.table.retries
 
-    def _turn(self) -> None:
+    def next_epoch(self) -> None:
         with self._changed:
             self._saved = {key for key in self._saved if key[0] >= self.epoch}
             self._unsaved = {key: count for key, count in self._unsaved.items() if key[0] >= self.epoch}

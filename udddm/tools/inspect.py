@@ -93,7 +93,7 @@ def info(place: Place) -> list[str]:
         if not stored.existing():
             lines.append("no generation is stored yet")
     elif place.config is not None:
-        lines.append(f"the run keeps its x0-state in memory (store.kind={place.config.store.kind})")
+        lines.append(f"no zarr store (store.kind={place.config.store.kind}): the x0-state is in the checkpoints alone")
     for path in place.checkpoints:
         try:
             header = _header(path)

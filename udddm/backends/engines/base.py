@@ -64,7 +64,10 @@ class EngineContext:
 
 
 class Engine(ABC):
-    """`module` is what the loss calls."""
+    """`module` is what the loss calls. An engine with settings of its own is built as `factory(context, settings)`.
+
+    For another optimizer alone, derive from `udddm.backends.engines.ddp.TorchEngine` and override `optimizer`.
+    """
 
     needs_process_group: ClassVar[bool] = False
     """Whether even a single rank needs a process group."""
@@ -89,7 +92,7 @@ class Engine(ABC):
 
     def describe(self) -> str:
         """The engine and its mode, as the first lines of a run show them."""
-        return "torch"
+        return type(self).__name__
 
     # Steps.
 
@@ -119,10 +122,11 @@ class Engine(ABC):
         """The optimizer's step number `step` (from 0), from what was accumulated."""
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate(step)
-        self._step()
+        self.optimizer_step()
 
     @abstractmethod
-    def _step(self) -> None: ...
+    def optimizer_step(self) -> None:
+        """Clip the gradients that were accumulated, update the weights, and forget the gradients."""
 
     def backward_and_step(self, loss: torch.Tensor, step: int) -> None:
         """A step of one micro-batch."""
@@ -168,21 +172,23 @@ class Engine(ABC):
         steps = [float(state["step"]) for state in self.adam.state.values() if "step" in state]
         found = {"step": torch.tensor(max(steps, default=0.0), dtype=torch.float32)}
         if self.config.precision == "fp16":
-            found["scaler"] = torch.tensor(self._scale(), dtype=torch.float64)
+            found["scaler"] = torch.tensor(self.loss_scale(), dtype=torch.float64)
         return found
 
     @abstractmethod
-    def _scale(self) -> list[float]: ...
+    def loss_scale(self) -> list[float]:
+        """In float16 training, the loss scale and the steps since it changed."""
 
     @abstractmethod
-    def _load_scale(self, scale: float, since: int) -> None: ...
+    def load_loss_scale(self, scale: float, since: int) -> None:
+        """Take up what `loss_scale` gave."""
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Take up whole tensors by parameter."""
         pieces = self.weights()
         for name in self.shapes:
             self.fill(pieces, name, weights[name])
-        self._loaded()
+        self.weights_loaded()
 
     def load(self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]) -> None:
         """Take up whole tensors by parameter, and `exp_avg/<name>`, `exp_avg_sq/<name>`, `step`, `scaler`."""
@@ -196,9 +202,9 @@ class Engine(ABC):
                 state["step"].fill_(float(optimizer["step"]))
         if self.config.precision == "fp16" and "scaler" in optimizer:
             scale, since = optimizer["scaler"].tolist()
-            self._load_scale(scale, int(since))
+            self.load_loss_scale(scale, int(since))
 
-    def _loaded(self) -> None:
+    def weights_loaded(self) -> None:
         """The master weights were set: bring what the forward pass uses in line."""
         return
 

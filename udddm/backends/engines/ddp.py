@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from udddm.backends.engines.base import Engine, EngineContext, Slot
+from udddm.backends.engines.base import MOMENTS, Engine, EngineContext, Pieces, Slot
 from udddm.config import RunConfig
 from udddm.errors import ConfigError
 
@@ -29,9 +29,17 @@ class TorchEngine(Engine):
             self._settle_buckets(network, self._ddp)
         if config.compile:
             self.module = torch.compile(self.module)  # type: ignore[assignment]
-        self.adam = torch.optim.Adam(network.parameters(), lr=config.learning_rate, betas=config.betas, fused=True)
+        self.adam = self.optimizer(list(self._parameters.values()))
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
         self._begun = False
+
+    def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        """The optimizer of the parameters; the rate is set before every step. For engines that derive from this one:
+        its state must be Adam's (`exp_avg`, `exp_avg_sq`, `step`), which is what checkpoints hold."""
+        return torch.optim.Adam(parameters, lr=self.config.learning_rate, betas=self.config.betas, fused=True)
+
+    def describe(self) -> str:
+        return "torch"
 
     @classmethod
     def check(cls, config: RunConfig, world_size: int) -> None:
@@ -61,7 +69,7 @@ class TorchEngine(Engine):
             loss = loss * self.ranks.world_size  # DDP averages over ranks what should be summed
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
-    def _step(self) -> None:
+    def optimizer_step(self) -> None:
         if self.config.grad_clip is not None:
             self.scaler.unscale_(self.adam)
             torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.grad_clip)
@@ -69,12 +77,22 @@ class TorchEngine(Engine):
         self.scaler.update()
         self._begun = False
 
+    def moments(self) -> dict[str, Pieces]:
+        """Raises ConfigError for an optimizer whose state is not Adam's: a checkpoint would lose what else it has."""
+        kept = {key for state in self.adam.state.values() for key in state}
+        if other := sorted(kept - {"step", *MOMENTS}):
+            raise ConfigError(
+                f"engine {self.describe()}: its optimizer keeps {', '.join(other)}, which checkpoints do not hold; "
+                f"take one whose state is step, {' and '.join(MOMENTS)}, such as Adam, AdamW or RAdam"
+            )
+        return super().moments()
+
     def slots(self) -> dict[str, Slot]:
         return {name: Slot(p, 0, 0, p.numel()) for name, p in self._parameters.items()}
 
-    def _scale(self) -> list[float]:
+    def loss_scale(self) -> list[float]:
         state = self.scaler.state_dict()
         return [state["scale"], state["_growth_tracker"]]
 
-    def _load_scale(self, scale: float, since: int) -> None:
+    def load_loss_scale(self, scale: float, since: int) -> None:
         self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": scale, "_growth_tracker": since})

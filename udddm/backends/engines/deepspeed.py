@@ -76,7 +76,7 @@ class DeepSpeedEngine(Engine):
             pieces = self.weights()
             for name, weight in initial.items():
                 self.fill(pieces, name, weight)
-            self._loaded()
+            self.weights_loaded()
 
     @property
     def sharded(self) -> bool:
@@ -95,7 +95,7 @@ class DeepSpeedEngine(Engine):
         if not self._last:
             self._engine.step()  # counts micro-batches; takes no step
 
-    def _step(self) -> None:
+    def optimizer_step(self) -> None:
         self._engine.step()
 
     # Where DeepSpeed keeps things.
@@ -138,7 +138,7 @@ class DeepSpeedEngine(Engine):
         return found
 
     @torch.no_grad()
-    def _loaded(self) -> None:
+    def weights_loaded(self) -> None:
         optimizer = self._optimizer
         if self.stage == 3:
             for group in range(len(optimizer.fp32_partitioned_groups_flat)):
@@ -156,12 +156,12 @@ class DeepSpeedEngine(Engine):
     def _scaler(self) -> Any:
         return getattr(self._optimizer, "loss_scaler", None) or self._optimizer.loss_scale_config
 
-    def _scale(self) -> list[float]:
+    def loss_scale(self) -> list[float]:
         """DeepSpeed counts the steps since the last overflow, and raises the scale at multiples of the window. Torch
         counts those since the scale changed, and raises it when they equal the window: more would never be equal."""
         scaler = self._scaler()
         return [scaler.cur_scale, (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window]
 
-    def _load_scale(self, scale: float, since: int) -> None:
+    def load_loss_scale(self, scale: float, since: int) -> None:
         scaler = self._scaler()
         scaler.cur_scale, scaler.cur_iter, scaler.last_overflow_iter = scale, since, -1

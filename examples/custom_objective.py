@@ -1,0 +1,59 @@
+"""Consistency training with a fixed number of noise levels (Song et al. 2023, arXiv 2303.01469), in one file.
+
+    PYTHONPATH=examples udddm-train --config configs/digits.yaml \\
+        --set objective.name=custom_objective:PlainConsistency --set 'objective.settings={levels: 18}'
+
+An objective is the plan of each visit, a pure function of (seed, sample, epoch): its noise level, what its target is
+made of, and the weight of its loss. Nothing else has to be written: `udddm.objectives.visit_loss` carries out any plan.
+"""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+import numpy as np
+from pydantic import Field
+
+from udddm import rng
+from udddm.config import Section
+from udddm.objectives import ObjectiveContext, Visits
+from udddm.objectives.base import Ids
+from udddm.objectives.target import TargetObjective
+from udddm.rng import Stream
+
+
+class PlainConsistency(TargetObjective):
+    class Settings(Section):
+        """Section `objective.settings`."""
+
+        levels: int = Field(18, ge=1)
+        """Noise levels above the lowest."""
+        weighting: Literal["none", "gap"] = "gap"
+        """The weight of a level's loss: 1, or 1 / (sigma_k - sigma_(k-1))."""
+        huber_c: float = Field(0.03, gt=0)
+        """c of Eq. 4."""
+
+    def __init__(self, context: ObjectiveContext, settings: Settings):
+        super().__init__(context.schedule, settings.huber_c, context.seed, context.conditioned)
+        self.settings = settings
+        self.times = context.schedule.levels(settings.levels)
+        self.gaps = np.diff(context.schedule.sigma(self.times))
+
+    @classmethod
+    def create(cls, context: ObjectiveContext, settings: Settings) -> Self:
+        return cls(context, settings)
+
+    def plan(self, ids: Ids, epoch: int) -> Visits:
+        # Every random number is a function of its place: the same visit draws the same level in any process.
+        level = 1 + rng.randint(self.settings.levels, rng.keys(self.seed, Stream.TIME, ids, epoch))
+        taught = np.flatnonzero(level > 1)
+        return self.visits(
+            ids,
+            epoch,
+            self.times[level],
+            rng.keys(self.seed, Stream.NOISE, ids, epoch),
+            x0_weight=(level == 1).astype(np.float64),  # the lowest level learns the image itself
+            weight=1 / self.gaps[level - 1] if self.settings.weighting == "gap" else np.ones(len(ids)),
+            teacher_rows=taught,  # the others learn what the network says one level below, on the same noise
+            teacher_times=self.times[level[taught] - 1],
+        )

@@ -1,0 +1,123 @@
+"""An x0-state store on SQLite, from the standard library: one row per sample, in a database file.
+
+    PYTHONPATH=examples udddm-train --config configs/digits.yaml --set store.kind=custom_store:SqliteStore
+
+The database is a working copy that is rebuilt at each start. What a run is resumed from is its checkpoint, to which
+`X0Store.snapshot` copies all rows; so a kill at any moment may leave the database in any condition.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+
+from udddm.config import Section
+from udddm.errors import ConfigError, StoreError
+from udddm.storage import local_path
+from udddm.store import StateLayout, StoreContext, X0Store
+from udddm.store.base import StateSource
+from udddm.store.encoding import Rows
+
+
+class SqliteStore(X0Store):
+    class Settings(Section):
+        """Section `store.settings`."""
+
+        directory: str | None = None
+        """Where the database is; unset: the run's own `state`."""
+        cache_mb: int = 16
+        """Memory that SQLite may use to keep pages, MB."""
+
+    def __init__(self, layout: StateLayout, directory: Path, cache_mb: int = 16):
+        super().__init__(layout)
+        # A rank owns its lanes and no others, so each rank has a file that nobody else writes to.
+        self.path, self.cache_mb = directory / f"lanes-{layout.lanes.start:04d}.sqlite", cache_mb
+        self._database: sqlite3.Connection | None = None
+
+    @classmethod
+    def create(cls, context: StoreContext, settings: Settings | None = None) -> Self:
+        chosen = settings or cls.Settings()
+        directory = local_path(chosen.directory or context.location)
+        if directory is None:
+            raise ConfigError(
+                f"store.settings.directory: SQLite needs a directory of this machine, and {context.location} is a URL"
+            )
+        return cls(context.layout, directory, chosen.cache_mb)
+
+    @classmethod
+    def resident_bytes(cls, layout: StateLayout) -> int:
+        return 2 * layout.step_samples * layout.row_bytes  # a batch that is read, and one that is written
+
+    def describe(self) -> str:
+        return f"SQLite, {self.path}"
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        """The database; its errors become errors for the user."""
+        assert self._database is not None, "start comes first"
+        try:
+            yield self._database
+        except sqlite3.Error as error:
+            raise StoreError(f"{self.path}: {error}. Make room or restore access, then run the same command") from error
+
+    def start(self, epoch: int, step: int, source: StateSource | None) -> None:
+        self.epoch, self.step = epoch, step
+        self.close()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.path.unlink(missing_ok=True)
+            self._database = sqlite3.connect(self.path, isolation_level=None)
+        except (OSError, sqlite3.Error) as error:
+            raise StoreError(f"cannot make {self.path}: {error}; give another store.settings.directory") from error
+        with self._open() as database:
+            # Nothing is recovered from this file after a crash: it needs neither a journal nor synced writes.
+            database.execute("PRAGMA journal_mode = OFF")
+            database.execute("PRAGMA synchronous = OFF")
+            database.execute(f"PRAGMA cache_size = -{self.cache_mb * 1000}")
+            database.execute("CREATE TABLE state (slot INTEGER PRIMARY KEY, row BLOB NOT NULL)")
+            for lane, chunk, rows in self.initial_rows(source):
+                place = self.layout.chunk_slots(lane, chunk)
+                self._write(range(place.start, place.stop), rows)
+
+    def _write(self, slots: Sequence[int], rows: Rows) -> None:
+        with self._open() as database:
+            database.execute("BEGIN")
+            pairs = ((slot, row.tobytes()) for slot, row in zip(slots, rows, strict=True))
+            database.executemany("REPLACE INTO state VALUES (?, ?)", pairs)
+            database.execute("COMMIT")
+        self.counters.bytes_written += rows.nbytes
+
+    def _array(self, blobs: list[bytes]) -> Rows:
+        self.counters.bytes_read += sum(map(len, blobs))
+        return np.frombuffer(b"".join(blobs), self.encoding.array).reshape(len(blobs), *self.shape)
+
+    def read(self) -> torch.Tensor:
+        slots, places = self.layout.step_slots(self.epoch, self.step)
+        with self._open() as database:
+            found = [database.execute("SELECT row FROM state WHERE slot = ?", (slot,)) for slot in slots.tolist()]
+            rows = self._array([row for cursor in found for (row,) in cursor])
+        batch = np.zeros((self.layout.step_samples, *self.shape), self.encoding.array)  # padding stays 0
+        batch[places] = rows
+        return self.encoding.decode(self.encoding.to_tensor(batch)).to(self.device)
+
+    def put(self, values: torch.Tensor) -> None:
+        slots, places = self.layout.step_slots(self.epoch, self.step)
+        rows = self.encoding.to_array(self.encoding.encode(values).cpu())
+        self._write(slots.tolist(), rows[places])
+
+    def rows(self, lane: int, chunk: int) -> Rows:
+        place = self.layout.chunk_slots(lane, chunk)
+        query = "SELECT row FROM state WHERE slot >= ? AND slot < ? ORDER BY slot"
+        with self._open() as database:
+            return self._array([row for (row,) in database.execute(query, (place.start, place.stop))])
+
+    def close(self) -> None:
+        if self._database is not None:
+            self._database.close()
+            self._database = None

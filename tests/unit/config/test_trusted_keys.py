@@ -1,0 +1,47 @@
+"""Every key of a configuration that may name code or a file is known to `udddm.config.trust`."""
+
+from __future__ import annotations
+
+import pytest
+
+from udddm.config import load_config, plugins
+from udddm.config.plugins import LAUNCHERS, METRICS, Registry
+from udddm.config.trust import MODEL, NAMED, check_trusted, reaching
+from udddm.errors import ConfigError
+
+SECTIONS = ("data", "network", "schedule", "objective", "store", "engine", "sample", "evaluate")
+
+
+def test_no_plug_point_is_left_out() -> None:
+    registries = {each.key: each for each in vars(plugins).values() if isinstance(each, Registry)}
+    del registries[LAUNCHERS.key]  # an argument of the command line: no configuration names one
+    assert registries == NAMED
+
+
+def test_nothing_in_a_configuration_of_the_package_s_members_needs_trust() -> None:
+    assert reaching(load_config(None, ["objective.name=consistency"]), SECTIONS) == []
+
+
+@pytest.mark.parametrize("key", NAMED)
+def test_a_name_that_imports_is_found_and_shown_with_its_key(key: str) -> None:
+    value = "evil:make" if key != METRICS.key else "[frechet, evil:make]"
+    config = load_config(None, [f"{key}={value}"])
+    section = key.partition(".")[0]
+    assert reaching(config, SECTIONS) == reaching(config, (section,)) == [f"{key}=evil:make"]
+    assert reaching(config, [each for each in SECTIONS if each != section]) == []
+    assert reaching(config, SECTIONS, [f"{key}=mine:make"]) == []
+    with pytest.raises(ConfigError, match=rf"theirs names {key}=evil:make.*Give --trust \(in Python trust=True\)"):
+        check_trusted(config, SECTIONS, "theirs")
+    with pytest.raises(ConfigError, match=rf"--set {key}=\.\.\.\), or give --trust"):
+        check_trusted(config, SECTIONS, "theirs", [])
+
+
+def test_a_module_of_the_package_is_no_exception() -> None:
+    config = load_config(None, ["network.name=udddm.networks.unet:build"])
+    assert reaching(config, MODEL) == ["network.name=udddm.networks.unet:build"]
+
+
+def test_data_and_features_are_files_or_code() -> None:
+    given = ["data={name: 'a:b', path: x.npy, arguments: {q: 1}}", "evaluate.features=x.pt"]
+    found = reaching(load_config(None, given), SECTIONS)
+    assert found == ["data.name=a:b", "data.arguments.q=1", "data.path=x.npy", "evaluate.features=x.pt"]

@@ -1,0 +1,69 @@
+"""A configuration that comes with a checkpoint, a run or a release is data: what it names is not used unasked.
+
+A setting may name code (`network.name=package.module:factory`) or a file or URL (`data.path`). Whoever trains with a
+configuration has chosen both. Whoever looks into a stranger's checkpoint has not: there `check_trusted` comes before
+anything is imported or opened, for the sections that the command is about to use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from udddm.config.plugins import ENGINES, METRICS, NETWORKS, OBJECTIVES, SAMPLERS, SCHEDULES, STORES, Registry
+from udddm.config.run import RunConfig
+from udddm.errors import ConfigError
+
+NAMED: dict[str, Registry] = {
+    registry.key: registry for registry in (NETWORKS, SCHEDULES, OBJECTIVES, STORES, ENGINES, SAMPLERS, METRICS)
+}
+"""Every key of a configuration that may name code, but for data.name and evaluate.features."""
+MODEL = ("network", "schedule")
+"""The sections that a trained model is built from."""
+DATA = ("data",)
+
+
+def reaching(config: RunConfig, sections: Sequence[str], overrides: Sequence[str] = ()) -> list[str]:
+    """The settings of these sections, as `key=value`, that import code or open a file or URL, apart from those that
+    `overrides` give.
+
+    `overrides` are those of the command line (`data.path=x.npy`), which are the user's own.
+    """
+    given = {override.partition("=")[0] for override in overrides}
+    return [
+        f"{key}={value}"
+        for key, value in _reaching(config)
+        if key.partition(".")[0] in sections and not any(key == one or key.startswith(f"{one}.") for one in given)
+    ]
+
+
+def _reaching(config: RunConfig) -> Iterator[tuple[str, object]]:
+    """Every setting that imports code or opens a file or URL."""
+    for key, registry in NAMED.items():
+        section, _, leaf = key.partition(".")
+        value = getattr(getattr(config, section), leaf)
+        for name in (value,) if isinstance(value, str) else value:
+            if registry.is_import(name):
+                yield key, name
+    data = config.data
+    if ":" in data.name:
+        yield "data.name", data.name
+    yield from ((f"data.arguments.{key}", value) for key, value in data.arguments.items())
+    if data.path is not None:
+        yield "data.path", data.path
+    if config.evaluate.features != type(config.evaluate).model_fields["features"].default:
+        yield "evaluate.features", config.evaluate.features
+
+
+def check_trusted(
+    config: RunConfig, sections: Sequence[str], source: str, overrides: Sequence[str] | None = None
+) -> None:
+    """Raise ConfigError when these sections of the configuration of `source` import code or open files that the user
+    did not name. `overrides` are those of a command that has --set; None for one that has not."""
+    if found := reaching(config, sections, overrides or ()):
+        keys = " ".join(f"--set {one.partition('=')[0]}=..." for one in found)
+        instead = "" if overrides is None else f"Name them yourself ({keys}), or "
+        trust = "give --trust (in Python trust=True) if you trust these files"
+        raise ConfigError(
+            f"the configuration of {source} names {', '.join(found)}: this would import code or open files that "
+            f"{source} chose. {instead}{trust if instead else trust[0].upper() + trust[1:]}"
+        )
