@@ -132,6 +132,15 @@ class Outcome:
         """What the run waits per epoch."""
         return self.wait * self.seconds / self.seams if self.seams else math.nan
 
+    def count(self, bucket: Bucket, served: Counter[Kind], moved: Counter[Kind]) -> None:
+        """Take over the requests since those `served`, and the bytes since those `moved`."""
+        if self.steps:
+            self.gets_per_second = (bucket.served["get"] - served["get"]) / self.seconds
+            self.puts_per_second = (bucket.served["put"] - served["put"]) / self.seconds
+            self.read_rate = (bucket.bytes["get"] - moved["get"]) / self.seconds
+            self.write_rate = (bucket.bytes["put"] - moved["put"]) / self.seconds
+        self.peak_gets, self.peak_puts, self.refused = bucket.peak("get"), bucket.peak("put"), bucket.refused
+
     @property
     def stalls(self) -> bool:
         return self.failure is not None or self.wait > STALL
@@ -180,18 +189,12 @@ def run(
             stack.enter_context(world.install(seed))
         bucket = Bucket(service, clock, sleep, seed)
         ways = [ModelObjects(bucket, rank, chunk_bytes, blank) for rank in range(ranks)]
+        row_bytes = chunk_bytes // order.chunk_size  # of the modelled rows: they bound windows and threads
         stores: list[HostStore] = []
         for rank, way in enumerate(ways):
-            lanes = order.lanes_of(rank, ranks)
-            table = SteadyTable(Generations(way, order, shape, encoding), lanes)
-            if keep:
-                table.retained = set(range(steps + 2))
-            layout = StateLayout(order, lanes, shape, encoding, torch.device("cpu"))
-            store: HostStore = SteadyStore(layout, table, Limits(threads, prefetch))
-            row_bytes = chunk_bytes // order.chunk_size  # of the modelled rows: they bound windows and threads
-            store.pace = Autotune(order, lanes, row_bytes, Limits(threads, prefetch, first_threads=REMOTE_THREADS))
-            stack.callback(store.close)
-            stores.append(store)
+            layout = StateLayout(order, order.lanes_of(rank, ranks), shape, encoding, torch.device("cpu"))
+            stores.append(_store(layout, way, Limits(threads, prefetch), row_bytes, steps + 2 if keep else 0))
+            stack.callback(stores[-1].close)
         values = torch.zeros(order.batch_size // ranks, *shape)
         began = waited = 0.0
         served, moved = Counter[Kind](), Counter[Kind]()
@@ -214,11 +217,7 @@ def run(
         result.seconds = clock() - began
         if result.steps:
             result.wait = (_waited(stores) - waited) / result.seconds
-            result.gets_per_second = (bucket.served["get"] - served["get"]) / result.seconds
-            result.puts_per_second = (bucket.served["put"] - served["put"]) / result.seconds
-            result.read_rate = (bucket.bytes["get"] - moved["get"]) / result.seconds
-            result.write_rate = (bucket.bytes["put"] - moved["put"]) / result.seconds
-        result.peak_gets, result.peak_puts, result.refused = bucket.peak("get"), bucket.peak("put"), bucket.refused
+        result.count(bucket, served, moved)
         try:
             for store in stores:
                 store.settle()
@@ -227,6 +226,15 @@ def run(
         result.chunks_read = sum(way.chunks["get"] for way in ways)
         result.chunks_written = sum(way.chunks["put"] for way in ways)
     return result
+
+
+def _store(layout: StateLayout, way: ModelObjects, limits: Limits, row_bytes: int, keep: int) -> HostStore:
+    """A rank's store, which keeps the first `keep` generations whether they are needed or not."""
+    table = SteadyTable(Generations(way, layout.order, layout.shape, layout.encoding), layout.lanes)
+    table.retained = set(range(keep))
+    store = SteadyStore(layout, table, limits)
+    store.pace = Autotune(layout.order, layout.lanes, row_bytes, replace(limits, first_threads=REMOTE_THREADS))
+    return store
 
 
 def _waited(stores: list[HostStore]) -> float:
@@ -349,7 +357,21 @@ HEADING = (
 )
 
 
-def main() -> None:
+def _print_checks(checks: list[Check]) -> None:
+    print(f"\n{'validation, real time':24} {'wait':>16} {'ms a step':>31}")
+    print(
+        f"{'':18} {'ranks':>5} {'measured':>9} {'simulated':>9} "
+        f"{'measured':>9} {'simulated':>9} {'of seeds':>11} {'error':>7}"
+    )
+    for check in checks:
+        print(
+            f"{check.case:18} {check.ranks:5} {check.measured_wait:9.1%} {check.simulated_wait:9.1%} "
+            f"{check.measured_step * 1e3:9.1f} {check.simulated_step * 1e3:9.1f} "
+            f"{check.simulated_least * 1e3:5.1f}-{check.simulated_most * 1e3:5.1f} {check.error:+7.1%}"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ranks", type=int, nargs="+", default=SCALES)
     parser.add_argument("--workloads", nargs="+", default=[each.name for each in WORKLOADS])
@@ -361,7 +383,11 @@ def main() -> None:
     parser.add_argument("--no-cures", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = _parser().parse_args()
     torch.set_num_threads(1)
     service = Service(
         **{name: value for name, value in vars(arguments).items() if name in Service.__dataclass_fields__}
@@ -371,17 +397,7 @@ def main() -> None:
     checks: list[Check] = []
     if not arguments.no_validation:
         checks = validate()
-        print(f"\n{'validation, real time':24} {'wait':>16} {'ms a step':>31}")
-        print(
-            f"{'':18} {'ranks':>5} {'measured':>9} {'simulated':>9} "
-            f"{'measured':>9} {'simulated':>9} {'of seeds':>11} {'error':>7}"
-        )
-        for check in checks:
-            print(
-                f"{check.case:18} {check.ranks:5} {check.measured_wait:9.1%} {check.simulated_wait:9.1%} "
-                f"{check.measured_step * 1e3:9.1f} {check.simulated_step * 1e3:9.1f} "
-                f"{check.simulated_least * 1e3:5.1f}-{check.simulated_most * 1e3:5.1f} {check.error:+7.1%}"
-            )
+        _print_checks(checks)
     outcomes: list[Outcome] = []
     first: dict[str, int | None] = {}
     cured: dict[str, dict[str, Outcome]] = {}

@@ -49,7 +49,7 @@ def cases(draw: st.DrawFn) -> Case:
         share=draw(st.integers(1, 24)),
         lanes=lanes,
         chunk=draw(st.integers(1, 40)),
-        chunks_per_window=draw(st.integers(1, 6)),
+        window=draw(st.integers(1, 6)),
         epoch=draw(st.integers(0, 1000)),
     )
 

@@ -31,7 +31,7 @@ class TrainResult:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainResult:
-        """From the contents of `result.json`; keys of other versions are ignored. Raises TypeError if one is missing."""
+        """From the contents of `result.json`; unknown keys are ignored. Raises TypeError if one is missing."""
         return cls(**{key: value for key, value in values.items() if key in cls.__dataclass_fields__})
 
     def to_dict(self) -> dict[str, Any]:

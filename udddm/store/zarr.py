@@ -169,8 +169,8 @@ class ZarrStore(HostStore):
     """`url` is where the generations live; with `default` it is `<run>/state`, which moves with the run.
 
     `owner` names who may write there, `run_id` is the run's id, `guard` the run's own: a default store has no other.
-    For any other URL, the first rank holds a lease, which the other ranks watch, and another run pointed at it is refused,
-    at the same time or later.
+    For any other URL, the first rank holds a lease, which the other ranks watch, and another run pointed at it is
+    refused, at the same time or later.
     """
 
     def __init__(

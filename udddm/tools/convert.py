@@ -82,9 +82,9 @@ def collect(path: str, report: Callable[[str], None]) -> list[int]:
     """Remove the generations that no checkpoint of a stopped run refers to, and return their numbers.
 
     `report` gets a line about each, and the reason, before anything is removed. What is newer than the newest
-    checkpoint stays: a run that resumes writes it again, and another copy of the run directory may refer to it. Raises StoreError
-    and removes nothing for a bare store, a store of another run, and where a checkpoint is damaged or all are missing;
-    ConfigError or StoreError when the run is alive.
+    checkpoint stays: a run that resumes writes it again, and another copy of the run directory may refer to it. Raises
+    StoreError and removes nothing for a bare store, a store of another run, and where a checkpoint is damaged or all
+    are missing; ConfigError or StoreError when the run is alive.
     """
     run = open_copy(path)
     if not (run.path / "run.json").exists():
