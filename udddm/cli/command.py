@@ -8,8 +8,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-import yaml
-
 from udddm import __version__, log
 from udddm.config.plugins import SAMPLERS
 from udddm.errors import ConfigError, Interrupted, UdddmError
@@ -77,6 +75,8 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
 
 def mapping(text: str) -> dict[str, Any]:
     """A YAML mapping such as `{levels: [5, 1]}`."""
+    import yaml
+
     try:
         found = yaml.safe_load(text)
     except yaml.YAMLError as error:
