@@ -108,10 +108,11 @@ def test_a_run_on_sqlite_has_the_bits_of_one_on_the_device(tmp_path: Path) -> No
 
 
 def test_a_killed_run_on_sqlite_resumes_bit_for_bit(tmp_path: Path) -> None:
-    steps = "train={steps: 120, batch_size: 32, learning_rate: 0.001, ema: [0.9], torch_threads: 1}"
-    expected = train(tmp_path / "device", steps, "store.kind=gpu")
+    longer = ["train={steps: 120, batch_size: 32, learning_rate: 0.001, ema: [0.9], torch_threads: 1}"]
+    longer.append("checkpoint.every_steps=30")
+    expected = train(tmp_path / "device", *longer, "store.kind=gpu")
     preset = tmp_path / "preset.yaml"  # the third way to name a member: YAML
-    tree = load_config(None, [*TINY, steps, "store.kind=custom_store:SqliteStore"]).model_dump(mode="json")
+    tree = load_config(None, [*TINY, *longer, "store.kind=custom_store:SqliteStore"]).model_dump(mode="json")
     preset.write_text(yaml.safe_dump(tree))
     run = tmp_path / "run"
     command = [sys.executable, "-m", "udddm", "train", f"--config={preset}", f"--run-dir={run}", "--device=cpu"]

@@ -93,7 +93,10 @@ def info(place: Place) -> list[str]:
         if not stored.existing():
             lines.append("no generation is stored yet")
     elif place.config is not None:
-        lines.append(f"no zarr store (store.kind={place.config.store.kind}): the x0-state is in the checkpoints alone")
+        lines.append(
+            f"no zarr store (store.kind={place.config.store.kind}): the x0-state is in memory, or where that store "
+            "keeps it, and in the checkpoints"
+        )
     for path in place.checkpoints:
         try:
             header = _header(path)
