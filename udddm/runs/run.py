@@ -142,7 +142,10 @@ def check_or_record(run: Path, config: RunConfig, dataset: ImageDataset) -> None
                 f"{run} belongs to a run of another configuration ({'; '.join(decisive)}); "
                 "use that configuration to resume it, or another --run-dir"
             )
-        check_unchanged(recorded["dataset"], dataset.fingerprint())
+        current = dataset.fingerprint()
+        if config.network.classes:  # a run that learned other labels cannot go on with these
+            current.pop("earlier_digest", None)
+        check_unchanged(recorded["dataset"], current)
         return
     if (run / "checkpoints").exists():
         raise ConfigError(f"{run} holds checkpoints but no run.json; restore that file or choose another --run-dir")

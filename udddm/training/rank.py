@@ -34,8 +34,8 @@ def train_rank(
 
     def load() -> ImageDataset:
         images = ImageDataset(dataset if dataset is not None else load_dataset(config.data))
-        if config.network.classes and not images.labelled:
-            raise ConfigError("network.classes is set, but the data set has no labels")
+        if config.network.classes:
+            images.check_classes(config.network.classes)
         return images
 
     images = ranks.run_on_all(load, refused)
