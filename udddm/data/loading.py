@@ -20,7 +20,7 @@ BUILT_IN: dict[str, Callable[[DataConfig], MapDataset]] = {
     "fashion-mnist": lambda config: sources.fashion_mnist(_optional_path(config)),
     "cifar10": lambda config: sources.cifar10(_optional_path(config)),
     "folder": lambda config: folder.FolderImages(Path(_path(config)).expanduser(), size=config.size),
-    "array": lambda config: arrays.open_array(_path(config)),
+    "array": lambda config: arrays.open_array(_path(config), missing_chunks=config.missing_chunks),
 }
 
 _ALWAYS = {
