@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 from udddm.cli.command import add_version, reported
-from udddm.config.plugins import ENGINES, STORES
 
 
 def _workers(text: str) -> tuple[int, int]:
@@ -30,24 +29,34 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--config", metavar="FILE", help="a YAML preset, such as configs/digits.yaml")
     parser.add_argument("--run-dir", metavar="DIR|URL", help="where everything goes (default: runs/<preset>)")
     parser.add_argument(
-        "--store", metavar="KIND", help=f"where the x0-state lives: {', '.join(STORES.members)} (store.kind)"
+        "--store",
+        metavar="KIND",
+        help="where the x0-state lives: gpu, pinned, zarr, or package.module:factory (store.kind)",
     )
     parser.add_argument("--store-url", metavar="URL", help="where the zarr store is (store.url; default: <run>/state)")
     parser.add_argument(
-        "--on-damage", choices=["stop", "reinitialize"], help="what a damaged chunk of state does (store.on_corruption)"
+        "--on-corruption",
+        "--on-damage",
+        choices=["stop", "reinitialize"],
+        help="what a damaged chunk of state causes (store.on_corruption; --on-damage is the old name)",
     )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a value, such as train.epochs=3"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
-        "--engine", metavar="NAME", help=f"what takes the steps: {', '.join(ENGINES.members)} (engine.name)"
+        "--engine",
+        metavar="NAME",
+        help="what takes the steps: torch, deepspeed, or package.module:factory (engine.name)",
     )
     parser.add_argument("--zero", type=int, choices=range(4), help="DeepSpeed's ZeRO stage (engine.zero)")
     parser.add_argument("--deepspeed", metavar="FILE", help='a DeepSpeed JSON; its "auto" values are filled in')
     cluster = parser.add_argument_group("workers")
     cluster.add_argument(
-        "--backend", metavar="NAME", default="auto", help="who starts them: auto, local or ray (auto: Ray in a Ray job)"
+        "--backend",
+        metavar="NAME",
+        default="auto",
+        help="what starts them: auto (Ray in a Ray job), local, ray, or package.module:factory",
     )
     cluster.add_argument(
         "--workers", type=_workers, default=(1, 1), metavar="N|MIN:MAX", help="processes, one a GPU (default 1)"
