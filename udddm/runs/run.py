@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from udddm.backends.distributed.ranks import Ranks
-from udddm.config import RunConfig, StoreConfig, resolve
+from udddm.config import RunConfig, StoreConfig, as_yaml, resolve
 from udddm.data import ImageDataset, check_unchanged
 from udddm.errors import ConfigError
 from udddm.files import load_json, write_json, write_text
@@ -149,7 +147,7 @@ def check_or_record(run: Path, config: RunConfig, dataset: ImageDataset) -> None
         return
     if (run / "checkpoints").exists():
         raise ConfigError(f"{run} holds checkpoints but no run.json; restore that file or choose another --run-dir")
-    write_text(run / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    write_text(run / "config.yaml", as_yaml(resolved, flow=False))
     write_json(
         path,
         {
