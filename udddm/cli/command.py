@@ -6,9 +6,11 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from udddm import __version__, log
 from udddm.errors import ConfigError, Interrupted, UdddmError
+from udddm.files import expanded
 
 FAILED = 1
 USAGE = 2
@@ -49,6 +51,14 @@ def reported(body: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped at once; the last checkpoint is intact and the same command resumes", file=sys.stderr)
         return 130
+
+
+def path(text: str) -> Path:
+    """A file or directory of this machine, with ~ replaced."""
+    try:
+        return expanded(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from udddm.cli.command import FAILED, TRUST, add_version, positive, reported
+from udddm.cli.command import FAILED, TRUST, add_version, path, positive, reported
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("path", metavar="RUN|URL", help="a run directory, or the store's own path or URL")
         if name == "view":
             command.add_argument("--sample", type=int, required=True, metavar="I")
-            command.add_argument("--out", type=Path, default=Path("view.png"), metavar="FILE")
+            command.add_argument("--out", type=path, default=Path("view.png"), metavar="FILE")
             command.add_argument("--trust", action="store_true", help=TRUST)
         if name == "convert":
             command.add_argument("destination", metavar="URL")

@@ -15,8 +15,8 @@ from udddm.config import text
 from udddm.config.renamed import current_key, modernize
 from udddm.config.run import RunConfig
 from udddm.errors import ConfigError
+from udddm.files import expanded
 from udddm.log import log
-from udddm.paths import expanded
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:

@@ -12,6 +12,7 @@ import numpy as np
 
 from udddm.data.images import Array, ArrayImages, Ids
 from udddm.errors import DataError
+from udddm.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def open_array(url: str, *, missing_chunks: Literal["stop", "fill"] = "stop") ->
     remote = "://" in url or "::" in url
     suffix = Path(url.rstrip("/")).suffix.lower()
     if not remote:
-        url = str(Path(url).expanduser())
+        url = str(expanded(url))
         if not Path(url).exists():
             raise DataError(f"{url} does not exist: data.path must be a .npy or .npz file or a Zarr array")
     if suffix == ".npy":

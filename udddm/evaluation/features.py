@@ -14,6 +14,7 @@ import torch
 
 from udddm.config.plugins import load_plugin
 from udddm.errors import ConfigError
+from udddm.files import expanded
 
 Rows = npt.NDArray[np.float32]
 INCEPTION = "inception"
@@ -64,7 +65,7 @@ def load_features(name: str, device: torch.device) -> FeatureNetwork:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript itself is deprecated, and common
-                module = torch.jit.load(name, map_location=device).eval()  # type: ignore[no-untyped-call]
+                module = torch.jit.load(str(expanded(name)), map_location=device).eval()  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"cannot load the feature network {name} as TorchScript: {reason}") from error

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from udddm.errors import StoreError
+from udddm.files import expanded
 from udddm.storage.base import ObjectStore, PermanentStorageError, Retry
 from udddm.storage.local import LocalObjectStore
 from udddm.urls import secret_in
@@ -14,10 +15,13 @@ __all__ = ["LocalObjectStore", "ObjectStore", "PermanentStorageError", "Retry", 
 
 
 def local_path(where: str | Path) -> Path | None:
-    """The path on this machine that a path or a file:// URL means; None for a URL of any other kind."""
+    """The path on this machine that a path or a file:// URL means, with ~ replaced; None for a URL of any other kind.
+
+    Raises ConfigError for a URL that lost a slash.
+    """
     text = str(where)
     if isinstance(where, Path) or "://" not in text:
-        return Path(where)
+        return expanded(where)
     return Path(text.removeprefix("file://")) if text.startswith("file://") else None
 
 
