@@ -72,9 +72,9 @@ def parse(text: str, source: str, model: type[BaseModel], key: str = "") -> Any:
         _check_keys(node, source, "", set())
         _keep_text(node, model, key)
         return loader.construct_document(node)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
-    except (ValueError, RecursionError) as error:
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     finally:
         loader.dispose()
