@@ -191,6 +191,24 @@ class ImageDataset:
         return int(check_labels(array.reshape(1), 1, self.classes, f"sample {index}")[0])
 
 
+def check_agreement(fingerprints: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
+    """Raise DataError if the data sets of several ranks differ, naming each rank by its place in `places`."""
+    first = fingerprints[0]
+    for found, place in zip(fingerprints, places, strict=True):
+        for key, what in (("length", "samples"), ("shape", "images of shape")):
+            if found[key] != first[key]:
+                raise DataError(
+                    f"{place} has {what} {found[key]}, but {places[0]} has {first[key]}: every rank must read the same "
+                    "data set, so copy the complete data to each machine or use a shared place"
+                )
+        if found != first:
+            raise DataError(
+                f"{place} and {places[0]} read data sets of {first['length']} samples that differ (other images, "
+                "labels, classes or order): copy the same data to each machine, and make sure that every rank reads it "
+                "in the same order with the same version of its packages"
+            )
+
+
 def check_unchanged(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raise DataError saying what changed if two fingerprints differ, that of the run and that of the data now."""
     changes = []

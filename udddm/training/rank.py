@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from udddm import store as stores
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig
-from udddm.data import ImageDataset, MapDataset, load_dataset
+from udddm.data import ImageDataset, MapDataset, check_agreement, load_dataset
 from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
 from udddm.files import load_json
 from udddm.log import log
@@ -39,6 +40,10 @@ def train_rank(
         return images
 
     images = ranks.run_on_all(load, refused)
+    if ranks.world_size > 1:
+        place = f"rank {ranks.rank} ({socket.gethostname()})"
+        seen = ranks.gather((ranks.run_on_all(images.fingerprint, refused), place))
+        check_agreement([fingerprint for fingerprint, _ in seen], [place for _, place in seen])
     with ExitStack() as held:
 
         def take() -> None:
