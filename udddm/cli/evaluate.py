@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from udddm.backends.distributed.ranks import Ranks
     from udddm.config import RunConfig
+    from udddm.data import ImageDataset
     from udddm.evaluation.features import FeatureNetwork
 
 
@@ -109,7 +110,15 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     else:
         config = configuration.load_config(arguments.config, list(arguments.set))
 
-    dataset = ranks.run_on_all(lambda: ImageDataset(load_dataset(config.data)) if ranks.is_rank_zero else None, refused)
+    def load() -> ImageDataset | None:
+        if not ranks.is_rank_zero:
+            return None
+        dataset = ImageDataset(load_dataset(config.data))
+        if model is not None:
+            _check_data(arguments, dataset)
+        return dataset
+
+    dataset = ranks.run_on_all(load, refused)
     rows = []
     if model is None:
         if dataset is not None:
@@ -152,6 +161,28 @@ def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
     if not arguments.trust:
         check_trusted(config.data, str(arguments.checkpoint), arguments.set)
     return config
+
+
+def _check_data(arguments: argparse.Namespace, dataset: ImageDataset) -> None:
+    """Raise DataError unless the data are those that the run was trained on, or others that the user named."""
+    from udddm.data import check_unchanged
+    from udddm.errors import DataError
+    from udddm.log import log
+    from udddm.runs.pretrained import recorded_data
+
+    recorded = recorded_data(arguments.checkpoint)
+    if recorded is None:
+        return
+    try:
+        check_unchanged(recorded, dataset.fingerprint())
+    except DataError as error:
+        if any(override.startswith("data.") for override in arguments.set):
+            log.warning("scored against other data than the run was trained on, as --set says")
+            return
+        raise DataError(
+            f"{str(error).rpartition(';')[0]}. {arguments.checkpoint} cannot be scored against it: name the data "
+            "that it was trained on by --set data.name=... and --set data.path=..., or from Python by udddm.evaluate"
+        ) from None
 
 
 def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, ranks: Ranks, first: int) -> Any:

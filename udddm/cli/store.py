@@ -110,9 +110,11 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
     import numpy as np
     import torch
 
-    from udddm.data import ImageDataset, load_dataset
+    from udddm.data import ImageDataset, check_unchanged, load_dataset
     from udddm.data.trust import reaching
+    from udddm.errors import DataError
     from udddm.image_grid import save_image_grid
+    from udddm.runs.pretrained import recorded_data
     from udddm.tools import inspect
     from udddm.urls import redact
 
@@ -128,9 +130,16 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
             file=sys.stderr,
         )
     elif place.config is not None:
-        image, _ = ImageDataset(load_dataset(place.config.data)).batch(np.array([sample]))
-        names.insert(0, "the image")
-        images.insert(0, image[0])
+        try:
+            dataset = ImageDataset(load_dataset(place.config.data))
+            if (recorded := recorded_data(place.name)) is not None:
+                check_unchanged(recorded, dataset.fingerprint())
+            image, _ = dataset.batch(np.array([sample]))
+        except DataError as error:  # such as a data set that was given from Python
+            print(f"the image is left out: {error}", file=sys.stderr)
+        else:
+            names.insert(0, "the image")
+            images.insert(0, image[0])
     out.parent.mkdir(parents=True, exist_ok=True)
     save_image_grid(torch.stack(images), out, columns=len(images), side=128)
     print(f"sample {sample} in {out}, left to right: {', '.join(names)}")

@@ -77,6 +77,15 @@ def load_features(name: str, device: torch.device) -> FeatureNetwork:
     )
 
 
+def check_channels(name: str, channels: int) -> None:
+    """Raise ConfigError for images that the feature network `name` cannot see as they are."""
+    if name == INCEPTION and channels not in (1, 3):
+        raise ConfigError(
+            f"feature network {INCEPTION}: it takes gray and RGB images, but these have {channels} channels. Decode "
+            "latents first and score the images, or name a feature network of your own (package.module:function)"
+        )
+
+
 def _inception(device: torch.device) -> Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:
     """The network of the TensorFlow FID code, as torch-fidelity ported it: 2,048 features, 1,008 logits."""
     try:
@@ -89,9 +98,10 @@ def _inception(device: torch.device) -> Callable[[torch.Tensor], tuple[torch.Ten
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"]).to(device).eval()
 
     def call(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        check_channels(INCEPTION, images.shape[1])
         pixels = images.add(1).mul(127.5).round().byte()
-        if pixels.shape[1] != 3:
-            pixels = pixels[:, :1].expand(-1, 3, -1, -1)
+        if pixels.shape[1] == 1:
+            pixels = pixels.expand(-1, 3, -1, -1)
         features, logits = network(pixels)
         return features.flatten(1), logits
 

@@ -20,6 +20,8 @@ from udddm.storage.guard import Guard
 from udddm.store.base import StoreContext
 from udddm.store.layout import StateLayout
 
+OWN_FILES = ("config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json", "samples.npy", "samples.png")
+"""What a run writes at the top of its directory besides run.json."""
 AVERAGES = "ema"
 """Where in a run the averages of the weights are put down (udddm/runs/posthoc_ema.py)."""
 
@@ -144,10 +146,16 @@ def check_or_record(run: Path, config: RunConfig, dataset: ImageDataset) -> None
         if config.network.classes:  # a run that learned other labels cannot go on with these
             current.pop("earlier_digest", None)
         check_unchanged(recorded["dataset"], current)
+        if not (run / "config.yaml").exists():  # the first start was killed between the two files
+            write_text(run / "config.yaml", as_yaml(resolved, flow=False))
         return
     if (run / "checkpoints").exists():
         raise ConfigError(f"{run} holds checkpoints but no run.json; restore that file or choose another --run-dir")
-    write_text(run / "config.yaml", as_yaml(resolved, flow=False))
+    if mine := [name for name in OWN_FILES if (run / name).exists()]:
+        raise ConfigError(
+            f"{run} holds {', '.join(mine)} but no run.json, so they are not this run's and would be written over: "
+            "choose an empty directory with --run-dir, or move them away"
+        )
     write_json(
         path,
         {
@@ -156,3 +164,4 @@ def check_or_record(run: Path, config: RunConfig, dataset: ImageDataset) -> None
             "dataset": dataset.fingerprint(),
         },
     )
+    write_text(run / "config.yaml", as_yaml(resolved, flow=False))  # after run.json, which makes the directory a run's
