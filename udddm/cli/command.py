@@ -20,6 +20,10 @@ TRUST = "import and open what the checkpoint's own configuration names, such as 
 """Help for `--trust` (udddm/data/trust.py)."""
 
 
+MOST = 10_000_000
+"""Numbers in a list of seeds."""
+
+
 def reported(body: Callable[[], int]) -> int:
     """Run a command: turn the errors that are meant for the user into one message and an exit code.
 
@@ -85,5 +89,9 @@ def integers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{text!r}: write seeds as 0-999 or 1,5,9") from None
         if high < low:
             raise argparse.ArgumentTypeError(f"{part!r}: the last seed is below the first")
+        if high >= 1 << 63:
+            raise argparse.ArgumentTypeError(f"{part!r}: numbers must be below 2^63")
+        if len(found) + high - low + 1 > MOST:
+            raise argparse.ArgumentTypeError(f"{text!r}: that is more than {MOST} numbers; use several commands")
         found += range(low, high + 1)
     return found

@@ -42,10 +42,14 @@ def open_object_store(url: str | Path) -> ObjectStore:
 
 
 def _open_remote(scheme: str, rest: str) -> ObjectStore:
-    if secret_in(f"{scheme}://{rest}") or "?" in rest or "#" in rest:
+    if (what := secret_in(f"{scheme}://{rest}")) or "?" in rest or "#" in rest:
         raise StoreError(
-            f"store.url {scheme}://...: leave user, password and query out of it; give credentials by the environment"
+            f"store.url {scheme}://...: leave user, password and query out of it (here: the {what or '? or #'}); "
+            "give credentials by the environment"
         )
+    parts = rest.rstrip("/").split("/")
+    if scheme in ("s3", "gs", "gcs", "az") and any(part in ("", ".", "..") for part in parts[1:]):
+        raise StoreError(f"{scheme}://{rest}: leave out empty parts (//), . and .., which keys of objects cannot have")
     if scheme in ("s3", "gs", "gcs", "az"):  # which a run on local files need not import
         from udddm.storage.s3 import S3ObjectStore
 
