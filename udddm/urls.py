@@ -8,7 +8,10 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/{1,2})([^\s'\"]*)")
 
 
 def secret_in(text: str) -> str:
-    """What of a URL is, or may be, a secret: its user and password, its query or what follows a #. "" for none, and for a local path."""
+    """What of a URL is, or may be, a secret: its user and password, its query, or what follows a #.
+
+    "" for none, and for a local path.
+    """
     for scheme, rest in _URL.findall(text):
         if scheme.lower() in ("file:/", "file://"):
             continue
