@@ -1,21 +1,26 @@
-"""Files that are there as they should be or not at all, also after a kill, a full disk or a power loss."""
+"""Files that are there as they should be or not at all, also after a kill, a full disk or a power loss; and paths as
+people write them.
+
+Neither numpy nor safetensors is imported before it is needed: the configuration uses this module.
+"""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
-import numpy as np
-import numpy.typing as npt
-from safetensors import SafetensorError
+from udddm.errors import CheckpointError, ConfigError, Unreadable
 
-from udddm.errors import CheckpointError, Unreadable
+if TYPE_CHECKING:
+    import numpy.typing as npt
 
 T = TypeVar("T")
 
@@ -55,6 +60,8 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, shared: boo
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:
     """An .npy file. Unlike numpy's own writer, a full disk is an OSError that says so."""
+    import numpy as np
+
     rows = np.ascontiguousarray(array)
 
     def write(file: BinaryIO) -> None:
@@ -119,6 +126,8 @@ def read_patiently(path: Path, action: Callable[[], T]) -> T:
 
 @contextmanager
 def _explained(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
     try:
         yield
     except FileNotFoundError:
@@ -138,3 +147,50 @@ def load_json(path: Path, *keys: str) -> Any:
         if missing := [key for key in keys if key not in found]:
             raise ValueError(f"it lacks {', '.join(missing)}")
         return found
+
+
+_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)/(?!/)(.*)", re.DOTALL)
+
+
+def expanded(path: str | Path) -> Path:
+    """A path with its `~` replaced by the home directory, which shells leave alone in `--run-dir=~/run`.
+
+    Raises ConfigError where there is no home directory, and for a URL, also one that lost a slash: `pathlib` makes
+    s3:/bucket of s3://bucket.
+    """
+    text = str(path)
+    if "://" in text and not isinstance(path, Path):
+        raise ConfigError(f"{text}: this must be a path of this machine, not a URL")
+    if match := _ONE_SLASH.fullmatch(text):
+        raise ConfigError(
+            f"{text}: write two slashes after the scheme, as in {match[1]}//{match[2]}, and pass URLs as text, not as "
+            f"Path; for a directory of that name, write ./{text}"
+        )
+    if not text.startswith("~"):
+        return Path(path)
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{text}: ~ cannot be expanded, because there is no such home directory: set HOME, or write the full path"
+        ) from error
+
+
+def home_cache() -> Path:
+    """~/.cache/udddm; a directory of this user's among the temporary files where there is no home directory, or none
+    that can be written to, as in a container with a random user id.
+
+    Raises ConfigError if that directory belongs to another user.
+    """
+    try:
+        found = Path.home() / ".cache" / "udddm"
+        nearest = next(place for place in (found, *found.parents) if place.exists())
+        if os.access(nearest, os.W_OK):
+            return found
+    except (RuntimeError, OSError):
+        pass
+    found = Path(tempfile.gettempdir()) / f"udddm-{os.getuid()}"
+    found.mkdir(mode=0o700, exist_ok=True)
+    if found.is_symlink() or found.stat().st_uid != os.getuid():
+        raise ConfigError(f"{found} belongs to another user: set HOME, or TMPDIR to a directory of yours")
+    return found

@@ -8,15 +8,18 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/{1,2})([^\s'\"]*)")
 
 
 def secret_in(text: str) -> str:
-    """What of a URL is, or may be, a secret: its user and password, or its query. "" for none, and for a local path."""
+    """What of a URL is, or may be, a secret: its user and password, its query, or what follows a #.
+
+    "" for none, and for a local path.
+    """
     for scheme, rest in _URL.findall(text):
         if scheme.lower() in ("file:/", "file://"):
             continue
         user, at, _ = rest.rpartition("@")  # the last one: a password may hold a slash or another @
         if at and (":" in user or (scheme.lower().startswith("s3") and "/" not in user)):
             return "user name or password"
-        if re.search(r"[?#].", rest):
-            return "query"
+        if mark := re.search(r"[?#].", rest):
+            return "query" if mark[0][0] == "?" else "part after #"
     return ""
 
 

@@ -6,10 +6,12 @@ import argparse
 import errno
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from udddm import __version__, log
 from udddm.errors import ConfigError, Interrupted, UdddmError
+from udddm.files import expanded
 
 FAILED = 1
 USAGE = 2
@@ -20,6 +22,10 @@ TRUST = (
     "you trust"
 )
 """Help for `--trust` (udddm/config/trust.py)."""
+
+
+MOST = 10_000_000
+"""Numbers in a list of seeds."""
 
 
 def reported(body: Callable[[], int]) -> int:
@@ -53,6 +59,14 @@ def reported(body: Callable[[], int]) -> int:
     except KeyboardInterrupt:
         print("stopped at once; the last checkpoint is intact and the same command resumes", file=sys.stderr)
         return 130
+
+
+def path(text: str) -> Path:
+    """A file or directory of this machine, with ~ replaced."""
+    try:
+        return expanded(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
@@ -109,5 +123,9 @@ def integers(text: str) -> list[int]:
             raise argparse.ArgumentTypeError(f"{text!r}: write seeds as 0-999 or 1,5,9") from None
         if high < low:
             raise argparse.ArgumentTypeError(f"{part!r}: the last seed is below the first")
+        if high >= 1 << 63:
+            raise argparse.ArgumentTypeError(f"{part!r}: numbers must be below 2^63")
+        if len(found) + high - low + 1 > MOST:
+            raise argparse.ArgumentTypeError(f"{text!r}: that is more than {MOST} numbers; use several commands")
         found += range(low, high + 1)
     return found

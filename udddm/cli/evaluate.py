@@ -7,13 +7,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from udddm.cli.command import TRUST, add_sampler, add_version, positive, reported
+from udddm.cli.command import TRUST, add_sampler, add_version, path, positive, reported
 
 if TYPE_CHECKING:
     import torch
 
     from udddm.backends.distributed.ranks import Ranks
     from udddm.config import RunConfig
+    from udddm.data import ImageDataset
     from udddm.evaluation.features import FeatureNetwork
 
 
@@ -24,7 +25,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", metavar="RUN", help="a run directory or URL, or one of its checkpoints")
-    what.add_argument("--samples", type=Path, metavar="FILE", help="an .npy of images: float in [-1, 1], or uint8")
+    what.add_argument("--samples", type=path, metavar="FILE", help="an .npy of images: float in [-1, 1], or uint8")
     parser.add_argument("--config", metavar="FILE", help="a preset that names the data set, for --samples")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="such as data.name=digits")
     parser.add_argument("--trust", action="store_true", help=TRUST)
@@ -57,8 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         "--ema-length", type=float, metavar="S", help="make the average of this relative length, of train.power_ema's"
     )
     parser.add_argument("--batch", type=positive, default=250, metavar="N", help="images made at once (default 250)")
-    parser.add_argument("--cache", type=Path, metavar="DIR", help="where the data set's statistics are kept")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--cache", type=path, metavar="DIR", help="where the data set's statistics are kept")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write the figures there")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add_version(parser)
     return parser
@@ -116,7 +117,15 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     else:
         config = configuration.load_config(arguments.config, list(arguments.set))
 
-    dataset = ranks.run_on_all(lambda: ImageDataset(load_dataset(config.data)) if ranks.is_rank_zero else None, refused)
+    def load() -> ImageDataset | None:
+        if not ranks.is_rank_zero:
+            return None
+        dataset = ImageDataset(load_dataset(config.data))
+        if model is not None:
+            _check_data(arguments, dataset)
+        return dataset
+
+    dataset = ranks.run_on_all(load, refused)
     rows = []
     if model is not None:
         for repetition in range(arguments.repeat):
@@ -168,6 +177,28 @@ def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
     return config
 
 
+def _check_data(arguments: argparse.Namespace, dataset: ImageDataset) -> None:
+    """Raise DataError unless the data are those that the run was trained on, or others that the user named."""
+    from udddm.data import check_unchanged
+    from udddm.errors import DataError
+    from udddm.log import log
+    from udddm.runs.pretrained import recorded_data
+
+    recorded = recorded_data(arguments.checkpoint)
+    if recorded is None:
+        return
+    try:
+        check_unchanged(recorded, dataset.fingerprint())
+    except DataError as error:
+        if any(override.startswith("data.") for override in arguments.set):
+            log.warning("scored against other data than the run was trained on, as --set says")
+            return
+        raise DataError(
+            f"{str(error).rpartition(';')[0]}. {arguments.checkpoint} cannot be scored against it: name the data "
+            "that it was trained on by --set data.name=... and --set data.path=..., or from Python by udddm.evaluate"
+        ) from None
+
+
 def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, ranks: Ranks, first: int) -> Any:
     """Features and logits of all samples on the first rank; each rank makes its own and sends their features."""
     import numpy as np
@@ -188,7 +219,7 @@ def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, r
     return np.concatenate([piece[0] for piece in pieces]), logits
 
 
-def read_samples(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
+def read_samples(file: Path, shape: tuple[int, int, int]) -> torch.Tensor:
     """Images [N, *shape], float in [-1, 1], of an .npy file. Raises DataError, naming the file."""
     import numpy as np
     import torch
@@ -196,21 +227,21 @@ def read_samples(path: Path, shape: tuple[int, int, int]) -> torch.Tensor:
     from udddm.errors import DataError
 
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"cannot read the samples {path}: {error}") from error
+        raise DataError(f"cannot read the samples {file}: {error}") from error
     if array.shape[1:] != shape or len(array) < 2:
         raise DataError(
-            f"{path} holds {list(array.shape)}: wanted two or more images [N, {', '.join(map(str, shape))}]"
+            f"{file} holds {list(array.shape)}: wanted two or more images [N, {', '.join(map(str, shape))}]"
         )
     if array.dtype == np.uint8:
         return torch.from_numpy(array).float() / 127.5 - 1
     if not np.issubdtype(array.dtype, np.floating):
-        raise DataError(f"{path} is {array.dtype}: wanted uint8, or floats in [-1, 1]")
+        raise DataError(f"{file} is {array.dtype}: wanted uint8, or floats in [-1, 1]")
     images = torch.from_numpy(array).float()
     bad = (~images.isfinite()).flatten(1).any(1).nonzero()
     if len(bad):
-        raise DataError(f"{path}: sample {int(bad[0])} holds values that are not finite")
+        raise DataError(f"{file}: sample {int(bad[0])} holds values that are not finite")
     return images
 
 

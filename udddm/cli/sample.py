@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from udddm.cli.command import TRUST, add_sampler, add_version, integers, reported
+from udddm.cli.command import TRUST, add_sampler, add_version, integers, path, reported
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     average.add_argument(
         "--ema-length", type=float, metavar="S", help="make the average of this relative length, of train.power_ema's"
     )
-    parser.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="samples.npy and samples.png go here")
+    parser.add_argument("--out", type=path, default=Path(), metavar="DIR", help="samples.npy and samples.png go here")
     parser.add_argument("--batch", type=int, default=250, metavar="N", help="images made at once (default 250)")
     parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")

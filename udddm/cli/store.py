@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from udddm.cli.command import FAILED, TRUST, add_version, positive, reported
+from udddm.cli.command import FAILED, TRUST, add_version, path, positive, reported
 
 
 def _shape(text: str) -> tuple[int, ...]:
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("path", metavar="RUN|URL", help="a run directory, or the store's own path or URL")
         if name == "view":
             command.add_argument("--sample", type=int, required=True, metavar="I")
-            command.add_argument("--out", type=Path, default=Path("view.png"), metavar="FILE")
+            command.add_argument("--out", type=path, default=Path("view.png"), metavar="FILE")
             command.add_argument("--trust", action="store_true", help=TRUST)
         if name == "convert":
             command.add_argument("destination", metavar="URL")
@@ -111,8 +111,10 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
     import torch
 
     from udddm.config.trust import DATA, reaching
-    from udddm.data import ImageDataset, load_dataset
+    from udddm.data import ImageDataset, check_unchanged, load_dataset
+    from udddm.errors import DataError
     from udddm.image_grid import save_image_grid
+    from udddm.runs.pretrained import recorded_data
     from udddm.tools import inspect
     from udddm.urls import redact
 
@@ -128,9 +130,16 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
             file=sys.stderr,
         )
     elif place.config is not None:
-        image, _ = ImageDataset(load_dataset(place.config.data)).batch(np.array([sample]))
-        names.insert(0, "the image")
-        images.insert(0, image[0])
+        try:
+            dataset = ImageDataset(load_dataset(place.config.data))
+            if (recorded := recorded_data(place.name)) is not None:
+                check_unchanged(recorded, dataset.fingerprint())
+            image, _ = dataset.batch(np.array([sample]))
+        except DataError as error:  # such as a data set that was given from Python
+            print(f"the image is left out: {error}", file=sys.stderr)
+        else:
+            names.insert(0, "the image")
+            images.insert(0, image[0])
     out.parent.mkdir(parents=True, exist_ok=True)
     save_image_grid(torch.stack(images), out, columns=len(images), side=128)
     print(f"sample {sample} in {out}, left to right: {', '.join(names)}")

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
+from udddm.config import text
 from udddm.config.renamed import current_key, modernize
 from udddm.config.run import RunConfig
 from udddm.errors import ConfigError
+from udddm.files import expanded
 from udddm.log import log
 
 
@@ -30,11 +30,10 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     if path is not None:
         source = str(path)
         try:
-            loaded = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+            content = expanded(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the configuration {path}: {error}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        loaded = text.parse(content, source, RunConfig)
         if loaded is not None and not isinstance(loaded, dict):
             raise ConfigError(f"{path} must hold a mapping of sections, not a {type(loaded).__name__}")
         tree = loaded or {}
@@ -49,9 +48,11 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str], source: str) -> d
     return changed
 
 
-def as_yaml(value: Any) -> str:
-    """A plain value as the text of an override."""
-    return yaml.safe_dump(value, default_flow_style=True, width=1 << 20).removesuffix("\n...\n").strip()
+def as_yaml(value: Any, *, flow: bool = True) -> str:
+    """A plain value as the text of an override; without `flow`, as the text of a file."""
+    if not flow:
+        return text.dump(value)
+    return text.dump(value, default_flow_style=True, width=1 << 20).removesuffix("\n...\n").strip()
 
 
 def resolve(tree: dict[str, Any], source: str = "the configuration") -> RunConfig:
@@ -72,34 +73,36 @@ def _modernized(tree: dict[str, Any], source: str) -> dict[str, Any]:
 
 def apply(tree: dict[str, Any], override: str) -> None:
     """Apply `key=value` to a tree of plain values that uses today's names. Raises ConfigError."""
-    key, separator, text = override.partition("=")
+    key, separator, given_text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override}: write key=value, such as train.epochs=3")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"--set {override}: the value is not valid YAML: {error}") from error
-    if isinstance(value, str):  # YAML 1.1 takes 1e-4 for a string
-        with contextlib.suppress(ValueError):
-            value = float(value)
     given, key = key, current_key(key)
     replaced = [f"{given} is now {key}"] if given != key else []
-    if isinstance(value, dict):  # now, so that a later override of one of its keys finds it under today's name
+    value = text.value_of(given_text, f"--set {override}", RunConfig, key)
+    if isinstance(value, dict):
         value, inner = modernize(value, f"{key}.")
         replaced += inner
     if replaced:
         log.warning("--set %s uses old names, which are still read: %s", override, "; ".join(replaced))
+    _put(tree, key, value, override)
+
+
+def _put(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
+    if isinstance(value, dict) and text.section(text.annotation(RunConfig, key)) is not None:
+        for name, inner in value.items():  # the other keys of the section stay
+            _put(tree, f"{key}.{name}", inner, override)
+        return
     *parents, leaf = key.split(".")
     node = tree
     for depth, name in enumerate(parents):
-        child = node.setdefault(name, {})
+        child = node.get(name)
+        if child is None:
+            child = node[name] = {}
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
         node = child
     node[leaf] = value
-    if (
-        key == "train.steps" and value is not None
-    ):  # the two lengths exclude each other; an override replaces the preset's
+    if key == "train.steps" and value is not None:  # the two lengths exclude each other: the preset's is replaced
         node.pop("epochs", None)
     elif key == "train.epochs" and value is not None:
         node.pop("steps", None)

@@ -33,6 +33,12 @@ class DataConfig(Section):
         None, description="a path or fsspec URL: the archive, folder or array to read", json_schema_extra=CHANGEABLE
     )
     size: Positive | None = Field(None, description="side in pixels that a folder's images are resized to")
+    missing_chunks: Literal["stop", "fill"] = Field(
+        "stop",
+        description="what a missing chunk of a Zarr data set means: damage (stop), or its fill value, as Zarr leaves "
+        "out chunks that hold nothing else unless told otherwise",
+        json_schema_extra=CHANGEABLE,
+    )
     arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for package.module:function")
     expect: ExpectConfig | None = Field(
         None,

@@ -4,7 +4,7 @@ dataset = ImageDataset(load_dataset(config.data))   # or ImageDataset(your_own_o
 images, labels = dataset.batch(ids)                 # float32 [n, C, H, W] in [-1, 1], int64 [n] or None
 """
 
-from udddm.data.dataset import ImageDataset, check_unchanged
+from udddm.data.dataset import ImageDataset, check_agreement, check_unchanged
 from udddm.data.images import ArrayImages, BatchSource, MapDataset
 from udddm.data.loading import expected, load_dataset
 
@@ -13,6 +13,7 @@ __all__ = [
     "BatchSource",
     "ImageDataset",
     "MapDataset",
+    "check_agreement",
     "check_unchanged",
     "expected",
     "load_dataset",

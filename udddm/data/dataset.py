@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import threading
-from collections.abc import Mapping, Sized
+from collections.abc import Mapping, Sequence, Sized
 from typing import Any
 
 import numpy as np
@@ -24,7 +24,7 @@ from udddm.data.images import (
     scaled,
     split_sample,
 )
-from udddm.errors import DataError
+from udddm.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ class ImageDataset:
     labelled: bool
     classes: int | None
     """Number of classes where the source tells it; None without labels."""
+    class_names: list[str]
+    """What the classes are called, as far as the source tells it."""
 
     def __init__(self, source: MapDataset | torch.Tensor | np.ndarray[Any, Any]) -> None:
         require_map_style(source, "the data set")
@@ -71,6 +73,7 @@ class ImageDataset:
         self.shape = (channels, height, width)
         self.labelled = label is not None
         self.classes = _count_classes(self._source) if self.labelled else None
+        self.class_names = _class_names(self._source) if self.labelled else []
         self.batch(first)  # a wrong range or label is better told now than in the first step
 
     def __len__(self) -> int:
@@ -93,6 +96,9 @@ class ImageDataset:
                     f"a batch of {len(ids)} images of {self._describe()} came with shape {list(rows.shape)}"
                 )
             images = scaled(rows, ids)
+            if labels is not None and self.classes is not None and len(labels) and labels.max() >= self.classes:
+                worst = int(labels.argmax())
+                check_labels(labels[worst : worst + 1], 1, self.classes, f"sample {ids[worst]}")
         else:
             images = np.empty((len(ids), *self.shape), dtype=np.float32)
             labels = np.empty(len(ids), dtype=np.int64) if self.labelled else None
@@ -110,8 +116,32 @@ class ImageDataset:
                     raise DataError(f"sample {index} has a label, but sample 0 has none: label all or none")
         return torch.from_numpy(images), labels
 
+    def check_classes(self, classes: int) -> None:
+        """Raise ConfigError unless a network of `classes` classes can learn the labels, which are 0..classes-1.
+
+        Label `classes` stands for "no label" in the network. Labels that only come with their samples are checked by
+        `batch` from here on.
+        """
+        if not self.labelled:
+            raise ConfigError(
+                f"network.classes is {classes}, but the data set has no labels: "
+                "give it labels, or set network.classes to 0"
+            )
+        labels = self._source.labels if isinstance(self._source, BatchSource) else None
+        low, high = (0, self.classes or 0) if labels is None else (int(labels.min()), int(labels.max()) + 1)
+        if high > classes:
+            lie = f"has {high} classes" if labels is None else f"has labels that lie in {low}..{high - 1}"
+            raise ConfigError(
+                f"network.classes is {classes}, whose labels are 0..{classes - 1}, but the data set {lie}: "
+                + (f"subtract {low} from the labels" if 0 < low <= high - classes else "renumber the labels from 0 on")
+                + f", or set network.classes to {high}"
+            )
+        self.classes = self.classes or classes
+
     def fingerprint(self) -> dict[str, Any]:
         """What a run records to notice that its data changed: `{"length": N, "shape": [C, H, W], "digest": sha256}`.
+
+        With `class_names` where they are known, and with `earlier_digest` where earlier versions read other labels.
 
         The digest covers the images and labels of 16 evenly spaced samples, the first and the last among them, so
         it costs little and misses a change elsewhere. It is None where reading a sample twice gives different images.
@@ -127,7 +157,13 @@ class ImageDataset:
             )
         elif images.min() >= 0 and images.max() > 0:
             log.warning("no probed image has a value below 0: if yours are scaled to [0, 1], scale them to [-1, 1]")
-        return {"length": self._length, "shape": list(self.shape), "digest": digest}
+        found = {"length": self._length, "shape": list(self.shape), "digest": digest}
+        if self.class_names:
+            found["class_names"] = self.class_names
+        if isinstance(self._source, BatchSource) and not isinstance(self._source.earlier_labels, str):
+            earlier = self._source.earlier_labels
+            found["earlier_digest"] = _digest(images, None if earlier is None else earlier[probes])
+        return found
 
     def _describe(self) -> str:
         return format_shape(self.shape)
@@ -155,6 +191,24 @@ class ImageDataset:
         return int(check_labels(array.reshape(1), 1, self.classes, f"sample {index}")[0])
 
 
+def check_agreement(fingerprints: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
+    """Raise DataError if the data sets of several ranks differ, naming each rank by its place in `places`."""
+    first = fingerprints[0]
+    for found, place in zip(fingerprints, places, strict=True):
+        for key, what in (("length", "samples"), ("shape", "images of shape")):
+            if found[key] != first[key]:
+                raise DataError(
+                    f"{place} has {what} {found[key]}, but {places[0]} has {first[key]}: every rank must read the same "
+                    "data set, so copy the complete data to each machine or use a shared place"
+                )
+        if found != first:
+            raise DataError(
+                f"{place} and {places[0]} read data sets of {first['length']} samples that differ (other images, "
+                "labels, classes or order): copy the same data to each machine, and make sure that every rank reads it "
+                "in the same order with the same version of its packages"
+            )
+
+
 def check_unchanged(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Raise DataError saying what changed if two fingerprints differ, that of the run and that of the data now."""
     changes = []
@@ -163,7 +217,11 @@ def check_unchanged(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> 
     if recorded.get("shape") != current.get("shape"):
         before, now = (format_shape(each.get("shape") or ()) for each in (recorded, current))
         changes.append(f"its images were {before} and now are {now}")
-    if not changes and recorded.get("digest") != current.get("digest"):
+    names, names_now = recorded.get("class_names"), current.get("class_names")
+    if names and names_now and names != names_now:  # runs of earlier versions recorded none
+        changes.append(f"its classes were {_listed(names)} and now are {_listed(names_now)}")
+    accepted = [current[key] for key in ("digest", "earlier_digest") if key in current]
+    if not changes and recorded.get("digest") not in accepted:
         changes.append(
             "the contents of its samples differ (other images, labels, order, preprocessing or image decoder)"
         )
@@ -179,6 +237,19 @@ def _digest(images: torch.Tensor, labels: Labels | None) -> str:
     if labels is not None:
         digest.update(labels.astype("<i8").tobytes())
     return digest.hexdigest()
+
+
+def _listed(names: Sequence[str], most: int = 10) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _class_names(source: object) -> list[str]:
+    """The names of the classes: `class_names`, or `classes` as in torchvision."""
+    for attribute in ("class_names", "classes"):
+        names = getattr(source, attribute, None)
+        if isinstance(names, Sequence) and not isinstance(names, str) and names:
+            return [str(name) for name in names]
+    return []
 
 
 def _count_classes(source: object) -> int | None:

@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 from udddm.errors import DataError
+from udddm.files import home_cache
 
 _BLOCK = 1 << 20  # bytes read at a time
 
 
 def cache_directory() -> Path:
-    """Where downloads are kept: udddm in XDG_CACHE_HOME, or in ~/.cache."""
+    """Where downloads are kept: udddm in XDG_CACHE_HOME, or in ~/.cache, or in the directory of temporary files where
+    there is no home directory to write to."""
     configured = os.environ.get("XDG_CACHE_HOME", "")
     # The XDG base directory specification has relative paths ignored.
-    base = Path(configured) if Path(configured).is_absolute() else Path.home() / ".cache"
-    return base / "udddm"
+    return Path(configured) / "udddm" if Path(configured).is_absolute() else home_cache()
 
 
 def md5_of(path: Path) -> str:

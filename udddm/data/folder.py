@@ -3,65 +3,81 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from udddm.data.images import (
-    GRAY_MODES,
-    Array,
-    BatchSource,
-    Ids,
-    Labels,
-    check_depth,
-    format_shape,
-    pil_pixels,
-    to_gray_or_rgb,
-)
+from udddm.data import folder_labels, pictures
+from udddm.data.images import Array, BatchSource, Ids, Labels, format_shape
 from udddm.errors import DataError
 
+log = logging.getLogger(__name__)
+
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+OTHER_IMAGES = re.compile(
+    r"\.(avif|dng|exr|gif|gz|hdr|hei[cf]|jfif|jp2|jpe|jxl|np[yz]|p[bgnp]m|psd|svg|tar|tga|tiff?|zip)", re.IGNORECASE
+)
+"""Files that may hold images, which are not read here: how many there are is told."""
 
 
 class FolderImages(BatchSource):
     """All PNG, JPEG, WebP and BMP files below `root`, in the order of their relative paths; uint8 [C, H, W].
 
-    C is 1 if all files are gray, else 3; an alpha channel is dropped and EXIF rotation is not applied. If every file
-    lies in a sub-directory of `root` itself, the sorted names of these are the classes and give the labels. Hidden
-    files are left out.
+    C is 1 if all files are gray, else 3. Images are read as a viewer shows them: turned as EXIF says, and transparent
+    parts on white. Hidden files are left out, and files of other image formats are counted in a warning.
+
+    Labels come from `dataset.json` in `root` as EDM's and StyleGAN's dataset_tool.py writes it,
+    `{"labels": [["00000/img00000000.png", 7], ...]}`. Without it, if every file lies in a sub-directory of `root`
+    itself, the sorted names of these are the classes; numbered directories of a thousand files each (00000, 01000, ...)
+    are no classes.
 
     `size` (pixels) crops each image to its central square and resizes it to `size` x `size` (Lanczos); without it all
     must agree in shape. That is checked here from the headers alone; the pixels are decoded at each access, so a
     large data set is read faster as an array (`name: array`).
 
-    Raises DataError for a folder that is missing or has no images, an unreadable header, more than 8 bits a channel, or
-    two files of different shape; `batch` raises it for a damaged file. Each error names the file.
+    Raises DataError for a folder that is missing or has no images, a directory that cannot be listed, a class without
+    images, an unreadable header, more than 8 bits a channel, or two files of different shape; `batch` raises it for a
+    damaged file. Each error names the file.
     """
 
     def __init__(self, root: Path, size: int | None = None) -> None:
+        if root.is_file():
+            raise DataError(f"{root} is a file, not a folder: unpack it, and give the folder with the images")
         if not root.is_dir():
             raise DataError(f"{root} is not a local directory: data.path must be the folder with the images")
         if importlib.util.find_spec("PIL") is None:
             raise DataError(f"reading the image files in {root} needs Pillow: pip install 'udddm[images]'")
-        self.files = _find(root)
+        self.files, others = _find(root)
+        counted = Counter(file.suffix.lower() for file in others if OTHER_IMAGES.fullmatch(file.suffix))
+        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counted.items()))
         if not self.files:
-            raise DataError(f"{root} holds no image: none of its files ends in {', '.join(SUFFIXES)}")
+            there = f" (there are: {kinds})" if kinds else ""
+            raise DataError(f"{root} holds no image: none of its files ends in {', '.join(SUFFIXES)}{there}")
+        if kinds:
+            log.warning(
+                "data: %s: %d files are passed over: %s; only %s are read. Convert them to PNG to train on them",
+                root, counted.total(), kinds, ", ".join(SUFFIXES),
+            )  # fmt: skip
         self._root = root
         self._size = size
         self._gray, (width, height) = self._check_headers()
         self._shape = (1 if self._gray else 3, size or height, size or width)
-        self._labels: Labels | None = None
-        self.class_names: list[str] = []
-        if all(len(file.parts) == 2 for file in self.files):
-            self.class_names = sorted({file.parts[0] for file in self.files})
-            self.classes = len(self.class_names)
-            numbers = {name: number for number, name in enumerate(self.class_names)}
-            self._labels = np.array([numbers[file.parts[0]] for file in self.files], dtype=np.int64)
+        found = folder_labels.find(root, self.files, others)
+        self._labels, self.class_names, self.classes = found.labels, found.class_names, found.classes
+        if found.differs:
+            self.earlier_labels = folder_labels.of_directories(self.files)
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def labels(self) -> Labels | None:
+        return self._labels
 
     def batch(self, ids: Ids) -> tuple[Array, Labels | None]:
         images = np.empty((len(ids), *self._shape), dtype=np.uint8)
@@ -79,12 +95,14 @@ class FolderImages(BatchSource):
         with tqdm(self.files, desc="image headers", unit="file", disable=None, delay=2) as files:
             for file in files:
                 try:
-                    with Image.open(self._root / file) as image:
-                        mode, shape = image.mode, image.size
+                    with (self._root / file).open("rb") as opened, Image.open(opened) as image:
+                        pictures.check_depth(image, str(self._root / file))
+                        gray = gray and pictures.is_gray(image)
+                        shape = image.size if self._size else pictures.shown_size(image, opened)
+                except DataError:
+                    raise
                 except Exception as error:
                     raise _unreadable(self._root / file, error) from error
-                check_depth(mode, str(self._root / file))
-                gray = gray and mode in GRAY_MODES
                 first = first or shape
                 if self._size is None and shape != first:
                     raise DataError(
@@ -100,7 +118,7 @@ class FolderImages(BatchSource):
 
         try:
             with Image.open(file) as image:
-                pixels = pil_pixels(self._fit(to_gray_or_rgb(image, gray=self._gray, name=str(file))))
+                pixels = pictures.pixels(self._fit(pictures.shown(image, gray=self._gray, name=str(file))))
         except DataError:
             raise
         except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, zlib.error and others
@@ -122,11 +140,20 @@ class FolderImages(BatchSource):
         return square.resize((self._size, self._size), Image.Resampling.LANCZOS)
 
 
-def _find(root: Path) -> list[Path]:
-    """Image files below `root`, relative to it. Links to directories are followed, each directory once."""
-    files = []
+def _find(root: Path) -> tuple[list[Path], list[Path]]:
+    """Image files below `root` and all other files, relative to it. Links to directories are followed, each directory
+    once. Hidden files and directories are left out. Raises DataError for a directory that cannot be listed."""
+    images: list[Path] = []
+    others: list[Path] = []
     seen = set()
-    for place, directories, names in os.walk(root, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise DataError(
+            f"the directory {error.filename} cannot be listed ({error.strerror}): its images would be missing. Make it "
+            "readable, or move it out of the data set"
+        ) from error
+
+    for place, directories, names in os.walk(root, followlinks=True, onerror=refuse):
         here = Path(place)
         if here.resolve() in seen:  # a link back up, which would never end
             directories.clear()
@@ -134,9 +161,9 @@ def _find(root: Path) -> list[Path]:
         seen.add(here.resolve())
         directories[:] = sorted(name for name in directories if not name.startswith("."))
         for name in names:
-            if name.lower().endswith(SUFFIXES) and not name.startswith("."):
-                files.append((here / name).relative_to(root))
-    return sorted(files, key=lambda file: file.as_posix())
+            if not name.startswith("."):
+                (images if name.lower().endswith(SUFFIXES) else others).append((here / name).relative_to(root))
+    return sorted(images, key=lambda file: file.as_posix()), others
 
 
 def _unreadable(file: Path, error: Exception) -> DataError:

@@ -9,20 +9,20 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from udddm.data import pictures
 from udddm.errors import DataError
 
 Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.int64]
 
-GRAY_MODES = ("1", "L", "LA")  # PIL's modes without colour and with at most 8 bits
-COLOURS = (1, 3, 4)  # gray, RGB, RGBA: the channel counts by which [H, W, C] is told from [C, H, W]
+COLORS = (1, 3, 4)  # gray, RGB, RGBA: the numbers of channels by which [H, W, C] is told from [C, H, W]
 # How far outside [-1, 1] a float may lie: bfloat16's next value after 1 is 1.0078. Such values are clamped.
 TOLERANCE = 0.01
 
@@ -44,6 +44,16 @@ class BatchSource(ABC):
 
     classes: int | None = None
     """How many classes the labels 0..classes-1 stand for; None where there are no labels."""
+    class_names: Sequence[str] = ()
+    """What the classes are called, where that is known."""
+    earlier_labels: Labels | Literal["same"] | None = "same"
+    """Labels of all samples as earlier versions read them, where that was different: a run without classes that was
+    begun then is still recognized by them."""
+
+    @property
+    def labels(self) -> Labels | None:
+        """The labels of all samples where they are at hand: a wrong one is then found before training starts."""
+        return None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -78,6 +88,7 @@ class ArrayImages(BatchSource):
         check_type(images.dtype, name)
         if 0 in shape:
             raise DataError(f"{name} is empty: its shape is {list(shape)}")
+        _check_layout(shape, name)
         self._channels_last = len(shape) == 4 and _is_channels_last(shape[1:], images.dtype, f"an image of {name}")
         self._labels = None if labels is None else check_labels(labels, shape[0], classes, name)
         if self._labels is not None:
@@ -85,6 +96,10 @@ class ArrayImages(BatchSource):
 
     def __len__(self) -> int:
         return int(self._images.shape[0])
+
+    @property
+    def labels(self) -> Labels | None:
+        return self._labels
 
     def batch(self, ids: Ids) -> tuple[Array, Labels | None]:
         rows = self._rows(ids)
@@ -173,12 +188,6 @@ def check_type(dtype: np.dtype[Any], name: str) -> None:
         raise DataError(f"{name} holds {dtype}: give uint8 in 0..255 or floats in [-1, 1]")
 
 
-def check_depth(mode: str, name: str) -> None:
-    """Raise DataError for PIL's modes of more than 8 bits a channel, which PIL would clip to 255."""
-    if mode == "F" or mode.startswith("I"):
-        raise DataError(f"{name} has more than 8 bits a channel (PIL mode {mode}): convert it to 8 bits")
-
-
 def check_labels(labels: Any, length: int, classes: int | None, name: str) -> Labels:
     """Labels as int64 [length], each in 0..classes-1. Raises DataError, which calls what they belong to `name`."""
     array = np.asarray(labels)
@@ -200,35 +209,40 @@ def format_shape(shape: Sequence[int]) -> str:
 
 
 def _is_channels_last(shape: Sequence[int], dtype: np.dtype[Any], name: str) -> bool:
-    """Whether an image of three dimensions is [H, W, C]; what could be either is taken for [C, H, W].
+    """Whether an image of three dimensions is [H, W, C]. Raises DataError where that would be a guess.
 
     [16, 4, 4] is a latent of 16 channels rather than an image four pixels wide.
     """
-    looks_so = shape[2] in COLOURS and shape[0] not in COLOURS and shape[1] != shape[2]
+    first, middle, last = shape
+    doubtful = last == 2 and first not in COLORS and middle > 2  # gray and alpha, or two channels of a microscope
+    doubtful |= last in COLORS and first in COLORS and first == middle != last  # [4, 4, 3]
+    if doubtful:
+        raise DataError(
+            f"{name} has shape {list(shape)}, which may be {first} channels of {middle}x{last} or {last} channels of "
+            f"{first}x{middle}: give images as [C, H, W]" + (" (or with 1, 3 or 4 channels)" if last == 2 else "")
+        )
+    looks_so = last in COLORS and first not in COLORS and middle != last
     if looks_so and dtype != np.uint8:
         raise DataError(f"{name} has shape {list(shape)}: give float images as [C, H, W]")
     return looks_so
 
 
-def pil_pixels(image: Any) -> npt.NDArray[np.uint8]:
-    """A PIL image of mode L, RGB or RGBA as [C, H, W]."""
-    pixels = np.asarray(image, dtype=np.uint8)
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+def _check_layout(shape: Sequence[int], name: str) -> None:
+    """Raise DataError for an array that looks like a single image, or has its samples along the last axis."""
+    if len(shape) == 3 and shape[2] <= 4 and shape[1] > shape[2]:
+        raise DataError(
+            f"{name} has shape {list(shape)}, which looks like one image [H, W, C]: give images as [N, C, H, W] or "
+            "uint8 [N, H, W, C]"
+        )
+    if len(shape) == 4 and shape[1] not in COLORS and shape[3] > max(shape[0], 4 * shape[2]):
+        raise DataError(
+            f"{name} has shape {list(shape)}, which looks like samples along the last axis: give images as "
+            "[N, C, H, W] or uint8 [N, H, W, C], such as by numpy.moveaxis(images, -1, 0)"
+        )
 
 
 def _from_pil(image: object, name: str) -> Array:
     pil = sys.modules.get("PIL.Image")  # a PIL image can only exist once PIL has been imported
     if pil is None or not isinstance(image, pil.Image):
         raise DataError(f"{name} is a {type(image).__name__}: give a torch tensor, a numpy array or a PIL image")
-    if image.mode != "RGBA":
-        image = to_gray_or_rgb(image, gray=image.mode in GRAY_MODES, name=name)
-    return pil_pixels(image)
-
-
-def to_gray_or_rgb(image: Any, *, gray: bool, name: str) -> Any:
-    """A PIL image in mode L or RGB; an alpha channel is dropped. Raises DataError for more than 8 bits a channel."""
-    check_depth(image.mode, name)
-    if image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # PIL warns when it goes from here to RGB in one step
-    mode = "L" if gray else "RGB"
-    return image if image.mode == mode else image.convert(mode)
+    return pictures.pixels(pictures.shown(image, gray=pictures.is_gray(image), name=name))

@@ -14,13 +14,14 @@ from udddm.data import arrays, folder, sources
 from udddm.data.dataset import ImageDataset
 from udddm.data.images import MapDataset, format_shape, require_map_style
 from udddm.errors import DataError
+from udddm.files import expanded
 
 BUILT_IN: dict[str, Callable[[DataConfig], MapDataset]] = {
     "digits": lambda config: sources.digits(),
     "fashion-mnist": lambda config: sources.fashion_mnist(_optional_path(config)),
     "cifar10": lambda config: sources.cifar10(_optional_path(config)),
-    "folder": lambda config: folder.FolderImages(Path(_path(config)).expanduser(), size=config.size),
-    "array": lambda config: arrays.open_array(_path(config)),
+    "folder": lambda config: folder.FolderImages(expanded(_path(config)), size=config.size),
+    "array": lambda config: arrays.open_array(_path(config), missing_chunks=config.missing_chunks),
 }
 
 _ALWAYS = {
@@ -98,7 +99,7 @@ def _path(config: DataConfig) -> str:
 
 
 def _optional_path(config: DataConfig) -> Path | None:
-    return Path(config.path).expanduser() if config.path else None
+    return expanded(config.path) if config.path else None
 
 
 def _from_factory(name: str, arguments: dict[str, Any]) -> MapDataset:

@@ -13,7 +13,7 @@ import torch
 from udddm.config import EvaluateConfig
 from udddm.data import ImageDataset
 from udddm.evaluation import evaluate
-from udddm.evaluation.features import extract, load_features
+from udddm.evaluation.features import check_channels, extract, load_features
 from udddm.evaluation.metrics import Reference
 from udddm.files import write_text
 from udddm.log import log
@@ -26,6 +26,7 @@ class BackgroundEvaluation:
     """
 
     def __init__(self, config: EvaluateConfig, dataset: ImageDataset, device: torch.device, run_dir: Path):
+        check_channels(config.features, dataset.shape[0])
         self._network, self._metrics = load_features(config.features, device), config.metrics
         self._dataset, self._path = dataset, run_dir / "evaluation.jsonl"
         self._reference: Reference | None = None

@@ -16,6 +16,7 @@ from torch import nn
 
 from udddm.config.plugins import load_plugin
 from udddm.errors import ConfigError
+from udddm.files import expanded
 
 Rows = npt.NDArray[np.float32]
 INCEPTION = "inception"
@@ -70,7 +71,7 @@ def load_features(name: str, device: torch.device) -> FeatureNetwork:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript itself is deprecated, and common
-                module = torch.jit.load(name, map_location=device).eval()  # type: ignore[no-untyped-call]
+                module = torch.jit.load(str(expanded(name)), map_location=device).eval()  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
             raise ConfigError(f"cannot load the feature network {name} as TorchScript: {reason}") from error
@@ -90,6 +91,15 @@ def _hash(tensors: Iterable[torch.Tensor]) -> str:
     return found.hexdigest()
 
 
+def check_channels(name: str, channels: int) -> None:
+    """Raise ConfigError for images that the feature network `name` cannot see as they are."""
+    if name == INCEPTION and channels not in (1, 3):
+        raise ConfigError(
+            f"feature network {INCEPTION}: it takes gray and RGB images, but these have {channels} channels. Decode "
+            "latents first and score the images, or name a feature network of your own (package.module:function)"
+        )
+
+
 def _inception(device: torch.device) -> nn.Module:
     """The network of the TensorFlow FID code, as torch-fidelity ported it: 2,048 features, 1,008 logits."""
     try:
@@ -104,9 +114,10 @@ def _inception(device: torch.device) -> nn.Module:
 
 
 def _call_inception(network: nn.Module, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    check_channels(INCEPTION, images.shape[1])
     pixels = images.add(1).mul(127.5).round().byte()
-    if pixels.shape[1] != 3:
-        pixels = pixels[:, :1].expand(-1, 3, -1, -1)
+    if pixels.shape[1] == 1:
+        pixels = pixels.expand(-1, 3, -1, -1)
     features, logits = network(pixels)
     return features.flatten(1), logits
 

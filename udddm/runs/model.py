@@ -66,6 +66,8 @@ class Model:
         Raises ConfigError for seeds or labels that are no sequence of integers, labels of another number or of a class
         that the model does not have, an unknown sampler, and guidance for a model that was not trained for it.
         """
+        if not len(_integers(seeds, "seeds")):
+            raise ConfigError("seeds: there are none; give one for each image, such as range(64)")
         options = SamplingOptions(steps, name_of(sampler, "sampler"), guidance, batch, settings or {})
         drawn = list(self.batches(seeds, labels, options))
         images: npt.NDArray[np.float32] = torch.cat([torch.empty(0, *self.shape), *drawn]).clamp(-1, 1).numpy()
@@ -108,7 +110,10 @@ def _integers(values: Any, what: str) -> list[int]:
     wrong = next((each for each in values if isinstance(each, bool) or not isinstance(each, (int, np.integer))), None)
     if wrong is not None:
         raise ConfigError(f"{what}: {wrong!r} is not an integer")
-    return [int(each) for each in values]
+    found = [int(each) for each in values]
+    if found and not -(1 << 63) <= min(found) <= max(found) < 1 << 63:
+        raise ConfigError(f"{what}: {max(found, key=abs)} is too large; give integers below 2^63")
+    return found
 
 
 def load_model(

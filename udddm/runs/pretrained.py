@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from udddm.backends.engines.base import Engine
 from udddm.ema import Average
 from udddm.errors import CheckpointError
+from udddm.files import load_json
 from udddm.runs.checkpoint import NAME, corruption, load_config
 from udddm.runs.remote import open_copy
 from udddm.runs.run import Run
@@ -51,6 +53,24 @@ def _local_checkpoint(where: Path) -> Path:
     if newest is None:
         raise CheckpointError(f"{where} holds no checkpoint")
     return newest
+
+
+def recorded_data(where: str | Path) -> dict[str, Any] | None:
+    """The fingerprint of the data that a run was started with, given the run or one of its checkpoints; None for a
+    release, which has none. Raises StoreError, CheckpointError."""
+    local = local_path(where)
+    if local is not None:
+        place = local.resolve()
+        runs = [place, place.parent.parent] if NAME.fullmatch(place.name) else [place]
+    else:
+        url, _, last = str(where).rstrip("/").rpartition("/")
+        copy = open_copy(url.removesuffix("/checkpoints") if NAME.fullmatch(last) else where, wanted=lambda name: False)
+        runs = [copy.path]
+    for run in runs:
+        if (run / "run.json").exists():
+            found: dict[str, Any] = load_json(run / "run.json", "dataset")["dataset"]
+            return found
+    return None
 
 
 def begin_from(where: str | Path, engine: Engine, emas: Sequence[Average]) -> str:

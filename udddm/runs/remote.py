@@ -22,7 +22,7 @@ from pathlib import Path
 from udddm.backends.distributed.lease import follow
 from udddm.backends.distributed.ranks import Ranks
 from udddm.errors import CheckpointError, Unreadable
-from udddm.files import write_json
+from udddm.files import expanded, home_cache, write_json
 from udddm.runs import manifest
 from udddm.runs.checkpoint import NAME, Checkpoints, corruption, step_of
 from udddm.runs.manifest import MANIFEST, Entries
@@ -42,7 +42,8 @@ WRITER = "writer.json"
 
 
 def scratch() -> Path:
-    return Path(os.environ.get(SCRATCH) or "~/.cache/udddm").expanduser()
+    configured = os.environ.get(SCRATCH)
+    return expanded(configured) if configured else home_cache()
 
 
 def open_run(where: str | Path) -> Run:

@@ -10,10 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from udddm.backends.distributed.ranks import Ranks
-from udddm.config import RunConfig, StoreConfig, resolve
+from udddm.config import RunConfig, StoreConfig, as_yaml, resolve
 from udddm.data import ImageDataset, check_unchanged
 from udddm.errors import ConfigError
 from udddm.files import load_json, make_directory, write_json, write_text
@@ -22,6 +20,8 @@ from udddm.storage.guard import Guard
 from udddm.store.base import StoreContext
 from udddm.store.layout import StateLayout
 
+OWN_FILES = ("config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json", "samples.npy", "samples.png")
+"""What a run writes at the top of its directory besides run.json."""
 AVERAGES = "ema"
 """Where in a run the averages of the weights are put down (udddm/runs/posthoc_ema.py)."""
 
@@ -144,11 +144,20 @@ def check_or_record(run_dir: Path, config: RunConfig, dataset: ImageDataset) -> 
                 f"{run_dir} belongs to a run of another configuration ({'; '.join(decisive)}); "
                 "use that configuration to resume it, or another --run-dir"
             )
-        check_unchanged(recorded["dataset"], dataset.fingerprint())
+        current = dataset.fingerprint()
+        if config.network.classes:  # a run that learned other labels cannot go on with these
+            current.pop("earlier_digest", None)
+        check_unchanged(recorded["dataset"], current)
+        if not (run_dir / "config.yaml").exists():  # the first start was killed between the two files
+            write_text(run_dir / "config.yaml", as_yaml(resolved, flow=False))
         return
     if (run_dir / "checkpoints").exists():
         raise ConfigError(f"{run_dir} holds checkpoints but no run.json; restore that file or choose another --run-dir")
-    write_text(run_dir / "config.yaml", yaml.safe_dump(resolved, sort_keys=False))
+    if mine := [name for name in OWN_FILES if (run_dir / name).exists()]:
+        raise ConfigError(
+            f"{run_dir} holds {', '.join(mine)} but no run.json, so they are not this run's and would be written over: "
+            "choose an empty directory with --run-dir, or move them away"
+        )
     write_json(
         path,
         {
@@ -157,3 +166,6 @@ def check_or_record(run_dir: Path, config: RunConfig, dataset: ImageDataset) -> 
             "dataset": dataset.fingerprint(),
         },
     )
+    write_text(
+        run_dir / "config.yaml", as_yaml(resolved, flow=False)
+    )  # after run.json, which makes the directory a run's

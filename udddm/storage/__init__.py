@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from udddm.errors import StoreError
+from udddm.files import expanded
 from udddm.storage.base import ObjectStore, PermanentStorageError, Retry
 from udddm.storage.local import LocalObjectStore
 from udddm.urls import secret_in
@@ -14,10 +15,13 @@ __all__ = ["LocalObjectStore", "ObjectStore", "PermanentStorageError", "Retry", 
 
 
 def local_path(where: str | Path) -> Path | None:
-    """The path on this machine that a path or a file:// URL means; None for a URL of any other kind."""
+    """The path on this machine that a path or a file:// URL means, with ~ replaced; None for a URL of any other kind.
+
+    Raises ConfigError for a URL that lost a slash.
+    """
     text = str(where)
     if isinstance(where, Path) or "://" not in text:
-        return Path(where)
+        return expanded(where)
     return Path(text.removeprefix("file://")) if text.startswith("file://") else None
 
 
@@ -38,10 +42,14 @@ def open_object_store(url: str | Path) -> ObjectStore:
 
 
 def _open_remote(scheme: str, rest: str) -> ObjectStore:
-    if secret_in(f"{scheme}://{rest}") or "?" in rest or "#" in rest:
+    if (what := secret_in(f"{scheme}://{rest}")) or "?" in rest or "#" in rest:
         raise StoreError(
-            f"store.url {scheme}://...: leave user, password and query out of it; give credentials by the environment"
+            f"store.url {scheme}://...: leave user, password and query out of it (here: the {what or '? or #'}); "
+            "give credentials by the environment"
         )
+    parts = rest.rstrip("/").split("/")
+    if scheme in ("s3", "gs", "gcs", "az") and any(part in ("", ".", "..") for part in parts[1:]):
+        raise StoreError(f"{scheme}://{rest}: leave out empty parts (//), . and .., which keys of objects cannot have")
     if scheme in ("s3", "gs", "gcs", "az"):  # which a run on local files need not import
         from udddm.storage.s3 import S3ObjectStore
 

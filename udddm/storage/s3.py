@@ -29,6 +29,23 @@ _PAGE = 1000
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
 
+def _check_environment(prefix: str) -> None:
+    """Raise StoreError for a variable that obstore, which reads the environment itself, would panic at in a request.
+
+    One that is set to nothing, as compose files and charts leave it, is as good as none, but not to obstore.
+    """
+    for name, value in list(os.environ.items()):
+        if not name.startswith(prefix):
+            continue
+        if not value.strip():
+            del os.environ[name]
+        elif value != value.strip() or not value.isprintable():
+            raise StoreError(
+                f"the environment variable {name} begins or ends with a space or line break, or holds a control "
+                "character: remove it there, such as the newline at the end of a secret's file"
+            )
+
+
 class S3ObjectStore(ObjectStore):
     """Objects under `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
 
@@ -57,6 +74,7 @@ class S3ObjectStore(ObjectStore):
         endpoint = next((os.environ[n] for n in _ENDPOINTS if os.environ.get(n)), "") if scheme == "s3" else ""
         if endpoint and not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", endpoint):
             raise StoreError("AWS_ENDPOINT_URL is no URL: write http://host:port or https://host")
+        _check_environment(_VARIABLES[scheme])
         failure = ""
         try:
             self._store = getattr(obstore_stores, _STORES[scheme])(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig
 from udddm.config.plugins import ENGINES, METRICS, NETWORKS, SAMPLERS, STORES
-from udddm.data import ImageDataset, MapDataset, load_dataset
+from udddm.data import ImageDataset, MapDataset, check_agreement, load_dataset
 from udddm.diffusion import schedule
 from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
 from udddm.files import load_json
@@ -36,12 +37,16 @@ def train_rank(
 
     def load() -> ImageDataset:
         images = ImageDataset(dataset if dataset is not None else load_dataset(config.data))
-        if config.network.classes and not images.labelled:
-            raise ConfigError("network.classes is set, but the data set has no labels")
+        if config.network.classes:
+            images.check_classes(config.network.classes)
         check_factories(config, images.shape)
         return images
 
     images = ranks.run_on_all(load, refused)
+    if ranks.world_size > 1:
+        place = f"rank {ranks.rank} ({socket.gethostname()})"
+        seen = ranks.gather((ranks.run_on_all(images.fingerprint, refused), place))
+        check_agreement([fingerprint for fingerprint, _ in seen], [place for _, place in seen])
     with ExitStack() as held:
 
         def take() -> None:

@@ -69,8 +69,10 @@ def test_gray_stays_gray_only_if_all_are(tmp_path: Path) -> None:
     assert torch.equal(everything(tmp_path), expected(gray[..., None].repeat(3, axis=2), colour))
 
 
-def test_alpha_is_dropped(tmp_path: Path) -> None:
-    pixels = save(tmp_path / "1.png", picture(4, 4, 4))
+def test_an_opaque_alpha_channel_is_dropped(tmp_path: Path) -> None:
+    pixels = picture(4, 4, 4)
+    pixels[..., 3] = 255
+    save(tmp_path / "1.png", pixels)
     assert torch.equal(everything(tmp_path), expected(pixels[..., :3]))
 
 

@@ -76,7 +76,7 @@ def test_uint8_covers_exactly_minus_one_to_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("mode", "channels"), [("L", 1), ("1", 1), ("LA", 1), ("RGB", 3), ("P", 3), ("CMYK", 3), ("RGBA", 4)]
+    ("mode", "channels"), [("L", 1), ("1", 1), ("LA", 1), ("RGB", 3), ("P", 3), ("CMYK", 3), ("RGBA", 3)]
 )
 def test_pil_modes_give_their_channels(mode: str, channels: int) -> None:
     picture = Image.fromarray(PIXELS[0].transpose(1, 2, 0)).convert(mode)

@@ -6,11 +6,14 @@ Torch and DeepSpeed are not needed here: a contradiction is found before anythin
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from udddm.backends.engines.deepspeed_keys import unknown
 from udddm.config import RunConfig
 from udddm.errors import ConfigError
+from udddm.files import expanded
 
 REFUSED = {
     "scheduler": "the learning rate is train.learning_rate, train.warmup_steps and train.lr_schedule",
@@ -30,12 +33,22 @@ REFUSED = {
 def read(path: str | Path) -> dict[str, Any]:
     """A DeepSpeed JSON file. Raises ConfigError."""
     try:
-        loaded = json.loads(Path(path).read_text(encoding="utf-8"))
+        loaded = json.loads(expanded(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
+    except ConfigError:
+        raise
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"cannot read the DeepSpeed configuration {path}: {error}") from error
     if not isinstance(loaded, dict):
         raise ConfigError(f"the DeepSpeed configuration {path} must hold an object, not a {type(loaded).__name__}")
     return loaded
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of a JSON file. Raises ValueError for a key that is given twice, of which Python takes the last."""
+    found = dict(pairs)
+    if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
+        raise ValueError(f"{twice[0]} is given twice: join the two, or remove one")
+    return found
 
 
 def zero_stage(config: RunConfig) -> int:
@@ -112,8 +125,14 @@ def resolve(config: RunConfig, world: int) -> dict[str, Any]:
     Raises ConfigError naming every key of the file that contradicts the run's configuration or has no meaning here.
     """
     theirs = config.engine.deepspeed
-    problems = [f"{key}: {why}" for key, why in REFUSED.items() if theirs.get(key) not in (None, "auto", {})]
-    merged = _merge(_ours(config, world), {k: v for k, v in theirs.items() if k not in REFUSED}, "", problems)
+    problems = list(unknown(theirs))
+    problems += [f"{key}: {why}" for key, why in REFUSED.items() if theirs.get(key) not in (None, "auto", {})]
+    merged = _merge(
+        _ours(config, world),
+        {k: v for k, v in theirs.items() if k not in REFUSED and not k.startswith("_")},
+        "",
+        problems,
+    )
     zero = merged["zero_optimization"]
     for side in ("offload_optimizer", "offload_param"):
         if isinstance(zero.get(side), dict) and zero[side].get("device") == "nvme":
@@ -121,7 +140,11 @@ def resolve(config: RunConfig, world: int) -> dict[str, Any]:
     if isinstance(zero.get("offload_param"), dict) and zero["offload_param"].get("device", "none") != "none":
         problems.append("zero_optimization.offload_param: only the optimizer is offloaded here (engine.offload)")
     if problems:
-        raise ConfigError("DeepSpeed configuration:\n  " + "\n  ".join(problems) + '\n  make them agree, or use "auto"')
+        raise ConfigError(
+            "DeepSpeed configuration:\n  "
+            + "\n  ".join(problems)
+            + '\n  correct the file; where it disagrees with the run, "auto" takes the run\'s value'
+        )
     del merged["optimizer"]  # ours is handed over as an object: fused torch Adam, which needs no compiler
     fp16 = merged["fp16"]
     if fp16["enabled"]:  # torch's loss scaling, so that the engines agree

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import signal
+import sys
 import tempfile
 import threading
 import time
@@ -18,10 +20,14 @@ from typing import Any
 from udddm.backends.distributed.ranks import RENDEZVOUS
 from udddm.backends.distributed.signals import handled
 from udddm.backends.launchers.base import Job, Launcher, picklable, root_cause, run_rank, start_logging
-from udddm.errors import RankError, WorkerLost
+from udddm.errors import ConfigError, RankError, WorkerLost
 
 GRACE = 20.0
 """Seconds that the other ranks are given to end after one has failed."""
+
+
+_UNGUARDED = 77
+"""Exit code of a worker whose script starts workers when it is imported."""
 
 
 def _end_with(parent: BaseProcess) -> None:
@@ -48,6 +54,28 @@ def _child(job: Job, rank: int, world: int, rendezvous: str, outcome: Connection
     outcome.close()
 
 
+def _check_startable(job: Job) -> None:
+    """Raise ConfigError where workers, which import the script again and receive the job, could not start.
+
+    A worker that gets here while it imports the script ends with the code by which its parent knows.
+    """
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        os._exit(_UNGUARDED)
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    if script is not None and not Path(script).exists():
+        raise ConfigError(
+            f"workers import the program that starts them, but {script} is not a file: save it as a script and run "
+            "that, or use the command udddm-train"
+        )
+    try:
+        pickle.dumps(job)
+    except Exception as error:  # what cannot be pickled raises PicklingError, TypeError, AttributeError and others
+        raise ConfigError(
+            f"the data set cannot be sent to a worker ({error}): give a function at the top level of a module that "
+            "makes it, which every worker calls"
+        ) from None
+
+
 class Processes(Launcher):
     def available_workers(self, job: Job) -> int:
         if job.device == "cpu":
@@ -57,6 +85,7 @@ class Processes(Launcher):
         return torch.cuda.device_count() if torch.cuda.is_available() else max(job.workers)
 
     def run_attempt(self, job: Job, workers: int) -> dict[str, Any]:
+        _check_startable(job)
         spawn = multiprocessing.get_context("spawn")
         threads = str(max(1, (os.cpu_count() or 1) // workers))
         with tempfile.TemporaryDirectory(prefix="udddm-") as place:
@@ -113,10 +142,17 @@ def _collect(pipes: list[Connection], children: Sequence[BaseProcess]) -> list[A
                 children[rank].join()
                 code = children[rank].exitcode or 0
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-                outcomes[rank] = WorkerLost(f"rank {rank} {how}")
+                outcomes[rank] = _unguarded() if code == _UNGUARDED else WorkerLost(f"rank {rank} {how}")
             if isinstance(outcomes[rank], BaseException) and deadline is None:
                 deadline = time.monotonic() + GRACE
     return outcomes
+
+
+def _unguarded() -> ConfigError:
+    return ConfigError(
+        "udddm.train with several workers must not run when the script is imported, as every worker does: put the call "
+        'under `if __name__ == "__main__":`'
+    )
 
 
 def _forwarded(children: Sequence[BaseProcess]) -> AbstractContextManager[None]:

@@ -24,6 +24,7 @@ from udddm.backends.distributed.signals import handled
 from udddm.backends.launchers import inside_ray_job
 from udddm.backends.launchers.base import Job, Launcher, picklable, root_cause, run_rank, start_logging
 from udddm.errors import ConfigError, UdddmError, WorkerLost
+from udddm.files import expanded
 from udddm.log import log
 from udddm.runs.remote import scratch
 from udddm.storage import local_path
@@ -275,7 +276,7 @@ def job_directory(where: str | Path) -> str | Path:
         return where
     if run.is_absolute() or not inside_ray_job():
         return run.absolute()
-    return Path(os.environ.get(RUNS, "~/udddm-runs")).expanduser() / run
+    return expanded(os.environ.get(RUNS, "~/udddm-runs")) / run
 
 
 def _ray_storage(run: str | Path) -> Path:

@@ -1,0 +1,50 @@
+"""Scripts that start workers in a way that cannot work end in one error that says what to change."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = """
+import numpy as np, udddm
+
+class Data:
+    def __init__(self, change=None):
+        self.change = change
+    def __len__(self):
+        return 64
+    def __getitem__(self, index):
+        return np.zeros((3, 8, 8), np.uint8)
+
+def run(dataset):
+    network = {"base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_resolutions": []}
+    config = {"network": network, "train": {"steps": 1, "batch_size": 8}}
+    udddm.train(config, dataset=dataset, run_dir="run", workers=2, device="cpu")
+
+"""
+
+
+@pytest.mark.parametrize(
+    ("call", "stdin", "message"),
+    [
+        ("run(Data())", False, 'put the call under `if __name__ == "__main__":`'),
+        ('if __name__ == "__main__":\n    run(Data(lambda x: x))', False, "the data set cannot be sent to a worker"),
+        ('if __name__ == "__main__":\n    run(Data())', True, "save it as a script"),
+    ],
+    ids=["no guard", "lambda", "stdin"],
+)
+def test_a_script_that_cannot_start_workers(tmp_path: Path, call: str, stdin: bool, message: str) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT + call + "\n")
+    done = subprocess.run(
+        [sys.executable, "-" if stdin else "script.py"],
+        input=SCRIPT + call + "\n" if stdin else None,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 1
+    assert message in done.stderr.splitlines()[-1]
+    assert done.stderr.count("Traceback") == 1
+    assert not (tmp_path / "run" / "run.json").exists()

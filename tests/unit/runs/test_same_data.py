@@ -1,0 +1,127 @@
+"""Data that are not those of the run, or not the same on every rank, and directories that are not a run's."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import udddm
+from udddm.cli import evaluate as evaluate_command
+from udddm.cli import store as store_command
+from udddm.config import EvaluateConfig, RunConfig, resolve
+from udddm.data import ArrayImages, ImageDataset, check_agreement
+from udddm.errors import ConfigError, DataError
+from udddm.evaluation.background import BackgroundEvaluation
+from udddm.evaluation.features import check_channels
+from udddm.runs.pretrained import recorded_data
+from udddm.runs.run import OWN_FILES, check_or_record
+
+PIXELS = np.random.default_rng(3).integers(0, 256, (64, 3, 8, 8), dtype=np.uint8)
+FEATURES = """
+import torch
+
+def network(images):
+    return torch.nn.functional.adaptive_avg_pool2d(images.mean(1, keepdim=True), 4).flatten(1)
+"""
+
+
+def small() -> RunConfig:
+    return resolve(
+        {
+            "network": {"base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_resolutions": []},
+            "objective": {"name": "ict"},
+            "train": {"steps": 1, "batch_size": 8},
+            "sample": {"every_steps": 0},
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run on data that were given from Python: its configuration names the digits."""
+    run = tmp_path_factory.mktemp("same-data") / "run"
+    udddm.train(small(), dataset=ArrayImages(PIXELS), run_dir=run, device="cpu")
+    return run
+
+
+def fingerprints(*arrays: np.ndarray) -> list[dict[str, object]]:
+    return [ImageDataset(array).fingerprint() for array in arrays]
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        (PIXELS[:44], r"rank 1 \(b\) has samples 44, but rank 0 \(a\) has 64"),
+        (PIXELS[:, :1], r"rank 1 \(b\) has images of shape \[1, 8, 8\], but rank 0 \(a\) has \[3, 8, 8\]"),
+        (PIXELS[::-1].copy(), r"rank 1 \(b\) and rank 0 \(a\) read data sets of 64 samples that differ"),
+    ],
+)
+def test_ranks_with_other_data_are_named(other: np.ndarray, message: str) -> None:
+    places = ["rank 0 (a)", "rank 1 (b)"]
+    check_agreement(fingerprints(PIXELS, PIXELS.copy()), places)
+    with pytest.raises(DataError, match=message):
+        check_agreement(fingerprints(PIXELS, other), places)
+
+
+def test_the_data_of_a_run_are_found_from_its_checkpoints(trained: Path) -> None:
+    wanted = ImageDataset(PIXELS).fingerprint()
+    checkpoint = next((trained / "checkpoints").iterdir())
+    assert recorded_data(trained) == recorded_data(str(checkpoint)) == wanted
+    assert recorded_data(f"file://{trained}") == wanted
+
+
+def test_a_run_is_not_scored_against_data_that_it_was_not_trained_on(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "their_features.py").write_text(FEATURES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    score = ["--checkpoint", str(trained), "--features", "their_features:network", "--count", "16", "--device", "cpu"]
+    score += ["--cache", str(tmp_path / "cache")]
+    assert evaluate_command.main(score) == 1
+    said = capsys.readouterr().err
+    assert "it had 64 samples and now has 1797" in said and "cannot be scored against it" in said
+    for name, pixels in (("same", PIXELS), ("other", PIXELS[::-1])):
+        np.save(tmp_path / f"{name}.npy", pixels)
+        path = tmp_path / f"{name}.npy"
+        assert evaluate_command.main([*score, "--set", "data.name=array", "--set", f"data.path={path}"]) == 0
+        assert ("scored against other data" in capsys.readouterr().err) == (name == "other")
+
+
+def test_a_view_leaves_out_an_image_of_other_data(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert store_command.main(["view", str(trained), "--sample", "5", "--out", str(tmp_path / "v.png")]) == 0
+    said = capsys.readouterr()
+    assert "the image is left out: the data set is not the one" in said.err
+    assert "the image" not in said.out
+
+
+@pytest.mark.parametrize("channels", [2, 4])
+def test_inception_refuses_what_is_neither_gray_nor_color(channels: int) -> None:
+    with pytest.raises(ConfigError, match=f"these have {channels} channels. Decode latents first"):
+        check_channels("inception", channels)
+    data = ImageDataset(np.zeros((8, channels, 16, 16), np.float32))
+    with pytest.raises(ConfigError, match="Decode latents first"):  # at the start, not at the first evaluation
+        BackgroundEvaluation(EvaluateConfig(), data, torch.device("cpu"), Path())
+    check_channels("inception", 1)
+    check_channels("inception", 3)
+    check_channels("mine:network", channels)
+
+
+@pytest.mark.parametrize("name", OWN_FILES)
+def test_files_of_somebody_else_are_not_written_over(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(ConfigError, match=rf"holds {name} but no run\.json"):
+        check_or_record(tmp_path, small(), ImageDataset(PIXELS))
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_start_that_was_killed_between_its_first_files_goes_on(tmp_path: Path) -> None:
+    data = ImageDataset(PIXELS)
+    check_or_record(tmp_path, small(), data)
+    written = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").unlink()  # run.json is the first
+    check_or_record(tmp_path, small(), data)
+    assert (tmp_path / "config.yaml").read_text() == written

@@ -1,0 +1,193 @@
+"""YAML as the configuration reads and writes it.
+
+Unlike YAML 1.1, which PyYAML implements: `1e-4` is a number, `yes`, `no`, `on`, `off` and dates are text, `010` is ten,
+and a key that is given twice is an error. Where the configuration wants text, a value is the text that was given.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import types
+import typing
+from typing import Any, Literal, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+
+from udddm.config.renamed import current_key
+from udddm.errors import ConfigError
+
+_INT = r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+"
+# An exponent needs a sign or a point, so that a revision such as 12345e67 stays text where anything is possible.
+_FLOAT = r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+][0-9]+|[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
+_SCALARS = (
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", _INT, list("-+0123456789")),
+    ("float", rf"{_FLOAT}|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+0123456789.")),
+    ("merge", r"<<", ["<"]),
+)
+_TAG = "tag:yaml.org,2002:"
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with other rules for plain scalars."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+    def construct_yaml_int(self, node: Any) -> int:
+        text = node.value.replace("_", "")
+        return int(text, 0) if re.match("0[ox]", text) else int(text)
+
+
+class _Dumper(yaml.SafeDumper):
+    """PyYAML's safe dumper, which quotes what the loader would not read as text."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
+
+
+for _kind, _pattern, _first in _SCALARS:
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(_TAG + _kind, re.compile(f"^(?:{_pattern})$"), _first)
+_Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
+
+
+def dump(value: Any, **options: Any) -> str:
+    """A plain value as YAML that `parse` reads as the same value."""
+    text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, **options)
+    return text
+
+
+def parse(text: str, source: str, model: type[BaseModel], key: str = "") -> Any:
+    """The plain value of a YAML text that holds the configuration `model`, or what belongs at `key` of it.
+
+    Raises ConfigError for what is not YAML, and for a key that is given twice, naming both lines.
+    """
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _check_keys(node, source, "", set())
+        _keep_text(node, model, key)
+        return loader.construct_document(node)
+    except ConfigError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+    finally:
+        loader.dispose()
+
+
+def _check_keys(node: yaml.Node, source: str, prefix: str, done: set[int]) -> None:
+    if id(node) in done:  # an alias, maybe of what it is in
+        return
+    done.add(id(node))
+    if isinstance(node, yaml.SequenceNode):
+        for number, item in enumerate(node.value):
+            _check_keys(item, source, f"{prefix}{number}.", done)
+    if not isinstance(node, yaml.MappingNode):
+        return
+    lines: dict[str, int] = {}
+    for name, value in node.value:
+        line = name.start_mark.line + 1
+        if isinstance(name, yaml.ScalarNode) and name.tag != _TAG + "merge":
+            if name.value in lines:
+                raise ConfigError(
+                    f"{source}: {prefix}{name.value} is given twice, in lines {lines[name.value]} and {line}: "
+                    "join them, or remove one"
+                )
+            lines[name.value] = line
+            _check_keys(value, source, f"{prefix}{name.value}.", done)
+        else:
+            _check_keys(value, source, prefix, done)
+
+
+def _keep_text(node: yaml.Node, model: type[BaseModel], key: str) -> None:
+    """Mark plain scalars as text where the configuration wants text, but for null."""
+    found = annotation(model, key)
+    if isinstance(node, yaml.MappingNode) and (not key or section(found) is not None):
+        for name, value in node.value:
+            if isinstance(name, yaml.ScalarNode) and name.tag == _TAG + "str":
+                _keep_text(value, model, current_key(f"{key}.{name.value}" if key else name.value))
+    elif found is not None and get_origin(_plain(found)) is not dict:
+        items = node.value if isinstance(node, yaml.SequenceNode) else [node]
+        as_text = any(wants_text(each) for each in (found, *_items(found)))
+        for item in items:
+            if isinstance(item, yaml.ScalarNode):
+                _mark(item, as_text)
+
+
+def _mark(node: yaml.ScalarNode, as_text: bool) -> None:
+    if as_text and node.tag in {_TAG + kind for kind in ("int", "float", "bool")}:
+        node.tag = _TAG + "str"
+    elif not as_text and node.style is None and re.fullmatch(r"[-+]?[0-9]+[eE][0-9]+", node.value):
+        node.tag = _TAG + "float"
+
+
+def _items(found: Any) -> tuple[Any, ...]:
+    """The types of what a list holds."""
+    return get_args(_plain(found)) if get_origin(_plain(found)) in (tuple, list) else ()
+
+
+def value_of(text: str, source: str, model: type[BaseModel], key: str) -> Any:
+    """The plain value that `--set key=text` means.
+
+    Text as it was given where the configuration wants text (in quotes or not); else a YAML list or mapping, or a
+    number, true, false or null, or text. Raises ConfigError for a list or mapping that is not valid YAML.
+    """
+    found = annotation(model, key)
+    bare = text.strip()
+    if len(bare) > 1 and bare[0] == bare[-1] and bare[0] in "'\"":
+        try:
+            quoted = yaml.safe_load(bare)
+        except yaml.YAMLError:
+            quoted = None
+        if isinstance(quoted, str):
+            return quoted
+    if wants_text(found):
+        return None if bare in ("", "null") and type(None) in get_args(_plain(found)) else text
+    if bare[:1] in ("[", "{"):
+        return parse(bare, source, model, key)
+    loader = _Loader("")
+    tag = loader.resolve(yaml.ScalarNode, bare, (True, False))  # type: ignore[no-untyped-call]
+    if tag != _TAG + "str":
+        return loader.construct_object(yaml.ScalarNode(tag, bare))
+    if found is not None and get_origin(_plain(found)) is not dict:
+        with contextlib.suppress(ValueError):  # 1e5 where a number is wanted
+            return float(bare)
+    return text
+
+
+def annotation(model: type[BaseModel], key: str) -> Any:
+    """The type of a dotted key; None for one that is unknown, or within a free mapping."""
+    found: Any = model
+    for name in key.split(".") if key else ():
+        inner = section(found)
+        if inner is None or name not in inner.model_fields:
+            return None
+        found = inner.model_fields[name].annotation
+    return found
+
+
+def section(found: Any) -> type[BaseModel] | None:
+    """The section that a type is, or may be."""
+    for each in (found, *get_args(found)):
+        if isinstance(each, type) and issubclass(each, BaseModel):
+            return each
+    return None
+
+
+def wants_text(found: Any) -> bool:
+    """Whether a type admits text, and nothing else but null."""
+    found = _plain(found)
+    if get_origin(found) is Literal:
+        return all(isinstance(each, str) for each in get_args(found))
+    if get_origin(found) in (Union, types.UnionType):
+        return all(each is type(None) or wants_text(each) for each in get_args(found))
+    return found is str
+
+
+def _plain(found: Any) -> Any:
+    return get_args(found)[0] if get_origin(found) is typing.Annotated else found

@@ -1,0 +1,126 @@
+"""The labels of a folder of images: from dataset.json, or from the directories that its files lie in."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from udddm.data.images import Labels
+from udddm.errors import DataError
+
+log = logging.getLogger(__name__)
+
+INDEX = "dataset.json"
+SHARD = 1000
+"""Files of a numbered directory, as EDM, StyleGAN and FFHQ lay out a data set."""
+
+
+@dataclass(frozen=True)
+class FolderLabels:
+    labels: Labels | None = None
+    class_names: list[str] = field(default_factory=list)
+    classes: int | None = None
+    differs: bool = False
+    """Whether earlier versions took the directories for classes here."""
+
+
+def find(root: Path, files: Sequence[Path], others: Sequence[Path]) -> FolderLabels:
+    """The labels of `files`, which lie below `root` as `others` do. Raises DataError."""
+    nested = all(len(file.parts) == 2 for file in files)
+    index = root / INDEX
+    entries = _read(index) if index.is_file() else None
+    if entries is not None:
+        labels = _lookup(index, entries, files) if entries else None
+        if labels is not None or _are_shards(files):
+            return FolderLabels(labels, [], None if labels is None else int(labels.max()) + 1, differs=nested)
+    if not nested:
+        return FolderLabels()
+    if _are_shards(files):
+        log.warning(
+            "data: %s: its numbered directories are parts of a large data set, not classes: the images have no labels. "
+            'Give labels by a file dataset.json, {"labels": [["%s", 0], ...]}, or name the directories by their class',
+            root, files[0].as_posix(),
+        )  # fmt: skip
+        return FolderLabels(differs=True)
+    _check_classes(root, files, others)
+    names = sorted({file.parts[0] for file in files})
+    return FolderLabels(of_directories(files), names, len(names))
+
+
+def of_directories(files: Sequence[Path]) -> Labels:
+    """The number of each file's directory among the sorted names of all."""
+    numbers = {name: number for number, name in enumerate(sorted({file.parts[0] for file in files}))}
+    return np.array([numbers[file.parts[0]] for file in files], dtype=np.int64)
+
+
+def _read(index: Path) -> list[Any] | None:
+    """The entries of a dataset.json, none for `"labels": null`; None where it is another kind of file."""
+    try:
+        found = json.loads(index.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            f"{index} cannot be read ({error}): repair it, or move it away if it does not belong to the data set"
+        ) from error
+    if not isinstance(found, dict) or "labels" not in found:
+        log.warning("data: %s has no list named labels: it is passed over", index)
+        return None
+    entries = found["labels"]
+    if entries is None:
+        return []
+    if not isinstance(entries, list):
+        raise DataError(f'{index}: "labels" must be a list of [file, label] pairs or null')
+    return entries
+
+
+def _lookup(index: Path, entries: list[Any], files: Sequence[Path]) -> Labels:
+    labels = {}
+    for entry in entries:
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise DataError(f'{index}: {json.dumps(entry)[:80]} in "labels" is no pair of a file and a label')
+        name, label = entry
+        if isinstance(label, bool) or not isinstance(label, int) or label < 0:
+            raise DataError(f"{index}: the label of {name} is {json.dumps(label)[:80]}: give integers from 0 on")
+        labels[name.replace("\\", "/").removeprefix("./")] = label
+    missing = [file.as_posix() for file in files if file.as_posix() not in labels]
+    if missing:
+        raise DataError(
+            f"{index} has no label for {missing[0]}" + (f" and {len(missing) - 1} other files" if missing[1:] else "") +
+            ": add the labels, or move these files out of the data set"
+        )  # fmt: skip
+    if absent := len(labels) - len(files):
+        log.warning("data: %s names %d files that are not there: is the copy complete?", index, absent)
+    return np.array([labels[file.as_posix()] for file in files], dtype=np.int64)
+
+
+def _are_shards(files: Sequence[Path]) -> bool:
+    """Whether the directories are 00000, 00001, ... (or 01000, ...) and hold the files of these thousands."""
+    for file in files:
+        number = re.search(r"(\d+)$", file.stem)
+        if len(file.parts) != 2 or not re.fullmatch(r"\d{5}", file.parts[0]) or number is None:
+            return False
+        part = int(number[1]) // SHARD
+        if int(file.parts[0]) not in (part, part * SHARD):
+            return False
+    return True
+
+
+def _check_classes(root: Path, files: Sequence[Path], others: Sequence[Path]) -> None:
+    """Raise DataError for a directory without images: left out, the labels of all after it would move down by one."""
+    with_images = {file.parts[0] for file in files}
+    for place in sorted(root.iterdir()):
+        if place.name.startswith(".") or place.name in with_images or not place.is_dir():
+            continue
+        kinds = Counter(file.suffix.lower() or "no suffix" for file in others if file.parts[0] == place.name)
+        what = ", ".join(f"{count} {suffix}" for suffix, count in sorted(kinds.items())) or "no other file"
+        raise DataError(
+            f"the class directory {place} holds no image that is read (it holds: {what}), so that the classes after it "
+            "would get other labels: convert its files to PNG, or move the directory out of the data set"
+        )

@@ -1,0 +1,129 @@
+"""One reading of image files: what a viewer shows of a PIL image, as gray or RGB with 8 bits a channel.
+
+The folder data set and PIL images that a user's own data set returns both come through here, so that the same file
+gives the same pixels either way. Pillow is not imported before it is needed.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from udddm.errors import DataError
+
+GRAY_MODES = ("1", "L", "LA", "La")  # PIL's modes without color and with at most 8 bits
+
+_ORIENTATION = 0x0112
+_LATE_CHUNKS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
+"""Chunks of a PNG that can hold an orientation."""
+
+
+def check_depth(image: Any, name: str) -> None:
+    """Raise DataError for a PIL image of more than 8 bits a channel, of which PIL would drop the lower bits.
+
+    PIL opens 16-bit RGB in mode RGB; only before the pixels are decoded does the image tell what the file holds.
+    """
+    mode = image.mode
+    deep = mode == "F" or mode.startswith("I")
+    for tile in getattr(image, "tile", None) or ():
+        parameters = tile[3] if isinstance(tile[3], tuple) else (tile[3],)
+        largest = parameters[-1] if str(tile[0]).startswith("ppm") else 0
+        deep |= any(re.search(r";16[BLN]", part) is not None for part in parameters if isinstance(part, str))
+        deep |= isinstance(largest, int) and largest > 255
+    if deep:
+        raise DataError(f"{name} has more than 8 bits a channel (PIL mode {mode}): convert it to 8 bits")
+
+
+def orientation(image: Any) -> int:
+    """EXIF's orientation, 1 to 8; 1 where there is none or the EXIF data are damaged, as in a viewer."""
+    try:
+        found = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # a damaged block raises SyntaxError, struct.error, KeyError and others
+        return 1
+    return found if isinstance(found, int) and 1 <= found <= 8 else 1
+
+
+def shown_size(image: Any, file: IO[bytes]) -> tuple[int, int]:
+    """Width and height as shown, of an image whose pixels are not decoded yet. `file` is what it was opened from."""
+    width, height = image.size
+    if width == height:
+        return width, height
+    if image.format == "PNG" and not {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"} & set(image.info):
+        # Pillow decodes all pixels to look for EXIF data after them, which would make a large folder slow to open.
+        position = file.tell()
+        late = _has_late_chunk(file)
+        file.seek(position)
+        if not late:
+            return width, height
+    return (height, width) if image.format != "TIFF" and orientation(image) >= 5 else (width, height)
+
+
+def _has_late_chunk(file: IO[bytes]) -> bool:
+    """Whether a PNG has text or EXIF data after its pixels."""
+    file.seek(8)
+    pixels = False
+    while len(header := file.read(8)) == 8:
+        kind = header[4:]
+        if kind == b"IEND":
+            return False
+        pixels = pixels or kind == b"IDAT"
+        if pixels and kind in _LATE_CHUNKS:
+            return True
+        file.seek(int.from_bytes(header[:4], "big") + 4, 1)
+    return False
+
+
+def is_gray(image: Any) -> bool:
+    return image.mode in GRAY_MODES
+
+
+def shown(image: Any, *, gray: bool, name: str) -> Any:
+    """A PIL image as a viewer shows it, in mode L or RGB: turned as EXIF says, transparent parts on white.
+
+    Raises DataError for more than 8 bits a channel.
+    """
+    check_depth(image, name)
+    image.load()  # Pillow turns a TIFF itself, and finds EXIF data behind the pixels of a PNG, no earlier than here
+    turned = _turned(image, orientation(image))
+    if turned.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in turned.info:
+        turned = _on_white(turned)
+    mode = "L" if gray else "RGB"
+    return turned if turned.mode == mode else turned.convert(mode)
+
+
+def _turned(image: Any, turn: int) -> Any:
+    from PIL.Image import Transpose
+
+    if turn == 1:
+        return image
+    return image.transpose(
+        {
+            2: Transpose.FLIP_LEFT_RIGHT,
+            3: Transpose.ROTATE_180,
+            4: Transpose.FLIP_TOP_BOTTOM,
+            5: Transpose.TRANSPOSE,
+            6: Transpose.ROTATE_270,
+            7: Transpose.TRANSVERSE,
+            8: Transpose.ROTATE_90,
+        }[turn]
+    )
+
+
+def _on_white(image: Any) -> Any:
+    from PIL import Image
+
+    gray = is_gray(image)
+    image = image.convert("RGBA")
+    if image.getextrema()[3][0] < 255:
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB").convert("L") if gray else image.convert("RGB")
+
+
+def pixels(image: Any) -> npt.NDArray[np.uint8]:
+    """A PIL image of mode L or RGB as [C, H, W]."""
+    array = np.asarray(image, dtype=np.uint8)
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)
