@@ -166,6 +166,5 @@ def check_or_record(run_dir: Path, config: RunConfig, dataset: ImageDataset) -> 
             "dataset": dataset.fingerprint(),
         },
     )
-    write_text(
-        run_dir / "config.yaml", as_yaml(resolved, flow=False)
-    )  # after run.json, which makes the directory a run's
+    # After run.json, which identifies the directory as a run.
+    write_text(run_dir / "config.yaml", as_yaml(resolved, flow=False))
