@@ -1,8 +1,8 @@
-"""Messages to the person who runs this: the logger `udddm`.
+"""Messages to the user: the logger `udddm`.
 
-The commands install a handler that prints to stderr. In a Python program, configure logging as usual; where nobody has,
-`udddm.train` installs the same handler. `logging.getLogger("udddm").setLevel(logging.WARNING)` silences what is not a
-warning.
+The commands install a handler that prints to stderr. In a Python program, configure logging as usual; if logging is not
+configured, `udddm.train` installs the same handler. To see only warnings and errors, call
+`logging.getLogger("udddm").setLevel(logging.WARNING)`.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ _LOCK = type(threading.RLock())
 
 
 def tqdm() -> Any:
-    """The class `tqdm.tqdm`, imported late, with a lock that a killed process cannot leave held."""
+    """The class `tqdm.tqdm`, imported on first use, with a lock that a killed process cannot leave locked."""
     from tqdm import tqdm as bar
 
-    if not isinstance(getattr(bar, "_lock", None), _LOCK):  # tqdm's default is shared between processes
+    if not isinstance(getattr(bar, "_lock", None), _LOCK):  # tqdm's default lock is shared between processes
         bar.set_lock(threading.RLock())
     return bar
 
 
 class StderrHandler(logging.Handler):
-    """One line per message on stderr, above a progress bar where there is one."""
+    """Prints messages to stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if sys.stderr is None:  # closed before the start, as by `2>&-`
+        if sys.stderr is None:  # closed before the start, for example by `2>&-`
             return
-        with suppress(OSError, ValueError):  # the reader is gone: `2>&1 | head` must not end a run
+        with suppress(OSError, ValueError):  # the reader has exited: `2>&1 | head` must not end a run
             tqdm().write(self.format(record), file=sys.stderr)
             sys.stderr.flush()
 
@@ -41,7 +41,8 @@ class StderrHandler(logging.Handler):
 def install(*, force: bool = False) -> None:
     """Print the messages of `udddm` to stderr.
 
-    Without `force`, only where no handler would receive them, so that an application's own configuration wins.
+    Without `force`, this does nothing if a handler already receives them, so that an application's logging
+    configuration takes precedence.
     """
     if any(isinstance(each, StderrHandler) for each in log.handlers) or (log.hasHandlers() and not force):
         return

@@ -1,4 +1,4 @@
-"""URLs without secrets: they are written into run.json, config.yaml and every checkpoint, and messages show them."""
+"""Secrets in URLs. URLs are written to run.json, config.yaml and every checkpoint, and appear in messages."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*:/{1,2})([^\s'\"]*)")
 
 
 def secret_in(text: str) -> str:
-    """What of a URL is, or may be, a secret: its user and password, or its query. "" for none, and for a local path."""
+    """The part of a URL in `text` that is or may be secret: "user name or password", or "query".
+
+    Returns "" if there is none, and for a local path.
+    """
     for scheme, rest in _URL.findall(text):
         if scheme.lower() in ("file:/", "file://"):
             continue
-        user, at, _ = rest.rpartition("@")  # the last one: a password may hold a slash or another @
+        user, at, _ = rest.rpartition("@")  # the last one: a password may contain a slash or another @
         if at and (":" in user or (scheme.lower().startswith("s3") and "/" not in user)):
             return "user name or password"
         if re.search(r"[?#].", rest):
@@ -21,7 +24,7 @@ def secret_in(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """A message whose URLs show neither user, password nor query."""
+    """The message with the user names, passwords and queries of its URLs replaced by ***."""
 
     def shown(match: re.Match[str]) -> str:
         scheme, rest = match.groups()
