@@ -152,7 +152,7 @@ def test_condition_none_ignores_an_image() -> None:
 
 def test_missing_condition_is_an_error() -> None:
     x, level, _ = inputs((1, 8, 8))
-    with pytest.raises(ValueError, match="conditioning image and was given none"):
+    with pytest.raises(ValueError, match="conditioning image, but none was given"):
         awake(small())(x, level)
 
 
@@ -163,7 +163,7 @@ def test_wrong_shapes_are_named() -> None:
         network(x[..., :7], level, image)
     with pytest.raises(ValueError, match=r"condition is \[2, 1, 7, 8\]"):
         network(x, level, image[:, :, :7])
-    with pytest.raises(ValueError, match="2 images came with 1 conditioning images"):
+    with pytest.raises(ValueError, match="2 images, but 1 conditioning images"):
         network(x, level, image[:1])
     with pytest.raises(ValueError, match="all at least 1"):
         UNet(small(), (1, 0, 8))
