@@ -1,8 +1,8 @@
 """Messages to the user: the logger `udddm`.
 
-The commands install a handler that prints to stderr. In a Python program, configure logging as usual; if logging is not
-configured, `udddm.train` installs the same handler. To see only warnings and errors, call
-`logging.getLogger("udddm").setLevel(logging.WARNING)`.
+The commands install a handler that prints to stderr. In a Python program, configure logging as usual; where nobody has,
+`udddm.train` installs the same handler. `logging.getLogger("udddm").setLevel(logging.WARNING)` silences what is not a
+warning.
 """
 
 from __future__ import annotations
@@ -41,8 +41,7 @@ class StderrHandler(logging.Handler):
 def install(*, force: bool = False) -> None:
     """Print the messages of `udddm` to stderr.
 
-    Without `force`, this does nothing if a handler already receives them, so that an application's logging
-    configuration takes precedence.
+    Without `force`, only where no handler would receive them, so that an application's own configuration wins.
     """
     if any(isinstance(each, StderrHandler) for each in log.handlers) or (log.hasHandlers() and not force):
         return

@@ -37,13 +37,14 @@ class Coefficients(NamedTuple):
 
 
 class NoiseSchedule:
-    """The contract of a noise schedule: subclasses implement `sigma`, `signal`, `time` and `_precondition`.
+    """The contract of a noise schedule: `sigma`, `signal`, `time` and `_precondition`.
 
-    A custom factory is called with the section `schedule` of the configuration.
+    `sigma(t)` is the noise-to-signal ratio: VE's sigma_t, VP's sqrt((1 - abar_t) / abar_t). A factory of your own is
+    called with the section `schedule` of the configuration.
     """
 
     max_frequency: float
-    """The highest frequency that an embedding of `Coefficients.c_noise` should resolve, in radians per unit."""
+    """The highest frequency that an embedding of `Coefficients.c_noise` should resolve, radians per unit."""
     huber_c: float = 0.00015
     """The paper's value of c in Eq. 4 for this schedule."""
 
@@ -52,7 +53,6 @@ class NoiseSchedule:
         self.last = float(config.timesteps)
 
     def sigma(self, t: Array) -> Array:
-        """The noise-to-signal ratio: sigma_t for VE, sqrt((1 - abar_t) / abar_t) for VP."""
         raise NotImplementedError
 
     @property
@@ -92,19 +92,16 @@ class NoiseSchedule:
         return np.stack([signal, sigma * signal, skip, out, scale, embedding]).astype(np.float32)
 
     def _precondition(self, t: Array, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
-        """(c_skip, c_out, c_in, c_noise) of times `t`."""
         raise NotImplementedError
 
     def _edm(self, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
-        """The preconditioning of Karras et al. 2022, Table 1, applied to x_t / signal = x_0 + sigma eps."""
+        """Karras et al. 2022, Table 1, applied to x_t / signal = x_0 + sigma eps."""
         data = self.config.sigma_data
         total = np.hypot(sigma, data)
         return (data / total) ** 2 / signal, sigma / total * data, 1 / (signal * total), np.log(sigma) / 4
 
 
 class VarianceExploding(NoiseSchedule):
-    """VE: x_t = x_0 + sigma_t eps, with the spacing of Karras et al. 2022, Eq. 5."""
-
     max_frequency = 16.0
 
     def sigma(self, t: Array) -> Array:

@@ -14,4 +14,4 @@ class Listener(ABC):
 
     @abstractmethod
     def metrics(self, step: int, total: int, values: dict[str, float]) -> None:
-        """Receive the metrics of step `step` of `total`. Called on the first rank every `log_every_steps` steps."""
+        """Called on the first rank every `log_every_steps`."""

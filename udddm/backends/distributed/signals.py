@@ -1,4 +1,4 @@
-"""Handling of SIGTERM and SIGINT during a run."""
+"""Who gets SIGTERM and SIGINT while a run goes on."""
 
 from __future__ import annotations
 
@@ -11,10 +11,7 @@ from typing import Any
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle both signals with `handler`, and restore the previous handlers on exit.
-
-    Has no effect outside of the main thread, where the launcher handles the signals.
-    """
+    """Let `handler` have both signals. Outside of the main thread nothing changes: there the launcher has them."""
     previous: dict[int, Any] = {}
     try:
         for signum in (signal.SIGTERM, signal.SIGINT):

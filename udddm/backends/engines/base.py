@@ -64,7 +64,7 @@ class EngineContext:
 
 
 class Engine(ABC):
-    """Turns losses into optimizer steps. The loss calls the network as `module`."""
+    """`module` is what the loss calls."""
 
     needs_process_group: ClassVar[bool] = False
     """Whether even a single rank needs a process group."""
@@ -79,8 +79,7 @@ class Engine(ABC):
 
     @classmethod
     def check(cls, config: RunConfig, world_size: int) -> None:
-        """Raise ConfigError for settings that this engine does not support. Called before anything is started."""
-        return
+        """Raise ConfigError for settings that this engine cannot follow, before anything is started."""
 
     @property
     def equal_forward_calls(self) -> bool:
@@ -88,7 +87,7 @@ class Engine(ABC):
         return False
 
     def describe(self) -> str:
-        """The engine and its mode, for the first lines of a run's log."""
+        """The engine and its mode, as the first lines of a run show them."""
         return "torch"
 
     # Steps.
@@ -126,8 +125,7 @@ class Engine(ABC):
         self._step()
 
     @abstractmethod
-    def _step(self) -> None:
-        """Take the optimizer step; the learning rate is set."""
+    def _step(self) -> None: ...
 
     def backward_and_step(self, loss: torch.Tensor, step: int) -> None:
         """Take a step with a single micro-batch."""
@@ -177,12 +175,10 @@ class Engine(ABC):
         return found
 
     @abstractmethod
-    def _scale(self) -> list[float]:
-        """[loss scale, steps since it changed]."""
+    def _scale(self) -> list[float]: ...
 
     @abstractmethod
-    def _load_scale(self, scale: float, since: int) -> None:
-        """Restore the loss scale, which changed `since` steps ago."""
+    def _load_scale(self, scale: float, since: int) -> None: ...
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Load the weights from full tensors, by parameter name."""
@@ -209,7 +205,7 @@ class Engine(ABC):
             self._load_scale(scale, int(since))
 
     def _loaded(self) -> None:
-        """Called after the master weights were set: update the weights that the forward pass uses."""
+        """The master weights were set: bring what the forward pass uses in line."""
         return
 
     @torch.no_grad()
