@@ -1,4 +1,4 @@
-"""Durable and atomic writes: after a kill, a full disk or a power loss, a file is complete or does not exist."""
+"""Files that are there as they should be or not at all, also after a kill, a full disk or a power loss."""
 
 from __future__ import annotations
 
@@ -54,10 +54,7 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, shared: boo
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """Write an .npy file durably and atomically.
-
-    On a full disk the OSError states the reason, unlike that of NumPy's own writer.
-    """
+    """An .npy file. Unlike numpy's own writer, a full disk is an OSError that says so."""
     rows = np.ascontiguousarray(array)
 
     def write(file: BinaryIO) -> None:

@@ -193,7 +193,7 @@ def half_steps(place: Path, name: str, world: int = 1, good: int = 0, **settings
     ],
 )
 def test_fp16_gradients_are_scaled_and_unscaled_at_every_stage(name: str, clip: float | None, tmp_path: Path) -> None:
-    """A constant factor has no effect on the updates of Adam, but it has on the moments."""
+    """Adam hides a constant factor in its updates, but not in its moments."""
     expected, found = half_steps(tmp_path, "torch", clip=clip), half_steps(tmp_path, name, clip=clip)
     assert set(expected) == set(found)
     assert torch.equal(expected["scaler"], found["scaler"])

@@ -125,12 +125,8 @@ def resolve(config: RunConfig, world: int) -> dict[str, Any]:
     if isinstance(zero.get("offload_param"), dict) and zero["offload_param"].get("device", "none") != "none":
         problems.append("zero_optimization.offload_param: only the optimizer can be offloaded (engine.offload)")
     if problems:
-        raise ConfigError(
-            "DeepSpeed configuration:\n  "
-            + "\n  ".join(problems)
-            + '\n  Change the file or the configuration of the run so that they agree, or use "auto" in the file'
-        )
-    del merged["optimizer"]  # passed as an object instead: PyTorch's fused Adam, which needs no compiler
+        raise ConfigError("DeepSpeed configuration:\n  " + "\n  ".join(problems) + '\n  make them agree, or use "auto"')
+    del merged["optimizer"]  # ours is handed over as an object: fused torch Adam, which needs no compiler
     fp16 = merged["fp16"]
     if fp16["enabled"]:  # the loss scaling of PyTorch, so that the engines agree
         for key, value in {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}.items():
