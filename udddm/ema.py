@@ -1,4 +1,4 @@
-"""Averages of the weights, in float32: exponential ones, and Karras et al.'s with power-function profiles (EDM2)."""
+"""Moving averages of the weights, in float32: exponential averages, and the power-function averages of EDM2."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from udddm.config import TrainConfig
 
 
 class Average(ABC):
-    """An average of `live` float32 weights (what this rank keeps of them: `Engine.weights`), moved after every step."""
+    """A moving average of the `live` float32 weights, updated after every step.
+
+    `live` holds this rank's part of the weights (`Engine.weights`).
+    """
 
     def __init__(self, live: Mapping[str, torch.Tensor]):
         self._live = dict(live)
@@ -22,22 +25,22 @@ class Average(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What checkpoints call it: the file is `ema-<name>.safetensors`."""
+        """The name in checkpoints: the file is `ema-<name>.safetensors`."""
 
     @abstractmethod
     def rate(self, step: int) -> float:
-        """The share of the new weights after step `step`, which counts from 1."""
+        """The fraction of the new weights in the average after step `step`, counted from 1."""
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """w <- w + rate (p - w)."""
-        if self.weights:  # a rank may keep no part of a small network
+        if self.weights:  # a rank may hold no part of a small network
             live = [p.float() for p in self._live.values()]
             torch._foreach_lerp_(list(self.weights.values()), live, self.rate(step))
 
 
 class EMA(Average):
-    """w <- decay w + (1 - decay) p; with warm-up the decay is at most (1 + step) / (10 + step)."""
+    """w <- decay w + (1 - decay) p. With `warmup`, the decay is at most (1 + step) / (10 + step)."""
 
     def __init__(self, live: Mapping[str, torch.Tensor], decay: float, warmup: bool = False):
         super().__init__(live)
@@ -52,10 +55,12 @@ class EMA(Average):
 
 
 class PowerEMA(Average):
-    """The weights after step k of n in proportion to k^gamma: its memory grows with the run (Karras et al. 2024, arXiv
-    2312.02696, section 3.1). `length` is sigma_rel, the standard deviation of that profile over n.
+    """An average in which the weights after step k of n have weight proportional to k^gamma (Karras et al. 2024, arXiv
+    2312.02696, section 3.1). The averaging window grows with the run.
 
-    w <- beta w + (1 - beta) p with beta = (1 - 1/n)^(gamma + 1), which is 0 at the first step.
+    `length` is sigma_rel: the standard deviation of that profile, divided by n. The update is
+    w <- beta w + (1 - beta) p with beta = (1 - 1/n)^(gamma + 1), which is 0 at the first step. Raises ValueError for a
+    length outside of (0, 1/sqrt(12)).
     """
 
     def __init__(self, live: Mapping[str, torch.Tensor], length: float):
@@ -71,17 +76,21 @@ class PowerEMA(Average):
 
 
 def relative_length(exponent: float) -> float:
-    """sigma_rel of the profile t^gamma on [0, 1], whose mean is (gamma + 1) / (gamma + 2): its standard deviation."""
+    """sigma_rel of an exponent gamma: the standard deviation of the profile t^gamma on [0, 1].
+
+    The mean of that profile is (gamma + 1) / (gamma + 2).
+    """
     return math.sqrt((exponent + 1) / (exponent + 3)) / (exponent + 2)
 
 
 def exponent(length: float) -> float:
-    """gamma of sigma_rel in (0, 1/sqrt(12)), the lengths of gamma = infinity and 0. Raises ValueError for others.
+    """The exponent gamma of a relative length sigma_rel in (0, 1/sqrt(12)). Raises ValueError for other lengths.
 
-    (gamma + 2)^2 (gamma + 3) = (gamma + 1) / sigma_rel^2 has one root that is not negative.
+    The limits are the lengths of gamma = infinity and gamma = 0. The equation (gamma + 2)^2 (gamma + 3) =
+    (gamma + 1) / sigma_rel^2 has exactly one root that is not negative.
     """
     if not 0 < length < math.sqrt(1 / 12):
-        raise ValueError(f"a relative length is above 0 and below 0.2887, not {length:g}")
+        raise ValueError(f"a relative length must be above 0 and below 0.2887, not {length:g}")
     inverse = length**-2
     return float(np.roots([1, 7, 16 - inverse, 12 - inverse]).real.max())
 

@@ -1,4 +1,4 @@
-"""The errors that udddm raises on purpose. Commands print them as one message, without a traceback."""
+"""The exceptions that udddm raises on purpose. Commands print them as one message, without a traceback."""
 
 from __future__ import annotations
 
@@ -8,36 +8,40 @@ from udddm.urls import redact
 
 
 class UdddmError(Exception):
-    """Base class of all errors whose message is meant for the user. URLs in it are shown without secrets."""
+    """Base class of all errors whose message is meant for the user. Secrets in URLs are removed from the message."""
 
     def __init__(self, message: str):
         super().__init__(redact(message))
 
 
 class ConfigError(UdddmError, ValueError):
-    """A configuration that the user has to correct. The message names the key and what to do."""
+    """The user has to correct the configuration. The message names the key and what to do."""
 
 
 class DataError(UdddmError, ValueError):
-    """Data that the user has to correct. The message names the file or sample, what is wrong, and what to do."""
+    """The user has to correct the data. The message names the file or sample, what is wrong, and what to do."""
 
 
 class CheckpointError(UdddmError, RuntimeError):
-    """A checkpoint cannot be written, is not valid, or belongs to something else. The message names the file."""
+    """A checkpoint cannot be written, is invalid, or belongs to another run. The message names the file."""
 
 
 class Unreadable(CheckpointError):
-    """A checkpoint could not be read, which need not mean that it is damaged. Nothing was removed."""
+    """A checkpoint could not be read. It may be intact, and nothing was removed."""
 
 
 class StoreError(UdddmError, RuntimeError):
-    """The store cannot continue: a full disk, a failed request, a store of another run. Nothing was lost."""
+    """The store cannot continue, for example after a full disk or a failed request, or in the store of another run.
+
+    No data was lost.
+    """
 
 
 class CorruptChunkError(StoreError):
-    """A chunk is missing, truncated, changed, or not the one that was written there.
+    """A chunk is missing, truncated, modified, or not the one that was written there.
 
-    `generation`, `lane` and `chunk` identify it, `what` describes it; the message also tells what to do.
+    `generation`, `lane` and `chunk` identify the chunk, and `what` describes the problem. The message also states what
+    to do.
     """
 
     def __init__(self, generation: int, lane: int, chunk: int, where: str, why: str):
@@ -50,19 +54,22 @@ class CorruptChunkError(StoreError):
 
 
 class RankError(UdddmError, RuntimeError):
-    """Another rank failed. The message is that rank's."""
+    """Another rank failed. The message is the one of that rank."""
 
 
 class WorkerLost(UdddmError, RuntimeError):
-    """A worker ended without reporting an error: killed, out of memory, or its machine is gone."""
+    """A worker ended without reporting an error: it was killed or ran out of memory, or its machine was lost."""
 
 
 class Diverged(UdddmError, RuntimeError):
-    """The loss, a weight or a moment is no longer finite."""
+    """The loss, a weight or an optimizer moment is no longer finite."""
 
 
 class Interrupted(UdddmError, RuntimeError):
-    """Training stopped after a checkpoint because a signal asked for it. `exit_code` is the shell's for that signal."""
+    """Training stopped after writing a checkpoint, as requested by a signal.
+
+    `exit_code` is 128 plus the number of the signal, as in shells.
+    """
 
     def __init__(self, signum: int, step: int):
         self.signum, self.step, self.exit_code = signum, step, 128 + signum

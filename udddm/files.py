@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 @contextmanager
 def complete_file(temporary: Path, save: Callable[[Path], object]) -> Iterator[Path]:
-    """The file that `save(temporary)` writes, complete and synced; removed in the end unless it was renamed."""
+    """Write a file with `save(temporary)`, sync it, and yield its path. On exit it is removed unless it was renamed."""
     try:
         save(temporary)
         sync_file(temporary)
@@ -38,9 +38,9 @@ def complete_file(temporary: Path, save: Callable[[Path], object]) -> Iterator[P
 
 
 def atomic_save(path: Path, save: Callable[[Path], object], *, shared: bool = False) -> None:
-    """Write a file by `save(temporary path)`: durable, and it replaces an earlier one when it is complete.
+    """Write a file durably with `save(temporary path)`. Once complete, it replaces an existing file atomically.
 
-    `shared`: other processes may write the same file at the same time. Raises OSError.
+    Set `shared` if other processes may write the same file at the same time. Raises OSError.
     """
     name = f"{path.name}.{uuid.uuid4().hex}.partial" if shared else f"{path.name}.partial"
     with complete_file(path.with_name(name), save) as temporary:
@@ -49,7 +49,7 @@ def atomic_save(path: Path, save: Callable[[Path], object], *, shared: bool = Fa
 
 
 def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, shared: bool = False) -> None:
-    """`atomic_save` by `write(open file)`."""
+    """`atomic_save` with `write(open binary file)`. Raises OSError."""
 
     def save(temporary: Path) -> None:
         with temporary.open("wb") as file:
@@ -72,7 +72,7 @@ def write_array(path: Path, array: npt.NDArray[Any]) -> None:
 
 
 def make_directory(path: Path) -> None:
-    """Create a directory and the parents that it lacks, if it does not exist; their names outlive a power loss."""
+    """Create a directory and its missing parents, durably. Does nothing if it exists. Raises OSError."""
     path = path.absolute()
     created = [each for each in (path, *path.parents) if not each.exists()]
     path.mkdir(parents=True, exist_ok=True)
@@ -81,7 +81,7 @@ def make_directory(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Let the names in a directory outlive a power loss."""
+    """Sync the names in a directory to disk, so that they survive a power loss."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -90,34 +90,37 @@ def sync_directory(path: Path) -> None:
 
 
 _PAUSES = (0.2, 1.0, 3.0)
-"""Seconds between attempts to read what cannot be read."""
+"""Seconds between attempts to read a file."""
 
 
 def sync_file(path: Path) -> None:
-    """Let the contents of a file outlive a power loss."""
+    """Sync the contents of a file to disk, so that they survive a power loss."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write durably and atomically."""
+    """Write a value as JSON, durably and atomically. Raises OSError."""
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write durably and atomically."""
+    """Write text as UTF-8, durably and atomically. Raises OSError."""
     atomic_write(path, lambda file: file.write(text.encode()))
 
 
 def read_patiently(path: Path, action: Callable[[], T]) -> T:
-    """The result of reading something under `path`, at one of a few attempts. Raises Unreadable."""
+    """The result of `action`, which reads something under `path`. Retried a few times after an OSError.
+
+    Raises Unreadable if the last attempt fails.
+    """
     for pause in (*_PAUSES, None):
         try:
             return action()
         except OSError as error:
             if pause is None:
                 raise Unreadable(
-                    f"cannot read {path}: {error}. It need not be damaged, and nothing was removed: restore access to "
+                    f"cannot read {path}: {error}. The file may be intact, and nothing was removed. Restore access to "
                     "it, then run the same command again"
                 ) from error
             time.sleep(pause)
@@ -139,7 +142,7 @@ def _explained(path: Path) -> Iterator[None]:
 
 
 def load_json(path: Path, *keys: str) -> Any:
-    """What a JSON file holds; with `keys`, a mapping that has them. Raises CheckpointError."""
+    """The contents of a JSON file. With `keys`, it must hold a mapping that has all of them. Raises CheckpointError."""
     with _explained(path):
         found = json.loads(path.read_text())
         if keys and not isinstance(found, dict):

@@ -1,4 +1,4 @@
-"""Images as PNG grids."""
+"""Grids of images as PNG files."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from udddm.files import atomic_write
 
 
 def save_image_grid(images: torch.Tensor, path: Path, *, columns: int | None = None, side: int = 64) -> None:
-    """Write images [N, C, H, W] in [-1, 1] (clamped) as one PNG.
+    """Write images [N, C, H, W], clamped to [-1, 1], to one PNG file.
 
-    C = 1 is gray, 3 is RGB, of any other number the first channel is shown. Small images are enlarged, pixel by
-    pixel, to about `side` pixels.
+    Images with three channels are shown as RGB; of any other images, the first channel is shown in gray. Small images
+    are enlarged, pixel by pixel, to about `side` pixels. `columns` defaults to a square grid. Raises OSError.
     """
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -37,11 +37,11 @@ def save_image_grid(images: torch.Tensor, path: Path, *, columns: int | None = N
 
 
 def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """RGB pixels [H, W, 3] as a PNG file (ISO/IEC 15948) without filters: enlarged pixels compress well as they are."""
+    """Encode RGB pixels [H, W, 3] as PNG (ISO/IEC 15948), without filters: enlarged pixels compress well anyway."""
     height, width, _ = pixels.shape
-    lines = np.zeros((height, 1 + 3 * width), np.uint8)  # each line begins with the number of its filter
+    lines = np.zeros((height, 1 + 3 * width), np.uint8)  # each line starts with the number of its filter
     lines[:, 1:] = pixels.reshape(height, -1)
-    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits a channel, RGB, not interlaced
+    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits per channel, RGB, not interlaced
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 9)), (b"IEND", b""))
     body = b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks

@@ -1,4 +1,4 @@
-"""Messages to the person who runs this: the logger `udddm`.
+"""Messages to the user: the logger `udddm`.
 
 The commands install a handler that prints to stderr. In a Python program, configure logging as usual; if no handler is
 configured, `udddm.train` installs the same one. `logging.getLogger("udddm").setLevel(logging.WARNING)` silences
@@ -19,21 +19,21 @@ _LOCK = type(threading.RLock())
 
 
 def tqdm() -> Any:
-    """The class `tqdm.tqdm`, imported late, with a lock that a killed process cannot leave held."""
+    """The class `tqdm.tqdm`, imported on first use, with a lock that a killed process cannot leave locked."""
     from tqdm import tqdm as bar
 
-    if not isinstance(getattr(bar, "_lock", None), _LOCK):  # tqdm's default is shared between processes
+    if not isinstance(getattr(bar, "_lock", None), _LOCK):  # tqdm's default lock is shared between processes
         bar.set_lock(threading.RLock())
     return bar
 
 
 class StderrHandler(logging.Handler):
-    """One line per message on stderr, above a progress bar where there is one."""
+    """Prints messages to stderr, above a progress bar if there is one."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if sys.stderr is None:  # closed before the start, as by `2>&-`
+        if sys.stderr is None:  # closed before the start, for example by `2>&-`
             return
-        with suppress(OSError, ValueError):  # the reader is gone: `2>&1 | head` must not end a run
+        with suppress(OSError, ValueError):  # the reader has exited: `2>&1 | head` must not end a run
             tqdm().write(self.format(record), file=sys.stderr)
             sys.stderr.flush()
 

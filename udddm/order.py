@@ -1,9 +1,9 @@
-"""Which sample is visited when, and by whom: a pure function of (seed, N, B, L, C, W, epoch, step).
+"""The order in which ranks visit samples: a pure function of (seed, N, B, L, C, W, epoch, step).
 
-A fixed keyed permutation puts the N samples into N slots. Lane `l` owns a contiguous share of the slots, cut into
-chunks of C. In an epoch each lane shuffles its chunks, groups them into windows of at most W chunks, shuffles the slots
-inside each window, and gives B / L slots to every step. Ranks own whole lanes, so what a step trains on does not depend
-on how many ranks there are, and a rank touches only chunks of its own lanes.
+A fixed keyed permutation maps the N samples to N slots. Each of the L lanes owns a contiguous range of slots, divided
+into chunks of C slots. In every epoch, each lane shuffles its chunks, groups them into windows of at most W chunks,
+shuffles the slots within each window, and contributes B / L slots to every step. A lane is never split between ranks.
+The samples of a step therefore do not depend on the number of ranks, and a rank accesses only chunks of its own lanes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _RECORDED = ("seed", "samples", "batch", "lanes", "chunk", "window")  # names on
 
 
 def check_world(lanes: int, world: int) -> None:
-    """Raises ConfigError, naming the nearest numbers of ranks that do, when `world` ranks do not divide the lanes."""
+    """Raises ConfigError, naming the nearest numbers of ranks that do, if `world` ranks do not divide the lanes."""
     if lanes % world:
         fitting = sorted((w for w in range(1, lanes + 1) if lanes % w == 0), key=lambda w: abs(w - world))[:2]
         raise ConfigError(
@@ -41,16 +41,16 @@ def check_world(lanes: int, world: int) -> None:
 
 @dataclass(frozen=True)
 class LaneStep:
-    """What lane `lane` gives to a step: `rows` [n] of `window`, in window-row order (see `Order.window`).
+    """The samples that a lane contributes to a step: `rows` [n] of the buffer of `window` (see `Order.window_rows`).
 
-    `n` is B / L except at the end of a lane. A step at the seam of two windows has two of these.
+    `n` is B / L except at the end of a lane. A step that crosses from one window to the next has one part per window.
     """
 
     lane: int
     window: int
     rows: Indices
     first: int
-    """Where these rows begin within the lane's B / L places of the step."""
+    """The offset of these rows within the lane's B / L positions in the step."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +58,29 @@ class Batch:
     """The samples of one rank's part of a step, padded to a static shape."""
 
     ids: Indices
-    """[b] sample numbers; padding holds sample 0."""
+    """[b] sample numbers; 0 for padding."""
     slots: Indices
-    """[b] global slots; padding holds 0."""
+    """[b] global slots; 0 for padding."""
     weights: npt.NDArray[np.float32]
-    """[b] 1 for samples, 0 for padding, which is neither trained on nor written."""
+    """[b] 1 for samples, 0 for padding. Padding is neither trained on nor written to the store."""
     total: int
-    """Samples of the whole step over all ranks: what its loss is averaged over."""
+    """Number of samples in the step over all ranks. The loss is averaged over this number."""
     parts: tuple[LaneStep, ...]
 
 
 class Order:
-    """The order of a run. `chunk_size` (C) is in slots, `chunks_per_window` (W) in chunks."""
+    """The order of a run.
+
+    Args:
+        seed: The seed of all permutations.
+        samples: The number of samples in the data set (N).
+        batch_size: Samples per step over all ranks (B).
+        num_lanes: The number of lanes (L).
+        chunk_size: Slots per chunk (C).
+        chunks_per_window: The largest number of chunks per window (W).
+
+    Raises ConfigError if there are fewer samples than lanes, or if the lanes do not divide the batch size.
+    """
 
     def __init__(
         self, seed: int, samples: int, batch_size: int, num_lanes: int, chunk_size: int, chunks_per_window: int
@@ -95,18 +106,21 @@ class Order:
 
     @classmethod
     def build(cls, config: OrderConfig, seed: int, samples: int, batch: int, shape: tuple[int, ...]) -> Order:
-        """Fill in the defaults: chunks of 4 MiB in float16 (whatever the store's dtype), windows of 8 chunks."""
+        """The configured order for images of `shape` (C, H, W). Raises ConfigError.
+
+        By default a chunk is 4 MiB of float16 values (whatever the store's dtype) and a window is 8 chunks.
+        """
         chunk = config.chunk or max(1, CHUNK_BYTES // (2 * int(np.prod(shape))))
         return cls(seed, samples, batch, config.lanes, chunk, config.window or WINDOW_CHUNKS)
 
     @classmethod
     def from_fingerprint(cls, values: Mapping[str, int]) -> Self:
-        """The order that a store or snapshot recorded. Raises KeyError, TypeError or ValueError for anything else."""
+        """The order recorded in a store or snapshot. Raises KeyError, TypeError or ValueError for other values."""
         seed, samples, batch, lanes, chunk, window = (int(values[key]) for key in _RECORDED)
         return cls(seed, samples, batch, lanes, chunk, window)
 
     def fingerprint(self) -> dict[str, int]:
-        """What identifies the order, as stores and snapshots record it."""
+        """The values that identify the order, as recorded in stores and snapshots."""
         return {
             "seed": self.seed,
             "samples": self.samples,
@@ -116,10 +130,10 @@ class Order:
             "window": self.chunks_per_window,
         }
 
-    # Slots and samples: a keyed permutation that needs no table, so that N may be a billion.
+    # Slots and samples: a keyed permutation computed without a table, so that it scales to billions of samples.
 
     def sample_of(self, slots: Indices) -> Indices:
-        """The sample in each global slot: a Feistel network on [0, 4^h), walked until it falls below N."""
+        """The sample in each global slot: a Feistel network on [0, 4^h), repeated until the result is below N."""
         return self._walk(slots, self._round_keys)
 
     def slot_of(self, samples: Indices) -> Indices:
@@ -152,12 +166,15 @@ class Order:
         return lane * (self.samples // self.num_lanes) + min(lane, self.samples % self.num_lanes)
 
     def lane_slots(self, lane: int) -> int:
+        """The number of slots of a lane."""
         return self.lane_start(lane + 1) - self.lane_start(lane)
 
     def num_chunks(self, lane: int) -> int:
+        """The number of chunks of a lane."""
         return -(-self.lane_slots(lane) // self.chunk_size)
 
     def chunk_slots(self, lane: int, chunk: int) -> int:
+        """The number of slots of a chunk: `chunk_size`, except for the last chunk of a lane."""
         return min(self.chunk_size, self.lane_slots(lane) - chunk * self.chunk_size)
 
     def chunk_samples(self, lane: int, chunk: int) -> Indices:
@@ -166,7 +183,7 @@ class Order:
         return self.sample_of(np.arange(start, start + self.chunk_slots(lane, chunk)))
 
     def locate(self, sample: int) -> tuple[int, int, int]:
-        """(lane, chunk, row in the chunk) of a sample. Raises ConfigError when there is no such sample."""
+        """(lane, chunk, row within the chunk) of a sample. Raises ConfigError if there is no such sample."""
         if not 0 <= sample < self.samples:
             raise ConfigError(f"there is no sample {sample}: the data set has {self.samples}, numbered from 0")
         slot = int(self.slot_of(np.array([sample]))[0])
@@ -174,31 +191,36 @@ class Order:
         return lane, *divmod(slot - self.lane_start(lane), self.chunk_size)
 
     def num_windows(self, lane: int) -> int:
+        """The number of windows of a lane in every epoch."""
         return -(-self.num_chunks(lane) // self.chunks_per_window)
 
     def smallest_window(self, lane: int) -> int:
-        """The least number of rows that a window of the lane can have."""
+        """The smallest number of rows that a window of the lane can have in any epoch."""
         shortfall = self.chunk_size - self.chunk_slots(lane, self.num_chunks(lane) - 1)
         return self.num_chunks(lane) // self.num_windows(lane) * self.chunk_size - shortfall
 
     def window_chunks_of(self, lane: int, epoch: int, window: int) -> list[int]:
-        """The chunks of a window, in the order in which their rows lie in the window's buffer."""
+        """The chunks of a window, in the order of their rows in the window's buffer."""
         order = self._lane_chunks(lane, epoch)
         return [int(c) for c in order[self._window_start(lane, window) : self._window_start(lane, window + 1)]]
 
     def _window_start(self, lane: int, window: int) -> int:
-        """Windows share a lane's chunks evenly: reading the next one then always has a whole window's time."""
+        """A window's position in the epoch's order of chunks.
+
+        Chunks are divided evenly among windows, so that the time of a full window is always available for reading the
+        next one.
+        """
         return window * self.num_chunks(lane) // self.num_windows(lane)
 
     def _compute_chunks(self, lane: int, epoch: int) -> Indices:
         return rng.permutation(self.num_chunks(lane), rng.key(self.seed, Stream.CHUNKS, epoch, lane))
 
     def window_rows(self, lane: int, epoch: int, window: int) -> Indices:
-        """The rows of the window's buffer in the order in which they are visited."""
+        """The rows of the window's buffer, in the order in which they are visited."""
         return self._lane_windows(lane, epoch, window)
 
     def _compute_places(self, lane: int, epoch: int) -> Indices:
-        """Where each chunk comes in the epoch's order: the inverse of `_lane_chunks`."""
+        """Each chunk's position in the epoch's order: the inverse of `_lane_chunks`."""
         return np.argsort(self._lane_chunks(lane, epoch))
 
     def _compute_window(self, lane: int, epoch: int, window: int) -> Indices:
@@ -206,9 +228,9 @@ class Order:
         return rng.permutation(high - low, rng.key(self.seed, Stream.WINDOW, epoch, lane, window))
 
     def window_span(self, lane: int, epoch: int, window: int) -> tuple[int, int]:
-        """The half-open range of the lane's visits, counted from the epoch's start, that fall into a window.
+        """The half-open range of the lane's visits in a window, counted from the start of the epoch.
 
-        Only the last chunk of a lane may be short; the window that holds it is the shorter for it.
+        Only the last chunk of a lane may be short; the window that contains it is shorter by the same number of slots.
         """
         short = self.num_chunks(lane) - 1
         shortfall = self.chunk_size - self.chunk_slots(lane, short)
@@ -219,7 +241,7 @@ class Order:
         return start, stop
 
     def lane_step(self, lane: int, epoch: int, step: int) -> list[LaneStep]:
-        """The rows of `lane` that `step` visits: one part, or two or more at the seam of windows."""
+        """The rows of `lane` visited in `step`: one part per window, and usually a single one."""
         start = step * self.samples_per_lane_step
         stop = min(start + self.samples_per_lane_step, self.lane_slots(lane))
         parts = []
@@ -234,15 +256,16 @@ class Order:
         return parts
 
     def last_step_of_window(self, lane: int, epoch: int, window: int) -> int:
-        """The step after which every row of the window has been visited."""
+        """The last step that visits a row of the window."""
         return (self.window_span(lane, epoch, window)[1] - 1) // self.samples_per_lane_step
 
     def window_of(self, lane: int, epoch: int, chunk: int) -> int:
+        """The window that contains a chunk in `epoch`."""
         place = int(self._lane_places(lane, epoch)[chunk])
         return ((place + 1) * self.num_windows(lane) - 1) // self.num_chunks(lane)
 
     def row_offset(self, lane: int, epoch: int, chunk: int) -> int:
-        """The first row of a chunk within the buffer of its window."""
+        """A chunk's first row in the buffer of its window."""
         chunks = self.window_chunks_of(lane, epoch, self.window_of(lane, epoch, chunk))
         return sum(self.chunk_slots(lane, c) for c in chunks[: chunks.index(chunk)])
 
@@ -256,13 +279,13 @@ class Order:
         return slots
 
     def lanes_of(self, rank: int, world: int) -> range:
-        """The lanes that a rank owns. Raises ConfigError when `world` does not divide the lanes."""
+        """The lanes that a rank owns. Raises ConfigError if `world` does not divide the lanes."""
         check_world(self.num_lanes, world)
         own = self.num_lanes // world
         return range(rank * own, (rank + 1) * own)
 
     def batch_of(self, lanes: range, epoch: int, step: int) -> Batch:
-        """The samples that the owner of `lanes` gives to a step: [len(lanes) * B / L], lane after lane."""
+        """The samples that the owner of `lanes` contributes to a step: [len(lanes) * B / L], lane after lane."""
         return self._batches(lanes, epoch, step)
 
     def _compute_batch(self, lanes: range, epoch: int, step: int) -> Batch:

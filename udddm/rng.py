@@ -1,8 +1,8 @@
 """Random numbers as pure functions of their position: (seed, stream, index, ...), with no generator state.
 
-A 64-bit key is derived from integers by the splitmix64 finaliser (Steele, Lea & Flood 2014); element `i` of a
-key's sequence is the finaliser applied to `key + i * golden ratio`, which is splitmix64 itself started at the key.
-Host decisions (order, levels) use the numpy half, tensors the torch half; both give the same bits.
+A 64-bit key is derived from integers by the splitmix64 finalizer (Steele, Lea & Flood 2014). Element `i` of a key's
+sequence is the finalizer applied to `key + i * golden ratio`, which is splitmix64 itself seeded with the key. Decisions
+on the host (order, levels) use the NumPy functions and tensors use the torch functions; both give the same bits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ Integers = npt.NDArray[np.int64] | int
 
 
 class Stream(IntEnum):
-    """What a number is drawn for: streams of one seed are independent."""
+    """The purpose of a random number. Streams with the same seed are independent."""
 
     PERMUTATION = 1
     CHUNKS = 2
@@ -44,13 +44,14 @@ class Stream(IntEnum):
 
 
 def splitmix64(z: Keys) -> Keys:
+    """The finalizer of splitmix64, element by element. Overflow is intended."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
     return z ^ (z >> np.uint64(31))
 
 
 def keys(seed: int, stream: Stream, *parts: Integers) -> Keys:
-    """A 64-bit key for every element of the broadcast `parts` (integers or int64 arrays)."""
+    """One 64-bit key per element of the broadcast `parts` (integers or int64 arrays)."""
     with np.errstate(over="ignore"):
         z: Keys = np.asarray(splitmix64(np.asarray(seed % 2**64, np.uint64) + np.uint64(_GOLDEN * int(stream) % 2**64)))
         for part in parts:
@@ -59,23 +60,24 @@ def keys(seed: int, stream: Stream, *parts: Integers) -> Keys:
 
 
 def key(seed: int, stream: Stream, *parts: int) -> int:
+    """`keys` for a single position, as a Python integer in [0, 2^64)."""
     return int(keys(seed, stream, *parts))
 
 
 def randint(limit: npt.NDArray[np.int64] | int, key: Keys) -> npt.NDArray[np.int64]:
-    """An integer in [0, limit) from each key, uniform to within limit / 2^32. limit < 2^32."""
+    """One integer in [0, limit) per key, uniform to within limit / 2^32. Requires limit < 2^32."""
     high = key >> np.uint64(32)
     return ((high * np.asarray(limit).astype(np.uint64)) >> np.uint64(32)).astype(np.int64)
 
 
 def uniform(key: Keys) -> npt.NDArray[np.float64]:
-    """A number in (0, 1) from each key: 52 of its bits, in the middle of their interval."""
+    """One number in (0, 1) per key: its upper 52 bits select an interval, and the result is the interval's midpoint."""
     found: npt.NDArray[np.float64] = ((key >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
     return found
 
 
 def permutation(count: int, key: int) -> npt.NDArray[np.int64]:
-    """A permutation of range(count)."""
+    """A permutation of range(count) [count], determined by `key`."""
     with np.errstate(over="ignore"):
         z = splitmix64(np.asarray(key, np.uint64) + np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN))
     return np.argsort(z, kind="stable")
@@ -90,9 +92,10 @@ def _shift(z: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def normal(key: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
-    """Standard normal numbers [B, *shape] in float32: row b is a function of `key[b]` (int64) alone.
+    """Standard normal numbers [B, *shape] in float32. Row b depends only on `key[b]` (`key` is [B] int64).
 
-    Box-Muller on two 32-bit halves, in float64, so that vectorised and scalar code round to the same float32.
+    Uses the Box-Muller transform on two 32-bit halves in float64, so that vectorized and scalar code round to the same
+    float32.
     """
     count = math.prod(shape)
     pairs = (count + 1) // 2
@@ -110,5 +113,5 @@ def normal(key: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
 
 
 def as_tensor(key: Keys) -> torch.Tensor:
-    """Keys as the int64 tensor that `normal` takes: the same bits."""
+    """Reinterpret the bits of keys as the int64 tensor that `normal` takes."""
     return torch.from_numpy(np.ascontiguousarray(key).view(np.int64))

@@ -1,4 +1,4 @@
-"""URLs without secrets: they are written into run.json, config.yaml and every checkpoint, and messages show them."""
+"""Secrets in URLs. URLs are written to run.json, config.yaml and every checkpoint, and appear in messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def secret_in(text: str) -> str:
     for scheme, rest in _URL.findall(text):
         if scheme.lower() in ("file:/", "file://"):
             continue
-        user, at, _ = rest.rpartition("@")  # the last one: a password may hold a slash or another @
+        user, at, _ = rest.rpartition("@")  # the last one: a password may contain a slash or another @
         if at and (":" in user or (scheme.lower().startswith("s3") and "/" not in user)):
             return "user name or password"
         if mark := re.search(r"[?#].", rest):
@@ -24,7 +24,7 @@ def secret_in(text: str) -> str:
 
 
 def redact(text: str) -> str:
-    """A message whose URLs show neither user, password nor query."""
+    """The message with the user names, passwords and queries of its URLs replaced by ***."""
 
     def shown(match: re.Match[str]) -> str:
         scheme, rest = match.groups()

@@ -1,4 +1,4 @@
-"""Engines agree, whatever the ZeRO stage and the number of ranks, and read each other's checkpoints bit for bit."""
+"""Engines agree at any ZeRO stage and number of ranks, and load each other's checkpoints bit for bit."""
 
 from __future__ import annotations
 
@@ -89,19 +89,19 @@ def test_accumulation_gives_the_same(name: str, reference: Path, tmp_path: Path)
 
 
 @pytest.mark.parametrize("workers", [1, pytest.param(4, marks=pytest.mark.slow)])
-def test_another_number_of_ranks_gives_the_same(workers: int, reference: Path, tmp_path: Path) -> None:
+def test_another_number_of_ranks_gives_the_same_weights(workers: int, reference: Path, tmp_path: Path) -> None:
     assert difference(train(tmp_path / "run", "torch", workers), reference) < 1e-6
 
 
 @pytest.mark.parametrize(("first", "then"), [(("zero3", 2), ("torch", 1)), (("torch", 1), ("zero3", 2))])
-def test_a_run_may_change_its_engine_and_ranks_on_the_way(
+def test_a_run_may_change_its_engine_and_ranks_when_it_resumes(
     first: tuple[str, int], then: tuple[str, int], reference: Path, tmp_path: Path
 ) -> None:
-    """One to step 4, the other from there on."""
+    """One engine up to step 4, the other from there on."""
     run = tmp_path / "run"
     train(run, *first)
     newest = run / "checkpoints" / "step-00000008"
-    (newest / "manifest.json").unlink()  # as if it had been killed before it was done
+    (newest / "manifest.json").unlink()  # as if it had been killed before the checkpoint was complete
     (run / "result.json").unlink()
     train(run, *then)
     assert difference(run, reference) < 1e-6
@@ -111,7 +111,7 @@ def test_a_run_may_change_its_engine_and_ranks_on_the_way(
     "name", ["torch", *(pytest.param(f"zero{stage}", marks=pytest.mark.slow) for stage in range(4))]
 )
 def test_four_ranks_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
-    """With more than two, the order of sums shows in the bits: it must be the same from the first step on."""
+    """With more than two ranks, the order of sums affects the bits: it must be the same from the first step on."""
     run = train(tmp_path / "run", name, 4)
     undisturbed = json.loads((run / "result.json").read_text())
     (run / "checkpoints" / "step-00000008" / "manifest.json").unlink()
@@ -129,7 +129,7 @@ def test_checkpoints_pass_through_every_engine_bit_for_bit(reference: Path, tmp_
         saved = Saved(reference / "checkpoints" / "step-00000008", kind)
         tensors = {name: saved[name].clone() for name in saved}
         for name, tensor in tensors.items():
-            if name.endswith("bias"):  # a sum with other ranks' zeros would lose the sign
+            if name.endswith("bias"):  # a floating-point sum with the zeros of other ranks would lose the sign
                 tensor.view(-1)[::2] = -0.0
         save_file(tensors, source / f"{kind}.safetensors")
     here = source
@@ -154,7 +154,7 @@ def test_checkpoints_pass_through_every_engine_bit_for_bit(reference: Path, tmp_
 
 
 class HalfSteps:
-    """Some steps in fp16, on a CPU that is declared able to do it: DeepSpeed asks, and torch has the kernels.
+    """Some steps in fp16 on a CPU. DeepSpeed checks for support, which is overridden because PyTorch has the kernels.
     The first rank writes the moments and the loss scale."""
 
     def __init__(self, config: RunConfig, target: Path, good: int = 0):
@@ -214,13 +214,13 @@ def test_fp16_gradients_are_scaled_and_unscaled_at_every_stage(name: str, clip: 
 
 @pytest.mark.parametrize("name", ["zero0", pytest.param("zero2", marks=pytest.mark.slow)])
 def test_the_loss_scale_grows_in_torch_after_many_good_steps_in_deepspeed(name: str, tmp_path: Path) -> None:
-    """DeepSpeed counts good steps on; torch raises the scale when its count equals 2000."""
+    """DeepSpeed does not reset its count of good steps; PyTorch raises the scale when its count equals 2000."""
     scale, good = half_steps(tmp_path, name, good=4500)["scaler"].tolist()
     assert (scale, good) == (1024, 503)
 
 
 class OnAGPU(DistributedDataParallel):
-    """DDP as it is on a GPU, where it knows its device and looks for inputs to move there: here a CPU."""
+    """DDP as on a GPU, where it has device IDs and moves inputs to the device; run on a CPU here."""
 
     def __init__(self, module: torch.nn.Module, device_ids: list[int] | None = None, **settings: Any):
         super().__init__(module, **settings)
@@ -228,7 +228,7 @@ class OnAGPU(DistributedDataParallel):
 
 
 class Stays(torch.nn.Linear):
-    """A network that is on its device already, whichever that is."""
+    """A network that ignores `to`."""
 
     def to(self, *arguments: Any, **settings: Any) -> Stays:
         return self
@@ -248,7 +248,7 @@ def test_several_ranks_start_where_ddp_knows_their_gpu(tmp_path: Path) -> None:
 
 
 def test_bf16_keeps_unrounded_master_weights(tmp_path: Path) -> None:
-    """EMA and masters begin at the float32 initial weights, not at what DeepSpeed made of their bf16 copies."""
+    """EMA and master weights start at the float32 initial weights, not at DeepSpeed's copies of bf16 weights."""
     run = train(tmp_path / "run", "zero1", 2, precision="bf16", learning_rate=1e-12)
     chosen = config()
     initial = dict(networks.for_run(chosen, SHAPE).named_parameters())
@@ -265,7 +265,7 @@ def test_a_sharded_run_begins_with_another_engines_average(reference: Path, tmp_
         assert max(float((saved[n] - begun[n]).abs().max()) for n in begun) < 1e-9
 
 
-def test_the_share_out_is_even_and_complete() -> None:
+def test_parameters_are_assigned_to_ranks_evenly_and_completely() -> None:
     shapes = {str(i): torch.Size([i % 7 + 1, 10]) for i in range(100)}
     owners = share_out(shapes, 8)
     assert set(owners) == set(shapes)
@@ -290,7 +290,7 @@ def with_file(file: dict[str, Any], **engine_settings: Any) -> RunConfig:
     return resolve(tree)
 
 
-def test_auto_values_are_filled_in_and_own_settings_kept() -> None:
+def test_auto_values_are_filled_in_and_other_settings_kept() -> None:
     settings = deepspeed_config.resolve(with_file(AUTO), 2)
     assert settings["train_batch_size"] == 64 and settings["train_micro_batch_size_per_gpu"] == 32
     assert settings["gradient_clipping"] == 1.0 and settings["bf16"] == {"enabled": False}
@@ -311,7 +311,9 @@ def test_auto_values_are_filled_in_and_own_settings_kept() -> None:
         ({"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "nvme"}}}, ["nvme"]),
     ],
 )
-def test_a_contradicting_file_is_refused_by_name(file: dict[str, Any], expected: list[str], tmp_path: Path) -> None:
+def test_the_error_names_the_keys_of_a_contradicting_file(
+    file: dict[str, Any], expected: list[str], tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError) as caught:
         udddm.train(with_file(file), run_dir=tmp_path / "run", device="cpu", workers=2)
     assert all(word in str(caught.value) for word in expected), caught.value

@@ -1,4 +1,4 @@
-"""A short run of benchmarks/quality/gaussian.py: the chain objective finds a solution that is known in closed form."""
+"""A short run of benchmarks/quality/gaussian.py: the chain objective finds a solution known in closed form."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from udddm.diffusion.schedule import Coefficients, build
 
 @pytest.fixture(scope="module")
 def gaussian() -> ModuleType:
-    """The benchmark, which is a script beside the package."""
+    """The benchmark, which is a script outside of the package."""
     path = Path(__file__).parents[2] / "benchmarks" / "quality" / "gaussian.py"
     spec = importlib.util.spec_from_file_location("benchmark_gaussian", path)
     assert spec is not None and spec.loader is not None
@@ -52,7 +52,7 @@ def test_the_exact_solution_solves_the_probability_flow_ode(gaussian: ModuleType
 
 
 def test_the_bias_of_a_chain_falls_as_1_over_its_levels(gaussian: ModuleType) -> None:
-    """And is what iterating the conditional expectation by regression on samples gives."""
+    """It also equals the result of iterating the conditional expectation by regression on samples."""
     schedule = build(ScheduleConfig())
     means = [gaussian.bias(schedule.sigma(schedule.levels(m))).mean() for m in (16, 32, 64, 128)]
     ratios = np.divide(means[:-1], means[1:])
@@ -69,7 +69,7 @@ def test_the_bias_of_a_chain_falls_as_1_over_its_levels(gaussian: ModuleType) ->
     np.testing.assert_allclose(gaussian.bias(sigmas), found, atol=0.005)
 
 
-def test_a_short_run_comes_within_15_per_cent_of_the_exact_solution(gaussian: ModuleType) -> None:
+def test_a_short_run_is_within_15_percent_of_the_exact_solution(gaussian: ModuleType) -> None:
     options = ["--levels=16", "--steps=2500", "--batch=256", "--samples=16384", "--algorithm-1-steps=0", "--width=48"]
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -79,5 +79,5 @@ def test_a_short_run_comes_within_15_per_cent_of_the_exact_solution(gaussian: Mo
         torch.set_num_threads(threads)
     assert result["chain_mean"] < 0.15
     assert max(result["chain"]) < 0.25
-    assert np.mean(np.abs(np.subtract(result["chain"], result["bias"]))) < 0.06  # it finds its own fixed point
+    assert np.mean(np.abs(np.subtract(result["chain"], result["bias"]))) < 0.06  # it converges to its own fixed point
     assert "ve" in gaussian.table({"ve": result})

@@ -293,5 +293,5 @@ def test_a_rank_that_is_shown_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="use fewer workers"):
         _gpu(4, 4)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    with pytest.raises(ConfigError, match="rank 1 of this machine has no GPU"):
+    with pytest.raises(ConfigError, match="local rank 1 has no GPU"):
         _gpu(1, 1)

@@ -1,4 +1,4 @@
-"""Exponential moving averages against their closed form, in float64."""
+"""Exponential moving averages, compared with their closed form in float64."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from udddm.ema import EMA
 
 
 def trained(decay: float, steps: int, warmup: bool = False) -> tuple[EMA, list[torch.Tensor], nn.Linear]:
-    """An EMA after `steps` updates, and the weights as they were at 0, 1, ..., steps."""
+    """An EMA after `steps` updates, and the weights at steps 0, 1, ..., steps."""
     generator = torch.Generator().manual_seed(0)
     module = nn.Linear(4, 3)
     nn.init.normal_(module.weight, generator=generator)
@@ -61,7 +61,7 @@ def test_average_covers_every_parameter_and_is_a_copy_in_float32() -> None:
         assert torch.equal(weight, before[name])
 
 
-def test_updates_leave_the_module_alone() -> None:
+def test_updates_do_not_change_the_module() -> None:
     ema, seen, module = trained(0.5, 5)
     assert torch.equal(module.weight, seen[-1])
     assert module.weight.grad is None and module.weight.requires_grad
@@ -69,7 +69,7 @@ def test_updates_leave_the_module_alone() -> None:
 
 
 def test_small_steps_are_not_lost_to_rounding_in_low_precision() -> None:
-    """The average of a bfloat16 module moves by less than bfloat16 can hold."""
+    """The average of a bfloat16 module changes by less than the resolution of bfloat16."""
     module = nn.Linear(1, 1, bias=False).bfloat16()
     with torch.no_grad():
         module.weight.fill_(1.0)

@@ -1,4 +1,4 @@
-"""Grids as PNG files that another reader reads."""
+"""Image grids are PNG files that another library can read."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Imports point down: every room of the package imports from lower layers only, at any time."""
+"""Imports point down: every room of the package imports only from lower layers, including in functions."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ LAYERS = {
     10: ("cli",),
     11: ("__main__",),
 }
-"""docs/architecture.md shows these. Rooms of layer 1 may import from those before them."""
+"""The layers shown in docs/architecture.md. Rooms of layer 1 may import from those listed before them."""
 LAYER = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
 FIRST = list(LAYERS[1])
 
 
 def room_of(parts: tuple[str, ...]) -> str:
-    """The room of a module: its top-level name, or the subfolder of `backends`."""
+    """The room of a module: its top-level name, or its subfolder of `backends`."""
     if parts[:1] == ("backends",) and len(parts) > 1:
         return "/".join(parts[:2])
     return parts[0] if parts else ""
@@ -45,7 +45,7 @@ MODULES = modules()
 
 
 def imported(tree: ast.AST) -> list[tuple[int, tuple[str, ...]]]:
-    """The line and module of each import from this package, but for those that only a type checker sees."""
+    """The line and module of each import from this package, except imports for type checkers only."""
     hidden = {
         id(inner)
         for node in ast.walk(tree)

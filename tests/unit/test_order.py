@@ -1,4 +1,4 @@
-"""The order's promises (docs/architecture.md): each sample once an epoch, whoever runs it, chunk by chunk."""
+"""Guarantees of the order (docs/architecture.md): every sample once per epoch, chunk by chunk, on any ranks."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCh
 
 @dataclass(frozen=True)
 class Case:
-    """Small orders of every kind: N no multiple of L, short last chunks, windows below a step and above a lane."""
+    """Small orders of all kinds: N not a multiple of L, short last chunks, windows below a step and above a lane."""
 
     seed: int
     samples: int
@@ -66,7 +66,7 @@ def visited(order: Order, epoch: int, lane: int) -> list[LaneStep]:
 
 @quick
 @given(cases())
-def test_every_sample_is_visited_exactly_once_an_epoch(case: Case) -> None:
+def test_every_sample_is_visited_exactly_once_per_epoch(case: Case) -> None:
     order = case.order()
     ids = np.concatenate([b.ids[b.weights > 0] for [b] in batches(order, case.epoch)])
     assert sorted(ids) == list(range(case.samples))
@@ -113,7 +113,7 @@ def test_total_is_the_samples_of_the_step_over_all_ranks(case: Case) -> None:
 @quick
 @given(cases())
 def test_a_step_does_not_depend_on_the_number_of_ranks(case: Case) -> None:
-    """Ranks laid end to end give what one rank gives: the same samples at the same places of every lane."""
+    """The concatenated batches of all ranks equal that of one rank: the same samples at the same positions."""
     alone = batches(case.order(), case.epoch)
     for world in case.worlds[1:]:
         for [whole], ranks in zip(alone, batches(case.order(), case.epoch, world), strict=True):
@@ -129,7 +129,7 @@ def test_a_step_does_not_depend_on_the_number_of_ranks(case: Case) -> None:
 @quick
 @given(cases(), st.randoms(use_true_random=False))
 def test_a_step_is_a_pure_function_of_its_position(case: Case, random: object) -> None:
-    """Neither what was asked before nor what is cached shows: another order, asked backwards, says the same."""
+    """Neither previous calls nor caches have an effect: the steps of another order, in reverse, are the same."""
     forward, backward = case.order(), case.order()
     expected = batches(forward, case.epoch)
     backward.batch_of(range(case.lanes), case.epoch + 1, 0)
@@ -171,7 +171,7 @@ def test_a_rank_touches_only_chunks_of_its_own_lanes(case: Case) -> None:
 
 @quick
 @given(cases())
-def test_windows_are_finished_at_the_step_that_is_told(case: Case) -> None:
+def test_windows_are_finished_at_the_last_step_of_the_window(case: Case) -> None:
     order = case.order()
     for lane in range(case.lanes):
         last = {
@@ -183,8 +183,8 @@ def test_windows_are_finished_at_the_step_that_is_told(case: Case) -> None:
 
 @quick
 @given(cases())
-def test_spans_rows_offsets_and_slots_tell_one_story(case: Case) -> None:
-    """`window_span`, `window_rows`, `row_offset`, `window_of` and `locate` all follow from what steps visit."""
+def test_spans_rows_offsets_and_slots_are_consistent(case: Case) -> None:
+    """`window_span`, `window_rows`, `row_offset`, `window_of` and `locate` agree with the visits of the steps."""
     order = case.order()
     for lane in range(case.lanes):
         start = 0
@@ -255,7 +255,7 @@ def test_a_step_of_a_billion_samples_is_found_without_listing_them() -> None:
 
 
 def test_slots_spread_the_samples_of_a_sorted_data_set() -> None:
-    """The first tenth of the slots has its fair share of every tenth of the samples, and neighbours part."""
+    """The first tenth of the slots has a fair share of every tenth of the samples, and neighbors are separated."""
     order = Order(0, 50_000, 1, 1, 100, 1)
     samples = order.sample_of(np.arange(50_000))
     assert stats.chisquare(np.bincount(samples[:5000] // 5000, minlength=10)).pvalue > 1e-4
@@ -263,7 +263,7 @@ def test_slots_spread_the_samples_of_a_sorted_data_set() -> None:
     assert np.mean(samples == np.arange(50_000)) < 1e-3
 
 
-def test_with_one_window_a_lane_the_shuffle_is_over_the_whole_lane() -> None:
+def test_with_one_window_per_lane_the_entire_lane_is_shuffled() -> None:
     """Every slot comes first, and every pair of slots comes in either order, equally often."""
     order = Order(0, 40, 4, 2, 4, 5)
     assert order.num_windows(0) == order.num_windows(1) == 1
@@ -275,7 +275,7 @@ def test_with_one_window_a_lane_the_shuffle_is_over_the_whole_lane() -> None:
         slots -= order.lane_start(lane)
         for place in (0, 7, 19):
             assert stats.chisquare(np.bincount(slots[:, place], minlength=20)).pvalue > 1e-4
-        followed = slots[:, 1:][slots[:, :-1] == 3]  # what follows slot 3: any of the others
+        followed = slots[:, 1:][slots[:, :-1] == 3]  # the slot after slot 3 may be any other slot
         counts = np.bincount(followed, minlength=20)
         assert counts[3] == 0 and stats.chisquare(np.delete(counts, 3)).pvalue > 1e-4
 
@@ -312,19 +312,21 @@ def test_epochs_lanes_and_seeds_shuffle_differently() -> None:
         (9, 8, "3 and 9"),
     ],
 )
-def test_ranks_that_do_not_divide_the_lanes_are_told_the_nearest_that_do(lanes: int, world: int, nearest: str) -> None:
+def test_the_error_names_the_nearest_numbers_of_ranks_that_divide_the_lanes(
+    lanes: int, world: int, nearest: str
+) -> None:
     order = Order(0, 100, lanes, lanes, 4, 2)
     with pytest.raises(ConfigError, match=rf"{world} ranks .*order\.lanes={lanes}.*: {nearest}$"):
         order.lanes_of(0, world)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
-def test_ranks_share_the_lanes_out(world: int) -> None:
+def test_lanes_are_divided_among_ranks(world: int) -> None:
     order = Order(0, 100, 8, 8, 4, 2)
     assert [lane for rank in range(world) for lane in order.lanes_of(rank, world)] == list(range(8))
 
 
-def test_a_sample_that_is_not_there_is_refused() -> None:
+def test_a_sample_number_out_of_range_is_refused() -> None:
     order = Order(0, 100, 8, 8, 4, 2)
     for sample in (-1, 100):
         with pytest.raises(ConfigError, match=f"no sample {sample}: the data set has 100"):
@@ -338,7 +340,7 @@ def test_lanes_must_divide_the_batch_and_each_have_a_sample() -> None:
         Order(0, 7, 8, 8, 4, 2)
 
 
-def test_defaults_are_chunks_of_4_mib_of_float16_and_eight_of_them_a_window() -> None:
+def test_defaults_are_chunks_of_4_mib_of_float16_and_eight_chunks_per_window() -> None:
     order = Order.build(OrderConfig(), 0, 10**6, 128, (3, 32, 32))
     assert order.chunk_size * 3 * 32 * 32 * 2 <= 4 << 20 < (order.chunk_size + 1) * 3 * 32 * 32 * 2
     assert order.chunks_per_window == 8
@@ -353,8 +355,8 @@ def test_defaults_are_chunks_of_4_mib_of_float16_and_eight_of_them_a_window() ->
     }
 
 
-def test_the_order_is_the_one_it_always_was() -> None:
-    """Golden values: a resumed run must meet its samples where the first part left them."""
+def test_the_order_does_not_change_between_versions() -> None:
+    """Golden values: a resumed run must continue with the order of its first part."""
     order = Order(42, 21, 4, 2, 3, 2)
     assert order.sample_of(np.arange(8)).tolist() == [6, 9, 19, 8, 16, 3, 13, 0]
     assert [b.ids.tolist() for [b] in batches(order, 1)] == [

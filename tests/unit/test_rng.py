@@ -1,4 +1,4 @@
-"""Random numbers as functions of their position: what they look like, and what they depend on."""
+"""Random numbers as functions of their position: their distributions, and the arguments they depend on."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ def draw(seed: int, stream: Stream, count: int, shape: tuple[int, ...], *parts: 
 
 
 def naive_mix(z: int) -> int:
-    """The finaliser of splitmix64 in Python's own integers."""
+    """The finalizer of splitmix64 in Python integers."""
     z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
     return z ^ (z >> 31)
 
 
 def same_distribution(values: np.ndarray, chance: float = 1e-4) -> None:
-    """Kolmogorov-Smirnov against N(0, 1). The draws are fixed, so this passes or fails for ever."""
+    """Kolmogorov-Smirnov against N(0, 1). The draws are fixed, so the result is always the same."""
     assert stats.kstest(values, "norm").pvalue > chance
 
 
@@ -37,7 +37,7 @@ def test_normal_has_the_moments_of_a_standard_normal() -> None:
     n = len(x)
     for power, expected, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96), (6, 15, 10170)]:
         assert abs((x**power).mean() - expected) < 4 * np.sqrt(variance / n), power
-    assert 4.5 < np.abs(x).max() < 6.7  # the largest of a million; Box-Muller on 32 bits ends at 6.7
+    assert 4.5 < np.abs(x).max() < 6.7  # the largest of a million; the limit of Box-Muller on 32 bits is 6.7
 
 
 @pytest.mark.parametrize("stream", list(Stream))
@@ -59,7 +59,7 @@ def test_elements_of_a_key_are_uncorrelated() -> None:
         assert np.abs(correlation).max() < 4.5 / np.sqrt(len(x))
 
 
-def test_neighbouring_keys_epochs_streams_and_seeds_are_uncorrelated() -> None:
+def test_neighboring_keys_epochs_streams_and_seeds_are_uncorrelated() -> None:
     shape = (1, 100, 100)
     base = draw(0, Stream.NOISE, 8, shape, 0)
     others = [
@@ -70,7 +70,7 @@ def test_neighbouring_keys_epochs_streams_and_seeds_are_uncorrelated() -> None:
         draw(0, Stream.NOISE, 8, shape),
     ]
     for other in others:
-        for shift in (0, 1, 50):  # sequences must not be each other's continuation either
+        for shift in (0, 1, 50):  # a sequence must not continue another one either
             a, b = base.flatten(1).double().numpy(), other.flatten(1).roll(shift, 1).double().numpy()
             correlation = np.array([np.corrcoef(p, q)[0, 1] for p, q in zip(a, b, strict=True)])
             assert np.abs(correlation).max() < 4.5 / np.sqrt(a.shape[1])
@@ -109,7 +109,7 @@ def test_numpy_and_torch_agree_on_bits(seed: int, parts: list[int]) -> None:
     tensor = rng.as_tensor(keys)
     assert [int(k) % 2**64 for k in tensor] == [int(k) for k in keys]
     x = rng.normal(tensor, (1, 3, 3)).flatten(1).numpy()
-    for row, key in zip(x, keys, strict=True):  # Box-Muller from Python's integers
+    for row, key in zip(x, keys, strict=True):  # Box-Muller with Python integers
         bits = [naive_mix((int(key) + i * 0x9E3779B97F4A7C15) % 2**64) for i in range(5)]
         radius = np.sqrt(-2 * np.log([((b >> 32) + 0.5) / 2**32 for b in bits]))
         angle = np.array([2 * np.pi * (b & 0xFFFFFFFF) / 2**32 for b in bits])
@@ -126,7 +126,7 @@ def test_scalar_and_array_keys_are_the_same(seed: int, a: int, b: int) -> None:
 
 
 @given(st.integers(0, 2**64 - 1))
-def test_mix_is_the_finaliser_of_splitmix64(value: int) -> None:
+def test_splitmix64_is_the_finalizer_of_the_reference(value: int) -> None:
     with np.errstate(over="ignore"):
         assert int(rng.splitmix64(np.uint64(value))) == naive_mix(value)
 
@@ -154,46 +154,46 @@ def test_bits_of_keys_are_fair_and_change_with_every_part() -> None:
 
 
 @given(st.integers(1, 2**32 - 1), SEEDS)
-def test_below_stays_below_its_limit(limit: int, seed: int) -> None:
+def test_randint_is_below_its_limit(limit: int, seed: int) -> None:
     drawn = rng.randint(limit, rng.keys(seed, Stream.TIME, np.arange(20)))
     assert drawn.dtype == np.int64 and drawn.min() >= 0 and drawn.max() < limit
 
 
-def test_below_reaches_both_ends_and_takes_a_limit_for_each_key() -> None:
+def test_randint_reaches_both_ends_and_takes_one_limit_per_key() -> None:
     ends = np.array([0, 2**64 - 1], dtype=np.uint64)
     assert rng.randint(2**32 - 1, ends).tolist() == [0, 2**32 - 2]
     assert rng.randint(np.array([5, 7]), ends).tolist() == [0, 6]
 
 
 @pytest.mark.parametrize("limit", [2, 7, 33, 1000])
-def test_below_is_uniform(limit: int) -> None:
+def test_randint_is_uniform(limit: int) -> None:
     drawn = rng.randint(limit, rng.keys(0, Stream.TIME, np.arange(200_000)))
     assert stats.chisquare(np.bincount(drawn, minlength=limit)).pvalue > 1e-4
 
 
 @given(st.integers(0, 500), st.integers(0, 2**64 - 1))
-def test_shuffled_is_a_permutation(count: int, key: int) -> None:
+def test_permutation_contains_every_value_once(count: int, key: int) -> None:
     assert sorted(rng.permutation(count, key)) == list(range(count))
 
 
-def test_shuffled_looks_uniform() -> None:
+def test_permutation_is_uniform() -> None:
     rows = np.array([rng.permutation(4, rng.key(0, Stream.WINDOW, i)) for i in range(24_000)])
     _, counts = np.unique(rows @ np.array([64, 16, 4, 1]), return_counts=True)
-    assert len(counts) == 24  # every order of four
+    assert len(counts) == 24  # every permutation of four
     assert stats.chisquare(counts).pvalue > 1e-4
 
 
-def test_shuffled_moves_every_value_everywhere() -> None:
+def test_permutation_moves_values_to_every_position() -> None:
     rows = np.array([rng.permutation(30, rng.key(0, Stream.WINDOW, i)) for i in range(20_000)])
     for place in (0, 13, 29):
         assert stats.chisquare(np.bincount(rows[:, place], minlength=30)).pvalue > 1e-4
 
 
-def test_the_generator_gives_the_numbers_it_always_gave() -> None:
-    """Golden values. If these change, no old run can be resumed, and seeds no longer mean the images they meant."""
+def test_random_numbers_do_not_change_between_versions() -> None:
+    """Golden values. If these change, existing runs cannot be resumed, and seeds give other images."""
     with np.errstate(over="ignore"):
         first = rng.splitmix64(np.uint64(0x9E3779B97F4A7C15))
-    assert int(first) == 0xE220A8397B1DCDAF  # what splitmix64's reference code gives first from seed 0
+    assert int(first) == 0xE220A8397B1DCDAF  # the first output of splitmix64's reference code for seed 0
     assert rng.key(0, Stream.PERMUTATION) == 0xE220A8397B1DCDAF
     assert rng.key(0, Stream.NOISE, 0) == 0x43974CC0ECEB0AA8
     assert rng.key(1, Stream.NOISE, 123456, 7) == 0x060498FCA51CA0EA

@@ -1,4 +1,4 @@
-"""TODO."""
+"""The steps that training and sampling share: adding noise to images, and denoising them with the network."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from udddm.diffusion.schedule import Coefficients
 
 
 def append_dims(row: torch.Tensor) -> torch.Tensor:
-    """[B] -> [B, 1, 1, 1]."""
+    """Append singleton dimensions for broadcasting over images: [B] -> [B, 1, 1, 1]."""
     return row[:, None, None, None]
 
 
 def add_noise(x0: torch.Tensor, eps: torch.Tensor, at: Coefficients) -> torch.Tensor:
-    """x_t = alpha x_0 + sigma eps, all [B, C, H, W]."""
+    """x_t = alpha x_0 + sigma eps. Images and noise are [B, C, H, W]."""
     return append_dims(at.alpha) * x0 + append_dims(at.sigma) * eps
 
 
@@ -25,6 +25,9 @@ def denoise(
     condition: torch.Tensor | None,
     labels: torch.Tensor | None,
 ) -> torch.Tensor:
-    """f = a(t) x_t + b(t) F(condition, x_t, t), in float32. [B, C, H, W]."""
+    """The estimate of x_0, f = a(t) x_t + b(t) F(condition, x_t, t) (arXiv 2405.21059): [B, C, H, W] float32.
+
+    `xt` and `condition` are [B, C, H, W], and `labels` are [B] int64.
+    """
     output: torch.Tensor = network(append_dims(at.c_in) * xt, at.c_noise, condition, labels)
     return append_dims(at.c_skip) * xt + append_dims(at.c_out) * output.float()

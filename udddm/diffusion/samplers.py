@@ -1,7 +1,7 @@
-"""Samplers: Algorithm 2 of the paper, renoising, and Heun's method. Every image is a function of its seed alone.
+"""Samplers: Algorithm 2 of the paper, renoising, and Heun's method. Every image depends only on its seed.
 
-A sampler is a function `sampler(task)`, or `sampler(task, settings)`, from a `SamplingTask` to images. `sample` runs
-one by name for a batch of seeds; `batches` does so for any number of seeds.
+A sampler is a function `sampler(task)`, or `sampler(task, settings)`, from a `SamplingTask` to images [B, C, H, W].
+`sample` runs a sampler, selected by name, for one batch of seeds; `batches` runs it for any number of seeds.
 """
 
 from __future__ import annotations
@@ -24,49 +24,52 @@ from udddm.rng import Stream
 
 @dataclass(frozen=True)
 class SamplingOptions:
-    """How images are made from seeds."""
+    """How images are generated from seeds."""
 
     steps: int = 1
     """Network evaluations per image."""
     sampler: str = "renoise"
-    """renoise, algorithm-2, heun, or package.module:function."""
+    """`renoise`, `algorithm-2`, `heun`, or `package.module:function`."""
     guidance: float = 1.0
-    """w of classifier-free guidance (Ho & Salimans 2022): every evaluation is f_none + w (f_label - f_none), with two
-    calls of the network where w is not 1. Needs labels, and a network trained with label dropout."""
+    """The weight w of classifier-free guidance (Ho & Salimans 2022). Every evaluation is f_none + w (f_label - f_none),
+    which takes two calls of the network if w is not 1. Requires labels and a network trained with label dropout."""
     batch: int = 250
     """Images per call of the network."""
     settings: Mapping[str, Any] = field(default_factory=dict)
-    """Of a sampler of your own."""
+    """The settings of a custom sampler."""
 
 
 @dataclass(frozen=True)
 class SamplingTask:
-    """What a sampler works with: a batch of B images."""
+    """The input of a sampler, for a batch of B images."""
 
     schedule: NoiseSchedule
     steps: int
-    """Network evaluations per image that the sampler may make."""
+    """Network evaluations per image available to the sampler."""
     count: int
+    """Images in the batch (B)."""
     device: torch.device
     denoise: Callable[[torch.Tensor, Coefficients, torch.Tensor], torch.Tensor]
-    """f(x_t, coefficients of t, conditioning image): the estimate of x_0, all [B, C, H, W]; one network evaluation."""
+    """f(x_t, coefficients of t, conditioning image): the estimate of x_0 by one network evaluation. The images are all
+    [B, C, H, W]."""
     draw: Callable[..., torch.Tensor]
-    """`draw(stream, *parts)`: normal noise [B, C, H, W], a function of each image's seed, the stream and the parts."""
+    """`draw(stream, *parts)`: normal noise [B, C, H, W] that depends only on each image's seed, the stream and the
+    parts."""
 
     def at(self, t: float) -> Coefficients:
-        """The coefficients of time `t`, for every image of the batch."""
+        """The coefficients of time `t`, repeated for every image of the batch."""
         rows = self.schedule.coefficients(np.full(self.count, t))
         return Coefficients(*torch.from_numpy(rows).to(self.device))
 
     def first(self) -> tuple[torch.Tensor, Coefficients, torch.Tensor]:
-        """x_T, its coefficients, and the first estimate: what Algorithm 2 and renoising begin with."""
+        """x_T, its coefficients, and the first estimate: the start of Algorithm 2 and of renoising."""
         at = self.at(self.schedule.last)
         xt = at.sigma[:, None, None, None] * self.draw(Stream.SAMPLE_NOISE)
         return xt, at, self.denoise(xt, at, self.draw(Stream.SAMPLE_CONDITION))
 
 
 def algorithm_2(task: SamplingTask) -> torch.Tensor:
-    """Algorithm 2 of the paper: x_T stays, and the estimate is fed back as the condition."""
+    """Algorithm 2 of the paper: x_T stays fixed, and each estimate is the condition of the next one."""
     xt, at, estimate = task.first()
     for _ in range(task.steps - 1):
         estimate = task.denoise(xt, at, estimate)
@@ -74,8 +77,11 @@ def algorithm_2(task: SamplingTask) -> torch.Tensor:
 
 
 def renoise(task: SamplingTask) -> torch.Tensor:
-    """Multistep consistency sampling (Song et al. 2023, Algorithm 1): the estimate is noised to falling levels and
-    denoised again. Its first evaluation is that of Algorithm 2."""
+    """Multistep consistency sampling (Song et al. 2023, Algorithm 1).
+
+    Noise is added to the estimate at decreasing levels, and the result is denoised again. The first evaluation is that
+    of Algorithm 2.
+    """
     _, _, estimate = task.first()
     for step, t in enumerate(renoise_times(task.schedule, task.steps), start=1):
         at = task.at(t)
@@ -85,10 +91,10 @@ def renoise(task: SamplingTask) -> torch.Tensor:
 
 
 def heun(task: SamplingTask) -> torch.Tensor:
-    """The second-order solver of Karras et al. 2022 (Algorithm 1), for denoisers: `(steps + 1) // 2` steps, the last of
-    first order, hence an odd number of evaluations.
+    """The second-order solver of Karras et al. 2022 (Algorithm 1), for denoisers.
 
-    It follows the probability flow of x = x_t / alpha, dx/dsigma = (x - f) / sigma, from the highest level down to 0.
+    It takes `(steps + 1) // 2` solver steps. The last one is of first order, so the number of evaluations is odd. The
+    solver integrates the probability flow of x = x_t / alpha, dx/dsigma = (x - f) / sigma, from the highest level to 0.
     """
     schedule, steps = task.schedule, (task.steps + 1) // 2
     rho = schedule.config.rho
@@ -108,7 +114,10 @@ def heun(task: SamplingTask) -> torch.Tensor:
 
 
 def renoise_times(schedule: NoiseSchedule, steps: int) -> list[float]:
-    """The `steps - 1` falling times after T: the Karras spacing from sigma 0.8 (iCT's second step) downwards."""
+    """The `steps - 1` decreasing times after T, with the spacing of Karras et al. 2022, Eq. 5.
+
+    The first one has sigma = 0.8, as in the second step of iCT.
+    """
     if steps == 1:
         return []
     rho = schedule.config.rho
@@ -126,23 +135,23 @@ def sample(
     labels: torch.Tensor | None = None,
     options: SamplingOptions | None = None,
 ) -> torch.Tensor:
-    """Images [B, C, H, W], float32 and not clamped, for `seeds` [B] int64, with `labels` [B] int64.
+    """Generate images [B, C, H, W], float32 and not clamped, from `seeds` [B] int64 and `labels` [B] int64.
 
-    Raises ConfigError for an unknown sampler, ValueError for fewer than one step or guidance without labels.
+    Raises ConfigError for an unknown sampler, and ValueError for fewer than one step or for guidance without labels.
     """
     chosen = options or SamplingOptions()
     guidance = chosen.guidance
     if chosen.steps < 1:
         raise ValueError(f"steps must be at least 1, not {chosen.steps}")
     if guidance != 1 and labels is None:
-        raise ValueError(f"guidance {guidance:g} needs labels to guide towards")
+        raise ValueError(f"guidance {guidance:g} needs labels: pass labels, or use guidance 1")
 
     def denoise(xt: torch.Tensor, at: Coefficients, condition: torch.Tensor) -> torch.Tensor:
-        labelled = denoise_once(network, xt, at, condition, labels)
+        labeled = denoise_once(network, xt, at, condition, labels)
         if guidance == 1:
-            return labelled
+            return labeled
         none = denoise_once(network, xt, at, condition, None)
-        return none + guidance * (labelled - none)
+        return none + guidance * (labeled - none)
 
     host = seeds.cpu().numpy()
 
@@ -163,10 +172,10 @@ def batches(
     options: SamplingOptions | None = None,
     device: torch.device | None = None,
 ) -> Iterator[torch.Tensor]:
-    """`sample` over many seeds, `options.batch` at a time, yielding [<= batch, C, H, W] on the host.
+    """Run `sample` on many seeds, `options.batch` at a time. Yields images [<= batch, C, H, W] on the host.
 
-    The last batch is padded and cut, so that the network always sees the same shape and an image's rounding does not
-    depend on how many others were asked for.
+    The last batch is padded, and its result is cropped: the network always receives the same shape, so that the
+    rounding of an image does not depend on the number of images requested. Raises the errors of `sample`.
     """
     chosen = options or SamplingOptions()
     for start in range(0, len(seeds), chosen.batch):

@@ -1,8 +1,8 @@
-"""The forward processes, VP and VE: noise levels, noising, and the coefficients of f = a(t) x_t + b(t) F.
+"""The VP and VE noise schedules: noise levels, and the coefficients of x_t and of f = a(t) x_t + b(t) F.
 
-Time `t` is a real number in [1, T]; at integers it is the paper's step (arXiv 2405.21059, sections 2 and 3.1).
-All of this is float64 arithmetic on the host; the device only ever sees the six float32 numbers a sample that
-`Coefficients` holds, so that no schedule is looked up, and nothing is synchronised, inside a step.
+Time `t` is a real number in [1, T]; integers are the paper's steps (arXiv 2405.21059, sections 2 and 3.1). Schedules
+are computed in float64 on the host. The device only receives the six float32 numbers per sample of `Coefficients`, so a
+step neither looks up a schedule nor synchronizes with the host.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from udddm.config.plugins import SCHEDULES
 Array = npt.NDArray[np.float64]
 
 SIGMA_HIGHEST = 80.0
-"""The noise level (Karras et al. 2022) above which an image is gone; VP levels between 1 and T end there."""
+"""The noise level above which no image is visible (Karras et al. 2022). VP levels between 1 and T end there."""
 
 
 class Coefficients(NamedTuple):
-    """What one sample's time step means, each [B] float32.
+    """The coefficients of each sample's time: six tensors [B] float32.
 
     x_t = alpha * x_0 + sigma * eps, and f = c_skip * x_t + c_out * F(c_in * x_t, c_noise).
     """
@@ -48,7 +48,7 @@ class NoiseSchedule(ABC):
     """The highest frequency that an embedding of `Coefficients.c_noise` should resolve, radians per unit. 16 suits
     EDM's ln(sigma) / 4."""
     huber_c: float = 0.00015
-    """The paper's c of Eq. 4 for this schedule."""
+    """The paper's value of c in Eq. 4 for this schedule."""
 
     def __init__(self, config: ScheduleConfig):
         self.config = config
@@ -60,12 +60,12 @@ class NoiseSchedule(ABC):
 
     @property
     def lowest(self) -> float:
-        """sigma at t = 1."""
+        """The lowest noise level: sigma at t = 1."""
         return float(self.sigma(np.array(1.0)))
 
     @property
     def highest(self) -> float:
-        """sigma at the highest level, T: at most SIGMA_HIGHEST."""
+        """The highest noise level: sigma at t = T, but at most SIGMA_HIGHEST."""
         return min(SIGMA_HIGHEST, float(self.sigma(np.array(self.last))))
 
     @abstractmethod
@@ -77,9 +77,9 @@ class NoiseSchedule(ABC):
         """The inverse of `sigma`, clipped to [1, T]."""
 
     def levels(self, count: int) -> Array:
-        """Times t_0 = 1 < t_1 < ... < t_count = T, [count + 1], spaced as Karras et al. 2022, Eq. 5.
+        """Times t_0 = 1 < t_1 < ... < t_count = T, [count + 1], spaced as in Karras et al. 2022, Eq. 5.
 
-        Levels nest: level k of `count` is level 2k of `2 * count`.
+        Levels are nested: level k of `count` is level 2k of `2 * count`.
         """
         rho = self.config.rho
         spaced = np.linspace(self.lowest ** (1 / rho), self.highest ** (1 / rho), count + 1) ** rho
@@ -88,7 +88,7 @@ class NoiseSchedule(ABC):
         return times
 
     def coefficients(self, t: Array) -> npt.NDArray[np.float32]:
-        """The rows of `Coefficients` for times `t` [B]: [6, B] float32."""
+        """The coefficients of times `t` [B], stacked in the order of `Coefficients`: [6, B] float32."""
         t = np.asarray(t, np.float64)
         sigma, signal = self.sigma(t), self.signal(t)
         skip, out, scale, embedding = self.precondition(t, sigma, signal)
@@ -134,6 +134,8 @@ class VarianceExploding(NoiseSchedule):
 
 
 class VariancePreserving(NoiseSchedule):
+    """VP: x_t = sqrt(abar_t) x_0 + sqrt(1 - abar_t) eps with linear betas; abar_t is interpolated between steps."""
+
     huber_c = 0.00014
 
     def __init__(self, config: ScheduleConfig):

@@ -1,4 +1,4 @@
-"""The networks F(noisy image, noise level, conditioning image, label), by name (`network.name`)."""
+"""Networks F(noisy image, noise level, conditioning image, label), selected by name (`network.name`)."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ __all__ = ["Network", "NetworkContext", "build", "for_run"]
 
 
 def build(config: NetworkConfig, shape: tuple[int, int, int], *, max_frequency: float, seed: int) -> nn.Module:
-    """The configured network for images [C, H, W], on the CPU, with initial weights that are a function of the
-    arguments alone.
+    """The configured network for images [C, H, W], on the CPU, with initial weights that depend only on the arguments.
 
-    The global random number generators are left as they were: the draws happen on the CPU, whose generator's state is
-    restored (`torch.manual_seed` would reach the accelerators' too). Raises ConfigError.
+    The state of the global random number generators does not change: weights are drawn on the CPU, and the state of its
+    generator is restored (`torch.manual_seed` would also seed the generators of accelerators). Raises ConfigError.
     """
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.default_generator.manual_seed(seed)
@@ -28,7 +27,7 @@ def build(config: NetworkConfig, shape: tuple[int, int, int], *, max_frequency: 
 
 
 def assemble(context: NetworkContext) -> nn.Module:
-    """The configured network on torch's current device, with weights from torch's generator. Raises ConfigError."""
+    """The configured network on PyTorch's current device, with weights from its generator. Raises ConfigError."""
     built: nn.Module = NETWORKS.build(context.config.name, context.config.settings, context)
     return built
 

@@ -20,20 +20,23 @@ class Network(Protocol):
         condition: torch.Tensor | None,
         labels: torch.Tensor | None,
     ) -> torch.Tensor:
-        """F: noisy images [B, C, H, W], noise levels [B], conditioning images [B, C, H, W] or None, and class labels
-        [B] int64 or None, to [B, C, H, W].
+        """F(noisy image, noise level, conditioning image, label): [B, C, H, W].
 
-        `noisy` is scaled to unit variance (`Coefficients.c_in`). The label `config.classes` stands for "no label".
+        Args:
+            noisy: Noisy images [B, C, H, W], scaled to unit variance (`Coefficients.c_in`).
+            c_noise: Noise levels [B].
+            condition: Conditioning images [B, C, H, W], or None.
+            labels: Class labels [B] int64, or None. The label `config.classes` means "no label".
         """
 
 
 @dataclass(frozen=True)
 class NetworkContext:
-    """What a factory of networks is given: `factory(context)`, or `factory(context, settings)`."""
+    """The argument of a network factory, called as `factory(context)` or `factory(context, settings)`."""
 
     config: NetworkConfig
-    """`classes`, `condition` and `dropout` hold for every network; the other keys are those of the U-Net."""
+    """`classes`, `condition` and `dropout` apply to every network; the other keys configure the U-Net."""
     shape: tuple[int, int, int]
-    """(C, H, W) of an image."""
+    """The shape (C, H, W) of an image."""
     max_frequency: float = 1.0
-    """The highest frequency that the embedding of the noise level should resolve, radians per unit."""
+    """The highest frequency that the embedding of the noise level should resolve, in radians per unit."""

@@ -1,7 +1,7 @@
-"""What the U-Net is made of: the noise-level embedding, residual blocks, attention, and the condition's tokens.
+"""Building blocks of the U-Net: noise-level embedding, residual blocks, attention, and tokens of the condition.
 
-After ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 3). Images are [B, C, H, W] and tokens [B, H * W, C]:
-in channels-last memory one is a view of the other, so attention copies nothing on its way in and out.
+The blocks follow ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 3). Images are [B, C, H, W] and tokens are
+[B, H * W, C]. In channels-last memory one is a view of the other, so attention needs no copies.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def divisor(number: int, limit: int) -> int:
 
 
 class GroupNorm(nn.GroupNorm):
-    """Under autocast, of half-precision numbers in half precision; its sums are float32 all the same.
+    """Group normalization that keeps half-precision inputs in half precision under autocast. Sums are in float32.
 
-    Autocast on a GPU runs `group_norm` in float32, and what follows then moves and keeps four bytes a number. EDM casts
-    its weights likewise (github.com/NVlabs/edm, training/networks.py).
+    Autocast on a GPU runs `group_norm` in float32, so that subsequent operations move and store four bytes per number.
+    EDM also casts its weights to avoid this (github.com/NVlabs/edm, training/networks.py).
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -37,24 +37,24 @@ class GroupNorm(nn.GroupNorm):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    """At most 32 groups, of at least four channels each where there are four.
+    """Group normalization with at most 32 groups, each of at least four channels if there are that many.
 
-    Groups of a single channel would erase the channel's mean, which at a stage of 1x1 pixels is all there is.
+    Groups of a single channel would remove the channel's mean, which is the only information in a stage of 1x1 pixels.
     """
     return GroupNorm(divisor(channels, min(32, channels // 4)), channels)
 
 
 def zero(module: Module) -> Module:
-    """`module` with its parameters set to 0, so that a residual branch starts as nothing."""
+    """Set the parameters of `module` to 0, so that a residual branch starts as the identity. Returns `module`."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 class NoiseEmbedding(nn.Module):
-    """Noise levels [B] -> [B, out_width]: sinusoids of `width` channels (rounded up to even), then an MLP.
+    """Noise levels [B] -> [B, out_width]: sinusoids in `width` channels (rounded up to even), followed by an MLP.
 
-    The frequencies, in radians a unit of noise level, fall geometrically from `max_frequency` to 1e-4 of it.
+    Frequencies, in radians per unit of noise level, decrease geometrically from `max_frequency` to 1e-4 of it.
     """
 
     def __init__(self, width: int, out_width: int, max_frequency: float):
@@ -65,8 +65,8 @@ class NoiseEmbedding(nn.Module):
         self.linear_out = nn.Linear(out_width, out_width)
 
     def forward(self, noise_level: torch.Tensor) -> torch.Tensor:
-        # No buffer holds the frequencies: `module.bfloat16()` would round it, and at noise level 1000 an error of
-        # 0.4 % turns the fastest sinusoid by several radians.
+        # The frequencies are not a buffer because `module.bfloat16()` would round it: at noise level 1000, an error
+        # of 0.4% rotates the fastest sinusoid by several radians.
         exponent = torch.linspace(0, -math.log(1e4), self.pairs, dtype=torch.float32, device=noise_level.device)
         angle = noise_level.float()[:, None] * (self.max_frequency * exponent.exp())
         waves = torch.cat([angle.cos(), angle.sin()], dim=1)
@@ -76,11 +76,11 @@ class NoiseEmbedding(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """[B, in_channels, H, W] and embedding [B, E] -> [B, out_channels, H', W'], H' being H, H / 2 or 2 H.
+    """[B, in_channels, H, W] and embedding [B, E] -> [B, out_channels, H', W'], where H' is H, H / 2 or 2 H.
 
-    The embedding scales and shifts the second normalisation (FiLM; ADM's adaptive group normalisation). It comes with
-    the SiLU applied, which all blocks would otherwise repeat. Resampling is between the first activation and the
-    first convolution, and on the shortcut.
+    The embedding scales and shifts the second normalization (FiLM; ADM's adaptive group normalization). SiLU must
+    already be applied to it, so that blocks do not repeat that. Resampling takes place between the first activation and
+    the first convolution, and on the shortcut.
     """
 
     def __init__(
@@ -127,13 +127,13 @@ def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 
 
 class SelfAttention(nn.Module):
-    """[B, C, H, W] -> the same shape: each position attends to all, around a residual connection."""
+    """[B, C, H, W] -> [B, C, H, W]: every position attends to all positions, with a residual connection."""
 
     def __init__(self, channels: int, head_dim: int):
         super().__init__()
         self.heads = divisor(channels, channels // head_dim)
         self.norm = group_norm(channels)
-        # No bias: the keys' is a constant that the softmax removes.
+        # No bias: in the keys it would be a constant, which the softmax removes.
         self.query_key_value = nn.Linear(channels, 3 * channels, bias=False)
         self.out = zero(nn.Linear(channels, channels))
 
@@ -144,7 +144,7 @@ class SelfAttention(nn.Module):
 
 
 class ConditionTokens(nn.Module):
-    """The conditioning image [B, C, P * h, P * w] as tokens [B, h * w, channels]: a patch each, plus its position."""
+    """Conditioning images [B, C, P * h, P * w] -> tokens [B, h * w, channels]: embeddings of patch and position."""
 
     def __init__(self, image_channels: int, channels: int, patch: int, grid: tuple[int, int]):
         super().__init__()
@@ -156,9 +156,9 @@ class ConditionTokens(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """[B, C, h, w] and tokens [B, h * w, C] -> [B, C, h, w]: attention to the conditioning image, residual.
+    """[B, C, h, w] and tokens [B, h * w, C] -> [B, C, h, w]: residual attention to the conditioning image.
 
-    The queries have a position embedding as the tokens do, so that a place can ask for the patch that lies there.
+    Queries have a position embedding, as tokens do, so that a position can attend to the patch at the same position.
     """
 
     def __init__(self, channels: int, head_dim: int, grid: tuple[int, int]):

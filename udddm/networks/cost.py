@@ -1,4 +1,4 @@
-"""What a network costs an image, counted and not measured: parameters and floating-point operations."""
+"""The cost of a network per image, counted rather than measured: parameters and floating-point operations."""
 
 from __future__ import annotations
 
@@ -14,19 +14,24 @@ from udddm.networks import NetworkContext, assemble
 
 @dataclass(frozen=True)
 class Cost:
-    """Operations of convolutions, linear layers and attention for one image; a multiplication and an addition are two.
+    """Floating-point operations per image of convolutions, linear layers and attention.
 
-    Normalisations and activations are left out: they are a matter of memory bandwidth, and a per cent of the sum.
+    A multiply-add counts as two operations. Normalizations and activations are not counted: they are limited by memory
+    bandwidth and contribute about one percent of the total.
     """
 
     parameters: int
     forward: int
+    """Operations of a forward pass."""
     training: int
-    """Forward and backward pass."""
+    """Operations of a forward and a backward pass."""
 
 
 def cost(config: NetworkConfig, shape: tuple[int, int, int]) -> Cost:
-    """The cost of the network for images [C, H, W]. Takes no memory: its tensors have shapes and no contents."""
+    """The cost of the configured network for images of `shape` (C, H, W).
+
+    Nothing is allocated: the network is on the meta device. Raises ConfigError.
+    """
     with torch.device("meta"):
         network = assemble(NetworkContext(config, shape))
         image, level = torch.zeros(1, *shape), torch.zeros(1)
@@ -34,7 +39,7 @@ def cost(config: NetworkConfig, shape: tuple[int, int, int]) -> Cost:
     condition = image if config.conditioned else None
     counts = []
     for training in (False, True):
-        # The fused attention kernel of CPUs is one that the counter does not know; attention in single steps it does.
+        # The counter does not support the fused attention kernel of CPUs, but does support its separate operations.
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH), torch.set_grad_enabled(training):
             output = network(image, level, condition, labels)
             if training:

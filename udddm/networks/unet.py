@@ -1,7 +1,8 @@
 """The ADM U-Net (Dhariwal & Nichol 2021, arXiv 2105.05233) with cross-attention to the conditioning image.
 
-What the uDDDM paper settles (arXiv 2405.21059, section 4) is the stages, the blocks, the dropout and where attention
-runs. How the image becomes tokens it leaves open: here a learned patch embedding, one token a pixel of the stage.
+The uDDDM paper (arXiv 2405.21059, section 4) specifies the stages, the blocks, the dropout and the stages with
+attention. It does not specify how the image is converted to tokens. This implementation uses a learned patch embedding
+with one token per pixel of the stage.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from udddm.networks.blocks import (
 
 
 class Layer(nn.Module):
-    """A residual block, then what the place has of: self-attention, cross-attention, upsampling to the next stage."""
+    """A residual block, optionally followed by self-attention, cross-attention, and upsampling to the next stage."""
 
     def __init__(
         self,
@@ -55,22 +56,22 @@ class Layer(nn.Module):
 class UNet(nn.Module):
     """F: noisy images, noise levels and conditioning images -> [B, C, H, W].
 
-    `shape` is one image's (C, H, W). Any height and width will do: the image is padded, by repeating its edge, to
-    multiples of patch * 2**(stages - 1), and the output cropped. With `config.patch` above 1 the blocks of
-    patch x patch pixels become channels first (pixel unshuffle). Stage `i` works on sides of 2**-i of what that leaves,
-    and `config.attention` names stages by their height. The middle block, at the last stage's side, always has
+    `shape` is the shape (C, H, W) of one image. Height and width are arbitrary: images are padded, by replicating their
+    edges, to multiples of patch * 2**(stages - 1), and the output is cropped. If `config.patch` is above 1, blocks of
+    patch x patch pixels are first moved to channels (pixel unshuffle). Stage `i` then has 2**-i of the remaining height
+    and width. `config.attention_resolutions` selects stages by height. The middle block, in the last stage, always has
     attention.
 
-    `max_frequency` is the highest frequency at which the noise level is embedded, in radians a unit: 1 for levels in
-    [0, 1000] (as in DDPM), more for levels such as ln(sigma) / 4 that span a few units.
+    `max_frequency` is the highest frequency of the noise-level embedding, in radians per unit: 1 for levels in
+    [0, 1000] (as in DDPM), and more for levels such as ln(sigma) / 4, which span a few units.
 
-    Raises ValueError for a shape that is not three positive numbers, or an attention side that no stage has.
+    Raises ValueError if the shape is not three positive numbers, or if no stage has an attention resolution.
     """
 
     def __init__(self, config: NetworkConfig, shape: tuple[int, int, int], *, max_frequency: float = 1.0):
         super().__init__()
         if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"an image's shape is (channels, height, width), all at least 1, not {tuple(shape)}")
+            raise ValueError(f"an image's shape must be (channels, height, width), all at least 1, not {tuple(shape)}")
         self.config, self.shape = config, (shape[0], shape[1], shape[2])
         image_channels, height, width = self.shape
         stages = len(config.channel_mult)
@@ -81,7 +82,7 @@ class UNet(nn.Module):
         self._grids = [(rows >> i, columns >> i) for i in range(stages)]
         self._channels = [config.base_channels * multiplier for multiplier in config.channel_mult]
         self._embedding_width = 4 * config.base_channels
-        self._attended = self._attended_stages()  # the middle block's attention apart
+        self._attended = self._attended_stages()  # without the attention of the middle block
 
         self.noise_embedding = NoiseEmbedding(config.base_channels, self._embedding_width, max_frequency)
         self.label_embedding = nn.Embedding(config.classes + 1, self._embedding_width) if config.classes else None
@@ -126,12 +127,13 @@ class UNet(nn.Module):
         condition: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """x [B, C, H, W], noise_level [B] (keep it float32), condition [B, C, H, W], labels [B] int64 -> [B, C, H, W].
+        """x [B, C, H, W], noise_level [B], condition [B, C, H, W], labels [B] int64 -> [B, C, H, W].
 
-        The output is float32 whatever the precision inside. Label `config.classes` stands for "no label", as does
-        `None`. A condition is ignored if `config.condition` is "none", and labels if `config.classes` is 0.
+        Pass `noise_level` in float32. The output is float32, whatever the precision of the network. The label
+        `config.classes` means "no label", as does `None`. The condition is ignored if `config.condition` is "none", and
+        labels are ignored if `config.classes` is 0.
 
-        Raises ValueError for images of another shape than the network's, or a condition that is needed and missing.
+        Raises ValueError if the shape of an image differs from the network's, or if a required condition is missing.
         """
         self._check(x, "x")
         embedding = self.noise_embedding(noise_level)
@@ -156,25 +158,25 @@ class UNet(nn.Module):
         return x[:, :, top : top + height, left : left + width].float()
 
     def _tokens(self, condition: torch.Tensor | None, count: int) -> list[torch.Tensor | None]:
-        """For each stage, the tokens of the `count` conditioning images, or None where nothing attends to them."""
+        """Per stage, the tokens [B, h * w, C] of the `count` conditioning images, or None without cross-attention."""
         tokens: list[torch.Tensor | None] = [None] * len(self._grids)
         if not self.config.conditioned:
             return tokens
         if condition is None:
             raise ValueError(
-                "this network cross-attends to a conditioning image and was given none; "
-                "pass one, or configure network.condition=none"
+                "this network has cross-attention to a conditioning image, but none was given: "
+                "pass one, or set network.condition=none"
             )
         self._check(condition, "condition")
         if len(condition) != count:
-            raise ValueError(f"{count} images came with {len(condition)} conditioning images")
+            raise ValueError(f"there are {count} images, but {len(condition)} conditioning images: pass one per image")
         image = self._pad(condition)
         for stage, embed in self.condition_tokens.items():
             tokens[int(stage)] = embed(image)
         return tokens
 
     def _pad(self, image: torch.Tensor) -> torch.Tensor:
-        image = image.to(self.stem.weight.dtype)  # for a network cast as a whole; under autocast this does nothing
+        image = image.to(self.stem.weight.dtype)  # for a network cast with `module.to`; no effect under autocast
         return F.pad(image, self._padding, mode="replicate") if any(self._padding) else image
 
     def _check(self, image: torch.Tensor, name: str) -> None:
@@ -208,7 +210,7 @@ class UNet(nn.Module):
 
 
 def build(context: NetworkContext) -> UNet:
-    """The factory of `network.name=unet`. Raises ConfigError for a shape or configuration that no U-Net has."""
+    """The factory of `network.name=unet`. Raises ConfigError for an invalid shape or configuration."""
     try:
         return UNet(context.config, context.shape, max_frequency=context.max_frequency)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Objectives: what a visit of a sample trains, by name (`objective.name`)."""
+"""Training objectives, selected by name (`objective.name`). An objective plans what each visit of a sample trains."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def build(config: RunConfig, schedule: NoiseSchedule, epochs: float, shape: tupl
 
 
 def pretrain_share(config: RunConfig) -> float:
-    """The share of the run that trains a denoiser before its objective. Raises ConfigError."""
+    """The fraction of the run that trains a denoiser before its objective. Raises ConfigError."""
     factory = OBJECTIVES.load(config.objective.name)
     if getattr(factory, "is_denoiser", Objective.is_denoiser):
         return 0.0
@@ -52,11 +52,11 @@ def pretrain_share(config: RunConfig) -> float:
 
 
 def describe(config: RunConfig, objective: Objective) -> str:
-    """The objective's name, and the pretraining where there is any, as the first lines of a run show them."""
+    """The name of the objective and its pretraining, if any, for the first lines of a run's log."""
     share = pretrain_share(config) if isinstance(objective, Pretrained) else 0.0
     return config.objective.name + (f", after a denoiser for {share:.0%} of the run" if share else "")
 
 
 def teacher_of(config: RunConfig, *, equal_forward_calls: bool) -> Teacher:
-    """How a run's network is called for targets. `equal_forward_calls` is the engine's."""
+    """How the network of a run is called for targets. `equal_forward_calls` is that of the engine."""
     return Teacher(every_row=config.network.dropout > 0 or config.train.compile, lockstep=equal_forward_calls)

@@ -1,4 +1,4 @@
-"""The contract of an objective: the plan of each visit of a sample. `visit_loss` (loss.py) carries out any plan."""
+"""The contract of an objective: it plans every visit of a sample. `visit_loss` (loss.py) carries out any plan."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from udddm.diffusion.schedule import NoiseSchedule
 
 Ids = npt.NDArray[np.int64]
 Condition = Literal["noise", "state", "none"]
-"""What a visit gives the network as its conditioning image: noise of `condition_key`, the x0-state, or nothing."""
+"""The conditioning image of a visit: noise generated from `condition_key`, the x0-state, or none."""
 
 
 @dataclass
 class Visits:
-    """A batch of visits, made on the host by `Objective.plan`."""
+    """A plan for a batch of B visits, created on the host by `Objective.plan`."""
 
     coefficients: torch.Tensor
-    """[6, B]: the rows of `Coefficients`."""
+    """[6, B] float32: the fields of `Coefficients`."""
     noise_key: torch.Tensor
-    """[B] int64: eps is `rng.normal` of it."""
+    """[B] int64: the keys from which `rng.normal` generates eps."""
     condition_key: torch.Tensor
-    """[B] int64: the conditioning image where it is noise; empty otherwise."""
+    """[B] int64: the keys of the conditioning images if `condition` is "noise"; otherwise unused, and may be empty."""
     x0_weight: torch.Tensor
-    """[B]: the weight of x_0 in the target, Eq. 3's 1/(n+1)."""
+    """[B]: the weight of x_0 in the target, which is 1/(n+1) in Eq. 3."""
     weight: torch.Tensor
-    """[B]: the weight of the loss."""
+    """[B]: the weights of the losses."""
     huber_c: torch.Tensor
     """[B]: c of Eq. 4."""
     teacher_rows: torch.Tensor
-    """[F] int64: the visits whose target the network evaluates now, because no state of their chain is stored yet."""
+    """[F] int64: the visits whose targets the network evaluates now, because no state of their chain is stored yet."""
     teacher_coefficients: torch.Tensor
-    """[6, F]: the level below, at which it is evaluated."""
+    """[6, F] float32: the coefficients of the level below, at which these targets are evaluated."""
     condition: Condition = "noise"
 
     def _map(self, name: str, **arguments: object) -> Visits:
@@ -45,53 +45,55 @@ class Visits:
         return replace(self, **{key: getattr(value, name)(**arguments) for key, value in tensors.items()})
 
     def pinned(self) -> Visits:
-        """In page-locked memory."""
+        """A copy in page-locked memory."""
         return self._map("pin_memory")
 
     def to(self, device: torch.device) -> Visits:
-        """On the device, without waiting for the copy."""
+        """A copy on the device. Does not wait for the transfer."""
         return self._map("to", device=device, non_blocking=True)
 
 
 class Objective(ABC):
-    """What each visit of a sample trains.
+    """Plans what each visit of a sample trains.
 
-    `default_pretrain` and `is_denoiser` are read from the factory, before the objective is created: from the class that
-    `objective.name` names, or from a function that has such an attribute.
+    `default_pretrain` and `is_denoiser` are read from the factory before the objective is created: the factory is the
+    class that `objective.name` refers to, or a function, which may have these attributes.
     """
 
     default_pretrain: ClassVar[float] = 0.0
-    """Share of a run from random weights that trains a denoiser first, where `objective.pretrain` is not set."""
+    """Fraction of a run from random weights that first trains a denoiser, if `objective.pretrain` is not set."""
     is_denoiser: ClassVar[bool] = False
-    """Whether it is the denoiser that other objectives begin with."""
+    """Whether this objective is a denoiser, which is never pretrained with another one."""
 
     @abstractmethod
     def plan(self, ids: Ids, epoch: int) -> Visits:
-        """The visits of samples `ids` [B] in `epoch`: a pure function of (seed, sample, epoch), on the host."""
+        """Plan the visits of samples `ids` [B] in `epoch`, on the host: a pure function of (seed, sample, epoch)."""
 
 
 @dataclass(frozen=True)
 class ObjectiveContext:
-    """What a factory of objectives is given: `factory(context)`, or `factory(context, settings)`."""
+    """The argument of an objective factory, called as `factory(context)` or `factory(context, settings)`."""
 
     schedule: NoiseSchedule
     config: ObjectiveConfig
     seed: int
     epochs: float
-    """Length of its part of the run: what comes after pretraining. Its own epochs count from there."""
+    """Number of epochs of this objective's part of the run, which follows pretraining. Epochs count from its start."""
     shape: tuple[int, int, int]
-    """(C, H, W) of an image."""
+    """The shape (C, H, W) of an image."""
     conditioned: bool
     """Whether the network takes a conditioning image."""
 
     @property
     def pixels(self) -> int:
-        """Numbers of an image."""
+        """The number of values of an image, C H W."""
         channels, height, width = self.shape
         return channels * height * width
 
     @property
     def condition(self) -> Condition:
-        """Fresh noise for a network that takes an image, as in the first step of Algorithm 2: were it the state, the
-        network would copy its target."""
+        """New noise if the network takes a conditioning image, as in the first step of Algorithm 2.
+
+        Conditioned on the state, the network would copy its target.
+        """
         return "noise" if self.conditioned else "none"

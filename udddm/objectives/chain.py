@@ -1,13 +1,13 @@
 """The chain objective: consistency training whose teacher is the x0-state store (docs/method.md).
 
-A chain keeps one noise for L visits and climbs one noise level at each. The target of level k is f at level k - 1 on
-the same noise path: the state stored one visit ago, or, at the first visit of a chain, one extra evaluation without
-gradient (consistency training, Song et al. 2023, does that at every step: L = 1). The target of the lowest level is
-x_0. Levels are cyclic: after level M a chain goes on at level 0, whose target needs no state, so that every level is
-visited equally often whatever L is. L = M + 1 begun at level 0 is the trajectory objective.
+A chain uses the same noise for L visits and increases the noise level by one at each visit. The target of level k is f
+at level k - 1 on the same noise path: the state stored in the previous visit or, at the first visit of a chain, one
+extra evaluation without gradient (consistency training, Song et al. 2023, does this at every step: L = 1). The target
+of the lowest level is x_0. Levels are cyclic: after level M a chain continues at level 0, whose target needs no state,
+so that all levels are visited equally often for any L. The trajectory objective is L = M + 1, starting at level 0.
 
-With clock u = epochs since the stage began + offset(sample), a chain is the visits with equal u // L. The offset
-staggers the chains; the first chain of a stage is the shorter for it.
+With the clock u = epochs since the start of the stage + offset(sample), a chain consists of the visits with equal
+u // L. The offset staggers the chains and shortens the first chain of a stage.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from udddm.objectives.target import TargetObjective
 from udddm.rng import Stream
 
 HUBER_C = 0.19
-"""c of Eq. 4 over sqrt(C H W) for chains: the best value on the digits (docs/method.md, "c")."""
+"""c of Eq. 4 divided by sqrt(C H W) for chains: the best value on the digits data set (docs/method.md, "c")."""
 
 
 class Chain(TargetObjective):
-    """The objective for a run of `epochs` epochs (stages are fractions of it)."""
+    """The chain objective of a run of `epochs` epochs. Stages start at fractions of the run."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Chain(TargetObjective):
         return cls(context.schedule, context.config.chain, c, context.seed, context.epochs, context.conditioned)
 
     def position(self, ids: Ids, epoch: int) -> tuple[int, Ids, Ids, Ids]:
-        """(stage, chain number, visit within the chain, level) of samples `ids` in `epoch`."""
+        """(stage, chain number [B], visit within the chain [B], level [B]) of samples `ids` [B] in `epoch`."""
         stage = max(j for j, start in enumerate(self._starts) if start <= epoch)
         levels = self.config.stages[stage].levels
         length = levels + 1 if self.config.length == "trajectory" else self.config.length
@@ -69,7 +69,7 @@ class Chain(TargetObjective):
         return stage, chain, visit, (first + visit) % (levels + 1)
 
     def _first(self, stage: int, keys: rng.Keys) -> Ids:
-        """The level at which a chain begins, by its key."""
+        """The level at which each chain starts, drawn with its key: [B]."""
         if self.config.distribution == "uniform":
             return rng.randint(self.config.stages[stage].levels + 1, keys)
         cumulated = special.ndtr((np.log(self._sigmas[stage]) - self.config.p_mean) / self.config.p_std)

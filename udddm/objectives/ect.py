@@ -1,6 +1,6 @@
-"""Easy Consistency Tuning, ECT (Geng et al. 2024, arXiv 2406.14548), with targets evaluated now or stored.
+"""Easy Consistency Tuning, ECT (Geng et al. 2024, arXiv 2406.14548), with evaluated or stored targets.
 
-Its first phase, a denoiser, is `objective.pretrain`.
+The first phase of ECT, which trains a denoiser, is `objective.pretrain`.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from udddm.rng import Stream
 
 
 class ECT(TargetObjective):
-    """sigma lognormal and its teacher at r = sigma (1 - n(sigma) / q^a), n = 1 + k sigmoid(-b sigma): the gap shrinks.
+    """ECT: sigma is lognormal, and its teacher is at r = sigma (1 - n(sigma) / q^a) with n = 1 + k sigmoid(-b sigma).
 
-    a = 1, 2, ..., `stages` over equal shares of a run of `epochs` epochs. Where r is below the lowest level, the target
-    is x_0. The weight is 1 / (sigma - r).
+    a = 1, 2, ..., `stages` over equal fractions of a run of `epochs` epochs, so that the gap shrinks. If r is below the
+    lowest level, the target is x_0. The weight is 1 / (sigma - r).
 
-    With `length` L above 1, visits come in chains, as in `Chain`: a sample keeps its noise for L visits, and each next
-    one is at the sigma whose r is the sigma of the visit before, so that its target is the x0-state stored then.
+    With `length` L above 1, visits form chains, as in `Chain`: a sample keeps its noise for L visits. Each visit after
+    the first is at the sigma whose r is the sigma of the previous visit, so its target is the x0-state stored there.
     """
 
     default_pretrain = 0.4
@@ -53,14 +53,14 @@ class ECT(TargetObjective):
         return cls(context.schedule, context.config.ect, c, context.seed, context.epochs, context.conditioned)
 
     def below(self, sigma: Floats, stage: int) -> Floats:
-        """r of `sigma`, which may be negative."""
+        """r of `sigma` [B]. The result may be negative."""
         c = self.config
         near = 1 + c.k * special.expit(-c.b * sigma)
         found: Floats = sigma * (1 - near / c.q ** (stage + 1))
         return found
 
     def above(self, r: Floats, stage: int) -> Floats:
-        """The sigma whose r is `r` > 0: by bisection, for `below` rises wherever it is positive."""
+        """The sigma whose r is `r` [B] > 0, by bisection, because `below` increases wherever it is positive."""
         low, high = r.copy(), r * 2
         while (self.below(high, stage) < r).any():
             high *= 2
@@ -71,7 +71,7 @@ class ECT(TargetObjective):
         return high
 
     def visit(self, ids: Ids, epoch: int) -> tuple[Floats, Floats, npt.NDArray[np.bool_], rng.Keys]:
-        """(sigma, r, whether the target at r is stored, key of the noise) of each visit; r = 0 stands for the image."""
+        """(sigma, r, whether the target at r is stored, key of the noise) of each visit, each [B]. r = 0 means x_0."""
         c = self.config
         stage = max(j for j, start in enumerate(self._starts) if start <= epoch)
         since = epoch - self._starts[stage]
@@ -81,9 +81,9 @@ class ECT(TargetObjective):
         stored = visit > 0
         for step in range(1, int(visit.max(initial=0)) + 1):
             sigma = np.where(visit >= step, self.above(sigma, stage), sigma)
-        beyond = sigma > self.schedule.highest  # the chain has left at the top: its visit stands alone
-        anew = lognormal(self.schedule, self._key(Stream.TIME, ids, epoch), c.p_mean, c.p_std)
-        sigma, stored = np.where(beyond, anew, sigma), stored & ~beyond
+        beyond = sigma > self.schedule.highest  # beyond the highest level the chain ends, and its visit is independent
+        fresh = lognormal(self.schedule, self._key(Stream.TIME, ids, epoch), c.p_mean, c.p_std)
+        sigma, stored = np.where(beyond, fresh, sigma), stored & ~beyond
         r = self.below(sigma, stage)
         return sigma, np.where(r < self.schedule.lowest, 0.0, r), stored, self._key(Stream.NOISE, ids, stage, chain)
 

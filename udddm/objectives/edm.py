@@ -1,4 +1,4 @@
-"""The EDM denoiser (Karras et al. 2022): what a network can do with many evaluations; pretraining for the others."""
+"""The EDM denoiser (Karras et al. 2022): sampled with many evaluations, and the pretraining of other objectives."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _NONE = np.empty(0, np.int64)
 
 
 class EDM(TargetObjective):
-    """ln sigma ~ N(p_mean, p_std^2) and the loss lambda(sigma) ||f - x_0||^2 / (C H W), lambda = 1/c_out^2.
+    """ln sigma ~ N(p_mean, p_std^2), and the loss is lambda(sigma) ||f - x_0||^2 / (C H W) with lambda = 1/c_out^2.
 
-    Eq. 4 is ||.||^2 / (2 c) where c is far above every distance; with such a c this is Eq. 3 with x_0 for a target.
+    If c is far above every distance, Eq. 4 is ||.||^2 / (2 c). With such a c, this loss is Eq. 3 with x_0 as target.
     """
 
     is_denoiser = True

@@ -1,6 +1,6 @@
-"""Improved consistency training, iCT (Song & Dhariwal 2023, arXiv 2310.14189): without a store.
+"""Improved consistency training, iCT (Song & Dhariwal 2023, arXiv 2310.14189), without a store.
 
-The network is evaluated twice at every visit, for the target without gradient.
+The network is evaluated twice at every visit: once without gradient for the target, and once for the loss.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from udddm.objectives.target import TargetObjective
 from udddm.rng import Stream
 
 HUBER_C = 0.00054
-"""c of Eq. 4 over sqrt(C H W) (Song & Dhariwal 2023, section 3.3)."""
+"""c of Eq. 4 divided by sqrt(C H W) (Song & Dhariwal 2023, section 3.3)."""
 
 
 class ICT(TargetObjective):
-    """Levels k = 1..N by a curriculum over a run of `epochs` epochs; level k learns what the network says at k - 1.
+    """A curriculum of levels k = 1..N over a run of `epochs` epochs. The target of level k is the estimate at k - 1.
 
-    N begins at `s0` and doubles up to `s1`, after equal shares of the run (iCT, Eq. 11). k is lognormal in sigma
-    (Eq. 10) or uniform, the weight 1 / (sigma_k - sigma_(k-1)). At the lowest level an image is its own estimate.
+    N starts at `s0` and doubles after equal fractions of the run, up to `s1` (iCT, Eq. 11). k is drawn lognormally in
+    sigma (Eq. 10) or uniformly. The weight is 1 / (sigma_k - sigma_(k-1)), or 1 with `weighting: none`. At the lowest
+    level, the image is its own estimate.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class ICT(TargetObjective):
         return cls(context.schedule, context.config.ict, c, context.seed, context.epochs, context.conditioned)
 
     def levels(self, epoch: int) -> int:
-        """N in `epoch`."""
+        """The number of levels N in `epoch`."""
         c = self.config
         shares = int(math.log2(c.s1 / c.s0)) + 1
         doublings = int(shares * epoch / max(self.epochs, 1))

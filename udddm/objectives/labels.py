@@ -1,4 +1,4 @@
-"""Label dropout: visits that see no label, so that one network learns both terms of guidance (Ho & Salimans 2022)."""
+"""Label dropout: visits without a label, so that one network learns both terms of guidance (Ho & Salimans 2022)."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from udddm.rng import Stream
 
 @dataclass(frozen=True)
 class LabelDropout:
-    """A visit loses its label with probability `share`; `none` is the class that stands for that.
+    """Replaces the label of a visit with `none`, the class for "no label", with probability `share`.
 
-    Decided by the visit's noise key, which is a function of (seed, sample, epoch) and stays the same within a chain: a
-    stored teacher and its student saw the same label.
+    The decision depends on the noise key of the visit, which is a function of (seed, sample, epoch) and is the same for
+    all visits of a chain, so that a stored teacher and its student have the same label.
     """
 
     seed: int
@@ -28,16 +28,17 @@ class LabelDropout:
 
     @classmethod
     def of(cls, config: RunConfig) -> LabelDropout:
+        """The label dropout of a run."""
         return cls(config.seed, config.network.label_dropout, config.network.classes)
 
     def drops(self, visits: Visits) -> npt.NDArray[np.bool_]:
-        """Which visits [B], still on the host, lose their labels."""
+        """A mask [B] of the visits whose labels are dropped. `visits` must be on the host."""
         keys = rng.keys(self.seed, Stream.LABEL_DROPOUT, visits.noise_key.numpy())
         found: npt.NDArray[np.bool_] = rng.uniform(keys) < self.share
         return found
 
     def __call__(self, labels: torch.Tensor, visits: Visits) -> torch.Tensor:
-        """The labels [B] int64 that the network is given. `labels` is left as it was."""
+        """The labels [B] int64 to pass to the network. `labels` [B] is not modified."""
         if not self.share:
             return labels
         return labels.masked_fill(torch.from_numpy(self.drops(visits)), self.none)

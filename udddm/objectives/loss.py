@@ -1,4 +1,4 @@
-"""Eq. 3 and Eq. 4 of the paper, and the loss of a visit: what every objective has in common."""
+"""The loss of a visit, common to all objectives, with Eq. 3 and Eq. 4 of the paper (arXiv 2405.21059)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,10 @@ _ALL = slice(None)
 
 
 def pseudo_huber(x: torch.Tensor, y: torch.Tensor, c: float | torch.Tensor) -> torch.Tensor:
-    """Eq. 4: d(x, y) = sqrt(||x - y||^2 + c^2) - c with the norm over the whole image. [B, C, H, W] twice -> [B].
+    """Eq. 4: d(x, y) = sqrt(||x - y||^2 + c^2) - c, with one norm per image. x and y are [B, C, H, W]; returns [B].
 
-    `c` is a number or [B]. Written as ||x - y||^2 / (sqrt(||x - y||^2 + c^2) + c), which a large c does not cancel out.
+    `c` is a number or [B]. Computed as ||x - y||^2 / (sqrt(||x - y||^2 + c^2) + c), which avoids cancellation for a
+    large c.
     """
     square = (x - y).square().flatten(1).sum(1)
     return square / ((square + c * c).sqrt() + c)
@@ -29,7 +30,10 @@ def pseudo_huber(x: torch.Tensor, y: torch.Tensor, c: float | torch.Tensor) -> t
 def adaptive_loss(
     output: torch.Tensor, x0: torch.Tensor, state: torch.Tensor, x0_weight: torch.Tensor, c: float | torch.Tensor
 ) -> torch.Tensor:
-    """Eq. 3 with x0_weight [B] = 1/(n+1): x0_weight * d(f, x0) + (1 - x0_weight) * d(f, state). Returns [B]."""
+    """Eq. 3 with x0_weight [B] = 1/(n+1): x0_weight * d(f, x0) + (1 - x0_weight) * d(f, state).
+
+    `output` (f), `x0` and `state` are [B, C, H, W]; returns [B].
+    """
     return x0_weight * pseudo_huber(output, x0, c) + (1 - x0_weight) * pseudo_huber(output, state, c)
 
 
@@ -37,26 +41,28 @@ def adaptive_loss(
 class Teacher:
     """How the network is called for targets, before the call that trains it.
 
-    With dropout both calls drop the same units of a row (Song & Dhariwal 2023, section 3.2; Geng et al. 2024): the
-    generator starts both in the same state. A row's place in its sequence depends on the shape of the batch, so both
-    calls need all rows. A compiled network needs them too, or it would be compiled for each number of rows.
+    With dropout, both calls drop the same units of a row (Song & Dhariwal 2023, section 3.2; Geng et al. 2024), because
+    both start with the same state of the generator. The random numbers of a row depend on the shape of the batch, so
+    both calls need all rows. So does a compiled network, which would otherwise be compiled for every number of rows.
     """
 
     every_row: bool = True
-    """Evaluate all rows wherever one needs it. Otherwise only those that do."""
+    """Evaluate all rows if any row needs it. Otherwise evaluate only the rows that need it."""
     lockstep: bool = False
-    """Call the network in every step, needed or not: where calls exchange weights between ranks (ZeRO 3), all must
-    make the same ones."""
+    """Call the network in every step, even if no target needs it. Required if calls exchange weights between ranks
+    (ZeRO 3), because all ranks must then make the same calls."""
 
     def evaluated(self, visits: Visits) -> int:
-        """How many rows the network evaluates for the targets of `visits`."""
+        """The number of rows that the network evaluates for the targets of `visits`."""
         needed = len(visits.teacher_rows)
         return len(visits.x0_weight) if self.every_row and needed else needed
 
     @torch.no_grad()
     def target(self, f: Estimate, state: torch.Tensor, visits: Visits) -> torch.Tensor:
-        """The x0-states, with f at the level below in the rows that have no stored target. Leaves the generator as it
-        was, so that the call that trains draws what this one drew."""
+        """The targets [B, C, H, W]: x0-states, and f at the level below in rows without a stored target.
+
+        The state of the generator is restored, so that the call that trains draws the same random numbers.
+        """
         needed, rows = visits.teacher_rows, self.evaluated(visits)
         if not rows and not self.lockstep:
             return state
@@ -70,7 +76,7 @@ class Teacher:
                 at = visits.coefficients.index_copy(1, needed, visits.teacher_coefficients)
                 state = state.index_copy(0, needed, f(Coefficients(*at), _ALL)[needed])
         if torch.is_autocast_enabled(device.type):
-            # Torch before 2.11 keeps the weights' casts that were made without gradient for the call that trains.
+            # PyTorch before 2.11 would reuse weights that were cast here, without gradient, in the call that trains.
             torch.clear_autocast_cache()
         return state
 
@@ -86,10 +92,10 @@ def visit_loss(
     labels: torch.Tensor | None = None,
     teacher: Teacher = EVERY_ROW,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Carry out a plan: the loss of each sample [B], and the next x0-state [B, C, H, W] (detached).
+    """Carry out a plan. Returns the loss of each sample [B] and the next x0-states [B, C, H, W] (detached).
 
-    `x0` [B, C, H, W] are the images, `state` their x0-states, `labels` [B] int64. The target is x_0 and, with the rest
-    of its weight (Eq. 3), the x0-state or the network's estimate at the level below.
+    `x0` [B, C, H, W] are the images, `state` [B, C, H, W] their x0-states, and `labels` [B] int64 their classes. The
+    target is x_0 and, with the remaining weight (Eq. 3), the x0-state or the network's estimate at the level below.
     """
     shape = tuple(x0.shape[1:])
     eps = rng.normal(visits.noise_key, shape)

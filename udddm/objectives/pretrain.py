@@ -1,4 +1,4 @@
-"""Pretraining: a run that trains a denoiser before its objective."""
+"""Pretraining: training a denoiser before the objective of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from udddm.objectives.base import Ids, Objective, Visits
 
 
 class Pretrained(Objective):
-    """`first` for `epochs` epochs, then `then`, whose own epochs count from there."""
+    """`first` for `epochs` epochs, followed by `then`, whose epochs are counted from that point."""
 
     def __init__(self, first: Objective, then: Objective, epochs: int):
         self.first, self.then, self.epochs = first, then, epochs

@@ -1,8 +1,9 @@
 """The normal distribution and the logistic function on arrays, in float64.
 
-`ndtri` and `expit` give the bits of `scipy.special`: ndtri's rational functions and their coefficients are those of the
-Cephes library (Moshier 1989), and log and exp are the C library's, one element after the other, because numpy's
-vectorized ones differ in the last bit from machine to machine. Arrays here have as many elements as a batch.
+`ndtri` and `expit` are bitwise equal to those of `scipy.special`: the rational functions of `ndtri` and their
+coefficients are those of the Cephes library (Moshier 1989). log and exp are those of the C library, applied element by
+element, because NumPy's vectorized versions differ in the last bit between machines. Arrays have one element per sample
+of a batch.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float64]
 
-# Of y - 1/2 for y in (exp(-2), 1 - exp(-2)), then of 1 / x with x = sqrt(-2 log y) < 8, then of 1 / x for larger x. The
-# highest power comes first.
+# Rational functions (numerator, denominator; highest power first): of y - 1/2 for y in (exp(-2), 1 - exp(-2)), of 1 / x
+# with x = sqrt(-2 log y) < 8, and of 1 / x for larger x.
 # fmt: off
 _CENTER = (
     (-59.96335010141079, 98.00107541859997, -56.67628574690703, 13.931260938727968, -1.2391658386738125),

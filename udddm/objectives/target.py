@@ -1,7 +1,8 @@
-"""What chains, consistency training and denoisers have in common: a loss towards x_0 or an estimate at a lower level.
+"""Common code of chains, consistency training and denoisers: the target is x_0 or an estimate at a lower level.
 
-They differ in their plan alone: which level a visit trains, how much of its target is x_0 (`x0_weight`), whether the
-rest is the stored x0-state or an estimate made on the spot (`teacher_rows`), and how the loss is weighted.
+These objectives only differ in their plans: the level that a visit trains, the weight of x_0 in its target
+(`x0_weight`), whether the rest is the stored x0-state or an estimate evaluated now (`teacher_rows`), and the weight of
+the loss.
 """
 
 from __future__ import annotations
@@ -20,8 +21,11 @@ Floats = npt.NDArray[np.float64]
 
 
 class TargetObjective(Objective):
-    """`huber_c` is c of Eq. 4. `conditioned` says whether the network takes an image. That image is fresh noise, as in
-    the first step of Algorithm 2: were it the state, the network would copy its target."""
+    """Base class of objectives whose target is x_0 or an estimate at a lower level.
+
+    `huber_c` is c of Eq. 4, and `conditioned` is whether the network takes a conditioning image. That image is new
+    noise, as in the first step of Algorithm 2: conditioned on the state, the network would copy its target.
+    """
 
     def __init__(self, schedule: NoiseSchedule, huber_c: float, seed: int, conditioned: bool):
         self.schedule, self.huber_c, self.seed, self.conditioned = schedule, huber_c, seed, conditioned
@@ -38,7 +42,7 @@ class TargetObjective(Objective):
         teacher_rows: Ids,
         teacher_times: Floats,
     ) -> Visits:
-        """The plan of visits at `times` [B], with targets at `teacher_times` [F] for the rows `teacher_rows` [F]."""
+        """The plan of visits at `times` [B]. Rows `teacher_rows` [F] have targets evaluated at `teacher_times` [F]."""
         return Visits(
             coefficients=torch.from_numpy(self.schedule.coefficients(times)),
             noise_key=rng.as_tensor(noise_key),
@@ -53,6 +57,6 @@ class TargetObjective(Objective):
 
 
 def lognormal(schedule: NoiseSchedule, key: rng.Keys, p_mean: float, p_std: float) -> Floats:
-    """sigma [B], one per key, with ln sigma ~ N(p_mean, p_std^2), clipped to the schedule's levels."""
+    """One sigma per key [B], with ln sigma ~ N(p_mean, p_std^2), clipped to the range of the schedule."""
     drawn: Floats = np.exp(p_mean + p_std * special.ndtri(rng.uniform(key)))
     return drawn.clip(schedule.lowest, schedule.highest)

@@ -1,6 +1,6 @@
-"""Algorithm 1 of the paper, as printed: a new time and new noise at every visit, conditioned on the stored state.
+"""Algorithm 1 of the paper as printed: a new time and new noise at every visit, conditioned on the stored state.
 
-It is here to be measured and compared with. It learns to copy its condition (docs/method.md); use `chain`.
+Provided for measurements and comparisons. The network learns to copy its condition (docs/method.md): use `chain`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from udddm.rng import Stream
 
 
 class UDDM(Objective):
-    """t ~ U{1..T} and eps ~ N(0, I) for every visit; n = epoch."""
+    """t ~ U{1..T} and eps ~ N(0, I) at every visit; n is the epoch, counted from 0."""
 
     def __init__(self, schedule: NoiseSchedule, huber_c: float, seed: int):
         self.schedule, self.huber_c, self.seed = schedule, huber_c, seed

@@ -1,4 +1,4 @@
-"""Algorithm 2 and renoising: what the network is asked, and that an image is a function of its seed alone."""
+"""Algorithm 2 and renoising: the inputs of the network, and that an image depends only on its seed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ SCHEDULES = pytest.mark.parametrize(
 
 
 class Recorder(nn.Module):
-    """A network that remembers its inputs and depends on all of them."""
+    """A network that records its inputs and depends on all of them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ def combine(schedule: NoiseSchedule, t: float, xt: torch.Tensor, answer: torch.T
 
 
 def unet(condition: str = "cross-attention", classes: int = 0) -> UNet:
-    """A small network whose zero-initialised layers are random, so that all inputs matter."""
+    """A small network whose zero-initialized layers are randomized, so that all inputs have an effect."""
     config = NetworkConfig.model_validate(
         {
             "base_channels": 8,
@@ -108,7 +108,7 @@ def test_renoise_levels_fall_from_0_8_and_stay_above_the_lowest(schedule: NoiseS
 
 
 @SCHEDULES
-def test_renoise_noises_the_estimate_afresh_to_each_level(schedule: NoiseSchedule) -> None:
+def test_renoise_adds_new_noise_to_the_estimate_at_each_level(schedule: NoiseSchedule) -> None:
     network, seeds = Recorder(), torch.tensor([3, 1, 4])
     estimate = samplers.sample(
         network, schedule, SHAPE, seeds, options=samplers.SamplingOptions(steps=3, sampler="renoise")
@@ -140,7 +140,7 @@ def test_one_step_is_the_same_for_both_samplers(schedule: NoiseSchedule) -> None
 @SAMPLERS
 @pytest.mark.parametrize("condition", ["none", "cross-attention"])
 def test_an_image_depends_on_its_seed_alone(name: Sampler, condition: str) -> None:
-    """Bit for bit: whatever seeds are beside it, in whatever order, and however many."""
+    """Bit for bit, whatever the other seeds of the batch, their order and their number."""
     schedule, network = build(ScheduleConfig()), unet(condition)
 
     def images(seeds: list[int]) -> dict[int, torch.Tensor]:
@@ -175,13 +175,13 @@ def test_batches_give_every_seed_once_in_order_and_no_padding() -> None:
     seeds = [5, 3, 9, 9, 1, 0, 12]
     drawn = list(samplers.batches(network, schedule, SHAPE, seeds, options=samplers.SamplingOptions(batch=3)))
     assert [len(part) for part in drawn] == [3, 3, 1]
-    assert [len(inputs[0]) for inputs in network.inputs] == [3, 3, 3]  # the network sees one shape
+    assert [len(inputs[0]) for inputs in network.inputs] == [3, 3, 3]  # the network always receives the same shape
     expected = samplers.sample(Recorder(), schedule, SHAPE, torch.tensor(seeds))
     torch.testing.assert_close(torch.cat(drawn), expected)
     assert list(samplers.batches(network, schedule, SHAPE, [], options=samplers.SamplingOptions(batch=3))) == []
 
 
-def test_labels_go_with_their_seeds_through_padding() -> None:
+def test_labels_stay_with_their_seeds_in_padded_batches() -> None:
     schedule, network = build(ScheduleConfig()), Recorder()
     list(
         samplers.batches(
@@ -208,8 +208,8 @@ def test_labels_go_with_their_seeds_through_padding() -> None:
     assert torch.equal(one[0], other[0]) and not torch.equal(one[1], other[1])
 
 
-class Labelled(nn.Module):
-    """Answers by label, class 5 where there is none, and counts its calls."""
+class Labeled(nn.Module):
+    """Depends on labels (class 5 if there are none) and counts its calls."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -225,8 +225,8 @@ class Labelled(nn.Module):
 
 @SCHEDULES
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, 3.0])
-def test_guidance_goes_from_no_label_through_the_label(schedule: NoiseSchedule, weight: float) -> None:
-    network, seeds, labels = Labelled(), torch.tensor([3, 1, 4]), torch.tensor([0, 2, 1])
+def test_guidance_extrapolates_from_no_label_to_the_label(schedule: NoiseSchedule, weight: float) -> None:
+    network, seeds, labels = Labeled(), torch.tensor([3, 1, 4]), torch.tensor([0, 2, 1])
     guided = samplers.sample(
         network, schedule, SHAPE, seeds, labels=labels, options=samplers.SamplingOptions(guidance=weight)
     )
@@ -244,8 +244,8 @@ def test_guidance_goes_from_no_label_through_the_label(schedule: NoiseSchedule, 
 
 @pytest.mark.parametrize("name", ["algorithm-2", "renoise", "heun"])
 def test_every_evaluation_of_every_sampler_is_guided(name: str) -> None:
-    """Weight 1 is plain sampling in its bits and its calls, 0 is sampling without labels; else two calls each."""
-    schedule, network, seeds = build(ScheduleConfig()), Labelled(), [1, 2, 3, 4, 5]
+    """Weight 1 equals plain sampling in bits and calls, 0 is sampling without labels; other weights take two calls."""
+    schedule, network, seeds = build(ScheduleConfig()), Labeled(), [1, 2, 3, 4, 5]
 
     def drawn(guidance: float, labels: list[int] | None) -> torch.Tensor:
         network.calls = 0

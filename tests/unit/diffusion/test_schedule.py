@@ -1,4 +1,4 @@
-"""Schedules and preconditioning against the paper's formulas, computed the long way."""
+"""Schedules and preconditioning, compared with direct evaluations of the paper's formulas."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def ve(**changes: Any) -> NoiseSchedule:
 
 
 def at(schedule: NoiseSchedule, t: Array) -> Coefficients:
-    """The rows as numpy arrays."""
+    """The coefficients as NumPy arrays."""
     return Coefficients(*schedule.coefficients(t))
 
 
@@ -104,20 +104,20 @@ def test_the_paper_s_kappa_leaves_the_lowest_level_as_it_is() -> None:
 @pytest.mark.parametrize("data", [0.5, 0.3])
 @pytest.mark.parametrize("kind", ["vp", "ve"])
 def test_edm_gives_unit_variance_input_and_target(kind: str, data: float) -> None:
-    """For x_0 ~ N(0, data^2): of scale x_t, and of the F that would make f = x_0, (x_0 - skip x_t) / out."""
+    """For x_0 ~ N(0, data^2): the variance of c_in x_t, and of (x_0 - c_skip x_t) / c_out, the F for which f = x_0."""
     schedule = {"vp": vp, "ve": ve}[kind](sigma_data=data)
     t = schedule.levels(40)[:-1] if kind == "vp" else schedule.levels(40)  # VP's t = T: below
     a = Coefficients(*schedule.coefficients(t).astype(np.float64))
     variance = (a.alpha * data) ** 2 + a.sigma**2
     np.testing.assert_allclose(a.c_in**2 * variance, 1, rtol=2e-6)
     target = ((1 - a.c_skip * a.alpha) * data) ** 2 + (a.c_skip * a.sigma) ** 2
-    np.testing.assert_allclose(target / a.c_out**2, 1, rtol=2e-3)  # out^2 is ~1e-4, float32 skip's error ~1e-7
+    np.testing.assert_allclose(target / a.c_out**2, 1, rtol=2e-3)  # c_out^2 is ~1e-4, the float32 error of c_skip ~1e-7
     assert (a.c_skip * a.sigma * a.alpha * data >= 0).all()
 
 
 @pytest.mark.parametrize("kind", ["vp", "ve"])
-def test_edm_minimises_the_share_of_the_network(kind: str) -> None:
-    """Karras et al. 2022, appendix B.6: of all skips, the chosen one needs the smallest out for a unit target."""
+def test_edm_minimizes_the_contribution_of_the_network(kind: str) -> None:
+    """Karras et al. 2022, appendix B.6: of all c_skip, the chosen one has the smallest c_out for a unit target."""
     schedule = {"vp": vp, "ve": ve}[kind]()
     a = Coefficients(*schedule.coefficients(schedule.levels(20)[:-1]).astype(np.float64))
 
@@ -133,7 +133,7 @@ def test_coefficients_are_finite_at_every_step_of_the_paper() -> None:
         assert found.dtype == np.float32 and np.isfinite(found).all()
 
 
-def test_at_the_last_step_of_vp_the_image_is_gone_and_edm_still_feeds_unit_noise() -> None:
+def test_at_the_last_step_of_vp_no_image_is_left_and_the_edm_input_is_unit_noise() -> None:
     found = at(vp(), np.array([8000.0]))
     assert found.sigma[0] == 1 and found.alpha[0] < 1e-18
     assert found.c_in[0] == pytest.approx(1, rel=1e-6)
@@ -143,7 +143,7 @@ def test_at_the_last_step_of_vp_the_image_is_gone_and_edm_still_feeds_unit_noise
 
 @BOTH
 @pytest.mark.parametrize("count", [1, 2, 8, 33, 128])
-def test_levels_climb_from_the_first_step_to_the_last(schedule: NoiseSchedule, count: int) -> None:
+def test_levels_increase_from_the_first_step_to_the_last(schedule: NoiseSchedule, count: int) -> None:
     levels = schedule.levels(count)
     assert len(levels) == count + 1
     assert levels[0] == 1 and levels[-1] == schedule.last
@@ -151,7 +151,7 @@ def test_levels_climb_from_the_first_step_to_the_last(schedule: NoiseSchedule, c
 
 
 @BOTH
-def test_levels_nest(schedule: NoiseSchedule) -> None:
+def test_levels_are_nested(schedule: NoiseSchedule) -> None:
     for count in (1, 4, 8, 16, 32, 64):
         np.testing.assert_allclose(schedule.levels(count), schedule.levels(2 * count)[::2], rtol=1e-9)
         np.testing.assert_allclose(schedule.levels(count), schedule.levels(3 * count)[::3], rtol=1e-9)
@@ -159,11 +159,11 @@ def test_levels_nest(schedule: NoiseSchedule) -> None:
 
 @BOTH
 def test_levels_are_spaced_as_karras(schedule: NoiseSchedule) -> None:
-    """Eq. 5 of Karras et al. 2022, upwards. VP's last level is T, whose sigma is beyond all levels."""
+    """Eq. 5 of Karras et al. 2022, in increasing order. The last VP level is T, whose sigma is above all levels."""
     low, high = float(schedule.sigma(np.array(1.0))), min(SIGMA_HIGHEST, float(schedule.sigma(np.array(schedule.last))))
     expected = [(high ** (1 / 7) + k / 16 * (low ** (1 / 7) - high ** (1 / 7))) ** 7 for k in range(16, -1, -1)]
     found = schedule.sigma(schedule.levels(16))
-    tolerance = 1e-9 if schedule.config.kind == "ve" else 1e-4  # VP: between its steps alpha_bar is interpolated
+    tolerance = 1e-9 if schedule.config.kind == "ve" else 1e-4  # VP: alpha_bar is interpolated between steps
     np.testing.assert_allclose(found[:-1], expected[:-1], rtol=tolerance)
 
 

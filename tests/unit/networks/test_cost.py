@@ -1,4 +1,4 @@
-"""What a network costs, against a count by hand and against the network itself."""
+"""The cost of a network, compared with a count by hand and with the network itself."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def tiny(**changes: Any) -> NetworkConfig:
     return NetworkConfig(**(settings | changes))
 
 
-def test_operations_are_those_of_a_count_by_hand() -> None:
+def test_operations_equal_a_count_by_hand() -> None:
     side, width = 4, 8
     pixels = side * side
 
@@ -38,11 +38,11 @@ def test_operations_are_those_of_a_count_by_hand() -> None:
 
     attention = linear(width, 3 * width, pixels) + linear(width, width, pixels) + 2 * (2 * pixels * pixels * width)
     embedding = linear(width, 4 * width) + linear(4 * width, 4 * width)
-    # Encoder: one block. Middle: two and attention. Decoder: two blocks, which take a skip of `width` channels each.
+    # Encoder: one block. Middle: two blocks and attention. Decoder: two blocks, each with a skip of `width` channels.
     by_hand = conv(1, width) + 3 * block(width) + 2 * block(2 * width) + attention + conv(width, 1) + embedding
     found = cost(tiny(), (1, side, side))
     assert found.forward == by_hand
-    # Backward costs a product for the weights and one for the inputs, and neither images nor noise levels need theirs.
+    # Backward takes one product for the weights and one for the inputs; images and noise levels have no gradient.
     assert found.training == 3 * by_hand - conv(1, width) - linear(width, 4 * width)
 
 
@@ -55,12 +55,12 @@ def test_operations_are_those_of_a_count_by_hand() -> None:
         tiny(channel_mult=(1, 2), attention_resolutions=(4,), patch=2),
     ],
 )
-def test_parameters_are_those_of_the_network(config: NetworkConfig) -> None:
+def test_parameters_equal_those_of_the_network(config: NetworkConfig) -> None:
     network = build(config, (1, 8, 8), max_frequency=16.0, seed=0)
     assert cost(config, (1, 8, 8)).parameters == sum(p.numel() for p in network.parameters())
 
 
-def test_the_paper_s_network_costs_what_it_is_known_to() -> None:
+def test_the_cost_of_the_paper_s_network_is_the_documented_one() -> None:
     found = cost(NetworkConfig(), (3, 32, 32))  # docs/method.md
     assert found.parameters == 61_752_195
     assert 2.9 * found.forward < found.training < 3 * found.forward

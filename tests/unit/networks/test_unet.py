@@ -1,4 +1,4 @@
-"""The U-Net as a function: shapes, what its output depends on, and where its weights come from."""
+"""The U-Net as a function: its shapes, the inputs that its output depends on, and its initial weights."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def small(**changes: Any) -> NetworkConfig:
     return NetworkConfig(**(settings | changes))
 
 
-def awake(config: NetworkConfig, shape: Shape = (1, 8, 8), seed: int = 0) -> UNet:
-    """A network whose zero-initialised layers are random, so that every part of it shows in the output."""
+def randomized(config: NetworkConfig, shape: Shape = (1, 8, 8), seed: int = 0) -> UNet:
+    """A network whose zero-initialized layers are randomized, so that every part affects the output."""
     network = build(config, shape, max_frequency=16.0, seed=seed).eval()
     generator = torch.Generator().manual_seed(seed + 1)
     for parameter in network.parameters():
@@ -70,7 +70,7 @@ def inputs(shape: Shape, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, t
 def test_output_has_the_shape_of_the_input(
     shape: Shape, channel_mult: tuple[int, ...], attention: tuple[int, ...], condition: str
 ) -> None:
-    network = awake(small(channel_mult=channel_mult, attention_resolutions=attention, condition=condition), shape)
+    network = randomized(small(channel_mult=channel_mult, attention_resolutions=attention, condition=condition), shape)
     x, level, image = inputs(shape)
     out = network(x, level, image)
     assert out.shape == x.shape
@@ -81,15 +81,17 @@ def test_output_has_the_shape_of_the_input(
 
 def test_every_parameter_gets_a_gradient() -> None:
     shape = (3, 10, 13)
-    network = awake(small(attention_resolutions=(10, 5), classes=3, blocks_per_level=2, channel_mult=(1, 2)), shape)
+    network = randomized(
+        small(attention_resolutions=(10, 5), classes=3, blocks_per_level=2, channel_mult=(1, 2)), shape
+    )
     x, level, image = inputs(shape, batch=4)
     network(x, level, image, torch.tensor([0, 1, 2, 3])).square().sum().backward()
     without = [name for name, p in network.named_parameters() if p.grad is None or p.grad.abs().max() < 1e-7]
     assert without == []
 
 
-def test_training_leaves_the_zero_start() -> None:
-    """Zero-initialised layers hide each other's gradients only until the first few steps."""
+def test_training_succeeds_from_zero_initialized_layers() -> None:
+    """Zero-initialized layers block the gradients of other layers only in the first few steps."""
     network = build(small(), (1, 8, 8), max_frequency=16.0, seed=0)
     optimizer = torch.optim.Adam(network.parameters(), 1e-2)
     x, level, image = inputs((1, 8, 8), batch=4)
@@ -128,7 +130,7 @@ def test_padding_is_cropped_where_it_was_added() -> None:
 
 @pytest.mark.parametrize(("shape", "attention"), [((1, 8, 8), (4,)), ((2, 9, 7), (5,)), ((1, 8, 8), ())])
 def test_every_pixel_of_the_condition_matters(shape: Shape, attention: tuple[int, ...]) -> None:
-    network = awake(small(attention_resolutions=attention), shape)
+    network = randomized(small(attention_resolutions=attention), shape)
     x, level, image = inputs(shape)
     image.requires_grad_()
     network(x, level, image).square().sum().backward()
@@ -137,40 +139,40 @@ def test_every_pixel_of_the_condition_matters(shape: Shape, attention: tuple[int
 
 
 def test_position_of_the_condition_matters() -> None:
-    """Attention alone would not see the order of the patches: the position embeddings show it."""
-    network = awake(small())
+    """Attention alone does not depend on the order of the patches; the position embeddings do."""
+    network = randomized(small())
     x, level, image = inputs((1, 8, 8))
-    moved = image.roll(2, dims=3)  # by whole patches
+    moved = image.roll(2, dims=3)  # by a multiple of the patch size
     assert (network(x, level, image) - network(x, level, moved)).abs().max() > 1e-5
 
 
 def test_condition_none_ignores_an_image() -> None:
-    network = awake(small(condition="none"))
+    network = randomized(small(condition="none"))
     x, level, image = inputs((1, 8, 8))
     assert torch.equal(network(x, level), network(x, level, image))
 
 
-def test_missing_condition_is_an_error() -> None:
+def test_a_missing_condition_is_an_error() -> None:
     x, level, _ = inputs((1, 8, 8))
-    with pytest.raises(ValueError, match="conditioning image and was given none"):
-        awake(small())(x, level)
+    with pytest.raises(ValueError, match="conditioning image, but none was given"):
+        randomized(small())(x, level)
 
 
-def test_wrong_shapes_are_named() -> None:
-    network = awake(small())
+def test_errors_name_wrong_shapes() -> None:
+    network = randomized(small())
     x, level, image = inputs((1, 8, 8))
     with pytest.raises(ValueError, match=r"x is \[2, 1, 8, 7\].*\[B, \*\[1, 8, 8\]\]"):
         network(x[..., :7], level, image)
     with pytest.raises(ValueError, match=r"condition is \[2, 1, 7, 8\]"):
         network(x, level, image[:, :, :7])
-    with pytest.raises(ValueError, match="2 images came with 1 conditioning images"):
+    with pytest.raises(ValueError, match="2 images, but 1 conditioning images"):
         network(x, level, image[:1])
     with pytest.raises(ValueError, match="all at least 1"):
         UNet(small(), (1, 0, 8))
 
 
-def test_labels_matter_and_none_is_the_last() -> None:
-    network = awake(small(classes=3))
+def test_labels_matter_and_none_is_the_last_class() -> None:
+    network = randomized(small(classes=3))
     x, level, image = (part[:1].expand(4, *part.shape[1:]) for part in inputs((1, 8, 8)))
     out = network(x, level, image, torch.arange(4))
     differences = [(out[i] - out[j]).abs().max() for i in range(4) for j in range(i)]
@@ -179,7 +181,7 @@ def test_labels_matter_and_none_is_the_last() -> None:
 
 
 def test_without_classes_labels_are_ignored() -> None:
-    network = awake(small())
+    network = randomized(small())
     x, level, image = inputs((1, 8, 8))
     assert torch.equal(network(x, level, image), network(x, level, image, torch.tensor([0, 1])))
 
@@ -187,7 +189,7 @@ def test_without_classes_labels_are_ignored() -> None:
 @pytest.mark.parametrize("max_frequency", [1.0, 16.0])
 def test_noise_level_matters(max_frequency: float) -> None:
     network = build(small(), (1, 8, 8), max_frequency=max_frequency, seed=0)
-    awakened = awake(small())
+    awakened = randomized(small())
     awakened.noise_embedding = network.noise_embedding
     x, level, image = inputs((1, 8, 8))
     assert (awakened(x, level, image) - awakened(x, level + 0.1, image)).abs().max() > 1e-5
@@ -208,7 +210,7 @@ def test_embedding_frequencies_span_four_decades() -> None:
 
 @pytest.mark.parametrize("condition", ["none", "cross-attention"])
 def test_samples_of_a_batch_are_independent(condition: str) -> None:
-    network = awake(small(condition=condition, classes=2))
+    network = randomized(small(condition=condition, classes=2))
     x, level, image = inputs((1, 8, 8), batch=3)
     labels = torch.tensor([0, 1, 2])
     together = network(x, level, image, labels)
@@ -219,7 +221,7 @@ def test_samples_of_a_batch_are_independent(condition: str) -> None:
 
 
 def test_bfloat16_autocast_stays_close_and_returns_float32() -> None:
-    network = awake(small(classes=2))
+    network = randomized(small(classes=2))
     x, level, image = inputs((1, 8, 8))
     exact = network(x, level, image)
     with torch.autocast("cpu", torch.bfloat16):
@@ -230,7 +232,7 @@ def test_bfloat16_autocast_stays_close_and_returns_float32() -> None:
 
 
 def test_network_cast_to_bfloat16_runs() -> None:
-    network = awake(small())
+    network = randomized(small())
     x, level, image = inputs((1, 8, 8))
     exact = network(x, level, image)
     rounded = network.bfloat16()(x, level, image)
@@ -246,7 +248,7 @@ def test_embedding_cast_to_bfloat16_keeps_its_frequencies() -> None:
 
 
 def test_channels_last_gives_the_same_output() -> None:
-    network = awake(small(channel_mult=(1, 2, 2), attention_resolutions=(8, 4)), (3, 16, 16))
+    network = randomized(small(channel_mult=(1, 2, 2), attention_resolutions=(8, 4)), (3, 16, 16))
     x, level, image = inputs((3, 16, 16))
     expected = network(x, level, image)
     network = network.to(memory_format=torch.channels_last)
@@ -255,15 +257,15 @@ def test_channels_last_gives_the_same_output() -> None:
 
 
 def test_forward_is_one_graph() -> None:
-    """torch.compile needs no graph break: nothing in the forward pass depends on the values."""
-    network = awake(small(classes=2, attention_resolutions=(5,)), (1, 9, 9))
+    """torch.compile needs no graph break, because the forward pass has no data-dependent control flow."""
+    network = randomized(small(classes=2, attention_resolutions=(5,)), (1, 9, 9))
     x, level, image = inputs((1, 9, 9))
     compiled = torch.compile(network, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(x, level, image), network(x, level, image))
 
 
 def test_dropout_is_active_only_in_training() -> None:
-    network = awake(small(dropout=0.5))
+    network = randomized(small(dropout=0.5))
     given = inputs((1, 8, 8))
     assert torch.equal(network(*given), network(*given))
     network.train()
@@ -283,7 +285,7 @@ def test_build_is_a_function_of_the_seed() -> None:
     assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_build_leaves_the_global_generator_alone() -> None:
+def test_build_does_not_change_the_global_generator() -> None:
     torch.manual_seed(3)
     before = torch.get_rng_state()
     build(small(), (1, 8, 8), max_frequency=1.0, seed=0)
@@ -293,7 +295,7 @@ def test_build_leaves_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_attention_that_no_stage_reaches_names_the_sides() -> None:
+def test_the_error_for_an_attention_resolution_without_stage_names_the_sides() -> None:
     with pytest.raises(ValueError, match=r"no stage has side 16; images of 8x8 pixels give 2 stages with sides 8, 4"):
         UNet(small(attention_resolutions=(16, 4)), (1, 8, 8))
     with pytest.raises(ValueError, match=r"side 7; images of 28x30 pixels, padded to 32x32 give 4 .* 32, 16, 8, 4"):
@@ -312,7 +314,7 @@ def test_groups_divide_the_channels(channels: int) -> None:
     assert channels % groups == 0
     assert groups <= 32
     assert groups == 1 or channels // groups >= 4
-    if channels >= 128:  # as large as ADM's normalisation allows
+    if channels >= 128:  # as many groups as in ADM
         assert groups == max(d for d in range(1, 33) if channels % d == 0)
 
 
@@ -348,8 +350,8 @@ def test_paper_configuration_trains() -> None:
 
 
 @pytest.mark.parametrize("side", [8, 7])
-def test_patches_are_taken_apart_and_put_together_again(side: int) -> None:
-    """Pixel unshuffle: stages are `patch` times smaller, images come out whole, and every pixel can matter to each."""
+def test_patches_are_unshuffled_and_shuffled_back(side: int) -> None:
+    """Pixel unshuffle: stages are `patch` times smaller; the output has the input's size and depends on every pixel."""
     config = NetworkConfig(
         patch=2,
         base_channels=8,
@@ -375,12 +377,12 @@ def test_patches_are_taken_apart_and_put_together_again(side: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_norm_of_half_precision_stays_in_it_and_sums_in_float32(dtype: torch.dtype) -> None:
+def test_group_norm_keeps_half_precision_and_sums_in_float32(dtype: torch.dtype) -> None:
     norm = group_norm(64)
     with torch.no_grad():
         norm.weight.normal_()
         norm.bias.normal_()
-    x = (torch.randn(2, 64, 16, 16) + 300).to(dtype)  # a sum of squares that float16 cannot hold
+    x = (torch.randn(2, 64, 16, 16) + 300).to(dtype)  # the sum of squares overflows in float16
     given: list[Any] = []
 
     class Recorded(TorchDispatchMode):
@@ -401,7 +403,7 @@ def test_a_norm_of_half_precision_stays_in_it_and_sums_in_float32(dtype: torch.d
     assert norm.weight.grad is not None and norm.weight.grad.dtype == torch.float32
 
 
-def test_a_norm_without_autocast_is_that_of_torch() -> None:
+def test_group_norm_without_autocast_equals_that_of_torch() -> None:
     norm, x = group_norm(64), torch.randn(2, 64, 8, 8)
     plain = torch.nn.GroupNorm(norm.num_groups, 64)
     assert torch.equal(norm(x), plain(x)) and list(norm.state_dict()) == list(plain.state_dict())

@@ -1,4 +1,4 @@
-"""iCT, ECT and the EDM denoiser: what a visit aims at, by their definitions; and pretraining."""
+"""iCT, ECT and the EDM denoiser: targets of visits, compared with their definitions; and pretraining."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_ict_levels_double_and_the_teacher_is_one_level_below(schedule: NoiseSch
     one = ICT(schedule, config, 0.1, 3, 160, False)
     counts = [one.levels(epoch) for epoch in range(160)]
     assert sorted(set(counts)) == [10 * 2**i for i in range(8)]
-    assert all(counts.count(n) == 20 for n in set(counts))  # equal shares of the run
+    assert all(counts.count(n) == 20 for n in set(counts))  # equal fractions of the run
     for epoch in (0, 50):
         visits = one.plan(IDS, epoch)
         levels = np.minimum(schedule.sigma(schedule.levels(counts[epoch])), 80)
@@ -67,7 +67,7 @@ def test_ict_levels_double_and_the_teacher_is_one_level_below(schedule: NoiseSch
 
 
 def test_ict_draws_levels_lognormally() -> None:
-    """The share of each level is the normal probability of its interval of ln sigma, mean -1.1, deviation 2."""
+    """The fraction of each level is the normal probability of its interval of ln sigma (mean -1.1, deviation 2)."""
     schedule = build(ScheduleConfig(kind="ve", sigma_min=0.002, sigma_max=80))
     visits = ICT(schedule, ICTConfig(s0=20, s1=20), 0.1, 3, 10, False).plan(np.arange(40_000), 0)
     log_levels = np.log(schedule.sigma(schedule.levels(20)))
@@ -99,8 +99,8 @@ def test_ect_gap_shrinks_by_its_formula(schedule: NoiseSchedule) -> None:
 
 @SCHEDULES
 @pytest.mark.parametrize("length", [2, 3])
-def test_a_tuned_chain_takes_its_targets_from_the_visit_before(schedule: NoiseSchedule, length: int) -> None:
-    """A stored target is f at r, with the noise of this visit: what the sample's last visit left in the store."""
+def test_a_visit_of_an_ect_chain_has_its_target_from_the_previous_visit(schedule: NoiseSchedule, length: int) -> None:
+    """A stored target is f at r with the noise of this visit, as stored in the previous visit of the sample."""
     one = ECT(schedule, ECTConfig(stages=2, length=length), 0.1, 3, 20, False)
     shares = []
     before = one.visit(IDS, 0)
@@ -113,9 +113,9 @@ def test_a_tuned_chain_takes_its_targets_from_the_visit_before(schedule: NoiseSc
         assert not stored[visits.teacher_rows.numpy()].any() and not visits.x0_weight.numpy()[stored].any()
         shares.append(stored.mean())
         before = sigma, r, stored, key
-    assert shares[9] == 0  # another stage, other gaps: no state is of use
+    assert shares[9] == 0  # a new stage has other gaps: no stored state can be used
     settled = np.array(shares)[[4, 5, 6, 7, 14, 15, 16, 17]].mean()
-    assert (length - 1) / length - 0.1 < settled <= (length - 1) / length + 0.02  # some chains leave at the top
+    assert (length - 1) / length - 0.1 < settled <= (length - 1) / length + 0.02  # some chains end at the highest level
 
 
 @SCHEDULES
@@ -153,7 +153,7 @@ def test_loss_and_next_state_by_definition(schedule: NoiseSchedule, name: str) -
         target[visits.teacher_rows] = f(Coefficients(*visits.teacher_coefficients), visits.teacher_rows)
         torch.testing.assert_close(losses, visits.weight * pseudo_huber(output, target, 0.3))
         assert network.calls == [(50, False), (50, True)]
-    again, _ = visit_loss(network, x0, torch.zeros_like(state), visits)  # the store is not asked
+    again, _ = visit_loss(network, x0, torch.zeros_like(state), visits)  # the state is not used
     torch.testing.assert_close(again, losses)
 
 
@@ -173,7 +173,7 @@ def test_plans_are_functions_of_seed_sample_and_epoch() -> None:
 
 
 class Probe(nn.Module):
-    """A network with dropout at two of its layers. Records the units that each call drops, and the noise levels."""
+    """A network with dropout in two layers. Records the units that each call drops, and the noise levels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -228,7 +228,7 @@ def test_teacher_and_student_drop_the_same_units_of_every_row(settings: dict[str
 
 @pytest.mark.parametrize("name", ["ict", "ect", "chain"])
 def test_without_dropout_only_the_rows_that_need_it_are_evaluated(name: str) -> None:
-    """With the targets of a teacher that evaluates every row."""
+    """The losses equal those with a teacher that evaluates every row."""
     tree = {"objective": {"name": name, "pretrain": 0.0}, "network": {"dropout": 0.0}, "train": {"steps": 1}}
     config, compiled = resolve(tree), resolve({**tree, "train": {"steps": 1, "compile": True}})
     one = objectives.build(config, build(config.schedule), 40, SHAPE)
@@ -247,8 +247,8 @@ def test_without_dropout_only_the_rows_that_need_it_are_evaluated(name: str) -> 
 
 
 @pytest.mark.parametrize("settings", [*DROPPING.values(), {"name": "edm"}], ids=[*DROPPING, "edm"])
-def test_the_network_is_compiled_whole_and_once_for_each_of_two_passes(settings: dict[str, Any]) -> None:
-    """Whatever the number of rows that need a teacher, the epoch, the levels and the classes."""
+def test_the_network_is_compiled_once_per_pass_without_graph_breaks(settings: dict[str, Any]) -> None:
+    """For any number of rows that need a teacher, and any epochs, levels and classes."""
     graphs: list[object] = []
 
     def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
@@ -273,8 +273,8 @@ def test_the_network_is_compiled_whole_and_once_for_each_of_two_passes(settings:
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["chain", "ict", "ect"])
-def test_every_parameter_has_a_gradient_after_a_teachers_call_under_autocast(name: str, dropout: float) -> None:
-    """Torch before 2.11 would give the trained call the casts that the teacher's made, which have none."""
+def test_every_parameter_has_a_gradient_after_a_teacher_s_call_under_autocast(name: str, dropout: float) -> None:
+    """PyTorch before 2.11 would reuse weights cast in the teacher's call, which have no gradient."""
     network = {**SMALL, "dropout": dropout}
     train = {"steps": 8, "precision": "bf16"}
     config = resolve({"objective": {"name": name, "pretrain": 0}, "network": network, "train": train})
@@ -289,7 +289,7 @@ def test_every_parameter_has_a_gradient_after_a_teachers_call_under_autocast(nam
     assert not [n for n, p in built.module.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
 
 
-def test_where_calls_exchange_weights_every_step_has_two() -> None:
+def test_every_step_has_two_calls_if_calls_exchange_weights() -> None:
     schedule = build(ScheduleConfig())
     for every_row in (False, True):
         one, network = EDM(schedule, EDMConfig(), 3, 16, False), Network()
@@ -300,8 +300,8 @@ def test_where_calls_exchange_weights_every_step_has_two() -> None:
 
 
 @SCHEDULES
-def test_heun_reaches_the_data_of_an_exact_denoiser(schedule: NoiseSchedule) -> None:
-    """With sigma_data the deviation of Gaussian data, EDM's c_skip alone is the exact denoiser: F = 0."""
+def test_heun_generates_the_data_of_an_exact_denoiser(schedule: NoiseSchedule) -> None:
+    """If sigma_data is the deviation of Gaussian data, EDM's c_skip alone is the exact denoiser, with F = 0."""
 
     class Zero(nn.Module):
         def forward(self, x: torch.Tensor, *_: object) -> torch.Tensor:
@@ -319,7 +319,7 @@ def test_heun_reaches_the_data_of_an_exact_denoiser(schedule: NoiseSchedule) -> 
         )
 
     assert deviation(79) == pytest.approx(0.5, rel=0.03)
-    assert deviation(1) < 0.1  # one evaluation of a denoiser is the mean
+    assert deviation(1) < 0.1  # one evaluation of a denoiser returns the mean
 
 
 TINY: dict[str, Any] = {
@@ -346,12 +346,12 @@ def test_a_run_trains_and_resumes(tmp_path: Path, name: str) -> None:
     api.train(config, run_dir=tmp_path / "again", device="cpu")
     (tmp_path / "again" / "result.json").unlink()
     newest = max((tmp_path / "again" / "checkpoints").iterdir())
-    (newest / "manifest.json").unlink()  # the last checkpoint is lost: the one before is taken
+    (newest / "manifest.json").unlink()  # without a manifest this checkpoint is invalid, and the previous one is used
     resumed = api.train(config, run_dir=tmp_path / "again", device="cpu")
     assert resumed["weights_sha256"] == whole["weights_sha256"] and resumed["state_sha256"] == whole["state_sha256"]
 
 
-def test_pretraining_is_a_denoiser_and_then_the_objective_from_its_beginning() -> None:
+def test_pretraining_trains_a_denoiser_and_then_the_objective_from_its_start() -> None:
     schedule = build(ScheduleConfig())
     for name in ("chain", "ict", "ect", "uddm"):
         config = resolve({"objective": {"name": name, "pretrain": 0.25}})
@@ -373,7 +373,7 @@ def test_pretraining_is_a_denoiser_and_then_the_objective_from_its_beginning() -
         ({"objective": {"name": "edm", "pretrain": 0.2}}, 0.0),
     ],
 )
-def test_what_begins_with_a_denoiser(settings: dict[str, Any], share: float) -> None:
+def test_the_pretrained_fraction_of_a_run_and_its_description(settings: dict[str, Any], share: float) -> None:
     config = resolve(settings)
     assert objectives.pretrain_share(config) == share
     built = objectives.build(config, build(config.schedule), 40, SHAPE)

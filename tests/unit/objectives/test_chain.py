@@ -1,4 +1,4 @@
-"""The chain objective: where a visit stands in its chain, what it aims at, and what it depends on."""
+"""The chain objective: the position of a visit in its chain, its target, and the inputs it depends on."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def chain(
     conditioned: bool = False,
     **changes: Any,
 ) -> Chain:
-    """One stage of `levels`, unless `stages` are given; 40 epochs."""
+    """A chain of 40 epochs, with one stage of `levels` unless `stages` are given."""
     settings: dict[str, Any] = {"length": length, "stages": [{"start": 0, "levels": levels}]} | changes
     schedule = build(ScheduleConfig(kind=kind, timesteps=1000))
     return Chain(schedule, ChainConfig.model_validate(settings), C, seed, 40, conditioned)
@@ -48,7 +48,7 @@ LENGTHS = pytest.mark.parametrize("length", [1, 2, 3, 5, 9, 20, "trajectory"])
 
 
 class Network(nn.Module):
-    """Depends on everything it gets, and remembers it."""
+    """Depends on all of its inputs, and records them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ def data(count: int) -> torch.Tensor:
     return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0))
 
 
-# Where a visit stands.
+# The position of a visit in its chain.
 
 
 @LENGTHS
@@ -90,7 +90,7 @@ def test_levels_are_visited_equally_often(length: int | str) -> None:
     chosen = chain(length)
     counts = sum(np.bincount(chosen.position(np.arange(4000), e)[3], minlength=9) for e in range(20, 29))
     if length == "trajectory":
-        assert (counts == 4000).all()  # nine epochs are one cycle of every sample
+        assert (counts == 4000).all()  # nine epochs are one cycle for every sample
     else:  # visits of a chain are not independent draws: allow for nine times the variance
         assert stats.chisquare(counts / 9).pvalue > 1e-4
 
@@ -98,29 +98,29 @@ def test_levels_are_visited_equally_often(length: int | str) -> None:
 @LENGTHS
 def test_all_levels_are_present_at_any_time(length: int | str) -> None:
     chosen = chain(length)
-    for epoch in range(9, 15):  # a trajectory's first cycles all begin at the lowest level
+    for epoch in range(9, 15):  # the first cycles of all trajectories start at the lowest level
         assert np.bincount(chosen.position(np.arange(2000), epoch)[3], minlength=9).min() > 150
 
 
 @LENGTHS
-def test_within_a_chain_the_level_climbs_by_one_and_the_noise_stays(length: int | str) -> None:
+def test_within_a_chain_the_level_increases_by_one_and_the_noise_is_the_same(length: int | str) -> None:
     chosen = growing(length)
     before = None
-    climbs = 0
+    increases = 0
     for epoch in range(40):
         now = (*chosen.position(IDS, epoch), chosen.plan(IDS, epoch).noise_key.numpy())
         stage, number, visit, level, key = now
         levels = chosen.config.stages[stage].levels
         assert level.min() >= 0 and level.max() <= levels
         if before is not None:
-            goes_on = (number == before[1]) & (stage == before[0])
-            assert (visit[goes_on] == before[2][goes_on] + 1).all() and (visit[~goes_on] == 0).all()
-            assert (level[goes_on] == (before[3][goes_on] + 1) % (levels + 1)).all()
-            assert (key[goes_on] == before[4][goes_on]).all()
-            assert (key[~goes_on] != before[4][~goes_on]).all()
-            climbs += int(goes_on.sum())
+            continues = (number == before[1]) & (stage == before[0])
+            assert (visit[continues] == before[2][continues] + 1).all() and (visit[~continues] == 0).all()
+            assert (level[continues] == (before[3][continues] + 1) % (levels + 1)).all()
+            assert (key[continues] == before[4][continues]).all()
+            assert (key[~continues] != before[4][~continues]).all()
+            increases += int(continues.sum())
         before = now
-    assert (climbs == 0) == (length == 1)
+    assert (increases == 0) == (length == 1)
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 5, 9])
@@ -131,7 +131,7 @@ def test_a_chain_lasts_as_many_visits_as_configured(length: int) -> None:
         ends = np.flatnonzero(np.diff(keys[:, sample])) + 1
         runs = np.diff([0, *ends, 40])
         assert (runs[1:-1] == length).all() and runs[0] <= length and runs[-1] <= length
-        assert len(np.unique(keys[:, sample])) == len(runs)  # and no noise comes back
+        assert len(np.unique(keys[:, sample])) == len(runs)  # and no noise is used twice
 
 
 @pytest.mark.parametrize("length", [2, 3, 5, "trajectory"])
@@ -141,7 +141,7 @@ def test_chains_are_staggered(length: int | str) -> None:
     np.testing.assert_allclose(begins, 1 / visits, atol=4.5 * np.sqrt(0.25 / 3000))
 
 
-def test_a_trajectory_begins_at_the_lowest_level_and_visits_every_level() -> None:
+def test_a_trajectory_starts_at_the_lowest_level_and_visits_every_level() -> None:
     chosen = chain("trajectory")
     positions = [chosen.position(IDS, epoch) for epoch in range(40)]
     level = np.stack([p[3] for p in positions])
@@ -156,7 +156,7 @@ def test_a_trajectory_begins_at_the_lowest_level_and_visits_every_level() -> Non
 
 @LENGTHS
 def test_the_number_of_levels_changes_only_between_chains(length: int | str) -> None:
-    """A stage begins with a new chain of every sample: new noise, and no state of the stage before as target."""
+    """A stage starts with a new chain for every sample: new noise, and no target from the previous stage."""
     chosen = growing(length)
     stages = [chosen.position(IDS, epoch)[0] for epoch in range(40)]
     starts = (np.flatnonzero(np.diff(stages)) + 1).tolist()
@@ -177,7 +177,7 @@ def test_samples_epochs_and_seeds_draw_differently() -> None:
     assert abs(np.corrcoef(levels[0], levels[1])[0, 1]) < 4.5 / np.sqrt(5000)
 
 
-# What a visit is told.
+# The plan of a visit.
 
 
 @LENGTHS
@@ -209,7 +209,7 @@ def test_targets_are_evaluated_at_first_visits_above_the_lowest_level_only(lengt
 
 
 def test_chains_of_one_visit_are_consistency_training() -> None:
-    """Every target is x_0 or evaluated now: the stored state is never used."""
+    """Every target is x_0 or is evaluated now. The stored state is never used."""
     chosen, network = chain(1), Network()
     x0 = data(300)
     for epoch in range(5):
@@ -232,7 +232,7 @@ def test_the_target_of_the_lowest_level_is_x0(x0_weight: str) -> None:
     assert (losses[~lowest] != pseudo_huber(output, x0, C)[~lowest]).all()
 
 
-def test_x0_weighs_1_at_the_lowest_level_alone_or_1_over_n_plus_1() -> None:
+def test_x0_weight_is_1_at_the_lowest_level_only_or_1_over_n_plus_1() -> None:
     level = chain(3).position(IDS, 6)[3]
     np.testing.assert_array_equal(chain(3).plan(IDS, 6).x0_weight, level == 0)
     np.testing.assert_allclose(chain(3, x0_weight="visits").plan(IDS, 6).x0_weight, 1 / (level + 1.0), rtol=1e-7)
@@ -253,15 +253,15 @@ def test_weights_are_1_or_the_inverse_gap_of_levels(kind: str) -> None:
     torch.testing.assert_close(weighted, visits.weight * visit_loss(Network(), x0, x0, plain)[0])
 
 
-# What a visit does.
+# The loss of a visit.
 
 
 @pytest.mark.parametrize("kind", ["ve", "vp"])
 @pytest.mark.parametrize("length", [1, 2, 4, "trajectory"])
 def test_every_target_is_f_at_the_level_below_on_the_same_path(length: int | str, kind: str) -> None:
-    """With frozen weights: the stored state is, number for number, what the network says of the level below."""
+    """With frozen weights, the stored state equals the network's estimate at the level below, element by element."""
     chosen, network = chain(length, kind=kind), Network()
-    x0, state = data(40), torch.full((40, *SHAPE), 1e3)  # a state that no loss may show before it is written
+    x0, state = data(40), torch.full((40, *SHAPE), 1e3)  # must have no effect on a loss before a state is written
     ids = np.arange(40)
     times = chosen.schedule.levels(8)
     stored = 0
@@ -284,17 +284,17 @@ def test_every_target_is_f_at_the_level_below_on_the_same_path(length: int | str
     assert (stored == 0) == (length == 1)
 
 
-def test_the_condition_is_fresh_noise_and_not_the_state() -> None:
+def test_the_condition_is_new_noise_and_not_the_state() -> None:
     chosen, network = chain(2, conditioned=True), Network()
     x0, state = data(300), data(300) + 7
     seen = []
     for epoch in (4, 5):
         visits = chosen.plan(IDS, epoch)
         visit_loss(network, x0, state, visits)
-        (_, first, _), (_, second, _) = network.calls[-2:]  # the target's evaluation, then the one that learns
+        (_, first, _), (_, second, _) = network.calls[-2:]  # the evaluation of the target, then the one that is trained
         assert first is not None and second is not None
         torch.testing.assert_close(second, rng.normal(visits.condition_key, SHAPE))
-        torch.testing.assert_close(first, second)  # one condition a visit
+        torch.testing.assert_close(first, second)  # one condition per visit
         eps = rng.normal(visits.noise_key, SHAPE)
         assert abs(np.corrcoef(second.flatten(), eps.flatten())[0, 1]) < 4.5 / np.sqrt(eps.numel())
         seen.append(second)
@@ -308,7 +308,7 @@ def test_without_a_condition_the_network_gets_none() -> None:
     assert [condition for _, condition, _ in network.calls] == [None, None]
 
 
-def test_only_the_learning_evaluation_has_a_gradient_and_none_flows_into_the_state() -> None:
+def test_only_the_trained_evaluation_has_a_gradient_and_the_state_has_none() -> None:
     chosen, network = chain(3, x0_weight="visits"), Network()
     x0 = data(300)
     state = (x0 + 0.1).requires_grad_()
@@ -319,7 +319,7 @@ def test_only_the_learning_evaluation_has_a_gradient_and_none_flows_into_the_sta
     losses.sum().backward()
     assert network.weight.grad is not None
 
-    # The gradient is that of a target held still: compare with finite differences of the output alone.
+    # The gradient is that for a fixed target: compare with finite differences of the output only.
     def held(weight: float) -> float:
         other = Network()
         with torch.no_grad():
@@ -344,8 +344,8 @@ def test_only_the_learning_evaluation_has_a_gradient_and_none_flows_into_the_sta
     assert float(network.weight.grad) == pytest.approx(slope, rel=1e-3)
 
 
-def test_the_state_that_was_read_is_left_as_it_was() -> None:
-    """The store may lend its own memory."""
+def test_the_state_is_not_modified() -> None:
+    """It may be the store's own memory."""
     chosen = chain(2)
     state = data(300)
     before = state.clone()

@@ -1,4 +1,4 @@
-"""Label dropout: which visits see no label, that chains agree on it, and that a run with it resumes."""
+"""Label dropout: the visits without a label, its consistency within chains, and resuming a run that uses it."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def dropped(ids: np.ndarray, epoch: int, chosen: RunConfig) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("share", [0.1, 0.5])
-def test_the_share_is_the_configured_one_and_changes_with_epoch_and_seed(name: str, share: float) -> None:
+def test_the_dropped_fraction_is_configured_and_the_visits_depend_on_epoch_and_seed(name: str, share: float) -> None:
     first = dropped(IDS, 3, config(name, share))
     assert abs(first.mean() - share) < 4.5 * np.sqrt(share * (1 - share) / len(IDS))
     for other in (dropped(IDS, 9, config(name, share)), dropped(IDS, 3, config(name, share, seed=1))):
@@ -63,7 +63,7 @@ def test_the_share_is_the_configured_one_and_changes_with_epoch_and_seed(name: s
 
 
 @pytest.mark.parametrize("length", [2, 5, "trajectory"])
-def test_a_chain_keeps_its_label_or_goes_without_to_its_end(length: int | str) -> None:
+def test_all_visits_of_a_chain_have_the_label_or_none_has(length: int | str) -> None:
     chosen = config(share=0.4, objective={"chain": {"length": length}})
     chain = objectives.build(chosen, build(chosen.schedule), 40, SHAPE)
     assert isinstance(chain, Chain)
@@ -77,7 +77,9 @@ def test_a_chain_keeps_its_label_or_goes_without_to_its_end(length: int | str) -
 
 
 @given(st.lists(st.integers(0, 10**12), min_size=1, max_size=40), st.integers(0, 39), st.sampled_from(NAMES), st.data())
-def test_any_split_of_the_samples_decides_the_same(ids: list[int], epoch: int, name: str, data: st.DataObject) -> None:
+def test_dropped_labels_do_not_depend_on_the_split_of_the_samples(
+    ids: list[int], epoch: int, name: str, data: st.DataObject
+) -> None:
     cut = data.draw(st.integers(0, len(ids)))
     chosen, array = config(name, 0.5), np.array(ids)
     parts = [dropped(part, epoch, chosen) for part in (array[:cut], array[cut:]) if len(part)]
@@ -85,7 +87,7 @@ def test_any_split_of_the_samples_decides_the_same(ids: list[int], epoch: int, n
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3])
-def test_a_step_gets_the_label_that_stands_for_none_and_else_its_own(share: float) -> None:
+def test_the_inputs_of_a_step_have_the_label_for_none_where_dropped(share: float) -> None:
     images = np.zeros((64, 1, 8, 8), np.float32)
     labels = np.arange(64) % 10
     dataset = ImageDataset([(image, label) for image, label in zip(images, labels, strict=True)])
@@ -100,7 +102,7 @@ def test_a_step_gets_the_label_that_stands_for_none_and_else_its_own(share: floa
     drop = dropped(ids, 0, chosen)
     assert np.array_equal(seen.numpy(), np.where(drop, 10, labels[ids]))
     assert bool(drop.any()) == (share > 0)
-    assert dataset.batch(ids)[1].tolist() == labels[ids].tolist()  # the data set's own labels are left alone
+    assert dataset.batch(ids)[1].tolist() == labels[ids].tolist()  # the labels of the data set are not modified
 
 
 def test_a_run_with_label_dropout_resumes_and_differs_from_one_without(tmp_path: Path) -> None:
@@ -123,7 +125,7 @@ def test_a_run_with_label_dropout_resumes_and_differs_from_one_without(tmp_path:
         api.sample(tmp_path / "plain", [0], guidance=2)
 
 
-def test_labels_that_are_not_there_cannot_be_dropped_nor_guided_towards() -> None:
+def test_label_dropout_and_guidance_need_labels() -> None:
     with pytest.raises(ConfigError, match=r"label_dropout 0.1.*set network.classes"):
         resolve({"network": {"label_dropout": 0.1}})
     with pytest.raises(ConfigError, match=r"network.label_dropout"):

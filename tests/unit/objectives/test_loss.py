@@ -1,4 +1,4 @@
-"""Eq. 3 and 4 against float64 arithmetic on single numbers, and f = a(t) x_t + b(t) F."""
+"""Eq. 3 and Eq. 4, compared with float64 arithmetic on single numbers, and f = a(t) x_t + b(t) F."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def images(count: int, *seeds: int) -> list[torch.Tensor]:
 
 
 def naive_distance(x: torch.Tensor, y: torch.Tensor, c: float) -> float:
-    """Eq. 4 for one image, number by number."""
+    """Eq. 4 for one image, element by element."""
     total = 0.0
     for a, b in zip(x.flatten().tolist(), y.flatten().tolist(), strict=True):
         total += (a - b) ** 2
@@ -40,8 +40,8 @@ def test_distance_is_equation_4(c: float, apart: float) -> None:
     np.testing.assert_allclose(pseudo_huber(x, y, c).numpy(), expected, rtol=2e-5, atol=3e-7 * c)
 
 
-def test_distance_is_one_norm_over_the_whole_image() -> None:
-    """The norm of d equal differences is sqrt(d) times one of them; a norm an element would sum or average them."""
+def test_distance_uses_one_norm_per_image() -> None:
+    """The norm of d equal differences is sqrt(d) times one of them; norms per element would sum or average them."""
     x = torch.zeros(1, *SHAPE)
     d = math.prod(SHAPE)
     assert float(pseudo_huber(x, x + 3.0, 1e-4)) == pytest.approx(3 * math.sqrt(d), rel=1e-4)
@@ -54,8 +54,8 @@ def test_distance_of_equal_images_is_0_with_gradient_0() -> None:
     assert distance.tolist() == [0, 0] and x.grad is not None and not x.grad.any()
 
 
-def test_distance_pulls_with_at_most_unit_force() -> None:
-    """The gradient is (x - y) / sqrt(||x - y||^2 + c^2): of norm near 1 far away, linear close by."""
+def test_gradient_of_the_distance_has_at_most_unit_norm() -> None:
+    """The gradient (x - y) / sqrt(||x - y||^2 + c^2) has a norm near 1 for large distances, and is linear for small."""
     for apart, force in [(100.0, 1.0), (1e-6, 1e-6 * math.sqrt(math.prod(SHAPE)) / 0.01)]:
         x = torch.zeros(1, *SHAPE, requires_grad=True)
         pseudo_huber(x, torch.full((1, *SHAPE), apart), 0.01).sum().backward()
@@ -91,7 +91,7 @@ def test_each_image_has_its_own_loss() -> None:
 
 
 class Recorder(nn.Module):
-    """Answers with a constant and remembers what it was asked."""
+    """Returns a constant and records its inputs."""
 
     def __init__(self, answer: torch.Tensor):
         super().__init__()
@@ -119,7 +119,7 @@ def test_f_combines_x_t_and_the_network_by_a_and_b(kind: str) -> None:
     assert embedding is at.c_noise and image is condition and classes is labels
 
 
-def test_noising_is_signal_times_image_plus_noise_times_eps() -> None:
+def test_add_noise_is_alpha_times_image_plus_sigma_times_eps() -> None:
     schedule = build(ScheduleConfig(kind="vp", timesteps=100))
     at = Coefficients(*torch.from_numpy(schedule.coefficients(np.array([1.0, 50.0]))))
     x0, eps = images(2, 0, 1)
@@ -127,7 +127,7 @@ def test_noising_is_signal_times_image_plus_noise_times_eps() -> None:
         torch.testing.assert_close(noisy, at.alpha[i] * x0[i] + at.sigma[i] * eps[i])
 
 
-def test_visits_move_whole_to_a_device() -> None:
+def test_visits_move_to_a_device_with_all_fields() -> None:
     some = Visits(*(torch.tensor([i]) for i in range(8)))
     moved = some.to(torch.device("meta"))
     assert moved.condition == some.condition == "noise"

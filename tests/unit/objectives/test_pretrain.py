@@ -1,4 +1,4 @@
-"""Pretraining: whatever the objective, the first epochs train the denoiser, and nothing else."""
+"""Pretraining: with any objective, the first epochs train the denoiser, and nothing else."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from udddm.runs.run import Run
 from udddm.training.trainer import Trainer
 
 SHAPE = (1, 4, 4)
-UNFIT = ("uddm", "none")  # Algorithm 1 gives the network the state
+UNFIT = ("uddm", "none")  # Algorithm 1 passes the state to the network
 NAMES = sorted(set(OBJECTIVES.members) - {"edm"})
 
 
 class Conditioned(nn.Module):
-    """Depends on all it is given, so that a wrong input shows."""
+    """Depends on all of its inputs, so that a wrong input is detected."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Conditioned(nn.Module):
     ("name", "condition"),
     [(name, condition) for name in NAMES for condition in ("cross-attention", "none") if (name, condition) != UNFIT],
 )
-def test_the_loss_is_the_denoisers_with_its_weights_and_without_the_state(name: str, condition: str) -> None:
+def test_the_loss_is_that_of_the_denoiser_with_its_weights_and_without_the_state(name: str, condition: str) -> None:
     config = resolve({"objective": {"name": name, "pretrain": 0.25}, "network": {"condition": condition}})
     schedule = build(config.schedule)
     built = objectives.build(config, schedule, 40, SHAPE)
@@ -102,8 +102,8 @@ def weights_after(steps: int, where: Path, **objective: Any) -> dict[str, torch.
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_run_trains_the_weights_of_a_run_of_the_denoiser_until_pretraining_ends(name: str, tmp_path: Path) -> None:
-    for steps, same in ((4, True), (5, False)):  # half of four epochs of two steps
+def test_weights_equal_those_of_a_denoiser_run_until_pretraining_ends(name: str, tmp_path: Path) -> None:
+    for steps, same in ((4, True), (5, False)):  # pretraining is half of four epochs with two steps each
         denoiser = weights_after(steps, tmp_path / f"edm-{steps}", name="edm")
         trained = weights_after(steps, tmp_path / f"run-{steps}", name=name, pretrain=0.5)
         assert all(torch.equal(denoiser[key], trained[key]) for key in denoiser) == same
@@ -113,7 +113,7 @@ CREATED: list[float] = []
 
 
 class Counted(EDM):
-    """An objective of one's own that begins with a denoiser."""
+    """A custom objective that is pretrained."""
 
     is_denoiser = False
     default_pretrain = 0.3
@@ -129,7 +129,7 @@ def plain_function(context: ObjectiveContext) -> Objective:
 
 
 class Direct(Objective):
-    """Created by its constructor."""
+    """An objective without `create`."""
 
     default_pretrain = 0.5
 
@@ -149,7 +149,7 @@ class Direct(Objective):
         ("plain_function", {}, 40.0),
     ],
 )
-def test_an_objective_is_created_once_for_its_own_part_of_the_run(
+def test_an_objective_is_created_once_for_its_part_of_the_run(
     factory: str, settings: dict[str, Any], own: float
 ) -> None:
     config = resolve({"objective": {"name": f"{__name__}:{factory}", **settings}})

@@ -1,4 +1,4 @@
-"""The special functions of the objectives: scipy's, to the bit where a run's weights depend on it."""
+"""The special functions of the objectives equal those of SciPy, bit for bit where the weights of a run need it."""
 
 import numpy as np
 from hypothesis import given
@@ -12,7 +12,7 @@ UNIFORM = RNG.random(200_000)
 
 
 def test_ndtri_has_the_bits_of_scipy_in_the_center_and_in_both_tails() -> None:
-    small = 10.0 ** -RNG.uniform(1, 300, 20_000)  # below 1e-14 the far tail
+    small = 10.0 ** -RNG.uniform(1, 300, 20_000)  # the far tail is below 1e-14
     p = np.concatenate([UNIFORM[UNIFORM > 0], small, 1 - small[small > 1e-16], [0.5, 2.0**-53, 1 - 2.0**-53]])
     assert np.array_equal(special.ndtri(p), reference.ndtri(p))
 
@@ -29,7 +29,7 @@ def test_expit_does_not_overflow() -> None:
 
 
 @given(st.floats(-37, 37))
-def test_ndtr_is_that_of_scipy(x: float) -> None:
+def test_ndtr_equals_that_of_scipy(x: float) -> None:
     found, expected = (function.ndtr(np.array([x]))[0] for function in (special, reference))
     assert abs(found - expected) <= 1e-13 * expected
 

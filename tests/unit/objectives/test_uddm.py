@@ -1,4 +1,4 @@
-"""Algorithm 1 as the paper prints it: uniform times, new noise at each visit, the state as condition and target."""
+"""Algorithm 1 as printed: uniform times, new noise at every visit, and the state as condition and target."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def algorithm(timesteps: int = 20, kind: str = "ve") -> tuple[UDDM, NoiseSchedul
 
 
 def times(visits: Visits, schedule: NoiseSchedule) -> np.ndarray:
-    """The integers t of a plan, from the noise levels that the device gets."""
+    """The integers t of a plan, computed from the noise levels passed to the device."""
     sigma = visits.coefficients[1].double() / visits.coefficients[0].double()
     t = schedule.time(sigma.numpy())
     np.testing.assert_allclose(t, t.round(), atol=0.01)
@@ -42,7 +42,7 @@ def times(visits: Visits, schedule: NoiseSchedule) -> np.ndarray:
 
 
 class Network(nn.Module):
-    """Depends on all it is given, so that a wrong input shows."""
+    """Depends on all of its inputs, so that a wrong input is detected."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ def test_noise_is_new_at_every_visit() -> None:
     assert len(keys.unique()) == 2000
 
 
-def test_x0_weighs_1_over_n_plus_1_where_n_is_the_epoch() -> None:
+def test_x0_weight_is_1_over_n_plus_1_where_n_is_the_epoch() -> None:
     chosen, _ = algorithm()
     for epoch in (0, 1, 9, 399):
         visits = chosen.plan(np.arange(3), epoch)
@@ -92,7 +92,7 @@ def test_a_plan_is_a_pure_function_of_each_sample() -> None:
     assert torch.equal(whole.x0_weight[10:20], part.x0_weight)
 
 
-def test_a_visit_is_the_algorithm_s_three_lines() -> None:
+def test_a_visit_equals_the_three_lines_of_the_algorithm() -> None:
     chosen, _ = algorithm()
     x0, state = (torch.randn(6, *SHAPE, generator=torch.Generator().manual_seed(i)) for i in (0, 1))
     visits, network = chosen.plan(np.arange(6), 2), Network()

@@ -1,1 +1,1 @@
-"""The ranks of a run, and the signals and requests that reach them."""
+"""The ranks of a run, their signals, leases, and connection to the launcher."""

@@ -1,4 +1,4 @@
-"""TODO."""
+"""Sharing the lease of the first rank with the other ranks of a run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def follow(lease: Lease, ranks: Ranks) -> None:
-    """On every rank, once the first holds `lease`: let the others' follow it."""
+    """Make the `lease` of every other rank follow that of the first rank, which must hold it. Called on every rank."""
     if ranks.world_size == 1:
         return
-    ranks.barrier()  # so that the time from here to the reply is that of the exchange alone
+    ranks.barrier()  # so that the time until the reply is that of the exchange alone
     began = Instant.now()
     held, left = ranks.gather((lease.id, lease.left()))[0]
     if not ranks.is_rank_zero:

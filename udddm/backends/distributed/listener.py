@@ -1,4 +1,4 @@
-"""The connection from a run to whoever started it."""
+"""The connection from a run to the launcher that started it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ class Listener(ABC):
 
     @abstractmethod
     def stop_signal(self) -> int:
-        """The signal for which to checkpoint and stop, or 0. Called at every step: it must not wait."""
+        """The signal for which to write a checkpoint and stop, or 0. Called in every step; must not block."""
 
     @abstractmethod
     def on_metrics(self, step: int, total: int, values: dict[str, float]) -> None:

@@ -1,4 +1,4 @@
-"""The processes of a run: one, or those that a launcher started."""
+"""The ranks of a run: a single process, or the processes started by a launcher."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ T = TypeVar("T")
 RENDEZVOUS = "UDDDM_RENDEZVOUS"
 """Environment variable: a file through which ranks on one machine find each other, instead of a network address."""
 TIMEOUT = 600.0
-"""Seconds a collective operation may take before it counts as hung."""
+"""Seconds after which a collective operation is considered hung."""
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among the ranks, and its device."""
+    """The rank and device of this process."""
 
     rank: int
     world_size: int
@@ -46,18 +46,19 @@ class Ranks:
         return self.rank == 0
 
     def barrier(self) -> None:
+        """Wait for all ranks."""
         if self.world_size > 1:
             dist.barrier()
 
     def sum(self, value: torch.Tensor) -> float:
-        """The sum of the ranks' scalars, on every rank. Waits for the device."""
+        """The sum of the scalars of all ranks, on every rank. Waits for the device."""
         if self.world_size > 1:
             value = value.clone()
             dist.all_reduce(value)
         return float(value)
 
     def gather(self, value: T) -> list[T]:
-        """Every rank's object, in rank order, on every rank."""
+        """The objects of all ranks, in rank order, on every rank."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -65,7 +66,7 @@ class Ranks:
         return values
 
     def gather_first(self, value: T) -> list[T]:
-        """Every rank's object, in rank order, on the first rank; elsewhere nothing."""
+        """The objects of all ranks, in rank order, on the first rank. Other ranks get an empty list."""
         if self.world_size == 1:
             return [value]
         values: list[Any] | None = [None] * self.world_size if self.is_rank_zero else None
@@ -92,7 +93,7 @@ class Ranks:
         return self.gather(self.run_on_all(action if self.is_rank_zero else lambda: None, errors))[0]  # type: ignore[return-value]
 
     def check_shared(self, directory: Path, what: str) -> None:
-        """Raise ConfigError on every rank unless all see one and the same directory."""
+        """Raise ConfigError on every rank unless `directory` is the same directory on all ranks."""
         if self.world_size == 1:
             return
         token = directory / f".shared-{self.gather(uuid.uuid4().hex)[0]}"
@@ -106,19 +107,20 @@ class Ranks:
         blind = sorted({host for found, host in seen if not found})
         if blind:
             raise ConfigError(
-                f"{what} {directory} of {seen[0][1]} is not there on {', '.join(blind)}: ranks on several machines "
+                f"{what} {directory} of {seen[0][1]} does not exist on {', '.join(blind)}: ranks on several machines "
                 "need a shared file system, or a URL such as s3://bucket/path (--run-dir, --store-url)"
             )
 
     def close(self) -> None:
+        """Leave the process group, if there is one."""
         if dist.is_initialized():
             dist.destroy_process_group()
 
 
 class Vote:
-    """Agreement on whether to stop, without waiting: the outcome of one step's vote is read at the next.
+    """Agreement of all ranks on whether to stop, without blocking: the outcome of a vote is read in the next step.
 
-    So all ranks stop after the same step, whichever of them were sent a signal.
+    All ranks therefore stop after the same step, whichever of them received a signal.
     """
 
     def __init__(self, ranks: Ranks):
@@ -127,7 +129,7 @@ class Vote:
         self._pending: Any = None
 
     def cast(self, value: int) -> int:
-        """Vote for this step. Returns the largest value that any rank voted at the step before (alone: `value`)."""
+        """Cast this step's vote. Returns the largest vote of the previous step; for a single rank, `value`."""
         if self._group is None:
             return value
         outcome = self.outcome()
@@ -136,7 +138,7 @@ class Vote:
         return outcome
 
     def outcome(self) -> int:
-        """The last vote's outcome, waiting for it. 0 before the first."""
+        """Wait for the outcome of the last vote, and return it. 0 before the first vote."""
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
@@ -144,7 +146,10 @@ class Vote:
 
 
 def choose_device(name: str, local_rank: int = 0) -> torch.device:
-    """`auto` is CUDA where there is any. Raises ConfigError for a device that is not there."""
+    """The device called `name`: auto, cpu or cuda. `auto` is CUDA if available, otherwise the CPU.
+
+    Raises ConfigError if there is no such device.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "cuda":
@@ -163,18 +168,22 @@ def _gpu(local_rank: int, visible: int) -> int:
     if visible == 1 and os.environ.get("CUDA_VISIBLE_DEVICES") and RENDEZVOUS not in os.environ:
         return 0
     if local_rank >= visible:
-        raise ConfigError(f"rank {local_rank} of this machine has no GPU: there are {visible}; use fewer workers")
+        raise ConfigError(f"local rank {local_rank} has no GPU: this machine has {visible}; use fewer workers")
     return local_rank
 
 
 def join(device: str = "auto", lanes: int | None = None, *, group: bool = False, timeout: float = TIMEOUT) -> Ranks:
-    """Join the ranks that the environment describes (RANK, WORLD_SIZE, LOCAL_RANK as torchrun sets them), or be the
-    only one, which has a process group only if `group`. A collective of more than `timeout` seconds is an error.
+    """Join the ranks described by the environment: RANK, WORLD_SIZE and LOCAL_RANK, as set by torchrun.
 
-    `lanes` is checked before anything waits: raises ConfigError when the number of ranks does not divide it.
+    Without these variables this process is the only rank, and has a process group only if `group`. A collective
+    operation of more than `timeout` seconds is an error.
 
-    torch.distributed.nn takes the default group as its functions' default, and so is imported before there is one: a
-    group still held when the interpreter ends has threads, and one that then frees a tensor aborts the process.
+    Raises ConfigError, before waiting for other ranks, if the number of ranks does not divide `lanes` or the device is
+    not available.
+
+    This module imports torch.distributed.nn before there is a default group, because its functions keep the default
+    group as the default of their arguments. A group still referenced when the interpreter exits has threads, and a
+    thread that then frees a tensor aborts the process.
     """
     world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
     if lanes is not None:

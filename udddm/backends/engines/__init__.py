@@ -1,4 +1,4 @@
-"""Engines: what turns losses into optimizer steps, by name (`engine.name`)."""
+"""Engines, selected by name (`engine.name`): they turn losses into optimizer steps."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def find(config: RunConfig) -> type[Engine]:
 
 
 def build(network: nn.Module, config: RunConfig, ranks: Ranks, total_steps: int) -> Engine:
-    """The configured engine, around a network on the host. Raises ConfigError."""
+    """The configured engine for a network on the host. Raises ConfigError."""
     samples_a_part(config, ranks.world_size)
     numerics.configure(config.train)
     find(config).check(config, ranks.world_size)

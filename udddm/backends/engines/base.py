@@ -1,6 +1,6 @@
-"""The contract of an engine: what turns losses into optimizer steps. torch (DDP) and DeepSpeed (ZeRO) keep it.
+"""The contract of an engine, which turns losses into optimizer steps. Implemented by torch (DDP) and DeepSpeed (ZeRO).
 
-A step is one or more micro-batches, then `step`:
+A step consists of one or more micro-batches, followed by `step`:
 
     with engine.micro_batch(last=True):
         with engine.autocast():
@@ -8,9 +8,9 @@ A step is one or more micro-batches, then `step`:
         engine.backward(loss)
     engine.step(step)
 
-Whatever the precision, an engine keeps float32 master weights and Adam's moments, whole on every rank or in parts. A
-`Pieces` holds what this rank has of one such set: by parameter, the whole tensor or a flat part of it. That is enough
-for an EMA, and for checkpoints that any engine at any number of ranks can pick up (`udddm/runs/weights.py`).
+At any precision, an engine keeps float32 master weights and Adam's moments, either replicated on every rank or sharded.
+`Pieces` maps each parameter to this rank's part of such a set: the full tensor, or a flat part of it. An EMA needs no
+more, nor do checkpoints that any engine can load with any number of ranks (`udddm/runs/weights.py`).
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 @dataclass(frozen=True)
 class Slot:
-    """Where this rank keeps elements [start, start + numel) of a parameter, in row-major order."""
+    """The location of this rank's elements [start, start + numel) of a parameter, in row-major order."""
 
     master: torch.Tensor
-    """The float32 tensor that the optimizer knows: the parameter itself, or the parts of many one after another."""
+    """The float32 tensor in the optimizer: the parameter itself, or the concatenated parts of several parameters."""
     offset: int
-    """Of the first element in `master`."""
+    """Index of the first element in `master`."""
     start: int
     numel: int
 
     def of(self, tensor: torch.Tensor, shape: torch.Size) -> torch.Tensor:
-        """This slot's part of a tensor that is laid out as `master`: a view."""
+        """A view of this slot's part of a tensor with the layout of `master`. `shape` is that of the parameter."""
         return tensor if tensor.shape == shape else tensor.view(-1).narrow(0, self.offset, self.numel)
 
 
 @dataclass(frozen=True)
 class EngineContext:
-    """What an engine is built from: `factory(context)`, or `factory(context, settings)`."""
+    """The argument of an engine factory, called as `factory(context)` or `factory(context, settings)`."""
 
     network: nn.Module
-    """On the host, with its initial weights."""
+    """The network, on the host, with its initial weights."""
     config: RunConfig
     ranks: Ranks
     total_steps: int
-    """The length of the run, for the learning rate."""
+    """Number of steps of the run, for the schedule of the learning rate."""
 
 
 class Engine(ABC):
@@ -74,7 +74,7 @@ class Engine(ABC):
 
     module: nn.Module
     adam: torch.optim.Optimizer
-    """Its state is keyed by the slots' masters."""
+    """The optimizer. Its state is keyed by the masters of the slots."""
 
     def __init__(self, context: EngineContext):
         self.config, self.ranks, self.total_steps = context.config.train, context.ranks, context.total_steps
@@ -87,7 +87,7 @@ class Engine(ABC):
 
     @property
     def equal_forward_calls(self) -> bool:
-        """Whether all ranks must call `module` equally often, because its forward pass exchanges weights."""
+        """Whether all ranks must call `module` equally often, because the forward pass exchanges weights."""
         return False
 
     def describe(self) -> str:
@@ -97,12 +97,13 @@ class Engine(ABC):
     # Steps.
 
     def autocast(self) -> contextlib.AbstractContextManager[object]:
+        """The context of the forward pass: autocast to `train.precision`."""
         if self.config.precision == "fp32":
             return contextlib.nullcontext()
         return torch.autocast(self.ranks.device.type, AUTOCAST[self.config.precision])
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of step `step` (from 0): linear warm-up, then constant or falling to 0 at the run's end."""
+        """The learning rate of step `step`, counted from 0: linear warmup, then constant or decaying to 0."""
         c = self.config
         if step < c.warmup_steps:
             return c.learning_rate * (step + 1) / c.warmup_steps
@@ -112,14 +113,17 @@ class Engine(ABC):
 
     @abstractmethod
     def micro_batch(self, last: bool) -> contextlib.AbstractContextManager[object]:
-        """Around the forward and backward pass of a micro-batch; `last` for the step's last."""
+        """The context of the forward and backward pass of a micro-batch. `last`: it is the last one of the step."""
 
     @abstractmethod
     def backward(self, loss: torch.Tensor) -> None:
-        """Accumulate the gradients of this rank's share of the loss: the sum over its samples over the step's total."""
+        """Accumulate the gradients of this rank's part of the loss.
+
+        `loss` is the sum over the micro-batch, divided by the number of samples of the step over all ranks.
+        """
 
     def step(self, step: int) -> None:
-        """The optimizer's step number `step` (from 0), from what was accumulated."""
+        """Take the optimizer step number `step`, counted from 0, with the accumulated gradients."""
         for group in self.adam.param_groups:
             group["lr"] = self.learning_rate(step)
         self.optimizer_step()
@@ -129,28 +133,28 @@ class Engine(ABC):
         """Clip the gradients that were accumulated, update the weights, and forget the gradients."""
 
     def backward_and_step(self, loss: torch.Tensor, step: int) -> None:
-        """A step of one micro-batch."""
+        """Take a step with a single micro-batch."""
         with self.micro_batch(last=True):
             self.backward(loss)
         self.step(step)
 
-    # What is kept.
+    # Weights and optimizer state.
 
     @abstractmethod
     def slots(self) -> dict[str, Slot]:
-        """By parameter, where this rank's part is. A parameter of which it has nothing may be absent."""
+        """The location of this rank's part of every parameter. Parameters without a part on this rank may be absent."""
 
     @property
     def sharded(self) -> bool:
-        """Whether the ranks keep different parts."""
+        """Whether ranks keep different parts of the weights and moments."""
         return False
 
     def weights(self) -> Pieces:
-        """Views of the float32 master weights; they stay valid, and change with every step."""
+        """Views of the float32 master weights. They remain valid, and change in every step."""
         return {name: slot.of(slot.master.detach(), self.shapes[name]) for name, slot in self.slots().items()}
 
     def moments(self) -> dict[str, Pieces]:
-        """Views of Adam's moments, zeros before the first step."""
+        """Views of Adam's moments, by the names in MOMENTS. Zeros before the first step."""
         self._materialize()
         return {
             key: {n: s.of(self.adam.state[s.master][key], self.shapes[n]) for n, s in self.slots().items()}
@@ -158,7 +162,7 @@ class Engine(ABC):
         }
 
     def _materialize(self) -> None:
-        """Give Adam the state that its first step would make, so that there is something to read or to fill."""
+        """Create the state of Adam before its first step, so that it can be read or loaded."""
         for master in {id(s.master): s.master for s in self.slots().values()}.values():
             state = self.adam.state[master]
             if "exp_avg" not in state:
@@ -168,7 +172,7 @@ class Engine(ABC):
                     state[key] = torch.zeros_like(master, memory_format=torch.preserve_format)
 
     def scalars(self) -> dict[str, torch.Tensor]:
-        """Adam's `step`, and `scaler` = [loss scale, steps since it changed] in float16 training."""
+        """Adam's `step` and, in float16 training, `scaler` = [loss scale, steps since it changed]."""
         steps = [float(state["step"]) for state in self.adam.state.values() if "step" in state]
         found = {"step": torch.tensor(max(steps, default=0.0), dtype=torch.float32)}
         if self.config.precision == "fp16":
@@ -184,14 +188,17 @@ class Engine(ABC):
         """Take up what `loss_scale` gave."""
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
-        """Take up whole tensors by parameter."""
+        """Load the weights from full tensors, by parameter name."""
         pieces = self.weights()
         for name in self.shapes:
             self.fill(pieces, name, weights[name])
         self.weights_loaded()
 
     def load(self, weights: Mapping[str, torch.Tensor], optimizer: Mapping[str, torch.Tensor]) -> None:
-        """Take up whole tensors by parameter, and `exp_avg/<name>`, `exp_avg_sq/<name>`, `step`, `scaler`."""
+        """Load the weights and the optimizer state from full tensors.
+
+        `weights` is keyed by parameter name, `optimizer` by `exp_avg/<name>`, `exp_avg_sq/<name>`, `step` and `scaler`.
+        """
         self.load_weights(weights)
         moments = self.moments()
         for name in self.shapes:
@@ -210,7 +217,7 @@ class Engine(ABC):
 
     @torch.no_grad()
     def fill(self, pieces: Pieces, name: str, whole: torch.Tensor) -> None:
-        """Copy this rank's part of a whole tensor into its piece."""
+        """Copy this rank's part of a full tensor into its piece."""
         if name in pieces:
             piece = pieces[name]
             if piece.shape == whole.shape:
@@ -221,13 +228,16 @@ class Engine(ABC):
 
     @torch.no_grad()
     def whole(self, pieces: Pieces, name: str, to: int | None = None) -> torch.Tensor | None:
-        """The whole tensor, float32 on the host, on rank `to` (None: on all). Every rank must call it, in one order."""
+        """The full tensor, in float32 on the host: on rank `to` (None elsewhere), or on all ranks if `to` is None.
+
+        Every rank must call this, in the same order.
+        """
         wanted = to is None or to == self.ranks.rank
         if not self.sharded:
             return pieces[name].detach().float().cpu().contiguous() if wanted else None
         shape = self.shapes[name]
         full = torch.zeros(shape.numel(), dtype=torch.int32, device=self.ranks.device)
-        if name in pieces:  # bits are summed as integers: -0.0 + 0.0 would lose its sign
+        if name in pieces:  # sum the bits as integers, because -0.0 + 0.0 would lose the sign
             slot = self.slots()[name]
             part = pieces[name].detach().float().contiguous().view(-1).view(torch.int32)
             full[slot.start : slot.start + slot.numel] = part.to(full.device)
@@ -239,11 +249,14 @@ class Engine(ABC):
 
 
 def samples_a_part(config: RunConfig, world: int) -> int:
-    """The samples of a micro-batch. Raises ConfigError if train.grad_accumulation does not divide a rank's samples."""
+    """The number of samples of a micro-batch on one rank.
+
+    Raises ConfigError if train.grad_accumulation does not divide the samples of a rank in a step.
+    """
     rows = config.train.batch_size // world
     if rows % config.train.grad_accumulation:
         raise ConfigError(
-            f"train.grad_accumulation ({config.train.grad_accumulation}) must divide the {rows} samples a rank takes "
-            f"of a step ({world} rank{'s' if world > 1 else ''}, train.batch_size={config.train.batch_size})"
+            f"train.grad_accumulation ({config.train.grad_accumulation}) must divide the {rows} samples per rank "
+            f"and step ({world} rank{'s' if world > 1 else ''}, train.batch_size={config.train.batch_size})"
         )
     return rows // config.train.grad_accumulation

@@ -1,4 +1,4 @@
-"""The torch engine: autocast, gradient clipping, fused Adam, and DDP over several ranks. Every rank keeps all."""
+"""The torch engine: autocast, gradient clipping, fused Adam, and DDP. Every rank keeps the full weights and moments."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from udddm.errors import ConfigError
 
 
 class TorchEngine(Engine):
+    """The engine of `engine.name=torch`."""
+
     def __init__(self, context: EngineContext):
         super().__init__(context)
         network, config, ranks = context.network, context.config.train, context.ranks
@@ -24,7 +26,8 @@ class TorchEngine(Engine):
         self.module = network
         self._ddp: DistributedDataParallel | None = None
         if ranks.world_size > 1:
-            # No device_ids: inputs are on the device, and with them DDP refuses `_settle_buckets`'s call without any.
+            # No device_ids: inputs are on the device already, and with device_ids DDP rejects the call without inputs
+            # in `_settle_buckets`.
             self.module = self._ddp = DistributedDataParallel(network, gradient_as_bucket_view=True)
             self._settle_buckets(network, self._ddp)
         if config.compile:
@@ -46,13 +49,17 @@ class TorchEngine(Engine):
         chosen = config.engine
         if chosen.zero is not None or chosen.offload or chosen.deepspeed:
             raise ConfigError(
-                "engine: zero, offload and deepspeed are settings of engine.name=deepspeed (--engine deepspeed)"
+                "engine.zero, engine.offload and engine.deepspeed need engine.name=deepspeed (--engine deepspeed): "
+                "select it, or remove them"
             )
 
     def _settle_buckets(self, network: nn.Module, ddp: DistributedDataParallel) -> None:
-        """DDP arranges its buckets anew after the first backward pass, in the order in which gradients came. Among more
-        than two ranks the arrangement decides how sums are rounded, so it must not change after the first step, which
-        is another one in a resumed run. This pass, of a sum of the parameters, is the first."""
+        """Run a first backward pass, of the sum of all parameters, so that the buckets of DDP do not change later.
+
+        DDP rearranges its buckets after the first backward pass, in the order in which gradients arrived. With more
+        than two ranks, their arrangement affects the rounding of sums. It must therefore not change after the first
+        step, which is a different step in a resumed run.
+        """
         network.forward = lambda: torch.stack([p.sum() for p in self._parameters.values()]).sum()
         ddp().backward()
         del network.forward
@@ -66,7 +73,7 @@ class TorchEngine(Engine):
             self.adam.zero_grad(set_to_none=True)
             self._begun = True
         if self.ranks.world_size > 1:
-            loss = loss * self.ranks.world_size  # DDP averages over ranks what should be summed
+            loss = loss * self.ranks.world_size  # DDP averages the gradients of ranks, which should be summed
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def optimizer_step(self) -> None:

@@ -1,8 +1,8 @@
 """The DeepSpeed engine: ZeRO 0 to 3, optimizer offload, float32, bf16 and fp16 with dynamic loss scaling.
 
-The optimizer is torch's fused Adam, also where DeepSpeed would compile its own: nothing needs a compiler. `slots` says
-where DeepSpeed keeps this rank's part of every master weight; these places are not part of its public interface, hence
-the pinned minor version.
+The optimizer is always PyTorch's fused Adam, even if DeepSpeed would compile its own, so that no compiler is needed.
+`slots` locates this rank's part of every master weight. These locations are not part of DeepSpeed's public interface,
+hence the pinned minor version.
 """
 
 from __future__ import annotations
@@ -29,13 +29,15 @@ def _import(device: torch.device) -> Any:
         raise ConfigError(
             f"engine.name=deepspeed: DeepSpeed cannot be imported ({error}); pip install 'udddm[deepspeed]'"
         ) from error
-    if device.type == "cpu":  # only there is it used; to read the table, DeepSpeed tries compilers and GPUs
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # or it is compiled at first use
+    if device.type == "cpu":  # only used on CPUs; accessing the table makes DeepSpeed probe compilers and GPUs
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # otherwise it is compiled at first use
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     return deepspeed
 
 
 class DeepSpeedEngine(Engine):
+    """The engine of `engine.name=deepspeed`."""
+
     needs_process_group = True
 
     @classmethod
@@ -54,12 +56,14 @@ class DeepSpeedEngine(Engine):
         network, config, ranks = context.network, context.config, context.ranks
         train, self._offload = config.train, config.engine.offload
         if train.compile:
-            raise ConfigError("train.compile is for engine.name=torch: set it to false")
+            raise ConfigError(
+                "train.compile is not supported with engine.name=deepspeed: set it to false, or use engine.name=torch"
+            )
         settings = deepspeed_config.resolve(config, ranks.world_size)
         deepspeed = _import(ranks.device)
         if train.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():
             raise ConfigError(
-                f"train.precision=fp16: DeepSpeed has no fp16 on this {ranks.device.type}; use bf16, or "
+                f"train.precision=fp16: DeepSpeed does not support fp16 on this {ranks.device.type}; use bf16, or "
                 "engine.name=torch"
             )
         self.stage = deepspeed_config.zero_stage(config)
@@ -71,8 +75,8 @@ class DeepSpeedEngine(Engine):
         self.module, self.adam = self._engine, self._engine.basic_optimizer
         self._last = True
         self._slots = self._find_slots()
-        self.adam.state.clear()  # some wrappers have taken a step of zeros
-        if train.precision != "fp32":  # DeepSpeed makes the master weights from rounded ones
+        self.adam.state.clear()  # some wrappers have taken a step with zero gradients
+        if train.precision != "fp32":  # DeepSpeed initializes the master weights from rounded weights
             pieces = self.weights()
             for name, weight in initial.items():
                 self.fill(pieces, name, weight)
@@ -87,18 +91,18 @@ class DeepSpeedEngine(Engine):
         return contextlib.nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss = loss * self.ranks.world_size  # DeepSpeed averages over ranks what should be summed
+        loss = loss * self.ranks.world_size  # DeepSpeed averages the gradients of ranks, which should be summed
         if self.stage == 0 and self.config.precision == "fp16":
-            # Without ZeRO, `engine.backward` does not scale the loss, and the optimizer divides by the scale anyway.
+            # Without ZeRO, `engine.backward` does not scale the loss, but the optimizer divides by the scale.
             loss = loss * self._scaler().cur_scale
         self._engine.backward(loss, scale_wrt_gas=False)
         if not self._last:
-            self._engine.step()  # counts micro-batches; takes no step
+            self._engine.step()  # only counts the micro-batch
 
     def optimizer_step(self) -> None:
         self._engine.step()
 
-    # Where DeepSpeed keeps things.
+    # Locations of the master weights in DeepSpeed.
 
     def slots(self) -> dict[str, Slot]:
         return self._slots
@@ -113,7 +117,7 @@ class DeepSpeedEngine(Engine):
         return {name: Slot(master, 0, 0, master.numel()) for name, master in whole.items()}
 
     def _low_precision(self) -> list[tuple[int, torch.Tensor]]:
-        """At stage 0, the masters of parameters in half precision, by the parameter's id."""
+        """At stage 0: (id of the parameter, master weight) of every half-precision parameter."""
         low, high = getattr(self._optimizer, "fp16_groups", []), getattr(self._optimizer, "fp32_groups", [])
         return [(id(p), m) for ps, ms in zip(low, high, strict=True) for p, m in zip(ps, ms, strict=True)]
 
@@ -132,7 +136,7 @@ class DeepSpeedEngine(Engine):
         for name, parameter in self._parameters.items():
             group, offset, length = optimizer.grad_position[optimizer.get_param_id(parameter)]
             start = length * self.ranks.rank
-            numel = min(length, self.shapes[name].numel() - start)  # the last parts are padded
+            numel = min(length, self.shapes[name].numel() - start)  # the parts of the last ranks are padded
             if numel > 0:
                 found[name] = Slot(optimizer.fp32_partitioned_groups_flat[group], offset, start, numel)
         return found
@@ -143,7 +147,7 @@ class DeepSpeedEngine(Engine):
         if self.stage == 3:
             for group in range(len(optimizer.fp32_partitioned_groups_flat)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(group)
-            if optimizer.persistent_parameters:  # small ones, whole on every rank
+            if optimizer.persistent_parameters:  # small parameters, not sharded
                 optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         elif self.stage > 0:
             optimizer.update_lp_params()

@@ -1,6 +1,6 @@
-"""From a run's configuration and a user's DeepSpeed file to the configuration that DeepSpeed gets.
+"""Merges the configuration of a run and the user's DeepSpeed file into the configuration passed to DeepSpeed.
 
-Torch and DeepSpeed are not needed here: a contradiction is found before anything starts.
+Merging needs neither PyTorch nor DeepSpeed, so that contradictions are found before anything starts.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ REFUSED = {
     "amp": "the precision is train.precision",
     "torch_autocast": "the precision is train.precision",
     "elasticity": "the number of workers is --workers MIN:MAX",
-    "curriculum_learning": "the order of samples is the x0-state store's",
-    "data_efficiency": "the order of samples is the x0-state store's",
-    "pipeline": "there is no pipeline parallelism here",
-    "tensor_parallel": "there is no tensor parallelism here",
-    "compression_training": "weights are not compressed in training here",
-    "data_types": "master weights and accumulated gradients are float32 here",
+    "curriculum_learning": "the x0-state store determines the order of samples",
+    "data_efficiency": "the x0-state store determines the order of samples",
+    "pipeline": "pipeline parallelism is not supported",
+    "tensor_parallel": "tensor parallelism is not supported",
+    "compression_training": "compression of weights in training is not supported",
+    "data_types": "master weights and accumulated gradients are always float32",
 }
-"""Sections that a DeepSpeed file may not have, and where their settings live."""
+"""Sections that are not allowed in a DeepSpeed file, with the reason or the setting to use instead."""
 
 
 def read(path: str | Path) -> dict[str, Any]:
-    """A DeepSpeed JSON file. Raises ConfigError."""
+    """The contents of a DeepSpeed JSON file. Raises ConfigError if it cannot be read."""
     try:
         loaded = json.loads(expanded(path).read_text(encoding="utf-8-sig"), object_pairs_hook=_once)
     except ConfigError:
@@ -39,7 +39,7 @@ def read(path: str | Path) -> dict[str, Any]:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise ConfigError(f"cannot read the DeepSpeed configuration {path}: {error}") from error
     if not isinstance(loaded, dict):
-        raise ConfigError(f"the DeepSpeed configuration {path} must hold an object, not a {type(loaded).__name__}")
+        raise ConfigError(f"the DeepSpeed configuration {path} must hold a JSON object, not a {type(loaded).__name__}")
     return loaded
 
 
@@ -52,7 +52,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def zero_stage(config: RunConfig) -> int:
-    """`engine.zero`, or else what the DeepSpeed file says, or else 0."""
+    """The ZeRO stage: `engine.zero`, or else the stage in the DeepSpeed file, or else 0. Raises ConfigError."""
     if config.engine.zero is not None:
         return config.engine.zero
     section = config.engine.deepspeed.get("zero_optimization")
@@ -60,11 +60,12 @@ def zero_stage(config: RunConfig) -> int:
     if stage == "auto":
         return 0
     if stage not in (0, 1, 2, 3):
-        raise ConfigError(f"DeepSpeed configuration, zero_optimization.stage: {stage!r} is none of 0, 1, 2, 3")
+        raise ConfigError(f"DeepSpeed configuration, zero_optimization.stage: {stage!r} is not 0, 1, 2 or 3")
     return int(stage)
 
 
 def _ours(config: RunConfig, world: int) -> dict[str, Any]:
+    """The part of DeepSpeed's configuration that follows from the configuration of the run."""
     train, stage = config.train, zero_stage(config)
     zero: dict[str, Any] = {"stage": stage}
     if config.engine.offload:
@@ -84,7 +85,7 @@ def _ours(config: RunConfig, world: int) -> dict[str, Any]:
     }
 
 
-CURES = {
+REMEDIES = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.batch_size, train.grad_accumulation and the number of workers",
     "gradient_accumulation_steps": "train.grad_accumulation",
@@ -97,19 +98,21 @@ CURES = {
     "zero_optimization.stage": "engine.zero",
     "zero_optimization.offload_optimizer.device": "engine.offload",
 }
+"""Keys of DeepSpeed's configuration, with the setting of the run that determines them."""
 
 
 def _merge(ours: dict[str, Any], theirs: dict[str, Any], prefix: str, problems: list[str]) -> dict[str, Any]:
+    """`ours` with the keys of `theirs` added. Appends contradictions to `problems`."""
     merged = dict(ours)
     for key, value in theirs.items():
         name = prefix + key
         if value == "auto":
-            continue  # ours, or DeepSpeed's default
+            continue  # use ours, or DeepSpeed's default
         if isinstance(value, dict):
             own = ours.get(key, {})
             merged[key] = _merge(own if isinstance(own, dict) else {}, value, name + ".", problems)
         elif key in ours and ours[key] != value:
-            where = CURES.get(name)
+            where = REMEDIES.get(name)
             problems.append(
                 f"{name} is {json.dumps(value)} in the file and {json.dumps(ours[key])} in the run's configuration"
                 + (f" ({where})" if where else "")
@@ -120,9 +123,10 @@ def _merge(ours: dict[str, Any], theirs: dict[str, Any], prefix: str, problems: 
 
 
 def resolve(config: RunConfig, world: int) -> dict[str, Any]:
-    """What DeepSpeed gets for a run of `world` ranks; every "auto" is filled in or left to DeepSpeed's default.
+    """The configuration passed to DeepSpeed for a run of `world` ranks.
 
-    Raises ConfigError naming every key of the file that contradicts the run's configuration or has no meaning here.
+    Every "auto" is replaced by the run's setting, or by DeepSpeed's default if the run has none. Raises ConfigError,
+    which names every key of the file that contradicts the configuration of the run or is not supported.
     """
     theirs = config.engine.deepspeed
     problems = list(unknown(theirs))
@@ -138,7 +142,7 @@ def resolve(config: RunConfig, world: int) -> dict[str, Any]:
         if isinstance(zero.get(side), dict) and zero[side].get("device") == "nvme":
             problems.append(f"zero_optimization.{side}.device: nvme is not supported; use cpu")
     if isinstance(zero.get("offload_param"), dict) and zero["offload_param"].get("device", "none") != "none":
-        problems.append("zero_optimization.offload_param: only the optimizer is offloaded here (engine.offload)")
+        problems.append("zero_optimization.offload_param: only the optimizer can be offloaded (engine.offload)")
     if problems:
         raise ConfigError(
             "DeepSpeed configuration:\n  "
@@ -147,7 +151,7 @@ def resolve(config: RunConfig, world: int) -> dict[str, Any]:
         )
     del merged["optimizer"]  # ours is handed over as an object: fused torch Adam, which needs no compiler
     fp16 = merged["fp16"]
-    if fp16["enabled"]:  # torch's loss scaling, so that the engines agree
+    if fp16["enabled"]:  # the loss scaling of PyTorch, so that the engines agree
         for key, value in {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}.items():
             fp16.setdefault(key, value)
     merged.setdefault("steps_per_print", 1 << 60)

@@ -1,4 +1,4 @@
-"""Settings of torch's kernels that decide speed and the last bits: TF32 and deterministic algorithms."""
+"""Settings of PyTorch's kernels that affect speed and rounding: TF32 and deterministic algorithms."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from udddm.config import TrainConfig
 
 
 def configure(config: TrainConfig) -> None:
-    """Apply `train.tf32` and `train.deterministic` to this process, before its first kernels.
+    """Apply `train.tf32` and `train.deterministic` to this process. Call it before the first kernel runs.
 
-    Deterministic algorithms follow PyTorch's notes on reproducibility. An operation that has none raises RuntimeError,
-    which names it. On a CPU the kernels used here are deterministic either way.
+    Deterministic algorithms are set as in PyTorch's notes on reproducibility. An operation without one raises a
+    RuntimeError that names it. On a CPU, the kernels used here are deterministic with either setting.
     """
     torch.backends.cuda.matmul.allow_tf32 = config.tf32
     torch.backends.cudnn.allow_tf32 = config.tf32

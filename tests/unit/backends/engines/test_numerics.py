@@ -1,4 +1,4 @@
-"""TF32 and deterministic algorithms, as far as a CPU shows them."""
+"""TF32 and deterministic algorithms, as far as they can be tested on a CPU."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ print(result.weights_sha256, result.ema_sha256, result.state_sha256)
 
 
 def run(directory: Path, *settings: str) -> list[str]:
-    """In a process of its own, because the settings are torch's and global."""
+    """Runs in a separate process, because the settings are global to PyTorch."""
     command = [sys.executable, "-c", RUN, str(directory), *settings]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     return found.stdout.strip().splitlines()
