@@ -44,8 +44,8 @@ class NoiseSchedule(ABC):
     """
 
     max_frequency: float = 16.0
-    """The highest frequency that an embedding of `Coefficients.c_noise` should resolve, in radians per unit. 16 is suitable
-    for EDM's ln(sigma) / 4."""
+    """The highest frequency that an embedding of `Coefficients.c_noise` should resolve, in radians per unit. 16 suits
+    EDM's ln(sigma) / 4."""
     huber_c: float = 0.00015
     """The paper's c of Eq. 4 for this schedule."""
 
