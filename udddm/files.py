@@ -1,7 +1,7 @@
-"""Files that are there as they should be or not at all, also after a kill, a full disk or a power loss; and paths as
-people write them.
+"""Durable and atomic writes: after a kill, a full disk or a power loss, a file is complete or does not exist.
 
-Neither numpy nor safetensors is imported before it is needed: the configuration uses this module.
+Also expands paths given by users. NumPy and safetensors are imported only where needed, because the configuration uses
+this module.
 """
 
 from __future__ import annotations
@@ -59,7 +59,10 @@ def atomic_write(path: Path, write: Callable[[BinaryIO], object], *, shared: boo
 
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:
-    """An .npy file. Unlike numpy's own writer, a full disk is an OSError that says so."""
+    """Write an .npy file durably and atomically.
+
+    On a full disk the OSError states the reason, unlike that of NumPy's own writer.
+    """
     import numpy as np
 
     rows = np.ascontiguousarray(array)
@@ -156,14 +159,14 @@ _ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)/(?!/)(.*)", re.DOTALL)
 
 
 def expanded(path: str | Path) -> Path:
-    """A path with its `~` replaced by the home directory, which shells leave alone in `--run-dir=~/run`.
+    """A path with `~` replaced by the home directory. Shells do not expand it in `--run-dir=~/run`.
 
-    Raises ConfigError where there is no home directory, and for a URL, also one that lost a slash: `pathlib` makes
-    s3:/bucket of s3://bucket.
+    Raises ConfigError if there is no home directory, and for a URL, including a URL that lost a slash: `pathlib` turns
+    s3://bucket into s3:/bucket.
     """
     text = str(path)
     if "://" in text and not isinstance(path, Path):
-        raise ConfigError(f"{text}: this must be a path of this machine, not a URL")
+        raise ConfigError(f"{text}: this must be a local path, not a URL")
     if match := _ONE_SLASH.fullmatch(text):
         raise ConfigError(
             f"{text}: write two slashes after the scheme, as in {match[1]}//{match[2]}, and pass URLs as text, not as "
@@ -180,8 +183,8 @@ def expanded(path: str | Path) -> Path:
 
 
 def home_cache() -> Path:
-    """~/.cache/udddm; a directory of this user's among the temporary files where there is no home directory, or none
-    that can be written to, as in a container with a random user id.
+    """The cache directory: ~/.cache/udddm, or a temporary directory of this user if the home directory is missing or
+    not writable, as in a container with a random user ID.
 
     Raises ConfigError if that directory belongs to another user.
     """
@@ -195,5 +198,7 @@ def home_cache() -> Path:
     found = Path(tempfile.gettempdir()) / f"udddm-{os.getuid()}"
     found.mkdir(mode=0o700, exist_ok=True)
     if found.is_symlink() or found.stat().st_uid != os.getuid():
-        raise ConfigError(f"{found} belongs to another user: set HOME, or TMPDIR to a directory of yours")
+        raise ConfigError(
+            f"{found} belongs to another user: set HOME, or set TMPDIR to a directory that belongs to you"
+        )
     return found

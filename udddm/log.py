@@ -1,8 +1,8 @@
 """Messages to the user: the logger `udddm`.
 
 The commands install a handler that prints to stderr. In a Python program, configure logging as usual; if no handler is
-configured, `udddm.train` installs the same one. `logging.getLogger("udddm").setLevel(logging.WARNING)` silences
-everything below a warning, in the workers too.
+configured, `udddm.train` installs the same handler. To see only warnings and errors, also those of workers, call
+`logging.getLogger("udddm").setLevel(logging.WARNING)`.
 """
 
 from __future__ import annotations
@@ -39,9 +39,10 @@ class StderrHandler(logging.Handler):
 
 
 def install(*, force: bool = False, level: int = logging.INFO) -> None:
-    """Print the messages of `udddm` to stderr, those from `level` on unless the logger has a level already.
+    """Print the messages of `udddm` to stderr, from `level` unless the logger already has a level.
 
-    Without `force`, only if no handler would receive them, so that an application's own configuration wins.
+    Without `force`, this does nothing if a handler already receives them, so that an application's logging
+    configuration takes precedence.
     """
     if any(isinstance(each, StderrHandler) for each in log.handlers) or (log.hasHandlers() and not force):
         return

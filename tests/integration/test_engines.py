@@ -84,7 +84,7 @@ def test_every_stage_gives_the_weights_ema_and_moments_of_torch(name: str, refer
 
 
 @pytest.mark.parametrize("name", ["torch", "zero2"])
-def test_accumulation_gives_the_same(name: str, reference: Path, tmp_path: Path) -> None:
+def test_accumulation_gives_the_same_weights(name: str, reference: Path, tmp_path: Path) -> None:
     assert difference(train(tmp_path / name, name, 2, grad_accumulation=4), reference) < 1e-6
 
 
@@ -200,7 +200,7 @@ def half_steps(place: Path, name: str, world: int = 1, good: int = 0, **settings
     ],
 )
 def test_fp16_gradients_are_scaled_and_unscaled_at_every_stage(name: str, clip: float | None, tmp_path: Path) -> None:
-    """Adam hides a constant factor in its updates, but not in its moments."""
+    """A constant factor has no effect on the updates of Adam, but it has on the moments."""
     expected, found = half_steps(tmp_path, "torch", grad_clip=clip), half_steps(tmp_path, name, grad_clip=clip)
     assert set(expected) == set(found)
     assert torch.equal(expected["scaler"], found["scaler"])
@@ -257,7 +257,7 @@ def test_bf16_keeps_unrounded_master_weights(tmp_path: Path) -> None:
         assert max(float((saved[n] - p.detach()).abs().max()) for n, p in initial.items()) < 1e-9
 
 
-def test_a_sharded_run_begins_with_another_engines_average(reference: Path, tmp_path: Path) -> None:
+def test_a_sharded_run_starts_from_an_ema_of_another_engine(reference: Path, tmp_path: Path) -> None:
     run = train(tmp_path / "run", "zero1", 2, precision="bf16", learning_rate=1e-12, init_from=str(reference))
     begun = Saved(reference / "checkpoints" / "step-00000008", "ema-0.9")
     for kind in ("model", "ema-0.9"):
@@ -333,6 +333,6 @@ def test_settings_of_deepspeed_need_deepspeed(tmp_path: Path) -> None:
         resolve({"engine": {"name": "deepspeed", "zero": 0, "offload": True}})
 
 
-def test_accumulation_must_divide_a_ranks_samples(tmp_path: Path) -> None:
+def test_accumulation_must_divide_the_samples_of_a_rank(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"train\.grad_accumulation"):
         udddm.train(config(grad_accumulation=3), run_dir=tmp_path / "run", device="cpu")

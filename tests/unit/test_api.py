@@ -1,4 +1,4 @@
-"""The public surface: its names, the ways to give a configuration, factories of your own, and what is refused."""
+"""The public API: its names, the forms of a configuration, custom factories, and its errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def untouched_logger() -> Iterator[logging.Logger]:
-    """The logger `udddm` as in a new process, and as it was afterwards."""
+    """The logger `udddm` as in a new process. Its state is restored afterwards."""
     log = logging.getLogger("udddm")
     before = (list(log.handlers), log.propagate, log.level)
     log.handlers, log.propagate = [], True
@@ -94,7 +94,7 @@ def test_a_wrong_name_is_an_attribute_error_that_lists_the_names() -> None:
         from udddm import trian  # type: ignore[attr-defined]  # noqa: F401
 
 
-def test_importing_the_package_imports_nothing_heavy() -> None:
+def test_importing_the_package_imports_no_large_dependencies() -> None:
     code = (
         "import sys, udddm; dir(udddm)\n"
         "heavy = {'torch', 'numpy', 'pydantic', 'yaml', 'zarr'} & set(sys.modules)\n"
@@ -106,7 +106,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 # Configurations.
 
 
-def test_a_file_a_dict_and_a_configuration_are_the_same_run(tmp_path: Path) -> None:
+def test_a_file_a_dict_and_a_configuration_give_the_same_run(tmp_path: Path) -> None:
     small = {f"network.{key}": value for key, value in TINY["network"].items()}
     overrides = {"train.steps": 2, "train.batch_size": 64, "sample.final": 0, **small}
     as_text = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
@@ -169,7 +169,7 @@ def test_a_wrong_argument_is_one_clear_error(arguments: dict[str, Any], message:
     assert not (tmp_path / "run").exists()
 
 
-def test_a_local_function_is_refused_as_a_lambda_is(tmp_path: Path) -> None:
+def test_a_local_function_is_refused_like_a_lambda(tmp_path: Path) -> None:
     def local(context: NetworkContext) -> torch.nn.Module:
         raise AssertionError
 
@@ -198,7 +198,7 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_options(tmp_path: Path
         ({"guidance": 2.0}, "network.label_dropout"),
     ],
 )
-def test_wrong_arguments_of_sampling(arguments: dict[str, Any], message: str, run: Path) -> None:
+def test_errors_name_wrong_arguments_of_sampling(arguments: dict[str, Any], message: str, run: Path) -> None:
     model = udddm.load_model(run, device="cpu")
     with pytest.raises(ConfigError, match=message):
         udddm.sample(model, **({"seeds": [1, 2, 3]} | arguments))
@@ -217,7 +217,7 @@ def test_seeds_and_labels_may_be_arrays_and_tensors(run: Path) -> None:
 
 
 def test_results_are_frozen_dataclasses(run: Path) -> None:
-    result = udddm.train(TINY, run_dir=run, device="cpu")  # it is finished: this reads its result
+    result = udddm.train(TINY, run_dir=run, device="cpu")  # the run is finished: this reads its result
     assert isinstance(result, TrainResult) and dataclasses.is_dataclass(result)
     assert result.steps == result["steps"] == 2
     assert result.to_dict() == json.loads((run / "result.json").read_text())
@@ -231,7 +231,7 @@ def test_results_are_frozen_dataclasses(run: Path) -> None:
             found["nothing"]
 
 
-# Factories of your own.
+# Custom factories.
 
 
 class OwnStore(DeviceStore):
@@ -266,7 +266,7 @@ def own_sampler(task: SamplingTask) -> torch.Tensor:
     return torch.full((task.count, 1, 8, 8), 0.25)
 
 
-def test_factories_of_your_own_become_names_in_the_configuration(tmp_path: Path) -> None:
+def test_custom_factories_become_names_in_the_configuration(tmp_path: Path) -> None:
     result = udddm.train(
         TINY,
         run_dir=tmp_path,
@@ -304,7 +304,7 @@ def no_metric(given: MetricInput) -> float:
     return 3.0
 
 
-def test_a_metric_of_your_own_scores_from_python_and_while_training(
+def test_a_custom_metric_is_computed_from_python_and_in_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -331,7 +331,7 @@ def test_a_metric_of_your_own_scores_from_python_and_while_training(
 
 
 class InThisProcess(Launcher):
-    """A launcher of one's own: the only rank is this process."""
+    """A custom launcher, whose only rank is this process."""
 
     attempts: list[int] = []  # noqa: RUF012
 
@@ -344,13 +344,13 @@ class InThisProcess(Launcher):
 
 
 @pytest.mark.parametrize("backend", [InThisProcess, f"{__name__}:InThisProcess"])
-def test_a_launcher_of_your_own(backend: Any, tmp_path: Path) -> None:
+def test_a_custom_launcher_runs_a_rank(backend: Any, tmp_path: Path) -> None:
     InThisProcess.attempts.clear()
     assert udddm.train(TINY, run_dir=tmp_path, device="cpu", workers=(1, 8), backend=backend).steps == 2
     assert InThisProcess.attempts == [1]
 
 
-def test_the_launcher_is_chosen_by_name_or_by_what_surrounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launcher_is_selected_by_name_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK", "RAY_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
     config = RunConfig()

@@ -1,4 +1,4 @@
-"""Paths as people write them: ~, URLs that lost a slash, and machines without a home directory."""
+"""Paths given by users: ~, URLs that lost a slash, and machines without a home directory."""
 
 import os
 import pwd
@@ -32,7 +32,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Neither HOME nor an entry in the password file, as for a random user id in a container."""
+    """Neither HOME nor an entry in the password file, as for a random user ID in a container."""
 
     def no_entry(_: object) -> None:
         raise KeyError("getpwuid(): uid not found")
@@ -44,7 +44,7 @@ def homeless(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_the_home_directory_is_found_wherever_a_path_is_taken(home: Path) -> None:
+def test_the_home_directory_is_expanded_in_every_path_argument(home: Path) -> None:
     np.save(home / "x.npy", np.zeros((4, 8, 8), np.uint8))
     (home / "preset.yaml").write_text("train: {steps: 3}\n")
     assert expanded("~/x") == home / "x"
@@ -73,9 +73,7 @@ def test_a_directory_whose_name_has_a_colon_can_be_named() -> None:
 
 
 @pytest.mark.parametrize("out", ["s3://bucket/out", "s3:/bucket/out"])
-def test_what_must_be_a_local_path_is_refused_as_a_url(
-    home: Path, out: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_url_is_refused_as_a_local_path(home: Path, out: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         sample_command.main(["--checkpoint", "run", "--out", out])
     assert ended.value.code == 2

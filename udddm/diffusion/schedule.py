@@ -38,14 +38,13 @@ class Coefficients(NamedTuple):
 
 
 class NoiseSchedule(ABC):
-    """The contract of a noise schedule: `sigma`, `signal`, `time`, and `precondition` where it is not EDM's.
+    """The contract of a noise schedule: `sigma`, `signal`, `time`, and `precondition` if it differs from EDM's.
 
-    `sigma(t)` is the noise-to-signal ratio: VE's sigma_t, VP's sqrt((1 - abar_t) / abar_t). It rises with t and is
-    positive and finite in [1, T]. A factory of your own is called with the section `schedule` of the configuration.
+    A custom factory is called with the section `schedule` of the configuration.
     """
 
     max_frequency: float = 16.0
-    """The highest frequency that an embedding of `Coefficients.c_noise` should resolve, radians per unit. 16 suits
+    """The highest frequency that an embedding of `Coefficients.c_noise` should resolve, in radians per unit. 16 suits
     EDM's ln(sigma) / 4."""
     huber_c: float = 0.00015
     """The paper's value of c in Eq. 4 for this schedule."""
@@ -56,7 +55,10 @@ class NoiseSchedule(ABC):
 
     @abstractmethod
     def sigma(self, t: Array) -> Array:
-        """The noise-to-signal ratio of times `t` in [1, T]."""
+        """The noise-to-signal ratio of times `t` in [1, T]: sigma_t for VE, sqrt((1 - abar_t) / abar_t) for VP.
+
+        It must be positive and finite, and increase with t.
+        """
 
     @property
     def lowest(self) -> float:
@@ -95,9 +97,9 @@ class NoiseSchedule(ABC):
         return np.stack([signal, sigma * signal, skip, out, scale, embedding]).astype(np.float32)
 
     def precondition(self, t: Array, sigma: Array, signal: Array) -> tuple[Array, Array, Array, Array]:
-        """c_skip, c_out, c_in and c_noise of times `t` [B], whose `sigma` and `signal` are given.
+        """(c_skip, c_out, c_in, c_noise) of times `t` [B] with the given `sigma` and `signal`, each [B].
 
-        By default EDM's (Karras et al. 2022, Table 1), applied to x_t / signal = x_0 + sigma eps.
+        The default is that of EDM (Karras et al. 2022, Table 1), applied to x_t / signal = x_0 + sigma eps.
         """
         data = self.config.sigma_data
         total = np.hypot(sigma, data)
@@ -105,6 +107,8 @@ class NoiseSchedule(ABC):
 
 
 class VarianceExploding(NoiseSchedule):
+    """VE: x_t = x_0 + sigma_t eps, with the spacing of Karras et al. 2022, Eq. 5."""
+
     def sigma(self, t: Array) -> Array:
         c = self.config
         low, high = c.sigma_min ** (1 / c.rho), c.sigma_max ** (1 / c.rho)

@@ -86,7 +86,7 @@ class UNet(nn.Module):
 
         self.noise_embedding = NoiseEmbedding(config.base_channels, self._embedding_width, max_frequency)
         self.label_embedding = nn.Embedding(config.classes + 1, self._embedding_width) if config.classes else None
-        self.condition_tokens = nn.ModuleDict()  # one for each stage with attention, shared by the stage's layers
+        self.condition_tokens = nn.ModuleDict()  # one per stage with attention, shared by the layers of the stage
         if config.conditioned:
             for stage in sorted(self._attended | {stages - 1}):
                 self.condition_tokens[str(stage)] = ConditionTokens(

@@ -32,7 +32,7 @@ __all__ = [
 
 
 def build(config: RunConfig, schedule: NoiseSchedule, epochs: float, shape: tuple[int, int, int]) -> Objective:
-    """The objective of a run of `epochs` epochs on images [C, H, W], after its pretraining. Raises ConfigError."""
+    """The objective of a run of `epochs` epochs on images [C, H, W], including its pretraining. Raises ConfigError."""
     context = ObjectiveContext(schedule, config.objective, config.seed, epochs, shape, config.network.conditioned)
     first = math.ceil(pretrain_share(config) * epochs)
     own = replace(context, epochs=max(epochs - first, 1e-9)) if first else context

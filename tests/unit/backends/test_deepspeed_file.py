@@ -1,4 +1,4 @@
-"""Mistakes in a DeepSpeed file, which DeepSpeed itself ignores or reports in a trace."""
+"""Mistakes in a DeepSpeed file that DeepSpeed itself ignores or reports with a traceback."""
 
 import json
 from pathlib import Path
@@ -28,12 +28,12 @@ def with_keys(keys: dict[str, Any]) -> RunConfig:
         ({"xyz": 1}, "xyz: DeepSpeed has no such key; remove it"),
     ],
 )
-def test_an_unknown_key_is_refused_by_name(keys: dict[str, Any], message: str) -> None:
+def test_the_error_names_an_unknown_key(keys: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         deepspeed_config.resolve(with_keys(keys), 1)
 
 
-def test_every_mistake_is_named_at_once() -> None:
+def test_one_error_names_all_mistakes() -> None:
     with pytest.raises(ConfigError) as raised:
         deepspeed_config.resolve(
             with_keys({"gradient_cliping": 1.0, "zero_optimization": {"stge": 2}, "amp": {"a": 1}}), 1
@@ -54,7 +54,7 @@ def test_known_keys_and_comments_are_accepted() -> None:
     assert "_comment" not in found
 
 
-def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+def test_a_repeated_key_is_refused(tmp_path: Path) -> None:
     (tmp_path / "d.json").write_text('{"zero_optimization": {"stage": 2}, "zero_optimization": {"stage": 0}}')
     with pytest.raises(ConfigError, match=r"d\.json: zero_optimization is given twice"):
         deepspeed_config.read(tmp_path / "d.json")

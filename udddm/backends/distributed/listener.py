@@ -14,4 +14,4 @@ class Listener(ABC):
 
     @abstractmethod
     def on_metrics(self, step: int, total: int, values: dict[str, float]) -> None:
-        """Called on rank zero every `log_every_steps`."""
+        """Receive the metrics of step `step` of `total`. Called on rank zero every `log_every_steps` steps."""

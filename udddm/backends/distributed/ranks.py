@@ -21,7 +21,7 @@ from udddm.order import check_world
 
 T = TypeVar("T")
 RENDEZVOUS = "UDDDM_RENDEZVOUS"
-"""Environment variable: a file through which ranks on one machine find each other, instead of a network address."""
+"""Environment variable with the path of a file for rendezvous on one machine, used instead of a network address."""
 TIMEOUT = 600.0
 """Seconds after which a collective operation is considered hung."""
 
@@ -37,12 +37,12 @@ class Ranks:
 
     @property
     def is_local_rank_zero(self) -> bool:
-        """Whether this rank does what is done once per machine."""
+        """Whether this rank performs the work that is done once per machine."""
         return self.local_rank == 0
 
     @property
     def is_rank_zero(self) -> bool:
-        """Whether this rank does what is done once per run."""
+        """Whether this rank performs the work that is done once per run, such as writing checkpoints."""
         return self.rank == 0
 
     def barrier(self) -> None:
@@ -74,8 +74,11 @@ class Ranks:
         return values or []
 
     def run_on_all(self, action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
-        """Run `action` on every rank. If it raises one of `errors` on any rank, every rank raises: the failing rank its
-        error, the others RankError. No rank is left waiting."""
+        """Run `action` on every rank, and return its result.
+
+        If it raises one of `errors` on any rank, every rank raises: the failing rank its own error, the others
+        RankError. No rank is left waiting.
+        """
         failed, result = None, None
         try:
             result = action()
@@ -89,7 +92,7 @@ class Ranks:
         return result  # type: ignore[return-value]
 
     def run_on_rank_zero(self, action: Callable[[], T], errors: tuple[type[Exception], ...]) -> T:
-        """`run_on_all`, with work for rank zero only. Returns its result on every rank."""
+        """Run `action` on rank zero, with the errors of `run_on_all`. Returns its result on every rank."""
         return self.gather(self.run_on_all(action if self.is_rank_zero else lambda: None, errors))[0]  # type: ignore[return-value]
 
     def check_shared(self, directory: Path, what: str) -> None:
@@ -164,7 +167,7 @@ def choose_device(name: str, local_rank: int = 0) -> torch.device:
 
 
 def _gpu(local_rank: int, visible: int) -> int:
-    """The index of a rank's GPU. If the launcher shows each rank one GPU, that is index 0."""
+    """The index of a rank's GPU: `local_rank`, or 0 if the launcher made only one GPU visible to each rank."""
     if visible == 1 and os.environ.get("CUDA_VISIBLE_DEVICES") and RENDEZVOUS not in os.environ:
         return 0
     if local_rank >= visible:

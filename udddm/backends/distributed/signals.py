@@ -1,4 +1,4 @@
-"""The handler of SIGTERM and SIGINT during a run."""
+"""Handling of SIGTERM and SIGINT during a run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 
 @contextmanager
 def handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
-    """Handle both signals by `handler`. Outside of the main thread nothing changes: there the launcher handles them."""
+    """Handle both signals with `handler`, and restore the previous handlers on exit.
+
+    Has no effect outside of the main thread, where the launcher handles the signals.
+    """
     previous: dict[int, Any] = {}
     try:
         for signum in (signal.SIGTERM, signal.SIGINT):

@@ -64,9 +64,10 @@ class EngineContext:
 
 
 class Engine(ABC):
-    """`module` is what the loss calls. An engine with settings of its own is built as `factory(context, settings)`.
+    """Turns losses into optimizer steps. The loss calls the network as `module`.
 
-    For another optimizer alone, derive from `udddm.backends.engines.ddp.TorchEngine` and override `optimizer`.
+    An engine with settings is built as `factory(context, settings)`. To change only the optimizer, derive from
+    `udddm.backends.engines.ddp.TorchEngine` and override `optimizer`.
     """
 
     needs_process_group: ClassVar[bool] = False
@@ -82,7 +83,7 @@ class Engine(ABC):
 
     @classmethod
     def check(cls, config: RunConfig, world_size: int) -> None:
-        """Raise ConfigError for settings that this engine cannot follow, before anything is started."""
+        """Raise ConfigError for settings that this engine does not support. Called before anything is started."""
         return
 
     @property
@@ -91,7 +92,7 @@ class Engine(ABC):
         return False
 
     def describe(self) -> str:
-        """The engine and its mode, as the first lines of a run show them."""
+        """The engine and its mode, for the first lines of a run's log."""
         return type(self).__name__
 
     # Steps.
@@ -130,7 +131,7 @@ class Engine(ABC):
 
     @abstractmethod
     def optimizer_step(self) -> None:
-        """Clip the gradients that were accumulated, update the weights, and forget the gradients."""
+        """Clip the accumulated gradients, update the weights, and discard the gradients."""
 
     def backward_and_step(self, loss: torch.Tensor, step: int) -> None:
         """Take a step with a single micro-batch."""
@@ -181,11 +182,11 @@ class Engine(ABC):
 
     @abstractmethod
     def loss_scale(self) -> list[float]:
-        """In float16 training, the loss scale and the steps since it changed."""
+        """In float16 training, [loss scale, steps since it changed]."""
 
     @abstractmethod
     def load_loss_scale(self, scale: float, since: int) -> None:
-        """Take up what `loss_scale` gave."""
+        """Restore the values returned by `loss_scale`."""
 
     def load_weights(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Load the weights from full tensors, by parameter name."""
@@ -212,7 +213,7 @@ class Engine(ABC):
             self.load_loss_scale(scale, int(since))
 
     def weights_loaded(self) -> None:
-        """The master weights were set: bring what the forward pass uses in line."""
+        """Called after the master weights were set: update the weights that the forward pass uses."""
         return
 
     @torch.no_grad()

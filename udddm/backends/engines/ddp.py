@@ -37,8 +37,11 @@ class TorchEngine(Engine):
         self._begun = False
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-        """The optimizer of the parameters; the rate is set before every step. For engines that derive from this one:
-        its state must be Adam's (`exp_avg`, `exp_avg_sq`, `step`), which is what checkpoints hold."""
+        """Create the optimizer of the parameters. Its learning rate is set before every step.
+
+        Subclasses may override this. Its state must be that of Adam (`exp_avg`, `exp_avg_sq`, `step`), because
+        checkpoints hold no other state.
+        """
         return torch.optim.Adam(parameters, lr=self.config.learning_rate, betas=self.config.betas, fused=True)
 
     def describe(self) -> str:
@@ -85,12 +88,15 @@ class TorchEngine(Engine):
         self._begun = False
 
     def moments(self) -> dict[str, Pieces]:
-        """Raises ConfigError for an optimizer whose state is not Adam's: a checkpoint would lose what else it has."""
+        """Views of Adam's moments.
+
+        Raises ConfigError for an optimizer with any other state, which would be missing in checkpoints.
+        """
         kept = {key for state in self.adam.state.values() for key in state}
         if other := sorted(kept - {"step", *MOMENTS}):
             raise ConfigError(
                 f"engine {self.describe()}: its optimizer keeps {', '.join(other)}, which checkpoints do not hold; "
-                f"take one whose state is step, {' and '.join(MOMENTS)}, such as Adam, AdamW or RAdam"
+                f"use one whose state is step, {' and '.join(MOMENTS)}, such as Adam, AdamW or RAdam"
             )
         return super().moments()
 

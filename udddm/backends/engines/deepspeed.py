@@ -161,8 +161,12 @@ class DeepSpeedEngine(Engine):
         return getattr(self._optimizer, "loss_scaler", None) or self._optimizer.loss_scale_config
 
     def loss_scale(self) -> list[float]:
-        """DeepSpeed counts the steps since the last overflow, and raises the scale at multiples of the window. Torch
-        counts those since the scale changed, and raises it when they equal the window: more would never be equal."""
+        """[loss scale, steps since it changed], as counted by PyTorch.
+
+        DeepSpeed counts the steps since the last overflow, and raises the scale at multiples of the window. PyTorch
+        counts the steps since the scale changed, and raises it when their number equals the window. DeepSpeed's count
+        could be above the window, and would then never be equal to it.
+        """
         scaler = self._scaler()
         return [scaler.cur_scale, (scaler.cur_iter - scaler.last_overflow_iter - 1) % scaler.scale_window]
 

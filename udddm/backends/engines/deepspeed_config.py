@@ -44,7 +44,7 @@ def read(path: str | Path) -> dict[str, Any]:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of a JSON file. Raises ValueError for a key that is given twice, of which Python takes the last."""
+    """An object of a JSON file. Raises ValueError for a repeated key, of which Python would use the last value."""
     found = dict(pairs)
     if twice := [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]:
         raise ValueError(f"{twice[0]} is given twice: join the two, or remove one")
@@ -147,9 +147,9 @@ def resolve(config: RunConfig, world: int) -> dict[str, Any]:
         raise ConfigError(
             "DeepSpeed configuration:\n  "
             + "\n  ".join(problems)
-            + '\n  correct the file; where it disagrees with the run, "auto" takes the run\'s value'
+            + '\n  correct the file; "auto" uses the value of the run'
         )
-    del merged["optimizer"]  # ours is handed over as an object: fused torch Adam, which needs no compiler
+    del merged["optimizer"]  # passed as an object instead: PyTorch's fused Adam, which needs no compiler
     fp16 = merged["fp16"]
     if fp16["enabled"]:  # the loss scaling of PyTorch, so that the engines agree
         for key, value in {"initial_scale_power": 16, "loss_scale_window": 2000, "hysteresis": 1}.items():

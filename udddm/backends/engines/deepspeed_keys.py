@@ -1,6 +1,6 @@
-"""The keys that DeepSpeed's configuration has: it ignores one that it does not know at the top of its file.
+"""The keys of DeepSpeed's configuration. DeepSpeed ignores unknown keys at the top level of its file.
 
-Found by reading the source of DeepSpeed 0.19.8. Sections that are not listed are left to DeepSpeed, which checks them.
+Found by reading the source of DeepSpeed 0.19.8. Sections that are not listed here are checked by DeepSpeed.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ KNOWN = {
     "activation_checkpointing": "partition_activations number_checkpoints contiguous_memory_optimization "
     "synchronize_checkpoint_boundary cpu_checkpointing profile",
 }
-"""Of every section, by its dotted name, the keys."""
+"""The keys of every section, by the dotted name of the section."""
 
 
 def unknown(found: Mapping[str, Any], section: str = "") -> Iterator[str]:
-    """A line for every key that DeepSpeed does not know, with the known one that is closest to it."""
+    """Yields one line per key unknown to DeepSpeed, with the known key that is closest to it, if any."""
     known = KNOWN[section].split()
     for key, value in found.items():
         name = f"{section}.{key}" if section else key
