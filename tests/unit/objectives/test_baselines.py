@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch._dynamo.backends.registry import lookup_backend
 
-from udddm import api, networks, objectives, rng
+from udddm import networks, objectives, rng
 from udddm.backends import engines
 from udddm.backends.distributed.ranks import Ranks
 from udddm.config import ECTConfig, EDMConfig, ICTConfig, ScheduleConfig, resolve
@@ -246,31 +244,6 @@ def test_without_dropout_only_the_rows_that_need_it_are_evaluated(name: str) -> 
             assert some.evaluated(visits) == needed and every.evaluated(visits) == (batch if needed else 0)
 
 
-@pytest.mark.parametrize("settings", [*DROPPING.values(), {"name": "edm"}], ids=[*DROPPING, "edm"])
-def test_the_network_is_compiled_once_per_pass_without_graph_breaks(settings: dict[str, Any]) -> None:
-    """For any number of rows that need a teacher, and any epochs, levels and classes."""
-    graphs: list[object] = []
-
-    def compiler(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
-        graphs.append(graph)
-        return lookup_backend("aot_eager")(graph, inputs)
-
-    network = {**SMALL, "dropout": 0.1, "classes": 3}
-    config = resolve({"objective": settings, "network": network, "train": {"steps": 1, "compile": True}})
-    schedule = build(config.schedule)
-    one = objectives.build(config, schedule, 40, SHAPE)
-    teacher = objectives.teacher_of(config, equal_forward_calls=False)
-    torch._dynamo.reset()
-    compiled = torch.compile(networks.for_run(config, SHAPE), backend=compiler, fullgraph=True)
-    for epoch in range(0, 40, 2):
-        ids = np.arange(16) + 16 * epoch
-        x0 = torch.zeros(16, *SHAPE)
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings["name"] == "ict"):
-            losses, _ = visit_loss(compiled, x0, x0, one.plan(ids, epoch), torch.from_numpy(ids % 3), teacher)
-        losses.sum().backward()
-    assert len(graphs) == (1 if settings["name"] == "edm" else 2)
-
-
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 @pytest.mark.parametrize("name", ["chain", "ict", "ect"])
 def test_every_parameter_has_a_gradient_after_a_teacher_s_call_under_autocast(name: str, dropout: float) -> None:
@@ -320,35 +293,6 @@ def test_heun_generates_the_data_of_an_exact_denoiser(schedule: NoiseSchedule) -
 
     assert deviation(79) == pytest.approx(0.5, rel=0.03)
     assert deviation(1) < 0.1  # one evaluation of a denoiser returns the mean
-
-
-TINY: dict[str, Any] = {
-    "data": {"name": "digits"},
-    "schedule": {"kind": "ve", "sigma_min": 0.05, "sigma_max": 30.0},
-    "network": {
-        "base_channels": 8,
-        "channel_mult": [1],
-        "blocks_per_level": 1,
-        "attention_resolutions": [],
-        "dropout": 0.1,
-        "condition": "none",
-    },
-    "train": {"steps": 24, "batch_size": 256, "torch_threads": 1},
-    "sample": {"every_steps": 0},
-}
-
-
-@pytest.mark.parametrize("name", ["ict", "ect", "edm"])
-def test_a_run_trains_and_resumes(tmp_path: Path, name: str) -> None:
-    config = resolve(TINY | {"objective": {"name": name, "pretrain": 0.5}, "checkpoint": {"every_steps": 10}})
-    whole = api.train(config, run_dir=tmp_path / "whole", device="cpu")
-    assert math.isfinite(whole["epochs"]) and whole["steps"] == 24
-    api.train(config, run_dir=tmp_path / "again", device="cpu")
-    (tmp_path / "again" / "result.json").unlink()
-    newest = max((tmp_path / "again" / "checkpoints").iterdir())
-    (newest / "manifest.json").unlink()  # without a manifest this checkpoint is invalid, and the previous one is used
-    resumed = api.train(config, run_dir=tmp_path / "again", device="cpu")
-    assert resumed["weights_sha256"] == whole["weights_sha256"] and resumed["state_sha256"] == whole["state_sha256"]
 
 
 def test_pretraining_trains_a_denoiser_and_then_the_objective_from_its_start() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udddm import api, objectives
+from udddm import objectives
 from udddm.config import RunConfig, resolve
 from udddm.data import ImageDataset
 from udddm.diffusion.schedule import build
@@ -103,26 +102,6 @@ def test_the_inputs_of_a_step_have_the_label_for_none_where_dropped(share: float
     assert np.array_equal(seen.numpy(), np.where(drop, 10, labels[ids]))
     assert bool(drop.any()) == (share > 0)
     assert dataset.batch(ids)[1].tolist() == labels[ids].tolist()  # the labels of the data set are not modified
-
-
-def test_a_run_with_label_dropout_resumes_and_differs_from_one_without(tmp_path: Path) -> None:
-    chosen = config(network={"condition": "none"}, checkpoint={"every_steps": 10})
-    whole = api.train(chosen, run_dir=tmp_path / "whole", device="cpu")
-    api.train(chosen, run_dir=tmp_path / "again", device="cpu")
-    (tmp_path / "again" / "result.json").unlink()
-    (max((tmp_path / "again" / "checkpoints").iterdir()) / "manifest.json").unlink()
-    resumed = api.train(chosen, run_dir=tmp_path / "again", device="cpu")
-    for key in ("weights_sha256", "ema_sha256", "state_sha256"):
-        assert resumed[key] == whole[key]
-    plain = api.train(config(share=0, network={"condition": "none"}), run_dir=tmp_path / "plain", device="cpu")
-    assert plain["weights_sha256"] != whole["weights_sha256"]
-
-    model = api.load_model(tmp_path / "whole", ema="none")
-    one, two, three = (api.sample(model, range(6), labels=[3] * 6, guidance=w) for w in (1.0, 2.0, 3.0))
-    np.testing.assert_allclose((three - two)[abs(three) < 1], (two - one)[abs(three) < 1], atol=1e-4)
-    assert not np.array_equal(one, two)
-    with pytest.raises(ConfigError, match=r"guidance 2: the network never learned.*network.label_dropout"):
-        api.sample(tmp_path / "plain", [0], guidance=2)
 
 
 def test_label_dropout_and_guidance_need_labels() -> None:
