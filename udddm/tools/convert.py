@@ -116,7 +116,7 @@ def _hold_store(run: Run, stored: Generations, held: ExitStack) -> Callable[[], 
     where = stored.objects.uri("")
     if owner != own:
         raise StoreError(
-            f"{where} is the store of another run ({owner or 'none that is named'}), not of {run} ({own or 'no id'}): "
+            f"{where} is the store of another run ({owner or 'id not recorded'}), not of {run} ({own or 'no id'}): "
             "nothing was removed. Run gc on the run whose store it is"
         )
     lease = Lease(open_object_store(where), run.identity)

@@ -264,7 +264,7 @@ def test_a_store_describes_itself(tmp_path: Path) -> None:
     found = open_existing(LocalObjectStore(tmp_path))
     assert (found.order.fingerprint(), found.shape, found.encoding.name) == (ORDER.fingerprint(), SHAPE, "uint8")
     read_all(found, 5)
-    with pytest.raises(StoreError, match="no x0-state store here"):
+    with pytest.raises(StoreError, match="no x0-state store found"):
         open_existing(LocalObjectStore(tmp_path / "elsewhere"))
 
 

@@ -181,7 +181,7 @@ def test_generations_that_are_nobodys_are_not_overwritten_by_a_run(tmp_path: Pat
     (tmp_path / "zarr.json").unlink()
     stored.create()
     stored.begin(1)
-    with pytest.raises(StoreError, match="none that is named"):
+    with pytest.raises(StoreError, match="id not recorded"):
         stored.create("mine")
 
 

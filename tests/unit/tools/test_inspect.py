@@ -167,7 +167,7 @@ def test_a_place_without_a_store_is_refused(tmp_path: Path, capsys: pytest.Captu
     assert "does not exist" in err
     code, _, err = store(capsys, "verify", str(tmp_path))
     assert code == 1
-    assert "no x0-state store here" in err
+    assert "no x0-state store found" in err
     with pytest.raises(StoreError):
         inspect.find(str(tmp_path))
 
