@@ -418,9 +418,9 @@ def test_close_ends_the_wait_for_another_attempt(proxy: FaultProxy, remote: S3Ob
         ("s3://", "name of a bucket"),
         ("s3:///x", "name of a bucket"),
         ("s3://a b/x", "name of a bucket"),
-        ("nonesuch://x/y", "nonesuch:// is not a kind of URL"),
-        ("1://x", "is not a kind of URL"),
-        ("simplecache::s3://b/x", "is not a kind of URL"),
+        ("nonesuch://x/y", "do not support nonesuch:// URLs"),
+        ("1://x", "do not support 1:// URLs"),
+        ("simplecache::s3://b/x", "do not support"),
     ],
 )
 def test_malformed_urls(url: str, said: str) -> None:
@@ -433,7 +433,7 @@ def test_malformed_urls(url: str, said: str) -> None:
     "url", ["s3://key:hush@bucket/x", "s3://hush@bucket/x", "sftp://me:hush@host/x", "az://c/x?sig=hush", "s3://b#hush"]
 )
 def test_secrets_do_not_belong_in_a_url(url: str) -> None:
-    with pytest.raises(StoreError, match="leave user, password and query out") as caught:
+    with pytest.raises(StoreError, match="remove user, password and query") as caught:
         open_object_store(url)
     assert not [error for error in chain(caught.value) if "hush" in str(error)]
 
@@ -441,7 +441,7 @@ def test_secrets_do_not_belong_in_a_url(url: str) -> None:
 @pytest.mark.parametrize("endpoint", ["nonsense", "http://", "ftp://x", "http://key:hush@host"])
 def test_a_malformed_endpoint(endpoint: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    with pytest.raises(StoreError, match="AWS_ENDPOINT_URL is no URL") as caught:
+    with pytest.raises(StoreError, match="AWS_ENDPOINT_URL is not a URL") as caught:
         open_object_store(f"s3://{BUCKET}")
     assert "hush" not in str(caught.value)
 

@@ -14,7 +14,7 @@ __all__ = ["LocalObjectStore", "ObjectStore", "PermanentStorageError", "Retry", 
 
 
 def local_path(where: str | Path) -> Path | None:
-    """The path on this machine that a path or a file:// URL means; None for a URL of any other kind."""
+    """The local path of a path or file:// URL; None for any other URL."""
     text = str(where)
     if isinstance(where, Path) or "://" not in text:
         return Path(where)
@@ -22,10 +22,10 @@ def local_path(where: str | Path) -> Path | None:
 
 
 def open_object_store(url: str | Path) -> ObjectStore:
-    """The objects at a local path or a URL: file://, s3://, gs://, az:// (through obstore), or any that fsspec opens.
+    """Open a local path or a URL: file://, s3://, gs://, az:// (through obstore), or any scheme that fsspec supports.
 
-    An S3 store's endpoint, region and credentials come from the usual AWS variables of the environment. Nothing is
-    requested yet. Raises StoreError for a malformed URL, one with a password or query in it, and a missing package.
+    An S3 store's endpoint, region and credentials come from the usual AWS environment variables. No request is made
+    yet. Raises StoreError if the URL is malformed or contains a password or query, or if a package is missing.
     """
     text = str(url)
     scheme, separator, rest = text.partition("://")
@@ -40,9 +40,9 @@ def open_object_store(url: str | Path) -> ObjectStore:
 def _open_remote(scheme: str, rest: str) -> ObjectStore:
     if secret_in(f"{scheme}://{rest}") or "?" in rest or "#" in rest:
         raise StoreError(
-            f"store.url {scheme}://...: leave user, password and query out of it; give credentials by the environment"
+            f"store.url {scheme}://...: remove user, password and query; give credentials in environment variables"
         )
-    if scheme in ("s3", "gs", "gcs", "az"):  # which a run on local files need not import
+    if scheme in ("s3", "gs", "gcs", "az"):  # a run on local files need not import these
         from udddm.storage.s3 import S3ObjectStore
 
         return S3ObjectStore(rest, scheme)

@@ -191,7 +191,7 @@ def test_a_lease_that_was_given_back_allows_nothing(place: str) -> None:
     lease = Lease(open_object_store(place), "runs/one")
     lease.acquire()
     lease.release()
-    with pytest.raises(StoreError, match="given back"):
+    with pytest.raises(StoreError, match="released"):
         lease.wait()
 
 

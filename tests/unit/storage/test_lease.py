@@ -163,7 +163,7 @@ def test_the_message_says_how_to_get_a_lease_out_of_the_way(objects: ObjectStore
     objects.put(KEY, holder("runs/one").encode())
     with pytest.raises(StoreError) as caught:
         Lease(objects, "runs/two").acquire()
-    assert f"If that process is surely gone, you may also delete {objects.uri(KEY)}" in str(caught.value)
+    assert f"If that process has certainly ended, you may also delete {objects.uri(KEY)}" in str(caught.value)
 
 
 @pytest.mark.parametrize("clock", ["monotonic", "clock_gettime", "time"])
