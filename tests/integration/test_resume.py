@@ -265,7 +265,7 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
     file.write_bytes(file.read_bytes()[:-1])
     assert run.succeed(store) == undisturbed["fp16"]
     said = run.said()
-    assert f"checkpoint step-{newest:08d} is not valid and is passed over" in said
+    assert f"checkpoint step-{newest:08d} is not valid and is skipped" in said
     assert str(file) in said
     assert f"resuming from step-{older:08d}" in said
     steps = run.metric_steps()

@@ -415,9 +415,9 @@ def test_close_ends_the_wait_for_another_attempt(proxy: FaultProxy, remote: S3Ob
     ("url", "said"),
     [
         ("s3:/bucket/x", "two slashes"),
-        ("s3://", "name of a bucket"),
-        ("s3:///x", "name of a bucket"),
-        ("s3://a b/x", "name of a bucket"),
+        ("s3://", "give a bucket name"),
+        ("s3:///x", "give a bucket name"),
+        ("s3://a b/x", "give a bucket name"),
         ("nonesuch://x/y", "do not support nonesuch:// URLs"),
         ("1://x", "do not support 1:// URLs"),
         ("simplecache::s3://b/x", "do not support"),

@@ -230,7 +230,7 @@ def test_a_run_at_a_url_has_the_same_averages(run: Path) -> None:
     chosen = config(0.05, 0.1).model_copy(update={"store": config().store.model_copy(update={"kind": "zarr"})})
     api.train(chosen, run_dir=url, device="cpu")
     assert torch.equal(weights(load_model(url, ema_length=0.07)), weights(load_model(run, ema_length=0.07)))
-    with pytest.raises(CheckpointError, match=rf"averages in {url} cannot"):
+    with pytest.raises(CheckpointError, match=rf"EMAs in {url} cannot"):
         load_model(url, ema_length=0.01)
     with pytest.raises(CheckpointError, match="is one checkpoint"):
         load_model(f"{url}/checkpoints/step-00000040", ema_length=0.07)
@@ -273,8 +273,8 @@ def test_what_cannot_be_had_is_told(run: Path, tmp_path: Path, capsys: pytest.Ca
     newest = run / "checkpoints" / "step-00000040"
     for where, length, code, words in (
         (tmp_path / "plain", "0.1", FAILED, ["holds no averages", "train.power_ema"]),
-        (tmp_path / "few", "0.1", FAILED, ["the 1 averages", "cannot give one of length 0.1", "(0.05)"]),
-        (run, "0.01", FAILED, ["cannot give one of length 0.01", "0.05, 0.1"]),
+        (tmp_path / "few", "0.1", FAILED, ["the 1 EMAs", "cannot approximate one of length 0.1", "(0.05)"]),
+        (run, "0.01", FAILED, ["cannot approximate one of length 0.01", "0.05, 0.1"]),
         (run, "0.3", USAGE, ["length", "0.2887", "0.3"]),
         (run, "nan", USAGE, ["length", "0.2887", "nan"]),
         (newest, "0.1", FAILED, ["is one checkpoint", "give the run"]),
@@ -300,7 +300,7 @@ def test_a_damaged_average_is_found(harm: str, tmp_path: Path) -> None:
     if harm != "other":
         shapes = {name: p.shape for name, p in load_model(tmp_path).network.named_parameters()}
         path.write_bytes(data if harm == "flip" else data[:-5])
-    words = {"flip": "checksum; remove it", "cut": "cannot read", "other": "of another network"}[harm]
+    words = {"flip": "checksum; delete it", "cut": "cannot read", "other": "a different network"}[harm]
     with pytest.raises(CheckpointError, match=words):
         posthoc_ema.average(Run(tmp_path), 0.05, shapes)
 
