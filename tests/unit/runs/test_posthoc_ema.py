@@ -272,7 +272,7 @@ def test_what_cannot_be_had_is_told(run: Path, tmp_path: Path, capsys: pytest.Ca
     api.train(config(0.05, every=4, steps=4), run_dir=tmp_path / "few", device="cpu")
     newest = run / "checkpoints" / "step-00000040"
     for where, length, code, words in (
-        (tmp_path / "plain", "0.1", FAILED, ["holds no averages", "train.power_ema"]),
+        (tmp_path / "plain", "0.1", FAILED, ["holds no EMAs", "train.power_ema"]),
         (tmp_path / "few", "0.1", FAILED, ["the 1 EMAs", "cannot approximate one of length 0.1", "(0.05)"]),
         (run, "0.01", FAILED, ["cannot approximate one of length 0.01", "0.05, 0.1"]),
         (run, "0.3", USAGE, ["length", "0.2887", "0.3"]),
@@ -283,7 +283,7 @@ def test_what_cannot_be_had_is_told(run: Path, tmp_path: Path, capsys: pytest.Ca
         message = capsys.readouterr().err
         assert all(part in message for part in words), message
     assert sample_command(["--checkpoint", str(run), "--ema", "power-0.2", "--device", "cpu"]) == FAILED
-    assert "no average power-0.2; it has 0.9, power-0.05, power-0.1, none" in capsys.readouterr().err
+    assert "no EMA power-0.2; it has 0.9, power-0.05, power-0.1, none" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         sample_command(["--checkpoint", str(run), "--ema", "none", "--ema-length", "0.1"])
     with pytest.raises(ConfigError, match="give one of them"):
