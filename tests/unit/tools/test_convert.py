@@ -73,7 +73,7 @@ def test_gc_removes_what_no_checkpoint_refers_to_and_says_why(run: Path, capsys:
     said = capsys.readouterr().out
     assert generations(run / "state") == [3, 4, 6]
     assert "step-00000050 to 3 and 4" in said
-    assert f"removing gen-000001 from {run / 'state'}: no checkpoint refers to it" in said
+    assert f"deleting gen-000001 from {run / 'state'}: no checkpoint refers to it" in said
     assert "keeping gen-000006: it is newer than the newest checkpoint" in said
     assert "removed 1 (generations)" in said
 
@@ -128,7 +128,7 @@ def test_gc_is_refused_at_once_beside_a_live_run_at_a_url(monkeypatch: pytest.Mo
 def test_gc_is_refused_without_checkpoints(run: Path) -> None:
     """As when they are on a disk that is not mounted."""
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(StoreError, match=r"holds no checkpoint.*nothing was removed"):
+    with pytest.raises(StoreError, match=r"holds no checkpoint.*nothing was deleted"):
         collect(str(run), print)
     assert generations(run / "state") == [1, 3, 4, 6]
 
@@ -138,7 +138,7 @@ def test_gc_is_refused_when_a_checkpoint_is_damaged(run: Path, which: int) -> No
     checkpoint = sorted((run / "checkpoints").iterdir())[which]
     header = checkpoint / "state" / "snapshot.json"
     header.write_text(header.read_text().replace('"epoch": 3', '"epoch": 5'))
-    with pytest.raises(StoreError, match=rf"{checkpoint.name} is damaged.*Nothing was removed"):
+    with pytest.raises(StoreError, match=rf"{checkpoint.name} is damaged.*Nothing was deleted"):
         collect(str(run), print)
     assert generations(run / "state") == [1, 3, 4, 6]
 
@@ -169,7 +169,7 @@ def test_gc_leaves_the_store_of_another_run_alone(linked: tuple[Path, Path], tmp
     copied = Path(shutil.copytree(run, tmp_path / "foreign"))
     record = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps({**record, "id": "of another"}))
-    with pytest.raises(StoreError, match=r"the store of another run .*nothing was removed"):
+    with pytest.raises(StoreError, match=r"the store of another run .*nothing was deleted"):
         collect(str(copied), print)
     assert generations(store) == [1, 3, 4]
 

@@ -48,7 +48,7 @@ def test_every_preset_is_planned_without_its_data_as_its_header_says(
 
     data = expected(config.data)
     assert data is not None
-    stated = re.search(r"x0-state ([\d.]+) (kB|MB|GB) in fp16", header)
+    stated = re.search(r"x0-state (?:has |takes |of )?([\d.]+) (kB|MB|GB) in fp16", header)
     assert stated, header
     assert data.samples * np.prod(data.shape) * 2 == pytest.approx(float(stated[1]) * BYTES[stated[2]], rel=5e-3)
     found = re.search(r"network: ([\d,]+) parameters", lines)
@@ -70,7 +70,7 @@ def test_the_state_is_samples_times_pixels_times_bytes() -> None:
     for dtype, size in (("fp32", "1.0 GiB"), ("fp16", "512.0 MiB"), ("uint8", "256.0 MiB")):
         settings = ["data={name: array, expect: {samples: 1048576, shape: [1, 16, 16]}}", f"store.dtype={dtype}"]
         lines = dry_run.plan(load_config(None, [*TINY, *settings]), "cpu")
-        assert any(line.startswith(f"x0-state: {size} a generation in {dtype}") for line in lines)
+        assert any(line.startswith(f"x0-state: {size} per generation in {dtype}") for line in lines)
 
 
 def test_a_step_is_scaled_in_proportion_to_its_operations() -> None:

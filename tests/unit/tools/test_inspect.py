@@ -68,7 +68,7 @@ def test_info_tells_what_a_store_holds(run: Path, capsys: pytest.CaptureFixture[
         assert own[0] == 0
         assert "gen-000003: complete" in own[1]
     else:
-        assert "in memory" in out
+        assert "only in the checkpoints" in out
         assert "all rows" in out
 
 
