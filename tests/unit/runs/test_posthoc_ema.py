@@ -232,7 +232,7 @@ def test_a_run_at_a_url_has_the_same_averages(run: Path) -> None:
     assert torch.equal(weights(load_model(url, ema_length=0.07)), weights(load_model(run, ema_length=0.07)))
     with pytest.raises(CheckpointError, match=rf"EMAs in {url} cannot"):
         load_model(url, ema_length=0.01)
-    with pytest.raises(CheckpointError, match="is one checkpoint"):
+    with pytest.raises(CheckpointError, match="is a single checkpoint"):
         load_model(f"{url}/checkpoints/step-00000040", ema_length=0.07)
 
 
@@ -277,7 +277,7 @@ def test_what_cannot_be_had_is_told(run: Path, tmp_path: Path, capsys: pytest.Ca
         (run, "0.01", FAILED, ["cannot approximate one of length 0.01", "0.05, 0.1"]),
         (run, "0.3", USAGE, ["length", "0.2887", "0.3"]),
         (run, "nan", USAGE, ["length", "0.2887", "nan"]),
-        (newest, "0.1", FAILED, ["is one checkpoint", "give the run"]),
+        (newest, "0.1", FAILED, ["is a single checkpoint", "give the run"]),
     ):
         assert sample_command(["--checkpoint", str(where), "--ema-length", length, "--device", "cpu"]) == code
         message = capsys.readouterr().err
@@ -286,7 +286,7 @@ def test_what_cannot_be_had_is_told(run: Path, tmp_path: Path, capsys: pytest.Ca
     assert "no EMA power-0.2; it has 0.9, power-0.05, power-0.1, none" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         sample_command(["--checkpoint", str(run), "--ema", "none", "--ema-length", "0.1"])
-    with pytest.raises(ConfigError, match="give one of them"):
+    with pytest.raises(ConfigError, match="give only one of them"):
         load_model(run, ema="none", ema_length=0.1)
 
 
@@ -307,7 +307,7 @@ def test_a_damaged_average_is_found(harm: str, tmp_path: Path) -> None:
 
 def test_a_disk_that_cannot_be_written_is_told(tmp_path: Path) -> None:
     (tmp_path / "ema").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot write the average .*the same command again"):
+    with pytest.raises(CheckpointError, match=r"cannot write the EMA .*the same command again"):
         api.train(config(0.05, every=4, steps=4), run_dir=tmp_path, device="cpu")
 
 

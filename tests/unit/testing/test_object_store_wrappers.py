@@ -95,7 +95,7 @@ def test_closing_reaches_all_that_is_wrapped(local: LocalObjectStore) -> None:
         faulty.get("d/there")
 
 
-# DelayedObjects.
+# DelayedObjectStore.
 
 
 @pytest.mark.parametrize("operation", REQUESTS)
@@ -126,7 +126,7 @@ def test_closing_ends_delays(local: LocalObjectStore) -> None:
     assert time.monotonic() - began < 10
 
 
-# FaultyObjects.
+# FaultyObjectStore.
 
 
 @pytest.mark.parametrize("operation", REQUESTS)
@@ -235,7 +235,7 @@ def test_an_operation_that_does_not_exist_is_refused(local: LocalObjectStore) ->
         FaultyObjectStore(local).fail(OSError("x"), operation="write")  # type: ignore[arg-type]
 
 
-# LoggedObjects.
+# LoggedObjectStore.
 
 
 SIZES = {"get": 5, "put": 3, "put_if_absent": 3, "compare_and_swap": 3, "list": 0, "delete": 0}
