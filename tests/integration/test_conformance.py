@@ -57,6 +57,15 @@ class TestZarrStore(InMemoryFiles):
         return ZarrStore(StateLayout(order, lanes, shape, encoding, DEVICE), directory / "state", default=True)
 
 
+class TestCompressedStore(InMemoryFiles):
+    dtypes = ("fp16", "uint8")
+    examples = 5
+
+    def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
+        layout = StateLayout(order, lanes, shape, encoding, DEVICE)
+        return ZarrStore(layout, directory / "state", default=True, compression="zstd")
+
+
 class TestZarrStoreWithOneThread(TestZarrStore):
     """The least that the pipeline may have: one thread for reads, one for writes, one step ahead."""
 

@@ -21,7 +21,7 @@ from udddm.store.compression import Compression, compress, decompress
 from udddm.store.encoding import StateDtype
 from udddm.store.generations import Generations
 from udddm.store.layout import StateLayout
-from udddm.testing.store import SHAPE, ModelledRun, StoreConformance
+from udddm.testing.store import SHAPE, ModelledRun
 
 ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2)
 
@@ -33,14 +33,6 @@ def make_with(compression: str, order: Order, lanes: range, encoding: Encoding, 
             StateLayout(order, lanes, SHAPE, Encoding(config.dtype), torch.device("cpu")), config
         )
     )
-
-
-class TestCompressedStore(StoreConformance):
-    dtypes = ("fp16", "uint8")
-    examples = 5
-
-    def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
-        return make_with("zstd", order, lanes, encoding, directory)
 
 
 @pytest.mark.parametrize("compression", ["lz4", "zstd"])

@@ -2,23 +2,18 @@
 
 import errno
 import gc
-import json
-import os
 import random
-import subprocess
-import tempfile
 import threading
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from udddm.cli.train import main as train_command
 from udddm.errors import StoreError
 from udddm.order import Order
 from udddm.storage.base import Retry
@@ -375,95 +370,6 @@ def test_a_closed_store_says_so_instead_of_waiting(tmp_path: Path) -> None:
         store.write(torch.zeros(8, *SHAPE))
     with pytest.raises(StoreError, match="closed"):
         store.rows(0, 0)
-
-
-# A disk that is really full.
-
-
-@pytest.fixture(scope="module")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Files in memory where there is such a file system: a synced write costs milliseconds on a disk."""
-    shared = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else tmp_path_factory.mktemp("quick")) as name:
-        yield Path(name)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(quick: Path) -> dict[str, str]:
-    assert train(quick / "undisturbed", "store.kind=gpu") == 0
-    return fingerprints(quick / "undisturbed")
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MiB."""
-    if os.geteuid() != 0:
-        pytest.skip("only root can mount a small file system")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"cannot mount a small file system: {mounted.stderr.decode().strip()}")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-TINY = [
-    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.0, condition: none}",
-    "order={lanes: 4, chunk: 64, window: 2}",
-    "train={steps: 50, batch_size: 128, learning_rate: 0.001, ema: [0.99]}",
-    "checkpoint.every_steps=6",
-    "sample.every_steps=0",
-    "log_every_steps=10",
-]
-
-
-def train(run: Path, *more: str) -> int:
-    arguments = ["--run-dir", str(run), "--device", "cpu"]
-    for setting in [*TINY, *more]:
-        arguments += ["--set", setting]
-    return train_command(arguments)
-
-
-def fingerprints(run: Path) -> dict[str, str]:
-    result = json.loads((run / "result.json").read_text())
-    return {key: value for key, value in result.items() if key.endswith("sha256")}
-
-
-@pytest.mark.parametrize("room", [150_000, 320_000])
-def test_a_full_disk_ends_the_run_clearly_and_room_resumes_it(
-    quick: Path, small_disk: Path, undisturbed: dict[str, str], capfd: pytest.CaptureFixture[str], room: int
-) -> None:
-    run, url = quick / f"run-{room}", f"store.url={small_disk / 'state'}"
-    free = os.statvfs(small_disk).f_bavail * os.statvfs(small_disk).f_frsize
-    ballast = small_disk / "ballast"
-    ballast.write_bytes(bytes(free - room))
-    assert train(run, "store.kind=zarr", url) == 1
-    said = capfd.readouterr().err
-    assert "No space left on device" in said
-    assert "run the same command again to resume" in said
-    assert "Traceback" not in said
-    assert train(run, "store.kind=zarr", url) == 1  # still full
-    ballast.unlink()
-    assert train(run, "store.kind=zarr", url) == 0
-    assert fingerprints(run) == undisturbed
-
-
-@pytest.mark.parametrize("store", ["gpu", "zarr"])
-def test_a_disk_full_for_the_whole_run_directory_ends_it_clearly_too(
-    small_disk: Path, undisturbed: dict[str, str], capfd: pytest.CaptureFixture[str], store: str
-) -> None:
-    run = small_disk / "run"
-    (small_disk / "ballast").write_bytes(bytes(3_300_000))
-    assert train(run, f"store.kind={store}") == 1
-    said = capfd.readouterr().err
-    assert "No space left" in said
-    assert "Traceback" not in said
-    (small_disk / "ballast").unlink()
-    assert train(run, f"store.kind={store}") == 0
-    assert fingerprints(run) == undisturbed
 
 
 def test_a_chunks_generations_are_saved_in_their_order_however_slow_one_is() -> None:
