@@ -67,7 +67,7 @@ def generations(store: Path) -> list[int]:
     return sorted(int(p.name[4:]) for p in store.glob("gen-*"))
 
 
-def test_gc_removes_what_no_checkpoint_refers_to_and_says_why(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gc_deletes_unreferenced_generations_and_reports_why(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generations(run / "state") == [1, 3, 4, 6]
     assert store_command(["gc", str(run)]) == 0
     said = capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_gc_removes_what_no_checkpoint_refers_to_and_says_why(run: Path, capsys:
     assert "removed 1 (generations)" in said
 
 
-def test_gc_sees_the_checkpoint_that_was_made_before_it_got_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_sees_a_checkpoint_written_before_it_locked_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The lists are made under the lock: the checkpoints of a moment before may refer to other generations."""
     newest = sorted((run / "checkpoints").iterdir())[-1]
     for older in sorted((run / "checkpoints").iterdir())[:-1]:
@@ -102,13 +102,13 @@ def test_gc_sees_the_checkpoint_that_was_made_before_it_got_the_run(run: Path, m
     assert generations(run / "state") == [3, 4, 6]
 
 
-def test_gc_is_refused_beside_a_live_run(run: Path) -> None:
+def test_gc_of_a_live_run_is_refused(run: Path) -> None:
     with Run(run).lock(), pytest.raises(ConfigError, match="another process"):
         collect(str(run), print)
     assert generations(run / "state") == [1, 3, 4, 6]
 
 
-def test_gc_is_refused_at_once_beside_a_live_run_at_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gc_of_a_live_run_at_a_url_is_refused_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of another machine, whose lease is not over for a minute: nothing waits for it."""
     url = f"memory://{uuid.uuid4().hex}"
     udddm.train(config.load_config(None, SETTINGS), run_dir=url, device="cpu")
@@ -143,7 +143,7 @@ def test_gc_is_refused_when_a_checkpoint_is_damaged(run: Path, which: int) -> No
     assert generations(run / "state") == [1, 3, 4, 6]
 
 
-def test_gc_of_a_copy_is_refused_beside_the_live_run(linked: tuple[Path, Path], tmp_path: Path) -> None:
+def test_gc_of_a_copy_is_refused_while_the_run_is_alive(linked: tuple[Path, Path], tmp_path: Path) -> None:
     run, store = linked
     copied = shutil.copytree(run, tmp_path / "backup")
     lease = Lease(open_object_store(store), "the live run")

@@ -33,7 +33,7 @@ def train(run: Path, *arguments: str) -> int:
     return train_command(["--run-dir", str(run), "--device", "cpu", "--store", "zarr", *settings, *arguments])
 
 
-def test_the_command_stops_by_default_and_goes_on_with_the_flag(
+def test_a_corrupt_chunk_stops_the_command_unless_it_is_reinitialized(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"

@@ -80,7 +80,7 @@ def synced_after(events: list[Event], number: int, path: Path) -> bool:
     return any(event.kind == "fsync" and event.path == path for event in events[number:])
 
 
-def test_a_files_contents_are_synced_before_it_gets_its_name(recorded: tuple[Path, list[Event]]) -> None:
+def test_a_files_contents_are_synced_before_it_is_renamed(recorded: tuple[Path, list[Event]]) -> None:
     run, events = recorded
     checked = set()
     for number, event in enumerate(events):
@@ -130,7 +130,7 @@ def test_a_checkpoints_files_are_durable_before_it_is_visible(recorded: tuple[Pa
         assert synced_after(events[:shown], number, event.path.parent), event
 
 
-def test_a_generations_record_is_written_when_its_chunks_are_durable(recorded: tuple[Path, list[Event]]) -> None:
+def test_a_generations_record_is_written_after_its_chunks_are_durable(recorded: tuple[Path, list[Event]]) -> None:
     run, events = recorded
     if not (run / "state").exists():
         return  # a store in memory
@@ -149,7 +149,7 @@ def test_a_generations_record_is_written_when_its_chunks_are_durable(recorded: t
                 assert synced_after(events[:number], made, directory), (record, chunk, directory)
 
 
-def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_earlier_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file.json"
     make_directory(path.parent)
     write_json(path, {"a": 1})
@@ -164,7 +164,7 @@ def full() -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_shared_file_is_one_writers_or_the_others(tmp_path: Path) -> None:
+def test_a_shared_file_is_from_one_writer_or_the_other(tmp_path: Path) -> None:
     """A second writer that begins while the first has written half of it."""
     path = tmp_path / "cache.npz"
 

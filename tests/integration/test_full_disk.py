@@ -67,7 +67,7 @@ def fingerprints(run: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("room", [150_000, 320_000])
-def test_a_full_disk_ends_the_run_clearly_and_room_resumes_it(
+def test_a_full_disk_ends_the_run_with_a_clear_error_and_it_resumes_with_room(
     quick: Path, small_disk: Path, undisturbed: dict[str, str], capfd: pytest.CaptureFixture[str], room: int
 ) -> None:
     run, url = quick / f"run-{room}", f"store.url={small_disk / 'state'}"
@@ -86,7 +86,7 @@ def test_a_full_disk_ends_the_run_clearly_and_room_resumes_it(
 
 
 @pytest.mark.parametrize("store", ["gpu", "zarr"])
-def test_a_disk_full_for_the_whole_run_directory_ends_it_clearly_too(
+def test_a_full_disk_under_the_run_directory_ends_the_run_with_a_clear_error(
     small_disk: Path, undisturbed: dict[str, str], capfd: pytest.CaptureFixture[str], store: str
 ) -> None:
     run = small_disk / "run"

@@ -62,7 +62,7 @@ def weights(model: Model) -> torch.Tensor:
     return torch.cat([p.detach().flatten() for p in model.network.parameters()])
 
 
-def test_a_length_chosen_after_training_is_the_one_kept_while_training(run: Path, tmp_path: Path) -> None:
+def test_a_length_chosen_after_training_equals_one_kept_during_training(run: Path, tmp_path: Path) -> None:
     api.train(config(0.07, plain=()), run_dir=tmp_path / "other", device="cpu")
     assert sha256s(tmp_path / "other")["weights_sha256"] == sha256s(run)["weights_sha256"]
     aim = weights(load_model(tmp_path / "other"))  # the first power average, where there is no other
@@ -73,7 +73,7 @@ def test_a_length_chosen_after_training_is_the_one_kept_while_training(run: Path
     assert (weights(load_model(run, ema_length=0.1)) - kept["power-0.1"]).norm() < 1e-3 * aim.norm()
 
 
-def test_snapshots_are_whole_networks_at_every_interval_and_the_last_step(tmp_path: Path) -> None:
+def test_snapshots_are_complete_networks_at_every_interval_and_the_last_step(tmp_path: Path) -> None:
     api.train(config(0.05, 0.1, every=7, steps=16), run_dir=tmp_path, device="cpu")
     found = posthoc_ema.stored(tmp_path / "ema")
     assert [(one.step, one.length) for one in found] == [(s, x) for s in (7, 14, 16) for x in (0.05, 0.1)]
@@ -83,7 +83,7 @@ def test_snapshots_are_whole_networks_at_every_interval_and_the_last_step(tmp_pa
     assert all(torch.equal(half[name], last[name].half()) for name in last)
 
 
-def test_a_run_resumes_bit_for_bit_with_its_averages(run: Path, tmp_path: Path) -> None:
+def test_a_run_resumes_bit_for_bit_with_its_emas(run: Path, tmp_path: Path) -> None:
     chosen = config(0.05, 0.1)
     api.train(chosen, run_dir=tmp_path, device="cpu")
     (tmp_path / "result.json").unlink()
@@ -98,7 +98,7 @@ def test_a_run_resumes_bit_for_bit_with_its_averages(run: Path, tmp_path: Path) 
     assert files(tmp_path / "ema") == files(run / "ema")
 
 
-def test_two_ranks_put_down_whole_averages(tmp_path: Path) -> None:
+def test_two_ranks_save_unsharded_emas(tmp_path: Path) -> None:
     """In one file, where of the checkpoint's each rank writes a share."""
     api.train(config(0.05, 0.1, every=4, steps=6), run_dir=tmp_path, device="cpu", workers=2)
     found = posthoc_ema.stored(tmp_path / "ema")
@@ -109,7 +109,7 @@ def test_two_ranks_put_down_whole_averages(tmp_path: Path) -> None:
     assert all(torch.equal(half[name], last[name].half()) for name in last)
 
 
-def test_a_run_at_a_url_has_the_same_averages(run: Path) -> None:
+def test_a_run_at_a_url_has_the_same_emas(run: Path) -> None:
     url = f"memory://{uuid.uuid4().hex}"
     chosen = config(0.05, 0.1).model_copy(update={"store": config().store.model_copy(update={"kind": "zarr"})})
     api.train(chosen, run_dir=url, device="cpu")
@@ -120,7 +120,7 @@ def test_a_run_at_a_url_has_the_same_averages(run: Path) -> None:
         load_model(f"{url}/checkpoints/step-00000040", ema_length=0.07)
 
 
-def test_the_commands_take_a_length_or_a_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_accept_an_ema_length_or_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     common = ["--checkpoint", str(run), "--device", "cpu"]
     drawn = {}
     for name in ("--ema-length=0.07", "--ema=power-0.1", "--ema=none"):
@@ -137,7 +137,7 @@ def test_the_commands_take_a_length_or_a_name(run: Path, tmp_path: Path, monkeyp
     assert figures[0] != figures[1]
 
 
-def test_without_power_averages_nothing_changes(tmp_path: Path) -> None:
+def test_without_power_emas_nothing_changes(tmp_path: Path) -> None:
     """Neither what a run is called by nor what it writes; and a run begun with other snapshots resumes."""
     assert "power_ema" in RunConfig().model_dump()["train"]
     plain = config()
@@ -151,7 +151,9 @@ def test_without_power_averages_nothing_changes(tmp_path: Path) -> None:
 # What is refused.
 
 
-def test_what_cannot_be_had_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unavailable_emas_are_errors_that_explain_why(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     api.train(config(steps=4), run_dir=tmp_path / "plain", device="cpu")
     api.train(config(0.05, every=4, steps=4), run_dir=tmp_path / "few", device="cpu")
     newest = run / "checkpoints" / "step-00000040"
@@ -175,7 +177,7 @@ def test_what_cannot_be_had_is_told(run: Path, tmp_path: Path, capsys: pytest.Ca
 
 
 @pytest.mark.parametrize("harm", ["flip", "cut", "other"])
-def test_a_damaged_average_is_found(harm: str, tmp_path: Path) -> None:
+def test_a_damaged_ema_is_detected(harm: str, tmp_path: Path) -> None:
     api.train(config(0.05, every=4, steps=4), run_dir=tmp_path, device="cpu")
     path = tmp_path / "ema" / "step-00000004" / "power-0.05.safetensors"
     data = bytearray(path.read_bytes())
@@ -189,7 +191,7 @@ def test_a_damaged_average_is_found(harm: str, tmp_path: Path) -> None:
         posthoc_ema.average(Run(tmp_path), 0.05, shapes)
 
 
-def test_a_disk_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+def test_an_unwritable_ema_directory_is_a_clear_error(tmp_path: Path) -> None:
     (tmp_path / "ema").write_text("")
     with pytest.raises(CheckpointError, match=r"cannot write the EMA .*the same command again"):
         api.train(config(0.05, every=4, steps=4), run_dir=tmp_path, device="cpu")

@@ -134,14 +134,16 @@ def test_the_tools_read_a_run_at_a_url(url: str, tmp_path: Path, capsys: pytest.
     assert "step-00000060/position.json is missing" in capsys.readouterr().out
 
 
-def test_a_finished_run_says_so_and_another_configuration_is_refused(files: str) -> None:
+def test_a_finished_run_is_reported_and_another_configuration_is_refused(files: str) -> None:
     first = udddm.train(config(), run_dir=files, device="cpu")
     assert udddm.train(config(), run_dir=files, device="cpu") == first
     with pytest.raises(ConfigError, match=r"train.learning_rate: 0.001 -> 0.5"):
         udddm.train(config("train.learning_rate=0.5"), run_dir=files, device="cpu")
 
 
-def test_a_checkpoint_comes_after_the_metrics_before_it(files: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_checkpoint_is_uploaded_after_the_metrics_of_earlier_steps(
+    files: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Lost as soon as its checkpoint is whole, a run that goes on from it has the metrics of the steps before it."""
     write = RemoteCheckpoints.write
 
@@ -163,7 +165,7 @@ def pixels(batch: torch.Tensor) -> torch.Tensor:
     return batch.flatten(1)[:, :8]
 
 
-def test_a_run_that_resumes_keeps_what_it_wrote_under_the_same_names(
+def test_a_resumed_run_keeps_the_files_it_wrote_under_the_same_names(
     files: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Its scores and metrics, for which a start on another disk has only the URL."""
@@ -206,7 +208,7 @@ def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch,
             udddm.train(config(), run_dir=files, device="cpu")
 
 
-def test_what_a_live_run_removes_meanwhile_is_no_damage(files: str) -> None:
+def test_files_that_a_live_run_deletes_meanwhile_are_not_reported_as_damage(files: str) -> None:
     """`verify`, `info` and `view` have copies of the checkpoints that they listed; the run has gone on since."""
     udddm.train(config(), run_dir=files, device="cpu")
     place = inspect.find(files)
@@ -229,7 +231,7 @@ def test_what_a_live_run_removes_meanwhile_is_no_damage(files: str) -> None:
         inspect.estimates(place, 5)
 
 
-def test_a_checkpoint_that_is_removed_while_it_is_copied_is_missing(
+def test_a_checkpoint_deleted_while_it_is_copied_is_missing(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objects = open_object_store(url)
@@ -246,7 +248,9 @@ def test_a_checkpoint_that_is_removed_while_it_is_copied_is_missing(
         objects.download("file", tmp_path / "copy")
 
 
-def test_machines_with_one_home_directory_have_each_their_own_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_that_share_a_home_directory_have_separate_scratch_directories(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     first = open_run("memory://a/run").path
     assert first == open_run("memory://a/run").path != open_run("memory://b/run").path
     monkeypatch.setattr("socket.gethostname", lambda: "another/host")
@@ -279,7 +283,7 @@ def checkpoints(files: str, place: Path) -> tuple[RemoteCheckpoints, Refusing]:
     return RemoteCheckpoints(place, objects), objects
 
 
-def test_a_checkpoint_is_whole_or_not_there(files: str, tmp_path: Path) -> None:
+def test_a_checkpoint_is_complete_or_absent(files: str, tmp_path: Path) -> None:
     """Whichever request of writing one is refused, the one before is the newest, and the next attempt succeeds."""
     kept, objects = checkpoints(files, tmp_path)
     older = kept.write(1, ALONE, fill)
@@ -293,7 +297,7 @@ def test_a_checkpoint_is_whole_or_not_there(files: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_damage_is_found_and_the_one_before_is_used(
+def test_a_corrupt_checkpoint_is_detected_and_the_previous_one_is_used(
     files: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept, objects = checkpoints(files, tmp_path)
@@ -315,7 +319,7 @@ def test_damage_is_found_and_the_one_before_is_used(
         assert kept.all() == [older]
 
 
-def test_what_interrupted_writes_left_is_removed(files: str, tmp_path: Path) -> None:
+def test_leftovers_of_interrupted_writes_are_deleted(files: str, tmp_path: Path) -> None:
     kept, objects = checkpoints(files, tmp_path)
     objects.put("step-00000001/model.safetensors", b"of a process that was killed")
     for step in (2, 3, 4):
@@ -327,7 +331,7 @@ def test_what_interrupted_writes_left_is_removed(files: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("size", [0, 1, PART - 1, PART, 2 * PART + 5])
 @pytest.mark.parametrize("kind", ["s3", "memory", "local"])
-def test_files_go_there_and_back(kind: str, size: int, tmp_path: Path, s3: S3Server) -> None:
+def test_files_round_trip_through_an_object_store(kind: str, size: int, tmp_path: Path, s3: S3Server) -> None:
     names = {"s3": f"s3://{BUCKET}/files", "memory": "memory://files", "local": str(tmp_path / "objects")}
     objects = open_object_store(names[kind])
     data = np.random.default_rng(size).bytes(size)
@@ -339,7 +343,7 @@ def test_files_go_there_and_back(kind: str, size: int, tmp_path: Path, s3: S3Ser
         objects.download("no/where", tmp_path / "none")
 
 
-def test_credentials_missing_on_one_machine_are_told_at_once(url: str, tmp_path: Path) -> None:
+def test_credentials_missing_on_one_machine_are_reported_immediately(url: str, tmp_path: Path) -> None:
     port = free_port()
     whole = Machine(0, port, tmp_path, str(tmp_path / "run"), f"--store-url={url}")
     keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")

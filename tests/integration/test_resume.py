@@ -225,7 +225,7 @@ def test_sigterm_checkpoints_and_the_same_command_resumes(make: Make, undisturbe
     assert (run.directory / "result.json").read_bytes() == before
 
 
-def test_the_command_itself_is_killed_and_resumes(make: Make, undisturbed: Undisturbed) -> None:
+def test_the_real_command_is_killed_and_resumes(make: Make, undisturbed: Undisturbed) -> None:
     """One whole life from the shell's view, without the server of forks."""
     run = make("command")
     command = [sys.executable, "-m", "udddm", "train", *run.arguments("zarr")]
@@ -256,7 +256,7 @@ def half(halfway: tuple[str, Path], make: Make) -> tuple[str, Run]:
     return store, run
 
 
-def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
+def test_a_truncated_checkpoint_is_skipped_for_the_previous_one(
     half: tuple[str, Run], undisturbed: Undisturbed
 ) -> None:
     store, run = half
@@ -272,7 +272,7 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
     assert steps == sorted(set(steps))
 
 
-def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(half: tuple[str, Run]) -> None:
+def test_a_run_without_a_valid_checkpoint_is_refused_and_unchanged(half: tuple[str, Run]) -> None:
     store, run = half
     for step in run.checkpoints():
         (run.directory / "checkpoints" / f"step-{step:08d}" / "position.json").unlink()
@@ -286,7 +286,9 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(half: tuple[
     assert not (run.directory / "result.json").exists()
 
 
-def test_a_damaged_chunk_of_the_state_is_refused_with_its_name(half: tuple[str, Run], undisturbed: Undisturbed) -> None:
+def test_a_corrupt_chunk_of_the_state_is_an_error_that_names_it(
+    half: tuple[str, Run], undisturbed: Undisturbed
+) -> None:
     store, run = half
     if store != "zarr":
         pytest.skip("the state of a store in memory is in its checkpoints")

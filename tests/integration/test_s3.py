@@ -78,7 +78,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 # The contract.
 
 
-def test_open_objects_chooses_by_the_url(place: str, objects: ObjectStore) -> None:
+def test_open_object_store_selects_the_class_by_url(place: str, objects: ObjectStore) -> None:
     kinds = {"s3": S3ObjectStore, "memory": FsspecObjectStore}
     assert type(objects) is kinds.get(place.partition("://")[0], LocalObjectStore)
     assert open_object_store(place + "/").uri("") == objects.uri("") == place
@@ -102,7 +102,7 @@ def test_put_get_overwrite_delete(objects: ObjectStore) -> None:
     assert objects.retries == 0
 
 
-def test_a_prefix_is_deleted_whole_and_alone(objects: ObjectStore) -> None:
+def test_deleting_a_prefix_deletes_all_of_it_and_nothing_else(objects: ObjectStore) -> None:
     for key in ("g/c/1/0/0/0", "g/c/1/1/0/0", "g/c/10/0/0/0", "g/x.json", "g-2/x", "h/c/1/0"):
         objects.put(key, b"x")
     objects.delete("g/c/1")
@@ -124,7 +124,7 @@ def test_odd_keys(objects: ObjectStore) -> None:
     assert list(objects.list("a b+c")) == ["é%20 ü"]
 
 
-def test_large_objects_are_written_whole_over_one_another(place: str, objects: ObjectStore) -> None:
+def test_large_objects_replace_one_another_atomically(place: str, objects: ObjectStore) -> None:
     """A reader beside a writer sees one of the objects that were written, all of it."""
     size = 8 * 2**20
     written = [bytes([value]) * size for value in range(4)]
@@ -149,7 +149,7 @@ def test_large_objects_are_written_whole_over_one_another(place: str, objects: O
     assert objects.get("large") == written[-1]
 
 
-def test_listings_show_what_others_have_just_written(place: str, objects: ObjectStore) -> None:
+def test_listings_include_what_other_clients_just_wrote(place: str, objects: ObjectStore) -> None:
     other = open_object_store(place)
     assert not list(objects.list("n")) and not list(other.list("n"))
     for count in range(1, 6):
@@ -184,7 +184,7 @@ def test_concurrent_clients(place: str) -> None:
     assert len(list(open_object_store(place).list("own"))) == 4
 
 
-def test_one_client_of_many_puts_if_absent(place: str) -> None:
+def test_put_if_absent_succeeds_for_one_of_many_clients(place: str) -> None:
     clients = [open_object_store(place) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda i: clients[i].put_if_absent("d/only", f"{i}".encode()), range(8)))
@@ -193,7 +193,7 @@ def test_one_client_of_many_puts_if_absent(place: str) -> None:
     assert list(clients[0].list("d")) == ["only"]
 
 
-def test_one_client_of_many_replaces(place: str) -> None:
+def test_compare_and_swap_succeeds_for_one_of_many_clients(place: str) -> None:
     clients = [open_object_store(place) for _ in range(8)]
     assert not clients[0].compare_and_swap("d/it", b"new", b"old")
     clients[0].put("d/it", b"old")
@@ -208,7 +208,7 @@ def test_one_client_of_many_replaces(place: str) -> None:
 ORDER = Order(samples=50, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=3, seed=1)
 
 
-def test_generations_come_back_and_zarr_reads_them(place: str, objects: ObjectStore) -> None:
+def test_generations_round_trip_and_zarr_reads_them(place: str, objects: ObjectStore) -> None:
     stored = Generations(objects, ORDER, (2, 3, 3), Encoding("fp16"))
     stored.create()
     stored.begin(1)
@@ -249,9 +249,9 @@ TRANSIENT = ["slow-down", "too-many", "internal", "bad-gateway", *BROKEN]
 NON_RETRYABLE = {
     "expired-token": ("have expired", "AWS_SESSION_TOKEN"),
     "expired-token-403": ("have expired", "AWS_SESSION_TOKEN"),
-    "access-denied": ("access is denied", "allow reading, writing"),
+    "access-denied": ("access is denied", "allow these credentials to read"),
     "signature": ("signature does not match", "AWS_SECRET_ACCESS_KEY"),
-    "unknown-key": ("access key is not known", "AWS_ACCESS_KEY_ID"),
+    "unknown-key": ("does not know the access key", "AWS_ACCESS_KEY_ID"),
     "no-bucket": ("the bucket does not exist", "create the bucket"),
     "clock": ("clock is wrong", "set the clock"),
 }
@@ -263,7 +263,7 @@ def test_every_fault_is_tested() -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_a_passing_fault_is_retried(fault: str, operation: str, proxy: FaultProxy, remote: S3ObjectStore) -> None:
+def test_a_transient_fault_is_retried(fault: str, operation: str, proxy: FaultProxy, remote: S3ObjectStore) -> None:
     if fault == "cut" and operation in ("put", "put_if_absent"):
         pytest.skip("the reply to a put has no body that could be cut")
     wanted = OPERATIONS[operation]
@@ -286,7 +286,7 @@ def test_a_passing_fault_is_retried(fault: str, operation: str, proxy: FaultProx
 
 
 @pytest.mark.parametrize("fault", ["slow-down", "reset", "cut"])
-def test_a_lasting_fault_ends_in_one_clear_error(fault: str, proxy: FaultProxy, remote: S3ObjectStore) -> None:
+def test_a_persistent_fault_ends_in_one_clear_error(fault: str, proxy: FaultProxy, remote: S3ObjectStore) -> None:
     remote.put("there", b"x" * 1000)
     with (
         proxy.failing(fault, 100),
@@ -298,7 +298,7 @@ def test_a_lasting_fault_ends_in_one_clear_error(fault: str, proxy: FaultProxy, 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("fault", NON_RETRYABLE)
-def test_a_refusal_ends_at_once_with_its_cure(
+def test_a_permanent_failure_raises_at_once_with_its_remedy(
     fault: str, operation: str, proxy: FaultProxy, remote: S3ObjectStore, s3: S3Server
 ) -> None:
     what, cure = NON_RETRYABLE[fault]
@@ -329,17 +329,17 @@ def test_no_credentials_in_any_error(
         assert not [secret for secret in (s3.key, s3.secret, token) if secret in shown]
 
 
-def test_the_server_itself_refuses_wrong_credentials(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_refuses_wrong_credentials(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreError, match="signature does not match") as caught:
         open_object_store(f"s3://{BUCKET}/x").get("y")
     assert not [error for error in chain(caught.value) if s3.key in repr(error)]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-    with pytest.raises(StoreError, match="access key is not known"):
+    with pytest.raises(StoreError, match="does not know the access key"):
         open_object_store(f"s3://{BUCKET}/x").put("y", b"")
 
 
-def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
+def test_an_unreachable_server(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     nowhere = open_object_store(f"s3://{BUCKET}/x")
     nowhere.retry = QUICK
@@ -347,7 +347,7 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, s3: S3Serve
         nowhere.get("y")
 
 
-def test_missing_credentials_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
+def test_missing_credentials_are_reported_as_missing(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")  # where a machine's role would be
@@ -355,7 +355,7 @@ def test_missing_credentials_are_said_to_be_missing(monkeypatch: pytest.MonkeyPa
         open_object_store(f"s3://{BUCKET}/x").get("y")
 
 
-def test_a_stall_costs_the_timeout_and_latency_nothing_but_time(proxy: FaultProxy, remote: S3ObjectStore) -> None:
+def test_a_stall_costs_the_timeout_and_latency_only_time(proxy: FaultProxy, remote: S3ObjectStore) -> None:
     proxy.latency = 0.05
     remote.put("there", b"x")
     proxy.fail("stall")
@@ -432,7 +432,7 @@ def test_malformed_urls(url: str, said: str) -> None:
 @pytest.mark.parametrize(
     "url", ["s3://key:hush@bucket/x", "s3://hush@bucket/x", "sftp://me:hush@host/x", "az://c/x?sig=hush", "s3://b#hush"]
 )
-def test_secrets_do_not_belong_in_a_url(url: str) -> None:
+def test_secrets_in_a_url_are_refused(url: str) -> None:
     with pytest.raises(StoreError, match="remove user, password and query") as caught:
         open_object_store(url)
     assert not [error for error in chain(caught.value) if "hush" in str(error)]
@@ -459,7 +459,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         open_object_store("sftp://bucket/x")
 
 
-def test_what_the_replies_of_servers_mean() -> None:
+def test_classification_of_server_replies() -> None:
     for status, code in [(503, "SlowDown"), (400, "RequestTimeout"), (409, "ConditionalRequestConflict"), (500, "")]:
         assert isinstance(refusal(status, code), OSError)
     for status, code in [
@@ -494,15 +494,13 @@ class _HttpError(Exception):
     ],
     ids=repr,
 )
-def test_what_the_errors_of_file_systems_mean(error: Exception, kind: type[Exception]) -> None:
+def test_classification_of_file_system_errors(error: Exception, kind: type[Exception]) -> None:
     found = of_fsspec(error)
     assert type(found) is kind
     assert "hush" not in repr(found)
 
 
-def test_a_directory_that_vanishes_under_a_local_write_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_directory_deleted_during_a_local_write_is_recreated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks remove their lanes of an old generation, and the last one the directory, while another may still write."""
     import shutil
 

@@ -31,7 +31,7 @@ def test_a_free_object_store_never_makes_a_run_wait():
     assert result.seconds == pytest.approx(149 * result.step_seconds)
 
 
-def test_virtual_time_leaves_the_store_and_no_thread_behind():
+def test_virtual_time_restores_the_store_and_leaves_no_thread():
     before = threading.active_count()
     began = time.perf_counter()
     assert run(steps=100).seconds > 3.9
@@ -45,7 +45,7 @@ def test_virtual_time_leaves_the_store_and_no_thread_behind():
 
 @pytest.mark.parametrize("share", [0.5, 0.8])
 @pytest.mark.parametrize("limit", ["link", "total"])
-def test_less_bandwidth_than_needed_slows_a_run_down_by_that_much(limit, share):
+def test_too_little_bandwidth_slows_a_run_in_proportion(limit, share):
     """Within an epoch; at its end a run waits more, because what it wrote last is read first."""
     long = replace(WORK, samples=RANKS * 30000)
     ranks = RANKS if limit == "link" else 1
@@ -69,7 +69,7 @@ def test_the_wait_grows_with_the_latency(kind):
 
 
 @pytest.mark.parametrize("kind", ["get", "put"])
-def test_a_store_that_chooses_its_threads_and_windows_hides_a_latency_that_two_threads_do_not(kind):
+def test_automatic_threads_and_windows_hide_a_latency_that_two_threads_do_not(kind):
     long = replace(WORK, samples=RANKS * 30000)  # no epoch ends: at its end a run waits for what it wrote last
     service = replace(FREE, **{f"{kind}_median": 0.8, f"{kind}_p99": 1.2})
     waits = [run(service, long, steps=1500, threads=threads).wait for threads in (2, None)]
@@ -78,7 +78,7 @@ def test_a_store_that_chooses_its_threads_and_windows_hides_a_latency_that_two_t
 
 @pytest.mark.parametrize("latency", [0.0, 0.05])
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_every_chunk_is_written_once_an_epoch_and_read_at_most_once(epochs, latency):
+def test_every_chunk_is_written_once_and_read_at_most_once_per_epoch(epochs, latency):
     order = WORK.order(RANKS)
     service = replace(FREE, get_median=latency, get_p99=2 * latency, put_median=latency, put_p99=2 * latency)
     result = run(service, steps=epochs * order.steps_per_epoch)
@@ -97,7 +97,7 @@ def test_without_a_second_epoch_each_chunk_is_read_exactly_once():
     assert result.chunks_read <= sum(order.num_chunks(lane) for lane in range(RANKS))
 
 
-def test_refused_requests_are_made_again_and_more_prefixes_cure_them():
+def test_refused_requests_are_retried_and_more_prefixes_avoid_them():
     scarce = replace(FREE, gets=0.6 * 6.25 * RANKS, puts=math.inf, burst=0.5)
     refused = run(scarce, steps=150)
     assert refused.refused > 0 and refused.stalls
@@ -105,7 +105,7 @@ def test_refused_requests_are_made_again_and_more_prefixes_cure_them():
     assert cured.wait < refused.wait / 2
 
 
-def test_a_store_that_refuses_for_ever_ends_the_run_with_the_stores_error():
+def test_a_permanently_refusing_object_store_ends_the_run_with_the_stores_error():
     result = run(replace(FREE, gets=0.01, burst=0.01), steps=50)
     assert result.stalls and "SlowDown" in result.failure
 

@@ -66,7 +66,9 @@ def killed(run: Path, url: str, environment: dict[str, str], checkpoint: str) ->
     assert not (run / "result.json").exists(), "killed too late to tell anything"
 
 
-def test_the_place_of_the_state_changes_nothing(expected: dict[str, object], s3: S3Server, tmp_path: Path) -> None:
+def test_the_location_of_the_state_does_not_change_the_result(
+    expected: dict[str, object], s3: S3Server, tmp_path: Path
+) -> None:
     url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
     assert train(tmp_path / "disk", "zarr") == expected
     assert train(tmp_path / "s3", "zarr", url) == expected

@@ -46,7 +46,7 @@ def test_no_power_function_has_other_lengths(length: float) -> None:
 
 
 @given(LENGTHS, st.integers(1, 60), st.integers(0, 2**32))
-def test_moving_step_by_step_is_the_sum_over_the_profile(length: float, steps: int, seed: int) -> None:
+def test_stepwise_updates_equal_the_sum_over_the_profile(length: float, steps: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     live = torch.randn(5, generator=generator)
     average = PowerEMA({"w": live}, length)
@@ -91,12 +91,12 @@ def test_a_stored_length_is_its_own_snapshot(length: float, count: int) -> None:
 
 
 @given(LENGTHS, st.integers(1, 200))
-def test_weights_that_never_changed_come_out_as_they_are(length: float, count: int) -> None:
+def test_constant_weights_are_reproduced_exactly(length: float, count: int) -> None:
     steps, gammas = snapshots((0.05, 0.1), count)
     assert posthoc_ema.coefficients(steps, gammas, count, ema.exponent(length))[0].sum() == pytest.approx(1, abs=1e-9)
 
 
-def test_more_snapshots_come_nearer() -> None:
+def test_more_snapshots_give_a_closer_approximation() -> None:
     for length in (0.04, 0.07, 0.15):
         offs = [
             posthoc_ema.coefficients(*snapshots((0.05, 0.1), n), n, ema.exponent(length))[1]
@@ -106,7 +106,7 @@ def test_more_snapshots_come_nearer() -> None:
 
 
 @pytest.mark.parametrize("length", [0.04, 0.07, 0.12, 0.2])
-def test_a_length_that_was_not_kept_is_close_to_one_that_was(length: float) -> None:
+def test_a_computed_length_is_close_to_one_kept_during_training(length: float) -> None:
     """On a random walk, which is what averaging changes most."""
     generator = torch.Generator().manual_seed(0)
     live = torch.zeros(500)
@@ -128,6 +128,6 @@ def test_a_length_that_was_not_kept_is_close_to_one_that_was(length: float) -> N
 
 
 @pytest.mark.parametrize("lengths", [[0.0], [0.288], [0.3], [-0.1], [0.05, 0.050]])
-def test_lengths_that_make_no_sense_are_refused(lengths: list[float]) -> None:
+def test_invalid_ema_lengths_are_refused(lengths: list[float]) -> None:
     with pytest.raises(ConfigError, match=r"train.power_ema"):
         resolve({"train": {"steps": 4, "power_ema": lengths}})

@@ -55,7 +55,7 @@ def directories(root: Path, key: str) -> set[Path]:
         max_size=12,
     )
 )
-def test_after_a_sync_that_succeeds_every_name_that_was_put_is_durable(actions: list[tuple[str, Any]]) -> None:
+def test_every_name_written_before_a_successful_sync_is_durable(actions: list[tuple[str, Any]]) -> None:
     """Whichever syncs before it failed, and however far they came."""
     with pytest.MonkeyPatch.context() as patched, TemporaryDirectory() as place:
         syncs, objects = Syncs(patched), LocalObjectStore(Path(place) / "objects")
@@ -88,7 +88,7 @@ def test_a_failed_sync_names_the_directory_and_what_to_do(tmp_path: Path, monkey
         objects.sync()
 
 
-def test_a_sync_returns_only_when_another_threads_sync_of_its_names_is_done(
+def test_a_sync_waits_for_another_threads_sync_of_the_same_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     syncs, objects = Syncs(monkeypatch), LocalObjectStore(tmp_path)

@@ -42,13 +42,15 @@ def make_with(compression: str, order: Order, lanes: range, encoding: Encoding, 
     )
 )
 @settings(max_examples=50, deadline=None)
-def test_what_comes_back_is_what_went_in(compression: Compression, rows: np.ndarray) -> None:
+def test_compression_round_trip(compression: Compression, rows: np.ndarray) -> None:
     assert bytes(decompress(memoryview(compress(rows, compression)), compression)) == rows.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "uint8"])
 @pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
-def test_zarr_reads_it_and_damage_is_named(tmp_path: Path, compression: Compression, dtype: StateDtype) -> None:
+def test_zarr_reads_compressed_chunks_and_corruption_is_named(
+    tmp_path: Path, compression: Compression, dtype: StateDtype
+) -> None:
     encoding = Encoding(dtype)
     stored = Generations(LocalObjectStore(tmp_path), ORDER, SHAPE, encoding, compression=compression)
     stored.create()
@@ -69,7 +71,7 @@ def test_zarr_reads_it_and_damage_is_named(tmp_path: Path, compression: Compress
             fresh.read(1, 1, 2, checksum)
 
 
-def test_it_may_change_between_two_starts_and_a_begun_generation_keeps_its_own(tmp_path: Path) -> None:
+def test_compression_may_change_between_starts_and_an_existing_generation_keeps_its_own(tmp_path: Path) -> None:
     chosen = "zstd"
 
     def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:

@@ -116,9 +116,7 @@ FAILURES = [
 
 @pytest.mark.parametrize("operation", ["get", "put"])
 @pytest.mark.parametrize("failure", FAILURES, ids=lambda f: type(f).__name__ + str(getattr(f, "errno", "")))
-def test_a_failure_in_the_background_stops_the_next_step(
-    tmp_path: Path, operation: str, failure: BaseException
-) -> None:
+def test_a_background_failure_stops_the_next_step(tmp_path: Path, operation: str, failure: BaseException) -> None:
     failed: list[float] = []
 
     def before(what: str, key: str) -> None:
@@ -163,7 +161,7 @@ def test_a_failing_table_stops_the_next_step(method: str, monkeypatch: pytest.Mo
     closes_promptly(run.stores[0])  # type: ignore[arg-type]
 
 
-def test_a_snapshot_waiting_for_a_write_that_fails_does_not_hang(tmp_path: Path) -> None:
+def test_a_snapshot_that_waits_for_a_failing_write_does_not_hang(tmp_path: Path) -> None:
     def before(what: str, key: str) -> None:
         if what == "put" and "/c/" in key:
             time.sleep(0.1)
@@ -253,7 +251,7 @@ def test_reads_and_writes_of_an_epoch_never_touch_the_same_object(tmp_path: Path
             assert began >= written[key], "read while it was written"
 
 
-def test_the_next_epoch_is_handed_over_in_memory_where_it_is_needed_at_once(tmp_path: Path) -> None:
+def test_the_next_epoch_is_passed_on_in_memory_if_needed_immediately(tmp_path: Path) -> None:
     whole = WatchedRun(tmp_path / "one", nothing, ONE_WINDOW)
     whole.start()
     whole.advance(4 * ONE_WINDOW.steps_per_epoch)
@@ -266,7 +264,7 @@ def test_the_next_epoch_is_handed_over_in_memory_where_it_is_needed_at_once(tmp_
     assert 0 < sum(many.objects.chunks("get").values()) < sum(many.objects.chunks("put").values())
 
 
-def test_the_first_window_of_an_epoch_is_read_before_the_last_one_is_over(tmp_path: Path) -> None:
+def test_the_first_window_of_an_epoch_is_read_before_the_previous_one_ends(tmp_path: Path) -> None:
     run = WatchedRun(tmp_path, nothing, prefetch=1)
     run.start()
     run.advance(2 * ORDER.steps_per_epoch - 1)
@@ -302,7 +300,7 @@ class CountedStore(PinnedStore):
 
 @pytest.mark.parametrize("windows", [3, 5])
 @pytest.mark.parametrize("samples", [64, 400, 2000])
-def test_memory_is_bounded_by_the_windows_that_fit_whatever_n_is(samples: int, windows: int) -> None:
+def test_memory_is_bounded_by_the_windows_that_fit_for_any_number_of_samples(samples: int, windows: int) -> None:
     memory = windows * 2 * 8 * ROW_BYTES + 2 * 16 * ROW_BYTES  # of two lanes of 8 samples a window; a batch each way
 
     def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> CountedStore:
@@ -325,7 +323,7 @@ def test_memory_is_bounded_by_the_windows_that_fit_whatever_n_is(samples: int, w
     assert sum(store.alive.values()) <= 2 * windows
 
 
-def test_a_step_of_many_windows_has_as_many_in_memory_and_two_more() -> None:
+def test_a_step_over_many_windows_keeps_those_and_two_more_in_memory() -> None:
     order = Order(1, 300, 60, 2, 3, 2)  # 30 samples a step and lane, 6 a window
     store = PinnedStore(
         StateLayout(order, range(2), SHAPE, Encoding("fp16"), CPU),
@@ -347,7 +345,7 @@ def test_a_step_of_many_windows_has_as_many_in_memory_and_two_more() -> None:
 
 
 @pytest.mark.parametrize("steps", [0, 1, 5])
-def test_a_store_that_waits_for_a_slow_disk_closes_when_that_answers(tmp_path: Path, steps: int) -> None:
+def test_a_store_waiting_for_a_slow_disk_closes_when_the_disk_answers(tmp_path: Path, steps: int) -> None:
     def before(what: str, key: str) -> None:
         if "/c/" in key:
             time.sleep(0.3)
@@ -358,7 +356,7 @@ def test_a_store_that_waits_for_a_slow_disk_closes_when_that_answers(tmp_path: P
     closes_promptly(run.stores[0])  # type: ignore[arg-type]
 
 
-def test_a_closed_store_says_so_instead_of_waiting(tmp_path: Path) -> None:
+def test_a_closed_store_raises_instead_of_waiting(tmp_path: Path) -> None:
     run = WatchedRun(tmp_path, nothing)
     run.start()
     run.advance(1)
@@ -372,7 +370,7 @@ def test_a_closed_store_says_so_instead_of_waiting(tmp_path: Path) -> None:
         store.rows(0, 0)
 
 
-def test_a_chunks_generations_are_saved_in_their_order_however_slow_one_is() -> None:
+def test_the_generations_of_a_chunk_are_saved_in_order_even_if_one_is_slow() -> None:
     """The next epoch has its rows at once, and may end before they are saved; in memory both go to the same place."""
 
     saved: list[tuple[int, int, int]] = []

@@ -56,7 +56,7 @@ def cut(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [flip, cut, Path.unlink])
 @pytest.mark.parametrize("steps", [0, 3])
-def test_reinitialize_gives_the_chunk_generation_zero_and_leaves_all_others(
+def test_reinitialize_resets_only_the_corrupt_chunk_to_generation_zero(
     tmp_path: Path, damage: Callable[[Path], None], steps: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = run_at(tmp_path, "reinitialize")
@@ -82,7 +82,7 @@ def test_reinitialize_gives_the_chunk_generation_zero_and_leaves_all_others(
 
 
 @pytest.mark.parametrize("kind", ["gpu", "pinned"])
-def test_a_store_in_memory_that_takes_over_repairs_as_well(tmp_path: Path, kind: str) -> None:
+def test_a_memory_store_started_from_a_corrupt_zarr_store_repairs_it_too(tmp_path: Path, kind: str) -> None:
     run = run_at(tmp_path, "stop")
     run.start()
     run.advance(ORDER.steps_per_epoch + 1)
@@ -105,7 +105,7 @@ def test_a_store_in_memory_that_takes_over_repairs_as_well(tmp_path: Path, kind:
 
 
 @pytest.mark.parametrize("damage", [flip, Path.unlink])
-def test_a_lost_completion_record_is_made_again_from_the_chunks(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+def test_a_lost_completion_record_is_rebuilt_from_the_chunks(tmp_path: Path, damage: Callable[[Path], None]) -> None:
     run = run_at(tmp_path, "stop")
     run.start()
     run.advance(ORDER.steps_per_epoch + 2)
@@ -120,7 +120,7 @@ def test_a_lost_completion_record_is_made_again_from_the_chunks(tmp_path: Path, 
     run.crash()
 
 
-def test_a_lost_record_of_chunks_that_changed_is_an_error(tmp_path: Path) -> None:
+def test_a_lost_record_of_changed_chunks_is_an_error(tmp_path: Path) -> None:
     run = run_at(tmp_path, "reinitialize")
     run.start()
     run.advance(ORDER.steps_per_epoch + 2)
@@ -136,7 +136,7 @@ def test_a_lost_record_of_chunks_that_changed_is_an_error(tmp_path: Path) -> Non
     run.crash()
 
 
-def test_a_later_run_at_the_same_url_is_refused_and_the_own_run_is_not(tmp_path: Path) -> None:
+def test_a_later_run_at_the_same_url_is_refused_but_the_same_run_resumes(tmp_path: Path) -> None:
     url = tmp_path / "shared"
 
     def opened(run_id: str) -> ModelledRun:
@@ -171,7 +171,7 @@ def test_a_later_run_at_the_same_url_is_refused_and_the_own_run_is_not(tmp_path:
     assert open_existing(LocalObjectStore(url)).order.samples == ORDER.samples
 
 
-def test_generations_that_are_nobodys_are_not_overwritten_by_a_run(tmp_path: Path) -> None:
+def test_generations_without_an_owner_are_not_overwritten(tmp_path: Path) -> None:
     stored = Generations(LocalObjectStore(tmp_path), ORDER, SHAPE, FP16)
     stored.create()
     stored.create("mine")  # nothing in it yet

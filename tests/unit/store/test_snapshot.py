@@ -118,7 +118,7 @@ def test_a_start_may_change_the_dtype(quick: Path, kind: str, target: StateDtype
     run.crash()
 
 
-def test_a_store_of_another_dtype_in_the_same_place_is_refused_and_left_alone(quick: Path) -> None:
+def test_a_store_with_another_dtype_at_the_same_location_is_refused_and_unchanged(quick: Path) -> None:
     run = ModelledRun(zarr, ORDER, Encoding("fp16"), quick)
     run.start()
     run.advance(ORDER.steps_per_epoch + 3)
@@ -132,7 +132,7 @@ def test_a_store_of_another_dtype_in_the_same_place_is_refused_and_left_alone(qu
     run.crash()
 
 
-def test_another_spelling_of_the_place_does_not_lose_the_state(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_different_spelling_of_the_location_keeps_the_state(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(quick)
 
     def relative(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
@@ -163,7 +163,7 @@ def settle(run: ModelledRun) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 4])
-def test_generations_of_kept_snapshots_stay_and_others_vanish(quick: Path, world: int) -> None:
+def test_generations_of_retained_snapshots_are_kept_and_others_deleted(quick: Path, world: int) -> None:
     run = ModelledRun(zarr, ORDER, Encoding("fp16"), quick)
     run.start(world)
     run.advance(2 * ORDER.steps_per_epoch + 1)
@@ -187,7 +187,7 @@ def test_generations_of_kept_snapshots_stay_and_others_vanish(quick: Path, world
     run.crash()
 
 
-def test_a_kept_snapshot_never_reads_what_another_start_put_in_its_place(quick: Path) -> None:
+def test_a_retained_snapshot_never_reads_generations_overwritten_by_another_start(quick: Path) -> None:
     """zarr, then gpu, then zarr again within one epoch: the first snapshot's generation has been overwritten."""
     run = ModelledRun(zarr, ORDER, Encoding("fp16"), quick)
     run.start()
@@ -207,7 +207,7 @@ def test_a_kept_snapshot_never_reads_what_another_start_put_in_its_place(quick: 
     run.crash()
 
 
-def test_a_damaged_header_is_an_error_that_names_the_place(quick: Path) -> None:
+def test_a_damaged_header_is_an_error_that_names_the_file(quick: Path) -> None:
     run = ModelledRun(gpu, ORDER, Encoding("fp16"), quick)
     run.start()
     saved = run.save()

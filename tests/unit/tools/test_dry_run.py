@@ -36,7 +36,7 @@ def teacher(config: RunConfig, samples: int, epochs: float, shape: tuple[int, in
 
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_every_preset_is_planned_without_its_data_as_its_header_says(
+def test_the_plan_of_every_preset_matches_its_header_without_the_data(
     preset: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = Speed(images=2, operations=1e12, passes=1.0, update=0.5)
@@ -59,7 +59,7 @@ def test_every_preset_is_planned_without_its_data_as_its_header_says(
     assert f"{data.samples} images {'x'.join(map(str, data.shape))}" in lines
 
 
-def test_own_presets_say_that_they_were_not_trained() -> None:
+def test_untrained_presets_are_marked_as_such() -> None:
     for name in ("cifar10", "ffhq-64", "imagenet-64", "imagenet-256-latents"):
         path = next(p for p in PRESETS if p.stem == name)
         assert "has not been trained" in path.read_text()
@@ -104,7 +104,7 @@ def test_gpus_are_scaled_by_their_peak_and_others_by_the_assumption() -> None:
         (["objective.chain.length=4", "objective.chain.stages=[{start: 0, levels: 8}]"], 0.2, 0.3),
     ],
 )
-def test_the_teachers_share_is_that_of_the_whole_run(settings: list[str], low: float, high: float) -> None:
+def test_the_teachers_share_is_averaged_over_the_run(settings: list[str], low: float, high: float) -> None:
     config = load_config(None, [*TINY, *settings])
     assert low <= teacher(config, 5000, 100.0, (1, 8, 8)) <= high
 
@@ -125,7 +125,7 @@ def test_a_measured_step_counts_the_teachers_passes_it_made() -> None:
     assert found.passes > 0 and found.update > 0
 
 
-def test_the_first_pass_is_not_a_steps_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_pass_is_not_counted_as_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """It compiles, for minutes where train.compile is set."""
     config = load_config(None, [*TINY, "data.name=digits"])
     data = expected(config.data)
@@ -161,7 +161,7 @@ def test_a_micro_batch_that_does_not_fit_is_halved(monkeypatch: pytest.MonkeyPat
     assert throughput.measure(config, data, order, dry_run.join("cpu", 8), 6, visit, known).images == 16
 
 
-def test_a_dry_run_reads_the_data_that_it_is_pointed_to(tmp_path: Path) -> None:
+def test_a_dry_run_reads_the_data_at_the_given_path(tmp_path: Path) -> None:
     np.save(tmp_path / "images.npy", np.zeros((64, 1, 8, 8), np.uint8))
     where = f"data={{name: array, path: {tmp_path / 'images.npy'}, expect: {{samples: SAMPLES, shape: [1, 8, 8]}}}}"
     assert (
@@ -173,6 +173,6 @@ def test_a_dry_run_reads_the_data_that_it_is_pointed_to(tmp_path: Path) -> None:
         dry_run.plan(load_config(None, [*TINY, where.replace("SAMPLES", "64"), "network.classes=3"]), "cpu")
 
 
-def test_an_unknown_key_of_what_is_expected_is_named() -> None:
+def test_an_unknown_key_of_data_expect_is_named() -> None:
     with pytest.raises(ConfigError, match=r"data.expect.sampels: unknown key; did you mean data.expect.samples\?"):
         load_config(None, ["data.expect={sampels: 3, samples: 3, shape: [1, 8, 8]}"])
