@@ -1,4 +1,4 @@
-"""`udddm-store gc` removes only what no checkpoint can need, and refuses whenever it cannot know."""
+"""`udddm-store gc` deletes only generations that no checkpoint can need, and refuses if it cannot determine them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, and one whose store has its own URL, the path `store` next to it."""
+    """A finished run, and one with a separate store URL, the path `store` next to it."""
     root = tmp_path_factory.mktemp("runs")
     udddm.train(config.load_config(None, SETTINGS), run_dir=root / "plain", device="cpu")
     udddm.train(
@@ -46,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A run whose checkpoints need generations 3 and 4, with 1 left over and 6 of a start that was killed."""
+    """A run whose checkpoints need generations 3 and 4, with a leftover 1, and 6 from a killed start."""
     copied = Path(shutil.copytree(finished / "plain", tmp_path / "run"))
     for extra in (1, 6):
         shutil.copytree(copied / "state" / "gen-000003", copied / "state" / f"gen-{extra:06d}", dirs_exist_ok=True)
@@ -55,7 +55,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def linked(finished: Path) -> Iterator[tuple[Path, Path]]:
-    """A run and its store, which is restored in the end."""
+    """A run and its store, which is restored at the end."""
     saved = shutil.copytree(finished / "store", finished / uuid.uuid4().hex)
     shutil.copytree(finished / "store" / "gen-000003", finished / "store" / "gen-000001", dirs_exist_ok=True)
     yield finished / "linked", finished / "store"
@@ -79,7 +79,7 @@ def test_gc_deletes_unreferenced_generations_and_reports_why(run: Path, capsys: 
 
 
 def test_gc_sees_a_checkpoint_written_before_it_locked_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lists are made under the lock: the checkpoints of a moment before may refer to other generations."""
+    """The lists are read under the lock, because checkpoints listed earlier may refer to other generations."""
     newest = sorted((run / "checkpoints").iterdir())[-1]
     for older in sorted((run / "checkpoints").iterdir())[:-1]:
         shutil.rmtree(older)
@@ -109,7 +109,7 @@ def test_gc_of_a_live_run_is_refused(run: Path) -> None:
 
 
 def test_gc_of_a_live_run_at_a_url_is_refused_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of another machine, whose lease is not over for a minute: nothing waits for it."""
+    """A run on another machine, whose lease expires in a minute. The command does not wait for it."""
     url = f"memory://{uuid.uuid4().hex}"
     udddm.train(config.load_config(None, SETTINGS), run_dir=url, device="cpu")
     objects = open_object_store(f"{url}/state")
@@ -126,7 +126,7 @@ def test_gc_of_a_live_run_at_a_url_is_refused_immediately(monkeypatch: pytest.Mo
 
 
 def test_gc_is_refused_without_checkpoints(run: Path) -> None:
-    """As when they are on a disk that is not mounted."""
+    """For example because they are on a disk that is not mounted."""
     shutil.rmtree(run / "checkpoints")
     with pytest.raises(StoreError, match=r"holds no checkpoint.*nothing was deleted"):
         collect(str(run), print)
@@ -156,7 +156,7 @@ def test_gc_of_a_copy_is_refused_while_the_run_is_alive(linked: tuple[Path, Path
 
 
 def test_gc_of_an_old_copy_keeps_what_newer_checkpoints_refer_to(linked: tuple[Path, Path], tmp_path: Path) -> None:
-    """Also when the run that goes on is not alive at that moment."""
+    """Also if the continuing run is not alive at that moment."""
     run, store = linked
     shutil.copytree(store / "gen-000004", store / "gen-000007")
     copied = shutil.copytree(run, tmp_path / "backup")
@@ -180,7 +180,7 @@ def test_gc_of_a_bare_store_is_refused(run: Path, capsys: pytest.CaptureFixture[
 
 
 def test_convert_stops_when_its_lease_is_lost(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it copies: another client that takes over the destination is not written over."""
+    """While copying, so that a client that takes over the destination is not overwritten."""
     write = Generations.write
     written: list[int] = []
 

@@ -1,5 +1,5 @@
-"""Nothing that a run reports as written is lost by a power loss: contents are synced before a file gets its name, and
-every directory after it got a new name, in a record of what a run does to the file system."""
+"""A power loss does not lose anything that a run reports as written. A record of a run's file system calls shows that
+contents are synced before a file gets its final name, and every directory after it gets a new entry."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ SETTINGS = (
 class Event(NamedTuple):
     kind: str
     path: Path
-    """What was synced or made; of a renaming, the new name."""
+    """A path that was synced or created; for a rename, the new name."""
     old: Path | None = None
 
 
 @pytest.fixture(scope="module", params=["gpu", "zarr"])
 def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event]]:
-    """A run directory two levels below one that existed, and what happened to it: a run of 40 steps that was resumed
-    from step 30."""
+    """A run directory two levels below an existing one, and the events of a run of 40 steps that was resumed from step
+    30."""
     place = tmp_path_factory.mktemp("durability")
     (place / "features.py").write_text("def flat(batch):\n    return batch.flatten(1)[:, :8]\n")
     run, events = place / "runs" / "one", []
@@ -102,7 +102,7 @@ def test_a_files_contents_are_synced_before_it_is_renamed(recorded: tuple[Path, 
 
 
 def test_a_directory_is_synced_after_every_new_name_in_it(recorded: tuple[Path, list[Event]]) -> None:
-    """Of what is there in the end. Everything in a checkpoint is named before the checkpoint itself."""
+    """For the files that exist at the end. Everything in a checkpoint is named before the checkpoint itself."""
     run, events = recorded
     checked = set()
     for number, event in enumerate(events):
@@ -165,7 +165,7 @@ def full() -> None:
 
 
 def test_a_shared_file_is_from_one_writer_or_the_other(tmp_path: Path) -> None:
-    """A second writer that begins while the first has written half of it."""
+    """A second writer starts after the first has written half of the file."""
     path = tmp_path / "cache.npz"
 
     def first(file) -> None:  # type: ignore[no-untyped-def]

@@ -16,7 +16,7 @@ from udddm.cli.train import main as train_command
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Files in memory where there is such a file system: a synced write costs milliseconds on a disk."""
+    """A directory in memory if there is such a file system, because a synced write to disk takes milliseconds."""
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else tmp_path_factory.mktemp("quick")) as name:
         yield Path(name)

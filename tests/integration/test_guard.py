@@ -1,4 +1,4 @@
-"""Whoever lost the lease changes nothing any more: not in a later request, nor by one that had already begun."""
+"""A run that lost its lease changes nothing, neither in a later request nor in one that had already started."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def url(s3: S3Server) -> str:
 
 
 class Held(Guard):
-    """Calls `meanwhile`, once, after it was asked and said yes: a pause between the look and the request."""
+    """Calls `meanwhile` once after a successful check, to simulate a pause between the check and the request."""
 
     fences = True
 
@@ -71,7 +71,7 @@ class Held(Guard):
 
 
 def take_over(url: str, lease: Lease) -> Lease:
-    """Another run has the place now; `lease` is still to find out."""
+    """Let another run take over the lease; `lease` has not noticed yet."""
     lease.objects.delete(KEY)
     other = Lease(open_object_store(url), "the successor")
     other.acquire()
@@ -80,7 +80,7 @@ def take_over(url: str, lease: Lease) -> Lease:
 
 @pytest.fixture
 def leases() -> Iterator[list[Lease]]:
-    """To be released in the end."""
+    """Leases that are released at the end of the test."""
     made: list[Lease] = []
     yield made
     for lease in made:
@@ -106,7 +106,7 @@ def test_every_kind_of_change_checks_the_guard(place: str, name: str, tmp_path: 
 def test_a_paused_request_never_replaces_a_successors_object(
     url: str, exists: bool, operation: str, tmp_path: Path
 ) -> None:
-    """The guard said yes; then the process stood still until a successor had written the same object."""
+    """The guard allowed the request; then the process was paused until a successor had written the same object."""
     objects, successor = open_object_store(url), open_object_store(url)
     if exists:
         successor.put("there", b"from before")
@@ -119,7 +119,7 @@ def test_a_paused_request_never_replaces_a_successors_object(
     guard = objects.guard = Held()
     if not exists:
         guard.meanwhile = succeed
-    else:  # the pause is before the second request, after the first was told that there is an object
+    else:  # the pause is before the second request; the first found that the object exists
         guard.meanwhile = lambda: setattr(guard, "meanwhile", succeed)
     with pytest.raises(StoreError, match="lost the lease"):
         CHANGES[operation](objects, tmp_path / "file")
@@ -161,7 +161,7 @@ def test_deleting_many_objects_checks_the_guard_before_each_request(url: str) ->
     for name in range(5):
         objects.put(f"gen/{name}", b"x")
     guard = objects.guard = Held()
-    guard.meanwhile = lambda: setattr(guard, "lost", True)  # after the look that comes before the listing
+    guard.meanwhile = lambda: setattr(guard, "lost", True)  # after the check that precedes the listing
     with pytest.raises(StoreError, match="lost the lease"):
         objects.delete("gen")
     assert len(list(objects.list("gen"))) == 5
@@ -224,7 +224,7 @@ def test_other_ranks_continue_while_the_first_renews(place: str, leases: list[Le
         Lease(open_object_store(place), "runs/one").follow("another", Instant.now())
 
 
-# What the store makes of it.
+# The store.
 
 ORDER = Order(seed=1, samples=64, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2)
 
@@ -242,7 +242,7 @@ def advance(store: ZarrStore, steps: int) -> None:
 
 
 def test_the_store_of_a_run_without_its_lease_neither_writes_nor_deletes(place: str, leases: list[Lease]) -> None:
-    """Its writers and its cleaner too, whatever was asked of them before."""
+    """This includes pending work of its writers and its cleaner."""
     lease = Lease(open_object_store(place), "runs/one")
     leases.append(lease)
     lease.acquire()
@@ -287,7 +287,7 @@ def test_corruption_caused_by_a_successor_is_reported_as_a_lost_lease(
     assert not began
 
 
-# What checkpoints make of it.
+# Checkpoints.
 
 
 def fill(directory: Path) -> None:

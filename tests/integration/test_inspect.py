@@ -86,7 +86,7 @@ def test_an_intact_store_verifies(run: Path, capsys: pytest.CaptureFixture[str])
 def test_verify_finds_a_corrupt_chunk(
     zarr_run: Path, capsys: pytest.CaptureFixture[str], generation: int, damage: str
 ) -> None:
-    """Also in generation 4, which is not complete: the newest checkpoint refers to its first chunks."""
+    """Also in generation 4, which is incomplete, because the newest checkpoint refers to its first chunks."""
     path = chunk_files(zarr_run, generation)[0]
     if damage == "flipped":
         data = bytearray(path.read_bytes())

@@ -1,4 +1,4 @@
-"""One run at a time writes to a store; a crashed run's lease comes free; a lost lease stops its run."""
+"""Only one run at a time writes to a store; a crashed run's lease expires; a lost lease stops its run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def objects(place: str) -> ObjectStore:
 
 
 def crashed(place: str, owner: str, seconds: float) -> int:
-    """A process takes the lease and is killed; its id."""
+    """Start a process that acquires the lease, kill it, and return its id."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, place, owner, str(seconds)], stdout=subprocess.PIPE, text=True
     )
@@ -115,7 +115,7 @@ def test_a_lease_is_renewed_while_it_is_held(objects: ObjectStore) -> None:
 
 @pytest.mark.parametrize("clock", [-YEAR, 0, YEAR])
 def test_a_lease_is_taken_over_once_seen_unchanged_for_long_enough(objects: ObjectStore, clock: float) -> None:
-    """For its time and the grace by the observer's clock, whatever the holder's shows."""
+    """For its duration plus the grace time by the observer's clock, regardless of the holder's clock."""
     now = time.time() + clock
     objects.put(KEY, holder("runs/one", seconds=0.8, started=now, expires=now + 0.8).encode())
     second = Lease(objects, "runs/two")
@@ -130,7 +130,7 @@ def test_a_lease_is_taken_over_once_seen_unchanged_for_long_enough(objects: Obje
 def test_a_renewed_lease_is_not_taken_over(place: str, clock: float) -> None:
     over = threading.Event()
 
-    def renew() -> None:  # as a host whose clock is wrong does
+    def renew() -> None:  # like a host with a wrong clock
         objects = open_object_store(place)
         for renewal in itertools.count():
             expires = time.time() + clock + 3
@@ -170,7 +170,7 @@ def test_the_message_explains_how_to_remove_a_lease(objects: ObjectStore) -> Non
 def test_a_holder_uses_the_clock_that_shows_the_most(
     tmp_path: Path, clock: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A paused machine's monotonic clock stands still, a sleeping one's boot clock does not."""
+    """The monotonic clock of a paused machine stops; the boot clock of a sleeping one does not."""
     lease = Lease(open_object_store(tmp_path), "runs/one", seconds=600)
     lease.acquire()
     lease.check()
@@ -231,7 +231,7 @@ HERE = process_table()
 @pytest.mark.parametrize(
     "changes",
     [
-        {"process": "gone"},  # as older versions wrote it: nothing tells whose process ids these are
+        {"process": "gone"},  # as written by older versions, without the scope of the process id
         {"process": "gone", "machine": HERE.replace(HERE.split()[0], "0" * 32)},
         {"process": "gone", "machine": HERE.replace(HERE.split()[1], str(uuid.uuid4()))},
         {"process": "gone", "machine": HERE.replace(HERE.split()[2], "4026531999")},
@@ -242,7 +242,7 @@ HERE = process_table()
 def test_own_leases_of_processes_that_may_be_alive_are_respected(
     objects: ObjectStore, changes: dict[str, object]
 ) -> None:
-    """Containers and machines may share a name, and a process id says nothing outside of its namespace."""
+    """Containers and machines may share a name, and a process id is meaningless outside its namespace."""
     objects.put(KEY, holder("runs/one", **changes).encode())
     with pytest.raises(StoreError, match="runs/one"):
         Lease(objects, "runs/one").acquire()
@@ -303,7 +303,7 @@ def test_a_lease_that_cannot_be_renewed_stops_the_run_in_time(tmp_path: Path) ->
 
 
 def test_a_lease_is_not_taken_over_without_conditional_writes(tmp_path: Path) -> None:
-    """Two that take over at the same moment would both have it."""
+    """Two runs that take it over at the same moment would both hold it."""
     place = f"local://{tmp_path}/objects"
     objects = open_object_store(place)
     first = Lease(objects, "runs/one")

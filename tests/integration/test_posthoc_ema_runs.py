@@ -44,7 +44,7 @@ def config(*lengths: float, every: int = 2, plain: tuple[float, ...] = (0.9,), s
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run that kept 0.05 and 0.1, every 2 of 40 steps."""
+    """A finished run that kept lengths 0.05 and 0.1, every 2 of 40 steps."""
     directory = tmp_path_factory.mktemp("posthoc") / "run"
     api.train(config(0.05, 0.1), run_dir=directory, device="cpu")
     return directory
@@ -65,7 +65,7 @@ def weights(model: Model) -> torch.Tensor:
 def test_a_length_chosen_after_training_equals_one_kept_during_training(run: Path, tmp_path: Path) -> None:
     api.train(config(0.07, plain=()), run_dir=tmp_path / "other", device="cpu")
     assert sha256s(tmp_path / "other")["weights_sha256"] == sha256s(run)["weights_sha256"]
-    aim = weights(load_model(tmp_path / "other"))  # the first power average, where there is no other
+    aim = weights(load_model(tmp_path / "other"))  # the first power EMA, because there is no other
     found = weights(load_model(run, ema_length=0.07))
     kept = {name: weights(load_model(run, ema=name)) for name in ("power-0.05", "power-0.1", "0.9", "none")}
     assert (found - aim).norm() < 1e-3 * aim.norm()
@@ -88,7 +88,7 @@ def test_a_run_resumes_bit_for_bit_with_its_emas(run: Path, tmp_path: Path) -> N
     api.train(chosen, run_dir=tmp_path, device="cpu")
     (tmp_path / "result.json").unlink()
     (tmp_path / "checkpoints" / "step-00000040" / "manifest.json").unlink()
-    for step in ("step-00000036", "step-00000040"):  # cut short, and not there
+    for step in ("step-00000036", "step-00000040"):  # truncated, and missing
         path = tmp_path / "ema" / step / "power-0.05.safetensors"
         path.with_name(path.name + ".partial").write_bytes(path.read_bytes()[:100])
         path.unlink()
@@ -99,7 +99,7 @@ def test_a_run_resumes_bit_for_bit_with_its_emas(run: Path, tmp_path: Path) -> N
 
 
 def test_two_ranks_save_unsharded_emas(tmp_path: Path) -> None:
-    """In one file, where of the checkpoint's each rank writes a share."""
+    """In a single file, although each rank writes a share of the checkpoint's files."""
     api.train(config(0.05, 0.1, every=4, steps=6), run_dir=tmp_path, device="cpu", workers=2)
     found = posthoc_ema.stored(tmp_path / "ema")
     assert [(one.step, one.length) for one in found] == [(s, x) for s in (4, 6) for x in (0.05, 0.1)]
@@ -138,7 +138,7 @@ def test_the_commands_accept_an_ema_length_or_name(run: Path, tmp_path: Path, mo
 
 
 def test_without_power_emas_nothing_changes(tmp_path: Path) -> None:
-    """Neither what a run is called by nor what it writes; and a run begun with other snapshots resumes."""
+    """Neither a run's fingerprint nor its files; and a run started with another snapshot interval resumes."""
     assert "power_ema" in RunConfig().model_dump()["train"]
     plain = config()
     assert plain.fingerprint() == config(every=5).fingerprint() != config(0.05).fingerprint()
@@ -148,7 +148,7 @@ def test_without_power_emas_nothing_changes(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*power*"))
 
 
-# What is refused.
+# Errors.
 
 
 def test_unavailable_emas_are_errors_that_explain_why(

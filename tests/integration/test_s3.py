@@ -1,4 +1,4 @@
-"""Objects on disk, on S3 and on an fsspec file system keep one contract; what goes wrong is retried or told clearly."""
+"""Object stores on disk, S3 and fsspec file systems obey one contract; failures are retried or raise a clear error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUICK = Retry(attempts=4, first_pause=0.001, longest_pause=0.004)
 
 @pytest.fixture(params=["local", "s3", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A URL with nothing under it."""
+    """A URL without objects."""
     if request.param == "local":
         return str(tmp_path / "objects")
     if request.param == "s3":
@@ -60,14 +60,14 @@ def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]
 
 @pytest.fixture
 def remote(proxy: FaultProxy) -> S3ObjectStore:
-    """S3 through the proxy, with a second to answer."""
+    """S3 through the proxy, with a timeout of one second."""
     opened = S3ObjectStore(f"{BUCKET}/{uuid.uuid4().hex}", timeout=0.5)
     opened.retry = QUICK
     return opened
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and all that hangs on it."""
+    """An exception and all its causes and contexts."""
     while error is not None:
         yield error
         if error.__cause__ is not None and error.__context__ is not error.__cause__:
@@ -125,7 +125,7 @@ def test_odd_keys(objects: ObjectStore) -> None:
 
 
 def test_large_objects_replace_one_another_atomically(place: str, objects: ObjectStore) -> None:
-    """A reader beside a writer sees one of the objects that were written, all of it."""
+    """A concurrent reader sees one of the written objects in full."""
     size = 8 * 2**20
     written = [bytes([value]) * size for value in range(4)]
     objects.put("large", written[0])
@@ -161,7 +161,7 @@ def test_listings_include_what_other_clients_just_wrote(place: str, objects: Obj
 
 
 def test_long_listings_are_complete(s3: S3Server) -> None:
-    """S3 lists and deletes 1,000 objects a request."""
+    """S3 lists and deletes 1,000 objects per request."""
     objects = open_object_store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: objects.put(f"many/{i}", b"x"), range(1010)))
@@ -225,7 +225,7 @@ def test_generations_round_trip_and_zarr_reads_them(place: str, objects: ObjectS
     assert again.is_complete(1)
     for (lane, chunk), wanted in rows.items():
         assert (again.read(1, lane, chunk, again.record(1, lane)[chunk]) == wanted).all()
-    if not place.startswith("s3://"):  # zarr's own way to S3 is s3fs, whose threads outlive a test
+    if not place.startswith("s3://"):  # zarr itself uses s3fs for S3, whose threads outlive a test
         array = zarr.open_array(f"{place}/gen-000001", mode="r")
         assert (array[1, : ORDER.chunk_size] == rows[1, 0]).all()
     objects.delete(again.chunk_key(1, 0, 1))
@@ -235,7 +235,7 @@ def test_generations_round_trip_and_zarr_reads_them(place: str, objects: ObjectS
     assert stored.existing() == []
 
 
-# What goes wrong on the way to S3, by name.
+# Faults between client and S3, by name.
 
 OPERATIONS: dict[str, Callable[[ObjectStore], object]] = {
     "get": lambda o: o.get("there"),
@@ -278,7 +278,7 @@ def test_a_transient_fault_is_retried(fault: str, operation: str, proxy: FaultPr
     elif operation == "list":
         assert result == ["there"]
     elif operation in ("put_if_absent", "compare_and_swap"):
-        assert result is True, "the first attempt may have got through: then it is ours"
+        assert result is True, "the first attempt may have succeeded; then the object is ours"
         assert remote.get("new" if operation == "put_if_absent" else "there") == b"mine"
     else:
         assert remote.exists("new") is (operation == "put")
@@ -350,7 +350,7 @@ def test_an_unreachable_server(monkeypatch: pytest.MonkeyPatch, s3: S3Server) ->
 def test_missing_credentials_are_reported_as_missing(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")  # where a machine's role would be
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")  # the endpoint of a machine's role
     with pytest.raises(StoreError, match="no credentials in the environment"):
         open_object_store(f"s3://{BUCKET}/x").get("y")
 
@@ -501,7 +501,7 @@ def test_classification_of_file_system_errors(error: Exception, kind: type[Excep
 
 
 def test_a_directory_deleted_during_a_local_write_is_recreated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ranks remove their lanes of an old generation, and the last one the directory, while another may still write."""
+    """Ranks delete their lanes of an old generation, and the last one its directory, while another may still write."""
     import shutil
 
     objects = LocalObjectStore(tmp_path)
@@ -519,7 +519,7 @@ def test_a_directory_deleted_during_a_local_write_is_recreated(tmp_path: Path, m
 
 
 def test_google_and_azure_have_conditional_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through obstore, whose own tests cover their servers; here only that they are opened by it."""
+    """They use obstore, whose own tests cover their servers. This only tests that obstore opens them."""
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     for url in ("gs://bucket/some/where", "gcs://bucket/some/where", "az://container/some/where"):
         opened = open_object_store(url)

@@ -1,4 +1,4 @@
-"""A stranger's checkpoint or run is data: it makes this process import, open and write nothing elsewhere."""
+"""An untrusted checkpoint or run is only data: it cannot make this process import code, open or write other files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def theirs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that a module of the name `stranger` makes when it is imported."""
+    """A file that the module `stranger` creates when it is imported."""
     (tmp_path / "stranger.py").write_text(MODULE)
     (tmp_path / "mine.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -65,7 +65,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rewrite(run: Path, **sections: Any) -> None:
-    """Another configuration in a run and its checkpoints, whose manifests are made to match."""
+    """Change the configuration of a run and its checkpoints, and update their manifests to match."""
     for path in [run / "run.json", *run.glob("checkpoints/*/config.json")]:
         found = json.loads(path.read_text())
         for name, values in sections.items():
@@ -215,7 +215,7 @@ def test_links_and_devices_in_a_checkpoint_are_corruption(theirs: Path, tmp_path
 
 
 class Site:
-    """A web server of a stranger, who answers each path as `pages` says and announces what `announced` does."""
+    """An untrusted web server that serves `pages` by path and announces the sizes in `announced`."""
 
     def __init__(self) -> None:
         self.pages: dict[str, bytes] = {}
@@ -260,7 +260,7 @@ def site() -> Iterator[Site]:
 
 
 def put_at(site: Site, run: Path, change: Callable[[dict[str, Any]], None]) -> str:
-    """A checkpoint of `run` on the web server, with a changed manifest; its URL."""
+    """Serve a checkpoint of `run` with a changed manifest, and return its URL."""
     path = next(run.glob("checkpoints/*"))
     for file in path.rglob("*"):
         if file.is_file():
@@ -296,7 +296,7 @@ def test_no_more_is_read_from_a_web_server_than_the_manifest_declares(
     url = put_at(site, theirs, lambda manifest: None)
     key = url.removeprefix(site.url) + "/model.safetensors"
     size = len(site.pages[key])
-    site.announced[key] = size  # what it announces is not what it sends
+    site.announced[key] = size  # different from the size that it sends
     site.pages[key] = bytes(40 << 20)
     for _ in range(2):
         assert sample_command(["--checkpoint", url, "--device", "cpu", "--out", str(tmp_path / "out")]) == FAILED
@@ -393,7 +393,7 @@ def test_a_manifest_with_a_lost_or_renamed_entry_is_corrupt(theirs: Path) -> Non
     assert "names no file" in str(corruption(path))
     manifest.write_text(text)
     assert corruption(path) is None
-    manifest.write_text(json.dumps(parse(text.encode())))  # of a version whose manifests had no checksum
+    manifest.write_text(json.dumps(parse(text.encode())))  # from a version whose manifests had no checksum
     assert corruption(path) is None
 
 
@@ -420,7 +420,7 @@ def test_a_malformed_snapshot_is_an_error_that_names_it(
         for command in (["info"], ["verify"], ["view", "--sample=1", f"--out={tmp_path}/x.png"]):
             code = store_command([command[0], str(theirs), *command[1:]])
             said = "".join(capsys.readouterr())
-            passes = command[0] != "verify" and (key == "order" or command[0] == "view")  # the store itself suffices
+            passes = command[0] != "verify" and (key == "order" or command[0] == "view")  # the store suffices
             assert code == FAILED or passes, (command, value, said)
             assert "snapshot.json" in said or passes, (command, value, said)
         assert store_command(["convert", str(theirs), str(tmp_path / "copy")]) == FAILED

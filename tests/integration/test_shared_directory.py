@@ -1,4 +1,4 @@
-"""Ranks on several machines that share a directory: a network file system lists it as it was a while ago."""
+"""Ranks on several machines that share a directory, which a network file system may list with outdated content."""
 
 from __future__ import annotations
 

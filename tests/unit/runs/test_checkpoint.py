@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, damage is found and named, and nothing else is lost."""
+"""Checkpoints are complete or absent, corruption is detected and named, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_every_corruption_is_detected_and_names_its_file(tmp_path: Path) -> None
         else:
             victim.unlink()
         problem = corruption(path)
-        if problem is None:  # a flipped space in the manifest's layout changes nothing it says
+        if problem is None:  # a flipped space in the manifest's layout does not change its content
             assert victim.name == "manifest.json" and kind == "flip"
             continue
         if victim.name != "manifest.json":
@@ -74,14 +74,14 @@ def test_the_newest_valid_checkpoint_is_used_and_invalid_ones_are_logged(
     assert "step-00000002.damaged" in checkpoints.discard_after(1)[0]
     assert checkpoints.all() == [older]
     assert {p.name for p in checkpoints.directory.iterdir()} == {older.name, "step-00000002.damaged"}
-    newer = checkpoints.write(2, ALONE, fill)  # training passes it again
+    newer = checkpoints.write(2, ALONE, fill)  # training writes this step again
     checkpoints.prune(1)
     assert checkpoints.all() == [newer] and (newer.with_name("step-00000002.damaged") / "manifest.json").exists()
 
 
 @contextmanager
 def no_more_files() -> Iterator[None]:
-    """Every attempt to open a file fails (EMFILE), as on a machine that is short of descriptors."""
+    """Every attempt to open a file fails (EMFILE), as on a machine without free file descriptors."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.open(os.devnull, os.O_RDONLY)
     os.close(lowest)
@@ -135,7 +135,7 @@ def test_old_checkpoints_are_deleted_only_once_the_newest_is_verified(tmp_path: 
     (newest / "model.safetensors").write_bytes(b"")
     checkpoints.prune(1)
     assert len(checkpoints.all()) == 3
-    newest = checkpoints.write(3, ALONE, fill)  # a damaged one of the same step is replaced
+    newest = checkpoints.write(3, ALONE, fill)  # replaces a corrupt one of the same step
     checkpoints.prune(1)
     assert checkpoints.all() == [newest]
 

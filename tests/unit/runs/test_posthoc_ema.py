@@ -1,4 +1,4 @@
-"""Averages with power-function profiles, and averages whose length is chosen after training."""
+"""Power-function profiles, and the approximation of one length by others."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LENGTHS = st.floats(0.01, 0.287)
 
 
 def profile(gamma: float, steps: int) -> np.ndarray:
-    """The weight of each step 1..steps: the integral of the profile over it."""
+    """The weight of each step 1..steps: the integral of the profile over the step."""
     ends = (np.arange(steps + 1) / steps) ** (gamma + 1)
     return np.diff(ends)
 
@@ -107,7 +107,7 @@ def test_more_snapshots_give_a_closer_approximation() -> None:
 
 @pytest.mark.parametrize("length", [0.04, 0.07, 0.12, 0.2])
 def test_a_computed_length_is_close_to_one_kept_during_training(length: float) -> None:
-    """On a random walk, which is what averaging changes most."""
+    """On a random walk, which averaging changes the most."""
     generator = torch.Generator().manual_seed(0)
     live = torch.zeros(500)
     kept, wanted = [PowerEMA({"w": live}, one) for one in (0.05, 0.1)], PowerEMA({"w": live}, length)
@@ -124,7 +124,7 @@ def test_a_computed_length_is_close_to_one_kept_during_training(length: float) -
     assert off < 0.01
     assert np.linalg.norm(found - aim) / np.linalg.norm(aim) < 0.01
     distance = min(np.linalg.norm(one.weights["w"].numpy() - aim) for one in kept)
-    assert np.linalg.norm(found - aim) < 0.1 * distance  # it is not one of the others
+    assert np.linalg.norm(found - aim) < 0.1 * distance  # it is not simply one of the kept ones
 
 
 @pytest.mark.parametrize("lengths", [[0.0], [0.288], [0.3], [-0.1], [0.05, 0.050]])

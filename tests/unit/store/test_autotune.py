@@ -1,4 +1,4 @@
-"""The pipeline's numbers: enough to keep up, bounded in bytes, and the caller's where the caller sets them."""
+"""The pipeline's sizes: large enough to keep up, bounded in bytes, and fixed if the caller sets them."""
 
 import math
 import threading
@@ -43,7 +43,7 @@ def test_chosen_sizes_stay_within_the_allowed_memory(step: float, load: float, s
 @given(step=st.floats(0.01, 1), load=st.floats(1e-4, 0.1))
 def test_the_number_of_requests_follows_littles_law(step: float, load: float) -> None:
     pace = measured(step, load, load)
-    needed = 256 / 256 / step * load  # chunks a second times seconds a chunk
+    needed = 256 / 256 / step * load  # chunks per second times seconds per chunk
     assert pace.readers >= min(needed, MOST) and pace.writers >= min(needed, MOST)
     assert pace.readers <= max(FEWEST, math.ceil(1.5 * needed) + 1)
 

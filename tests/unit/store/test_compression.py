@@ -1,4 +1,4 @@
-"""Compressed chunks: Zarr reads them, nothing is lost, damage is found, and what a generation began with it keeps."""
+"""Compressed chunks: lossless, readable by Zarr, corruption is detected, and a generation keeps its compression."""
 
 import json
 from pathlib import Path
@@ -60,7 +60,7 @@ def test_zarr_reads_compressed_chunks_and_corruption_is_named(
     checksum = stored.write(1, 1, 2, rows)
     found = zarr.open(str(tmp_path), mode="r")["gen-000001"][1, 2 * ORDER.chunk_size : 3 * ORDER.chunk_size]
     np.testing.assert_array_equal(found, rows)
-    fresh = Generations(LocalObjectStore(tmp_path), ORDER, SHAPE, encoding)  # knows from the array what it is
+    fresh = Generations(LocalObjectStore(tmp_path), ORDER, SHAPE, encoding)  # reads the compression from zarr.json
     np.testing.assert_array_equal(fresh.read(1, 1, 2, checksum), rows)
     path = tmp_path / stored.chunk_key(1, 1, 2)
     whole = path.read_bytes()
@@ -83,7 +83,7 @@ def test_compression_may_change_between_starts_and_an_existing_generation_keeps_
 
     run = ModelledRun(make, ORDER, Encoding("fp16"), tmp_path)
     run.start()
-    run.advance(ORDER.steps_per_epoch + ORDER.steps_per_epoch // 2)  # generation 2 has begun
+    run.advance(ORDER.steps_per_epoch + ORDER.steps_per_epoch // 2)  # generation 2 has been started
     saved = run.save()
     chosen = "none"
     run.restart(saved)

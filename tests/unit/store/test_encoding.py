@@ -71,7 +71,7 @@ def test_recoding_is_decoding_and_encoding(source: StateDtype, target: StateDtyp
     old, new = Encoding(source), Encoding(target)
     values = torch.randn(50, 2, 3, generator=torch.Generator().manual_seed(1))
     rows = old.to_array(old.encode(values))
-    rows.setflags(write=False)  # as rows that come straight from a file
+    rows.setflags(write=False)  # like rows read directly from a file
     recoded = new.recode(rows, old)
     assert recoded.dtype == new.array
     wanted = new.to_array(new.encode(old.decode(old.encode(values))))

@@ -1,4 +1,4 @@
-"""The layout on disk: plain Zarr to others, and every damage is found and named."""
+"""The layout on disk: plain Zarr for other readers, and all corruption is detected and named."""
 
 import json
 import random
@@ -138,7 +138,7 @@ def test_every_corrupt_chunk_is_detected_and_named(damaged: Path, seed: int) -> 
             path.write_bytes((damaged / keys.chunk_key(11 - generation, lane, chunk)).read_bytes())
         elif kind == "zeros":
             path.write_bytes(bytes(len(whole)))
-        else:  # other rows with a checksum that is right for them
+        else:  # different rows with a matching checksum
             body = rng.randbytes(len(whole) - 4)
             path.write_bytes(body + int(google_crc32c.value(body)).to_bytes(4, "little"))
         stored = reopened(damaged)
@@ -292,4 +292,4 @@ def test_ranks_that_delete_their_lanes_leave_nothing(tmp_path: Path) -> None:
     stored.delete_if_empty(1)
     assert stored.existing() == []
     assert not (tmp_path / generation_name(1)).exists()
-    stored.delete(1, range(4))  # once more does no harm
+    stored.delete(1, range(4))  # deleting again is harmless

@@ -1,4 +1,4 @@
-"""The pipeline under failures, delays and a full disk: it stops at once, never hangs, and stays within its windows."""
+"""The pipeline under failures and delays: it stops at once, never hangs, and stays within its windows."""
 
 import errno
 import gc
@@ -30,12 +30,12 @@ CPU = torch.device("cpu")
 ROW_BYTES = 24  # of SHAPE in fp16
 ORDER = Order(
     seed=9, samples=90, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2
-)  # 6 windows a lane, 12 steps an epoch
+)  # 6 windows per lane, 12 steps per epoch
 ONE_WINDOW = Order(seed=9, samples=40, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=8)
 
 
 class Watched(LocalObjectStore):
-    """Local files, with a look at each access of a key before it is made: `before("get" or "put", key)`."""
+    """Local files with a callback before each access of a key: `before("get" or "put", key)`."""
 
     def __init__(self, root: Path, before: Callable[[str, str], None]):
         super().__init__(root)
@@ -60,7 +60,7 @@ class Watched(LocalObjectStore):
 
 
 def least_memory(order: Order, prefetch: int = 1) -> int:
-    """Bytes for no more windows than a rank of all lanes needs: with more, a small state is never read back."""
+    """The fewest bytes with which a rank of all lanes can run. With more windows, a small state is never read back."""
     smallest = min(order.smallest_window(lane) for lane in range(order.num_lanes))
     largest = min(order.chunks_per_window * order.chunk_size, order.longest_lane)
     windows = 2 + -(-order.samples_per_lane_step // smallest)
@@ -68,7 +68,7 @@ def least_memory(order: Order, prefetch: int = 1) -> int:
 
 
 class WatchedRun(ModelledRun):
-    """A run on zarr stores whose objects are watched, with the least memory unless `options` say otherwise."""
+    """A run on zarr stores with watched object stores, with the least memory unless `options` set it."""
 
     def __init__(self, directory: Path, before: Callable[[str, str], None], order: Order = ORDER, **options: int):
         super().__init__(self._store, order, Encoding("fp16"), directory)
@@ -248,7 +248,7 @@ def test_reads_and_writes_of_an_epoch_never_touch_the_same_object(tmp_path: Path
     written = {key: past for what, key, _, past in run.objects.log if what == "put"}
     for what, key, began, _ in run.objects.log:
         if what == "get" and "/c/" in key:
-            assert began >= written[key], "read while it was written"
+            assert began >= written[key], "read while being written"
 
 
 def test_the_next_epoch_is_passed_on_in_memory_if_needed_immediately(tmp_path: Path) -> None:
@@ -256,7 +256,7 @@ def test_the_next_epoch_is_passed_on_in_memory_if_needed_immediately(tmp_path: P
     whole.start()
     whole.advance(4 * ONE_WINDOW.steps_per_epoch)
     whole.crash()
-    assert not whole.objects.chunks("get")  # each epoch's only window waits for the one before
+    assert not whole.objects.chunks("get")  # each epoch's only window needs the previous one's rows immediately
     many = WatchedRun(tmp_path / "many", nothing)
     many.start()
     many.advance(4 * ORDER.steps_per_epoch)
@@ -279,7 +279,7 @@ def test_the_first_window_of_an_epoch_is_read_before_the_previous_one_ends(tmp_p
 
 
 class CountedStore(PinnedStore):
-    """Counts the windows of each lane: those that the pipeline knows, and those whose rows are in memory."""
+    """Counts the windows of each lane: those registered in the pipeline, and those whose rows are in memory."""
 
     def __init__(self, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -301,7 +301,7 @@ class CountedStore(PinnedStore):
 @pytest.mark.parametrize("windows", [3, 5])
 @pytest.mark.parametrize("samples", [64, 400, 2000])
 def test_memory_is_bounded_by_the_windows_that_fit_for_any_number_of_samples(samples: int, windows: int) -> None:
-    memory = windows * 2 * 8 * ROW_BYTES + 2 * 16 * ROW_BYTES  # of two lanes of 8 samples a window; a batch each way
+    memory = windows * 2 * 8 * ROW_BYTES + 2 * 16 * ROW_BYTES  # two lanes, 8 samples per window; one batch each way
 
     def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> CountedStore:
         return CountedStore(
@@ -324,7 +324,7 @@ def test_memory_is_bounded_by_the_windows_that_fit_for_any_number_of_samples(sam
 
 
 def test_a_step_over_many_windows_keeps_those_and_two_more_in_memory() -> None:
-    order = Order(1, 300, 60, 2, 3, 2)  # 30 samples a step and lane, 6 a window
+    order = Order(1, 300, 60, 2, 3, 2)  # 30 samples per step and lane, 6 per window
     store = PinnedStore(
         StateLayout(order, range(2), SHAPE, Encoding("fp16"), CPU),
         MemoryTable(StateLayout(order, range(2), SHAPE, Encoding("fp16"), CPU)),
@@ -371,7 +371,8 @@ def test_a_closed_store_raises_instead_of_waiting(tmp_path: Path) -> None:
 
 
 def test_the_generations_of_a_chunk_are_saved_in_order_even_if_one_is_slow() -> None:
-    """The next epoch has its rows at once, and may end before they are saved; in memory both go to the same place."""
+    """The next epoch gets its rows immediately and may end before they are saved. In memory, both are saved to the same
+    array."""
 
     saved: list[tuple[int, int, int]] = []
 

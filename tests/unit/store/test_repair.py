@@ -1,4 +1,4 @@
-"""Damage stops a run, or with `reinitialize` costs exactly the damaged samples their state; records are made again."""
+"""Corruption stops a run, or with `reinitialize` resets exactly the corrupt samples; lost records are rebuilt."""
 
 import json
 import shutil
@@ -64,7 +64,7 @@ def test_reinitialize_resets_only_the_corrupt_chunk_to_generation_zero(
     run.advance(ORDER.steps_per_epoch + steps)
     saved = run.save()
     run.crash()
-    index = ORDER.num_windows(1) - 1  # a window of which nothing is visited yet
+    index = ORDER.num_windows(1) - 1  # a window without visited samples
     chunk = ORDER.window_chunks_of(1, 1, index)[0]
     damage(chunk_path(tmp_path, 1, 1, chunk))
     samples = ORDER.chunk_samples(1, chunk)

@@ -1,4 +1,4 @@
-"""The wrappers around objects delay, fail and record single requests, and change nothing else."""
+"""The object store wrappers delay, fail and record single requests, and change nothing else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REQUESTS: dict[str, Callable[[ObjectStore], Any]] = {
     "list": lambda objects: sorted(objects.list("d")),
     "delete": lambda objects: objects.delete("d"),
 }
-"""By the name of its operation, a request that succeeds where `d/there` holds b"there"."""
+"""Operation name -> a request that succeeds if `d/there` holds b"there"."""
 
 
 @pytest.fixture
@@ -50,7 +50,7 @@ def contents(objects: LocalObjectStore) -> dict[str, bytes]:
     return {str(p.relative_to(objects.root)): p.read_bytes() for p in objects.root.rglob("*") if p.is_file()}
 
 
-# All of them.
+# All wrappers.
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
@@ -131,7 +131,7 @@ def test_closing_ends_delays(local: LocalObjectStore) -> None:
 
 @pytest.mark.parametrize("operation", REQUESTS)
 def test_a_fault_comes_before_the_request_or_after_it(operation: str, local: LocalObjectStore) -> None:
-    """What is not tried again, so that the single request is seen."""
+    """With an error that is not retried, so that the single request is visible."""
     objects, before = FaultyObjectStore(local), contents(local)
     objects.fail(PermanentStorageError("no", "try"), operation=operation)
     with pytest.raises(StoreError, match="no"):
@@ -273,7 +273,7 @@ def test_every_attempt_has_its_outcome(local: LocalObjectStore) -> None:
         ("put", "a", 10),
         ("put", "a", 10),
         ("put_if_absent", "d/there", 5),
-        ("get", "d/there", 5),  # whether an earlier attempt got through
+        ("get", "d/there", 5),  # checks whether an earlier attempt succeeded
         ("get", "nonesuch", 0),
     ]
     first, second, third, fourth, fifth = [r.outcome for r in objects.requests]

@@ -1,8 +1,7 @@
-"""Dry runs: what they say of every preset without its data, and how they scale what they measure."""
+"""Dry runs: the plan of every preset without its data, and the scaling of measured times."""
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -26,37 +25,12 @@ TINY = [
     "condition: none}",
     "train={steps: 6, batch_size: 64, learning_rate: 1.0e-3, ema: [0.9]}",
 ]
-BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
 def teacher(config: RunConfig, samples: int, epochs: float, shape: tuple[int, int, int]) -> float:
     visit = objectives.build(config, schedule.build(config.schedule), epochs, shape)
     calls = objectives.teacher_of(config, equal_forward_calls=False)
     return throughput.teacher_share(visit, calls, samples, epochs)
-
-
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
-def test_the_plan_of_every_preset_matches_its_header_without_the_data(
-    preset: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    measured = Speed(images=2, operations=1e12, passes=1.0, update=0.5)
-    monkeypatch.setattr(dry_run, "measure", lambda *_: measured)  # which needs gigabytes, and a minute
-    monkeypatch.setattr(dry_run, "load_dataset", lambda _: pytest.fail("a plan loaded data"))
-    config = load_config(preset)
-    lines = "\n".join(dry_run.plan(config, "cpu"))
-    header = " ".join(line.lstrip("# ") for line in preset.read_text().splitlines() if line.startswith("#"))
-
-    data = expected(config.data)
-    assert data is not None
-    stated = re.search(r"x0-state (?:has |takes |of )?([\d.]+) (kB|MB|GB) in fp16", header)
-    assert stated, header
-    assert data.samples * np.prod(data.shape) * 2 == pytest.approx(float(stated[1]) * BYTES[stated[2]], rel=5e-3)
-    found = re.search(r"network: ([\d,]+) parameters", lines)
-    assert found
-    if "parameters" in header:
-        stated = re.search(r"([\d.]+) M parameters", header)
-        assert stated and f"{int(found[1].replace(',', '')) / 1e6:.1f}" == stated[1]
-    assert f"{data.samples} images {'x'.join(map(str, data.shape))}" in lines
 
 
 def test_untrained_presets_are_marked_as_such() -> None:
@@ -126,7 +100,7 @@ def test_a_measured_step_counts_the_teachers_passes_it_made() -> None:
 
 
 def test_the_first_pass_is_not_counted_as_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It compiles, for minutes where train.compile is set."""
+    """The first pass compiles, which takes minutes if train.compile is set."""
     config = load_config(None, [*TINY, "data.name=digits"])
     data = expected(config.data)
     assert data is not None
