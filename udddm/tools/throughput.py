@@ -39,7 +39,7 @@ PEAKS = {
     ("V100",): 125e12,
     ("T4",): 65e12,
 }
-"""Dense bf16 (V100 and T4: fp16) FLOP/s of GPUs by a part of their name; the first match counts (NVIDIA data sheets)."""
+"""Dense bf16 (V100, T4: fp16) FLOP/s of GPUs by a part of their name; the first match counts (NVIDIA data sheets)."""
 SHORTEST = 10e-3
 """Seconds. A step whose operations would take less is bound by launching a few thousand kernels."""
 
