@@ -143,7 +143,7 @@ def resume(url: str, run: Path, checkpoint: Path, damaged: set[Chunk]) -> str:
             again.start(NEWEST, 0, Snapshot(checkpoint, run / "state", again.repair))
             for lane, chunk in damaged:
                 again.rows(lane, chunk)
-            ended = "went on"
+            ended = "continued"
         except CorruptChunkError as error:
             ended = "named" if (error.lane, error.chunk) in damaged else "named another"
         except StoreError as error:
@@ -151,7 +151,7 @@ def resume(url: str, run: Path, checkpoint: Path, damaged: set[Chunk]) -> str:
         finally:
             again.close()
         samples = sum(len(ORDER.chunk_samples(*chunk)) for chunk in damaged)
-        wanted = ("named", 0) if on_corruption == "stop" else ("went on", samples)
+        wanted = ("named", 0) if on_corruption == "stop" else ("continued", samples)
         if (ended, again.counters.reinitialized) != wanted:
             return f"{on_corruption}: {ended}, {again.counters.reinitialized} samples reinitialized"
     if before != {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}:

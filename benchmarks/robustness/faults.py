@@ -112,7 +112,7 @@ class Run:
 
 
 def judged(
-    fault: str, run: Run, process: subprocess.Popen[bytes], began: float, passing: bool, cure: object, wanted: object
+    fault: str, run: Run, process: subprocess.Popen[bytes], began: float, passing: bool, fix: object, wanted: object
 ) -> Row:
     """Wait for the end of the run. If it stopped, remove the fault and resume."""
     try:
@@ -123,8 +123,8 @@ def judged(
         code = -1
     seconds, retries, error = time.monotonic() - began, run.retries(), "" if code == 0 else run.error()
     whole = "Traceback" not in run.log.read_text()
-    assert callable(cure)
-    cure()
+    assert callable(fix)
+    fix()
     if code == 0:
         outcome = "went on" if passing else "FAILED: went on"
     elif code == 1 and whole:

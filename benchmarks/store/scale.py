@@ -323,7 +323,7 @@ def fits(workload: Workload, ranks: int) -> bool:
     return order.steps_per_epoch >= LEAST_STEPS and order.num_windows(0) <= MOST_WINDOWS
 
 
-def cures(workload: Workload, ranks: int, service: Service, threads: int | None) -> dict[str, Outcome]:
+def remedies(workload: Workload, ranks: int, service: Service, threads: int | None) -> dict[str, Outcome]:
     found = {}
     for name, change, options in CURES:
         found[name] = run(workload, ranks, replace(service, **change), **{"threads": threads, **options})  # type: ignore[arg-type]
@@ -353,7 +353,7 @@ def row(each: Outcome) -> str:
 
 HEADING = (
     f"{'':27} {'epoch':>8} {'window':>7} {'':8} {'an':>7} "
-    f"{'of all, a second':>15} {'most, a prefix':>15} {'MB/s':>15}\n"
+    f"{'total per s':>15} {'most per prefix':>15} {'MB/s':>15}\n"
     f"{'':21} {'ranks':>5} {'s':>8} {'s':>7} {'wait':>8} {'epoch s':>7} "
     + " ".join(f"{name:>7}" for name in ("gets", "puts", "gets", "puts", "read", "written", "refused"))
 )
@@ -382,7 +382,7 @@ def _parser() -> argparse.ArgumentParser:
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(Service(), name))
     parser.add_argument("--prefixes", type=int, default=1)
     parser.add_argument("--no-validation", action="store_true", help="skip the validation (a minute of real time)")
-    parser.add_argument("--no-cures", action="store_true")
+    parser.add_argument("--no-remedies", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser
@@ -402,7 +402,7 @@ def main() -> None:
         _print_checks(checks)
     outcomes: list[Outcome] = []
     first: dict[str, int | None] = {}
-    cured: dict[str, dict[str, Outcome]] = {}
+    changes: dict[str, dict[str, Outcome]] = {}
     needed: dict[str, list[Outcome]] = {}
     print(f"\n{HEADING}")
     chosen = [each for each in WORKLOADS if each.name in arguments.workloads]
@@ -414,15 +414,15 @@ def main() -> None:
             print(row(outcome), flush=True)
             if outcome.stalls and first[workload.name] is None:
                 first[workload.name] = ranks
-    for workload in chosen if not arguments.no_cures else ():
+    for workload in chosen if not arguments.no_remedies else ():
         own = [each for each in outcomes if each.workload == workload.name]
         stalled = first[workload.name]
         print(f"\n{workload.name}: " + (f"stalls at {stalled} or more ranks" if stalled else "no stall at any scale"))
         clear = next((each for each in own if each.failure or each.wait > CLEAR), None)
         if clear:
             print(f"    {clear.ranks} ranks {'as they are':24} wait {clear.wait:7.2%}")
-            cured[workload.name] = cures(workload, clear.ranks, service, arguments.threads)
-            for name, outcome in cured[workload.name].items():
+            changes[workload.name] = remedies(workload, clear.ranks, service, arguments.threads)
+            for name, outcome in changes[workload.name].items():
                 print(f"    {clear.ranks} ranks, {name:23} wait {outcome.wait:7.2%}", flush=True)
         if own and own[-1].refused:
             needed[workload.name] = prefixes_needed(workload, own[-1].ranks, service, arguments.threads)
@@ -435,7 +435,7 @@ def main() -> None:
         "validation": [{**asdict(check), "error": check.error} for check in checks],
         "runs": [asdict(outcome) for outcome in outcomes],
         "stalls_from": first,
-        "changes": {name: {k: asdict(v) for k, v in each.items()} for name, each in cured.items()},
+        "changes": {name: {k: asdict(v) for k, v in each.items()} for name, each in changes.items()},
         "more_prefixes_at_most_ranks": {name: [asdict(v) for v in tried] for name, tried in needed.items()},
     }
     if arguments.json:

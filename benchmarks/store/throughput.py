@@ -180,7 +180,7 @@ def s3(setting: Setting) -> Iterator[str | None]:
 
 
 def link(endpoint: str, chunk: int, threads: int) -> float:
-    """MB/s each way of plain requests for complete chunks, reading and writing concurrently in `threads` threads each."""
+    """MB/s each way of plain requests for complete chunks, concurrently reading and writing in `threads` threads."""
     objects, count = RawObjects(endpoint, "link"), 2 * threads
     data = np.random.default_rng(0).bytes(chunk * ROW_BYTES)
     for i in range(count):

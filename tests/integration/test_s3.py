@@ -301,12 +301,12 @@ def test_a_persistent_fault_ends_in_one_clear_error(fault: str, proxy: FaultProx
 def test_a_permanent_failure_raises_at_once_with_its_remedy(
     fault: str, operation: str, proxy: FaultProxy, remote: S3ObjectStore, s3: S3Server
 ) -> None:
-    what, cure = NON_RETRYABLE[fault]
+    what, remedy = NON_RETRYABLE[fault]
     with proxy.failing(fault, 100), pytest.raises(StoreError) as caught:
         OPERATIONS[operation](remote)
     assert (remote.retries, proxy.failed) == (0, 1)
     message = str(caught.value)
-    assert what in message and cure in message and str(ERRORS[fault][0]) in message and "s3://" in message
+    assert what in message and remedy in message and str(ERRORS[fault][0]) in message and "s3://" in message
     assert "The last checkpoint is intact" in message
     for error in chain(caught.value):
         assert s3.key not in repr(error) and s3.secret not in repr(error), error

@@ -101,8 +101,8 @@ def test_refused_requests_are_retried_and_more_prefixes_avoid_them():
     scarce = replace(FREE, gets=0.6 * 6.25 * RANKS, puts=math.inf, burst=0.5)
     refused = run(scarce, steps=150)
     assert refused.refused > 0 and refused.stalls
-    cured = run(replace(scarce, prefixes=4), steps=150)
-    assert cured.wait < refused.wait / 2
+    spread = run(replace(scarce, prefixes=4), steps=150)
+    assert spread.wait < refused.wait / 2
 
 
 def test_a_permanently_refusing_object_store_ends_the_run_with_the_stores_error():
