@@ -1,13 +1,13 @@
-"""Kill a training run at random instants, over and over, and compare what it ends with.
+"""Kill a training run repeatedly at random times, and compare its results with those of an uninterrupted run.
 
     python benchmarks/robustness/crash.py --kills 100 --stores zarr zarr-s3 --json benchmarks/results/crash.json
 
-For each store a run of its own: once undisturbed, then killed by SIGKILL at random instants and started again after
-each, until it finishes; again from the beginning until the wanted number of kills has hit a living run. All must end
-with the same fingerprints of weights, EMA and x0-state, over the stores as well. Exits 1 when they do not.
+For each store, a run is made once uninterrupted. Then it is killed with SIGKILL at random times and restarted until it
+finishes, and this is repeated from the beginning until the requested number of kills has hit a living run. All runs, of
+all stores, must have the same fingerprints of weights, EMA and x0-state. Exits 1 if they do not.
 
-The processes are forked from one that has imported everything, so that kills hit training rather than imports.
-`zarr-s3` is the zarr store on a SeaweedFS server on the same machine; what is being put there at a kill is not seen, so
+The processes are forked from one that has imported everything, so that kills hit training instead of imports.
+`zarr-s3` is the zarr store on a SeaweedFS server on the same machine. Uploads in progress at a kill are not visible, so
 such kills count as training.
 """
 
@@ -48,7 +48,7 @@ Fingerprints = dict[str, str]
 
 
 def train(arguments: list[str], log: str) -> None:
-    """What a child does: `udddm-train`, its output in a file."""
+    """The child process: run `udddm-train` with its output in a file."""
     with Path(log).open("ab") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -58,7 +58,7 @@ def train(arguments: list[str], log: str) -> None:
 
 
 def life(run: Path, store: str, dtype: str, steps: int, kill_after: float | None) -> int:
-    """One start of the run, killed after so many seconds: the process's exit code, -9 when the kill hit it alive."""
+    """Start the run once and kill it after some seconds. Returns the exit code, -9 if the kill hit it alive."""
     arguments = ["--run-dir", str(run), "--device", "cpu", "--store", store.removesuffix("-s3")]
     if store == "zarr-s3":
         arguments += ["--store-url", f"s3://{s3.BUCKET}/{run.name}"]
@@ -81,7 +81,7 @@ def leftovers(run: Path) -> set[Path]:
 
 
 def phase(run: Path, before: set[Path], said: int) -> str:
-    """What a killed process was doing, from the unfinished files that it left and its log from byte `said` on."""
+    """What a killed process was doing, from the unfinished files that it left and its log starting at byte `said`."""
     names = {p.relative_to(run).parts[0] for p in leftovers(run) - before}
     if "checkpoints" in names:
         return "writing a checkpoint"
@@ -100,11 +100,11 @@ class Row:
     store: str
     dtype: str
     seconds: float
-    """Of the undisturbed run, its process's start included."""
+    """Seconds of the uninterrupted run, including the start of its process."""
     fingerprints: Fingerprints
     kills: int = 0
     finished: int = 0
-    """Runs that were killed on their way and finished in the end."""
+    """Runs that were killed at least once and finished in the end."""
     phases: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PHASES, 0))
     equal: bool = True
 
@@ -125,7 +125,7 @@ def measure(directory: Path, store: str, dtype: str, steps: int, kills: int, rng
         while True:
             before, log = leftovers(run), run.with_suffix(".log")
             said = log.stat().st_size if log.exists() else 0
-            # From hardly started to a third of the run, so that a run is killed several times on its way.
+            # From barely started to a third of the run, so that a run is killed several times.
             last = row.kills == kills
             if life(run, store, dtype, steps, None if last else rng.uniform(0, row.seconds / 3)) == 0:
                 break
@@ -145,11 +145,13 @@ def main() -> int:
     parser.add_argument("--stores", nargs="+", choices=STORES, default=STORES)
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of a run")
     parser.add_argument("--dtype", choices=["fp32", "fp16", "bf16", "uint8"], default="fp16")
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
     parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--directory", type=Path, help="where the runs go (default: the system's temporary directory)")
+    parser.add_argument(
+        "--directory", type=Path, help="directory for the runs (default: the system's temporary directory)"
+    )
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # before the server of forks imports torch
+    os.environ["OMP_NUM_THREADS"] = "1"  # before the fork server imports torch
     with ExitStack() as stack:
         if "zarr-s3" in arguments.stores:
             os.environ.update(stack.enter_context(s3.running()).environment())  # and before it inherits the environment
@@ -169,7 +171,7 @@ def compare(arguments: argparse.Namespace) -> int:
     print("\n".join(lines), flush=True)
     rows = []
     with tempfile.TemporaryDirectory(dir=arguments.directory, ignore_cleanup_errors=True) as name:
-        life(Path(name) / "warm-up", "gpu", arguments.dtype, 1, None)  # the server of forks imports, once
+        life(Path(name) / "warm-up", "gpu", arguments.dtype, 1, None)  # lets the fork server import everything once
         for store in arguments.stores:
             row = measure(Path(name), store, arguments.dtype, arguments.steps, arguments.kills, rng)
             rows.append(row)

@@ -1,19 +1,19 @@
-"""Damage chunks of a zarr store at random, over and over: is every damage found, and does it name its chunk?
+"""Corrupt random chunks of a zarr store repeatedly: is every corruption detected, and is its chunk named?
 
     python benchmarks/robustness/damage.py --count 1000 --json benchmarks/results/damage.json
     python benchmarks/robustness/damage.py --count 200 --s3 --json benchmarks/results/damage-s3.json
 
-The store holds three complete generations, written by the pipeline itself. A damage is a bit flip, a truncation, a
-deletion, a chunk swapped with another one's, or the same chunk of an older generation in its place. Each time:
+The store holds three complete generations, written by the pipeline. A corruption is a bit flip, a truncation, a
+deletion, a swap of two chunks, or a replacement by the same chunk of an older generation. Each time:
 
-    training     the damaged generation is opened afresh and all its chunks are read as training reads them: exactly the
-                 damaged ones must raise CorruptChunkError with their generation, lane and chunk, the others must not
+    training     the generation is reopened and all its chunks are read as in training: exactly the corrupt ones must
+                 raise CorruptChunkError with their generation, lane and chunk
     verify       `udddm-store verify` must list exactly these
-    resume       a store that is started from a checkpoint that needs the chunk must fail, naming it, and leave the
-                 checkpoint as it is; with `on_corruption=reinitialize` it must go on and count the chunk's samples
+    resume       a store that is started from a checkpoint that needs the chunk must fail, name the chunk, and leave the
+                 checkpoint unchanged; with `on_corruption=reinitialize` it must continue and count the chunk's samples
                  (every 20th time)
 
-Then it is undone. Exits 1 when anything was missed. `--s3` does it to objects of a SeaweedFS server.
+Then it is undone. Exits 1 if anything was missed. With `--s3`, the chunks are objects on a SeaweedFS server.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def opened(url: str, run: Path, on_corruption: str = "stop") -> X0Store:
 
 
 def make(url: str, run: Path) -> Path:
-    """Three generations, all kept, and a checkpoint in the epoch that reads the third: where that is."""
+    """Write three generations, all kept, and a checkpoint in the epoch that reads the third. Returns its location."""
     made = opened(url, run)
     made.retain({1, 2, NEWEST})
     made.start(0, 0, None)
@@ -77,7 +77,7 @@ def make(url: str, run: Path) -> Path:
 def inflict(
     kind: str, objects: ObjectStore, stored: Generations, rng: random.Random
 ) -> tuple[dict[str, bytes], set[Chunk]]:
-    """Damage a chunk (two by a swap) of the newest generation: the bytes that were there, and which chunks."""
+    """Corrupt a chunk (two for a swap) of the newest generation. Returns the original bytes and the chunks."""
 
     def pick() -> Chunk:
         lane = rng.choice(LANES)
@@ -134,7 +134,7 @@ def listed(url: str) -> set[Chunk]:
 
 
 def resume(url: str, run: Path, checkpoint: Path, damaged: set[Chunk]) -> str:
-    """What is wrong with a start from the checkpoint, "" for nothing."""
+    """What is wrong with a start from the checkpoint; "" if nothing."""
     before = {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}
     for on_corruption in ("stop", "reinitialize"):
         again = opened(url, run, on_corruption)
@@ -143,7 +143,7 @@ def resume(url: str, run: Path, checkpoint: Path, damaged: set[Chunk]) -> str:
             again.start(NEWEST, 0, Snapshot(checkpoint, run / "state", again.repair))
             for lane, chunk in damaged:
                 again.rows(lane, chunk)
-            ended = "went on"
+            ended = "continued"
         except CorruptChunkError as error:
             ended = "named" if (error.lane, error.chunk) in damaged else "named another"
         except StoreError as error:
@@ -151,9 +151,9 @@ def resume(url: str, run: Path, checkpoint: Path, damaged: set[Chunk]) -> str:
         finally:
             again.close()
         samples = sum(len(ORDER.chunk_samples(*chunk)) for chunk in damaged)
-        wanted = ("named", 0) if on_corruption == "stop" else ("went on", samples)
+        wanted = ("named", 0) if on_corruption == "stop" else ("continued", samples)
         if (ended, again.counters.reinitialized) != wanted:
-            return f"{on_corruption}: {ended}, {again.counters.reinitialized} samples began again"
+            return f"{on_corruption}: {ended}, {again.counters.reinitialized} samples reinitialized"
     if before != {path: path.read_bytes() for path in checkpoint.rglob("*") if path.is_file()}:
         return "the checkpoint's files changed"
     return ""
@@ -209,7 +209,7 @@ def main() -> int:
         print(f"{kind:12}" + "".join(f"{row[name]:>{len(name) + 3}}" for name in columns))
     complete = all(total[name] == total["damages"] for name in FOUND)
     complete &= total["resumes as they should"] == total["resumes"]
-    print(f"\n{'all damages were found, each by its chunk' if complete else 'SOME WERE MISSED'}")
+    print(f"\n{'every corruption was detected and its chunk named' if complete else 'SOME WERE MISSED'}")
     if arguments.json is not None:
         write_json(arguments.json, head, {"complete": complete, **rows})
     return 0 if complete else 1

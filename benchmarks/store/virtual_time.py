@@ -1,4 +1,4 @@
-"""Virtual time: threads of which one runs at a time, their locks and queues, and a clock that jumps (`World`)."""
+"""Virtual time: threads that run one at a time, their locks and queues, and a clock that jumps (`World`)."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Task:
 
 
 class World:
-    """Runs threads one at a time. When all of them wait, the clock jumps to the first that waits for a time."""
+    """Runs threads one at a time. When all of them wait, the clock jumps to the earliest timeout."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -71,7 +71,7 @@ class World:
         self.block(max(0.0, seconds))
 
     def block(self, timeout: float | None = None) -> bool:
-        """Park the running thread until `wake`, or for `timeout` seconds. False when the time is over."""
+        """Park the running thread until `wake`, or for `timeout` seconds. False on timeout."""
         me = self.current
         me.parked, me.woken = True, False
         me.ticket += 1
@@ -89,7 +89,7 @@ class World:
             self._ready.append(task)
 
     def _pass_on(self, me: Task) -> bool:
-        """Let the next thread run. False when that is the calling one."""
+        """Let the next thread run. False if that is the calling one."""
         self.current = self._choose()
         if self.current is me:
             return False
@@ -108,7 +108,7 @@ class World:
         return self._main
 
     def install(self, seed: int) -> ExitStack:
-        """Let the store's modules live in this world for as long as the stack is open."""
+        """Make the store's modules use this virtual time until the stack is closed."""
         clock = SimpleNamespace(perf_counter=self.clock, monotonic=self.clock, sleep=self.sleep)
         thread = SimpleNamespace(
             Thread=partial(VirtualThread, self),
@@ -123,7 +123,7 @@ class World:
             (pipeline_module, "queue", queues),
             (pipeline_module, "time", clock),
             (pool_module, "threading", thread),
-            (pipeline_module, "_POLL", 5.0),  # only looks for failures; fewer looks are faster
+            (pipeline_module, "_POLL", 5.0),  # only checks for failures; fewer checks are faster
             (zarr_module, "threading", thread),
             (objects_module, "threading", thread),
             (objects_module, "time", clock),
@@ -147,7 +147,7 @@ class VirtualThread:
 
 
 class VirtualLock:
-    """Reentrant, as the lock of a condition is."""
+    """A reentrant lock, like that of a condition."""
 
     def __init__(self, world: World) -> None:
         self._world = world

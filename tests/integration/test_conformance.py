@@ -1,4 +1,4 @@
-"""The three stores pass the conformance suite that ships in the package, the zarr store also on S3."""
+"""All stores pass the conformance suite that ships in the package, the zarr store also compressed and on S3."""
 
 import itertools
 import shutil
@@ -28,7 +28,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class InMemoryFiles(StoreConformance):
-    """Files in memory where there is such a file system: a synced write costs milliseconds on a disk."""
+    """Uses files in memory if there is such a file system, because a synced write to disk takes milliseconds."""
 
     @pytest.fixture
     def directory(self, tmp_path: Path) -> Iterator[Path]:
@@ -57,8 +57,17 @@ class TestZarrStore(InMemoryFiles):
         return ZarrStore(StateLayout(order, lanes, shape, encoding, DEVICE), directory / "state", default=True)
 
 
+class TestCompressedStore(InMemoryFiles):
+    dtypes = ("fp16", "uint8")
+    examples = 5
+
+    def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
+        layout = StateLayout(order, lanes, shape, encoding, DEVICE)
+        return ZarrStore(layout, directory / "state", default=True, compression="zstd")
+
+
 class TestZarrStoreWithOneThread(TestZarrStore):
-    """The least that the pipeline may have: one thread for reads, one for writes, one step ahead."""
+    """The minimum for the pipeline: one thread for reads, one for writes, one step ahead."""
 
     dtypes = ("fp16",)
 
@@ -75,7 +84,7 @@ class TestZarrStoreOnS3(InMemoryFiles):
 
     @pytest.fixture(autouse=True)
     def server(self, s3: S3Server) -> None:
-        """In the environment."""
+        """Set the environment for the S3 server."""
 
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
         url = f"s3://{BUCKET}{directory}"
@@ -89,7 +98,7 @@ class TestZarrStoreOnS3Fully(TestZarrStoreOnS3):
 
 
 class FlakyObjects(FaultyObjectStore):
-    """Every seventh request fails, in turn before and after it took effect."""
+    """Every seventh request fails, alternately before and after taking effect."""
 
     def __init__(self, inner: ObjectStore):
         super().__init__(inner)
@@ -107,7 +116,7 @@ class TestZarrStoreOnSlowAndFlakyObjects(InMemoryFiles):
 
     @pytest.fixture(autouse=True)
     def opened(self, monkeypatch: pytest.MonkeyPatch) -> list[FlakyObjects]:
-        """All that the stores of the test have opened."""
+        """All object stores that the stores of the test have opened."""
         found: list[FlakyObjects] = []
 
         def open_wrapped(url: str | Path) -> ObjectStore:
@@ -128,8 +137,8 @@ class TestZarrStoreOnSlowAndFlakyObjects(InMemoryFiles):
         try:
             run.advance(2 * run.order.steps_per_epoch)
             run.check_rows()
-            run.advance()  # counts what has been tried again until then
+            run.advance()  # updates the count of retries
             state, _ = opened
-            assert 0 < run.stores[0].counters.retries <= state.failed  # reads ahead are being tried again meanwhile
+            assert 0 < run.stores[0].counters.retries <= state.failed  # prefetching is retried concurrently
         finally:
             run.crash()

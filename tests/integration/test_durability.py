@@ -1,5 +1,5 @@
-"""Nothing that a run reports as written is lost by a power loss: contents are synced before a file gets its name, and
-every directory after it got a new name, in a record of what a run does to the file system."""
+"""A power loss does not lose anything that a run reports as written. A record of a run's file system calls shows that
+contents are synced before a file gets its final name, and every directory after it gets a new entry."""
 
 from __future__ import annotations
 
@@ -49,14 +49,14 @@ SETTINGS = (
 class Event(NamedTuple):
     kind: str
     path: Path
-    """What was synced or made; of a renaming, the new name."""
+    """A path that was synced or created; for a rename, the new name."""
     old: Path | None = None
 
 
 @pytest.fixture(scope="module", params=["gpu", "zarr"])
 def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event]]:
-    """A run directory two levels below one that existed, and what happened to it: a run of 40 steps that was resumed
-    from step 30."""
+    """A run directory two levels below an existing one, and the events of a run of 40 steps that was resumed from step
+    30."""
     place = tmp_path_factory.mktemp("durability")
     (place / "features.py").write_text("def flat(batch):\n    return batch.flatten(1)[:, :8]\n")
     run, events = place / "runs" / "one", []
@@ -80,7 +80,7 @@ def synced_after(events: list[Event], number: int, path: Path) -> bool:
     return any(event.kind == "fsync" and event.path == path for event in events[number:])
 
 
-def test_a_files_contents_are_synced_before_it_gets_its_name(recorded: tuple[Path, list[Event]]) -> None:
+def test_a_files_contents_are_synced_before_it_is_renamed(recorded: tuple[Path, list[Event]]) -> None:
     run, events = recorded
     checked = set()
     for number, event in enumerate(events):
@@ -102,7 +102,7 @@ def test_a_files_contents_are_synced_before_it_gets_its_name(recorded: tuple[Pat
 
 
 def test_a_directory_is_synced_after_every_new_name_in_it(recorded: tuple[Path, list[Event]]) -> None:
-    """Of what is there in the end. Everything in a checkpoint is named before the checkpoint itself."""
+    """For the files that exist at the end. Everything in a checkpoint is named before the checkpoint itself."""
     run, events = recorded
     checked = set()
     for number, event in enumerate(events):
@@ -130,7 +130,7 @@ def test_a_checkpoints_files_are_durable_before_it_is_visible(recorded: tuple[Pa
         assert synced_after(events[:shown], number, event.path.parent), event
 
 
-def test_a_generations_record_is_written_when_its_chunks_are_durable(recorded: tuple[Path, list[Event]]) -> None:
+def test_a_generations_record_is_written_after_its_chunks_are_durable(recorded: tuple[Path, list[Event]]) -> None:
     run, events = recorded
     if not (run / "state").exists():
         return  # a store in memory
@@ -149,7 +149,7 @@ def test_a_generations_record_is_written_when_its_chunks_are_durable(recorded: t
                 assert synced_after(events[:number], made, directory), (record, chunk, directory)
 
 
-def test_a_failed_write_leaves_the_earlier_file_and_nothing_else(tmp_path: Path) -> None:
+def test_a_failed_write_keeps_the_earlier_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "file.json"
     make_directory(path.parent)
     write_json(path, {"a": 1})
@@ -164,8 +164,8 @@ def full() -> None:
     raise OSError(28, "No space left on device")
 
 
-def test_a_shared_file_is_one_writers_or_the_others(tmp_path: Path) -> None:
-    """A second writer that begins while the first has written half of it."""
+def test_a_shared_file_is_from_one_writer_or_the_other(tmp_path: Path) -> None:
+    """A second writer starts after the first has written half of the file."""
     path = tmp_path / "cache.npz"
 
     def first(file) -> None:  # type: ignore[no-untyped-def]

@@ -262,7 +262,7 @@ def test_a_dry_run_counts_and_measures_members_of_ones_own(tmp_path: Path, capsy
     settings = [f"--set={each}" for each in [*TINY, *chosen, "store.kind=custom_store:SqliteStore"]]
     assert run([*settings, "--dry-run", "--device=cpu"]) == 0
     said = capsys.readouterr().out
-    assert "store custom_store:SqliteStore: a rank holds at most" in said and "GFLOP" in said
+    assert "store custom_store:SqliteStore: each rank holds at most" in said and "GFLOP" in said
     assert "objective: custom_objective:PlainConsistency" in said
 
 

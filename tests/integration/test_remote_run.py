@@ -1,4 +1,4 @@
-"""A run at a URL needs no disk of any machine, survives the loss of all of them, and ends as one in a directory."""
+"""A run at a URL depends on no machine's disk, survives the loss of all of them, and ends like one in a directory."""
 
 from __future__ import annotations
 
@@ -61,12 +61,12 @@ def url(s3: S3Server) -> str:
 
 @pytest.fixture
 def files() -> Iterator[str]:
-    """A place of fsspec's that lasts as long as this process."""
+    """An fsspec URL in the memory of this process."""
     yield f"memory://{uuid.uuid4().hex}"
 
 
 class Machine:
-    """A rank in a process that has a disk of its own."""
+    """A rank in a process with a separate disk."""
 
     def __init__(self, rank: int, port: int, place: Path, url: str, *more: str, without: tuple[str, ...] = ()):
         disk = place / f"disk-{rank}-{uuid.uuid4().hex}"
@@ -89,7 +89,8 @@ def machines(place: Path, url: str, *more: str) -> list[Machine]:
 
 
 def test_two_machines_without_a_shared_disk_are_lost_and_replaced(url: str, tmp_path: Path) -> None:
-    """Killed on their way, they leave nothing; the next two have empty disks. As two processes with a directory."""
+    """Both are killed while training, and the next two start with empty disks. The result equals that of two processes
+    with a run directory."""
     udddm.train(config(), run_dir=tmp_path / "run", device="cpu", workers=2)
     objects = open_object_store(url)
     first = machines(tmp_path, url)
@@ -134,15 +135,17 @@ def test_the_tools_read_a_run_at_a_url(url: str, tmp_path: Path, capsys: pytest.
     assert "step-00000060/position.json is missing" in capsys.readouterr().out
 
 
-def test_a_finished_run_says_so_and_another_configuration_is_refused(files: str) -> None:
+def test_a_finished_run_is_reported_and_another_configuration_is_refused(files: str) -> None:
     first = udddm.train(config(), run_dir=files, device="cpu")
     assert udddm.train(config(), run_dir=files, device="cpu") == first
     with pytest.raises(ConfigError, match=r"train.learning_rate: 0.001 -> 0.5"):
         udddm.train(config("train.learning_rate=0.5"), run_dir=files, device="cpu")
 
 
-def test_a_checkpoint_comes_after_the_metrics_before_it(files: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lost as soon as its checkpoint is whole, a run that goes on from it has the metrics of the steps before it."""
+def test_a_checkpoint_is_uploaded_after_the_metrics_of_earlier_steps(
+    files: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is lost as soon as a checkpoint is complete resumes with the metrics of the steps before it."""
     write = RemoteCheckpoints.write
 
     def lost(*given: Any) -> None:
@@ -163,10 +166,10 @@ def pixels(batch: torch.Tensor) -> torch.Tensor:
     return batch.flatten(1)[:, :8]
 
 
-def test_a_run_that_resumes_keeps_what_it_wrote_under_the_same_names(
+def test_a_resumed_run_keeps_the_files_it_wrote_under_the_same_names(
     files: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Its scores and metrics, for which a start on another disk has only the URL."""
+    """Its scores and metrics, which a start on another disk can only get from the URL."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     settings = config("evaluate={every_steps: 6, count: 16, features: 'test_remote_run:pixels'}", "train.steps=30")
@@ -176,7 +179,7 @@ def test_a_run_that_resumes_keeps_what_it_wrote_under_the_same_names(
         nonlocal uploads
         uploads += 1
         upload(run)
-        if uploads == 4:  # when the run begins and for each checkpoint
+        if uploads == 4:  # at the start of the run and for each checkpoint
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
@@ -196,7 +199,7 @@ def test_a_run_that_resumes_keeps_what_it_wrote_under_the_same_names(
 
 
 def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """On this machine by the lock; from another, with another disk, by the lease."""
+    """On this machine by the lock; on another machine with another disk by the lease."""
     monkeypatch.setattr(remote, "LEASE_PATIENCE", 0.0)
     with open_run(files).lock():
         with pytest.raises(ConfigError, match="another process"):
@@ -206,14 +209,14 @@ def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch,
             udddm.train(config(), run_dir=files, device="cpu")
 
 
-def test_what_a_live_run_removes_meanwhile_is_no_damage(files: str) -> None:
-    """`verify`, `info` and `view` have copies of the checkpoints that they listed; the run has gone on since."""
+def test_files_that_a_live_run_deletes_meanwhile_are_not_reported_as_damage(files: str) -> None:
+    """`verify`, `info` and `view` have copies of the checkpoints that they listed; the run has continued since."""
     udddm.train(config(), run_dir=files, device="cpu")
     place = inspect.find(files)
     assert [path.name for path in place.checkpoints] == ["step-00000054", "step-00000060"]
     kept, state = open_run(files).checkpoints(), open_object_store(f"{files}/state")
     kept._remove(kept.all()[0])
-    for lane in range(8):  # as the store does: records first
+    for lane in range(8):  # in the order of the store: records first
         state.delete(f"gen-000003/complete/lane-{lane:04d}.json")
     state.delete("gen-000003")
     assert inspect.verify(place)[1] == []
@@ -229,7 +232,7 @@ def test_what_a_live_run_removes_meanwhile_is_no_damage(files: str) -> None:
         inspect.estimates(place, 5)
 
 
-def test_a_checkpoint_that_is_removed_while_it_is_copied_is_missing(
+def test_a_checkpoint_deleted_while_it_is_copied_is_missing(
     url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     objects = open_object_store(url)
@@ -246,7 +249,9 @@ def test_a_checkpoint_that_is_removed_while_it_is_copied_is_missing(
         objects.download("file", tmp_path / "copy")
 
 
-def test_machines_with_one_home_directory_have_each_their_own_scratch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_machines_that_share_a_home_directory_have_separate_scratch_directories(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     first = open_run("memory://a/run").path
     assert first == open_run("memory://a/run").path != open_run("memory://b/run").path
     monkeypatch.setattr("socket.gethostname", lambda: "another/host")
@@ -263,7 +268,7 @@ def fill(directory: Path) -> None:
 
 
 class Refusing(WrappedObjectStore):
-    """Refuses the put that comes after `passed` others."""
+    """Refuses the put that follows `passed` others."""
 
     passed = 1 << 60
 
@@ -279,8 +284,8 @@ def checkpoints(files: str, place: Path) -> tuple[RemoteCheckpoints, Refusing]:
     return RemoteCheckpoints(place, objects), objects
 
 
-def test_a_checkpoint_is_whole_or_not_there(files: str, tmp_path: Path) -> None:
-    """Whichever request of writing one is refused, the one before is the newest, and the next attempt succeeds."""
+def test_a_checkpoint_is_complete_or_absent(files: str, tmp_path: Path) -> None:
+    """Whichever request of a write is refused, the previous checkpoint stays newest, and the next attempt works."""
     kept, objects = checkpoints(files, tmp_path)
     older = kept.write(1, ALONE, fill)
     for number in range(3):  # two files and the manifest
@@ -293,7 +298,7 @@ def test_a_checkpoint_is_whole_or_not_there(files: str, tmp_path: Path) -> None:
     assert not list((tmp_path / "checkpoints").glob(".*"))
 
 
-def test_damage_is_found_and_the_one_before_is_used(
+def test_a_corrupt_checkpoint_is_detected_and_the_previous_one_is_used(
     files: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     kept, objects = checkpoints(files, tmp_path)
@@ -315,9 +320,9 @@ def test_damage_is_found_and_the_one_before_is_used(
         assert kept.all() == [older]
 
 
-def test_what_interrupted_writes_left_is_removed(files: str, tmp_path: Path) -> None:
+def test_leftovers_of_interrupted_writes_are_deleted(files: str, tmp_path: Path) -> None:
     kept, objects = checkpoints(files, tmp_path)
-    objects.put("step-00000001/model.safetensors", b"of a process that was killed")
+    objects.put("step-00000001/model.safetensors", b"from a killed process")
     for step in (2, 3, 4):
         kept.write(step, ALONE, fill)
     assert [p.name for p in kept.all()] == ["step-00000002", "step-00000003", "step-00000004"]
@@ -327,7 +332,7 @@ def test_what_interrupted_writes_left_is_removed(files: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("size", [0, 1, PART - 1, PART, 2 * PART + 5])
 @pytest.mark.parametrize("kind", ["s3", "memory", "local"])
-def test_files_go_there_and_back(kind: str, size: int, tmp_path: Path, s3: S3Server) -> None:
+def test_files_round_trip_through_an_object_store(kind: str, size: int, tmp_path: Path, s3: S3Server) -> None:
     names = {"s3": f"s3://{BUCKET}/files", "memory": "memory://files", "local": str(tmp_path / "objects")}
     objects = open_object_store(names[kind])
     data = np.random.default_rng(size).bytes(size)
@@ -339,7 +344,7 @@ def test_files_go_there_and_back(kind: str, size: int, tmp_path: Path, s3: S3Ser
         objects.download("no/where", tmp_path / "none")
 
 
-def test_credentials_missing_on_one_machine_are_told_at_once(url: str, tmp_path: Path) -> None:
+def test_credentials_missing_on_one_machine_are_reported_immediately(url: str, tmp_path: Path) -> None:
     port = free_port()
     whole = Machine(0, port, tmp_path, str(tmp_path / "run"), f"--store-url={url}")
     keys = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")

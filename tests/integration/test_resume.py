@@ -1,7 +1,7 @@
-"""A run that is killed, stopped, damaged or moved to another store ends as the undisturbed one does, bit for bit.
+"""A run that is killed, stopped, damaged or moved to another store gives the same bits as an uninterrupted one.
 
-Real processes are killed by SIGKILL. They are forked from a server that has imported everything, so that a start costs
-a fraction of a second and the kills hit training, checkpoints and chunks rather than imports.
+Real processes are killed with SIGKILL. They are forked from a server that has imported everything, so that a start
+takes a fraction of a second and the kills hit training, checkpoints and chunks instead of imports.
 """
 
 import json
@@ -67,7 +67,7 @@ class Run:
         return process
 
     def finish(self, store: str, *more: str) -> int:
-        """Start it and wait for the end: its exit code."""
+        """Start it, wait for its end, and return the exit code."""
         process = self.start(store, *more)
         process.join(120)
         assert process.exitcode is not None, "the run hangs"
@@ -78,7 +78,7 @@ class Run:
         return self.fingerprints()
 
     def killed_after(self, seconds: float, store: str) -> bool:
-        """Start it and kill it: False when it had ended by then."""
+        """Start it and kill it. False if it had already ended."""
         process = self.start(store)
         process.join(seconds)
         process.kill()
@@ -87,7 +87,7 @@ class Run:
         return bool(process.exitcode)
 
     def reach(self, step: int, store: str, then: Callable[[Any], None]) -> int:
-        """Start it, do something to the process once the checkpoint of a step or a later one is there."""
+        """Start it, and act on the process once the checkpoint of a step or a later one exists."""
         process = self.start(store)
         deadline = time.monotonic() + 120
         while not self.checkpoints() or self.checkpoints()[-1] < step:
@@ -127,7 +127,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Files in memory where there is such a file system: a synced write costs milliseconds on a disk."""
+    """A directory in memory if there is such a file system, because a synced write to disk takes milliseconds."""
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else tmp_path_factory.mktemp("runs")) as name:
         rng = np.random.default_rng(0)
@@ -151,7 +151,7 @@ def make(place: Path) -> Iterator[Callable[..., Run]]:
 
 @pytest.fixture(scope="module")
 def undisturbed(place: Path) -> dict[str, dict[str, str]]:
-    """The fingerprints of runs on the `gpu` store, by dtype."""
+    """The fingerprints of uninterrupted runs on the `gpu` store, by dtype."""
     return {
         dtype: Run(place / f"undisturbed-{dtype}", place / "images.npy", dtype).succeed("gpu")
         for dtype in ("fp32", "fp16")
@@ -189,11 +189,11 @@ def _kill_until_done(run: Run, store: str, wanted: dict[str, str], kills: int, s
     rng = random.Random(seed)
     began = time.monotonic()
     assert run.reach(4, store, lambda process: process.kill()) == -signal.SIGKILL
-    first = time.monotonic() - began  # a start and its first checkpoints: what the instants are measured in
+    first = time.monotonic() - began  # a start and its first checkpoints: the unit of the kill times
     assert run.reach(12, store, lambda process: process.kill()) == -signal.SIGKILL
     for _ in range(kills - 2):
         if not run.killed_after(rng.uniform(0.3, 1.2) * first, store):
-            break  # it was faster, and is finished
+            break  # the run was faster and is finished
     assert run.succeed(store) == wanted
     steps = run.metric_steps()
     assert steps == sorted(set(steps)), "steps in metrics.jsonl twice"
@@ -220,13 +220,13 @@ def test_sigterm_checkpoints_and_the_same_command_resumes(make: Make, undisturbe
     assert f"resuming from step-{stopped:08d}" in run.said()
     assert run.metric_steps() == list(range(2, STEPS + 1, 2))
     before = (run.directory / "result.json").read_bytes()
-    assert run.finish(store) == 0  # and once more, now that it is finished
+    assert run.finish(store) == 0  # and again, now that it is finished
     assert "is finished" in run.said()
     assert (run.directory / "result.json").read_bytes() == before
 
 
-def test_the_command_itself_is_killed_and_resumes(make: Make, undisturbed: Undisturbed) -> None:
-    """One whole life from the shell's view, without the server of forks."""
+def test_the_real_command_is_killed_and_resumes(make: Make, undisturbed: Undisturbed) -> None:
+    """The complete life of a run from the shell, without the fork server."""
     run = make("command")
     command = [sys.executable, "-m", "udddm", "train", *run.arguments("zarr")]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
@@ -241,7 +241,7 @@ def test_the_command_itself_is_killed_and_resumes(make: Make, undisturbed: Undis
 
 @pytest.fixture(scope="module", params=["gpu", "zarr"])
 def halfway(request: pytest.FixtureRequest, place: Path) -> tuple[str, Path]:
-    """A run that was killed after its sixth checkpoint, of which it keeps two."""
+    """A run killed after its sixth checkpoint; it keeps two."""
     run = Run(place / f"halfway-{request.param}" / "run", place / "images.npy")
     run.directory.parent.mkdir()
     assert run.reach(24, request.param, lambda process: process.kill()) == -signal.SIGKILL
@@ -256,7 +256,7 @@ def half(halfway: tuple[str, Path], make: Make) -> tuple[str, Run]:
     return store, run
 
 
-def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
+def test_a_truncated_checkpoint_is_skipped_for_the_previous_one(
     half: tuple[str, Run], undisturbed: Undisturbed
 ) -> None:
     store, run = half
@@ -265,14 +265,14 @@ def test_a_truncated_checkpoint_is_passed_over_for_the_one_before(
     file.write_bytes(file.read_bytes()[:-1])
     assert run.succeed(store) == undisturbed["fp16"]
     said = run.said()
-    assert f"checkpoint step-{newest:08d} is not valid and is passed over" in said
+    assert f"checkpoint step-{newest:08d} is not valid and is skipped" in said
     assert str(file) in said
     assert f"resuming from step-{older:08d}" in said
     steps = run.metric_steps()
     assert steps == sorted(set(steps))
 
 
-def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(half: tuple[str, Run]) -> None:
+def test_a_run_without_a_valid_checkpoint_is_refused_and_unchanged(half: tuple[str, Run]) -> None:
     store, run = half
     for step in run.checkpoints():
         (run.directory / "checkpoints" / f"step-{step:08d}" / "position.json").unlink()
@@ -286,16 +286,18 @@ def test_a_run_without_a_whole_checkpoint_is_refused_and_left_alone(half: tuple[
     assert not (run.directory / "result.json").exists()
 
 
-def test_a_damaged_chunk_of_the_state_is_refused_with_its_name(half: tuple[str, Run], undisturbed: Undisturbed) -> None:
+def test_a_corrupt_chunk_of_the_state_is_an_error_that_names_it(
+    half: tuple[str, Run], undisturbed: Undisturbed
+) -> None:
     store, run = half
     if store != "zarr":
         pytest.skip("the state of a store in memory is in its checkpoints")
     newest = run.directory / "checkpoints" / f"step-{run.checkpoints()[-1]:08d}"
-    epoch = json.loads((newest / "state" / "snapshot.json").read_text())["epoch"]  # the generation that will be read
+    epoch = json.loads((newest / "state" / "snapshot.json").read_text())["epoch"]  # the generation that is read next
     lane = run.directory / "state" / f"gen-{epoch:06d}" / "c" / "1"
     whole = {path: path.read_bytes() for path in lane.rglob("*") if path.is_file()}
     assert whole
-    for path, data in whole.items():  # which of them are still to be read depends on where the run was stopped
+    for path, data in whole.items():  # which of them are read depends on where the run stopped
         path.write_bytes(bytes(len(data)))
     assert run.finish(store) == 1
     said = run.said()

@@ -1,4 +1,4 @@
-"""Objects on disk, on S3 and on an fsspec file system keep one contract; what goes wrong is retried or told clearly."""
+"""Object stores on disk, S3 and fsspec file systems obey one contract; failures are retried or raise a clear error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ QUICK = Retry(attempts=4, first_pause=0.001, longest_pause=0.004)
 
 @pytest.fixture(params=["local", "s3", "memory"])
 def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A URL with nothing under it."""
+    """A URL without objects."""
     if request.param == "local":
         return str(tmp_path / "objects")
     if request.param == "s3":
@@ -60,14 +60,14 @@ def proxy(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultProxy]
 
 @pytest.fixture
 def remote(proxy: FaultProxy) -> S3ObjectStore:
-    """S3 through the proxy, with a second to answer."""
+    """S3 through the proxy, with a timeout of one second."""
     opened = S3ObjectStore(f"{BUCKET}/{uuid.uuid4().hex}", timeout=0.5)
     opened.retry = QUICK
     return opened
 
 
 def chain(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception and all that hangs on it."""
+    """An exception and all its causes and contexts."""
     while error is not None:
         yield error
         if error.__cause__ is not None and error.__context__ is not error.__cause__:
@@ -78,7 +78,7 @@ def chain(error: BaseException | None) -> Iterator[BaseException]:
 # The contract.
 
 
-def test_open_objects_chooses_by_the_url(place: str, objects: ObjectStore) -> None:
+def test_open_object_store_selects_the_class_by_url(place: str, objects: ObjectStore) -> None:
     kinds = {"s3": S3ObjectStore, "memory": FsspecObjectStore}
     assert type(objects) is kinds.get(place.partition("://")[0], LocalObjectStore)
     assert open_object_store(place + "/").uri("") == objects.uri("") == place
@@ -102,7 +102,7 @@ def test_put_get_overwrite_delete(objects: ObjectStore) -> None:
     assert objects.retries == 0
 
 
-def test_a_prefix_is_deleted_whole_and_alone(objects: ObjectStore) -> None:
+def test_deleting_a_prefix_deletes_all_of_it_and_nothing_else(objects: ObjectStore) -> None:
     for key in ("g/c/1/0/0/0", "g/c/1/1/0/0", "g/c/10/0/0/0", "g/x.json", "g-2/x", "h/c/1/0"):
         objects.put(key, b"x")
     objects.delete("g/c/1")
@@ -124,8 +124,8 @@ def test_odd_keys(objects: ObjectStore) -> None:
     assert list(objects.list("a b+c")) == ["é%20 ü"]
 
 
-def test_large_objects_are_written_whole_over_one_another(place: str, objects: ObjectStore) -> None:
-    """A reader beside a writer sees one of the objects that were written, all of it."""
+def test_large_objects_replace_one_another_atomically(place: str, objects: ObjectStore) -> None:
+    """A concurrent reader sees one of the written objects in full."""
     size = 8 * 2**20
     written = [bytes([value]) * size for value in range(4)]
     objects.put("large", written[0])
@@ -149,7 +149,7 @@ def test_large_objects_are_written_whole_over_one_another(place: str, objects: O
     assert objects.get("large") == written[-1]
 
 
-def test_listings_show_what_others_have_just_written(place: str, objects: ObjectStore) -> None:
+def test_listings_include_what_other_clients_just_wrote(place: str, objects: ObjectStore) -> None:
     other = open_object_store(place)
     assert not list(objects.list("n")) and not list(other.list("n"))
     for count in range(1, 6):
@@ -161,7 +161,7 @@ def test_listings_show_what_others_have_just_written(place: str, objects: Object
 
 
 def test_long_listings_are_complete(s3: S3Server) -> None:
-    """S3 lists and deletes 1,000 objects a request."""
+    """S3 lists and deletes 1,000 objects per request."""
     objects = open_object_store(f"s3://{BUCKET}/{uuid.uuid4().hex}")
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda i: objects.put(f"many/{i}", b"x"), range(1010)))
@@ -184,7 +184,7 @@ def test_concurrent_clients(place: str) -> None:
     assert len(list(open_object_store(place).list("own"))) == 4
 
 
-def test_one_client_of_many_puts_if_absent(place: str) -> None:
+def test_put_if_absent_succeeds_for_one_of_many_clients(place: str) -> None:
     clients = [open_object_store(place) for _ in range(8)]
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda i: clients[i].put_if_absent("d/only", f"{i}".encode()), range(8)))
@@ -193,7 +193,7 @@ def test_one_client_of_many_puts_if_absent(place: str) -> None:
     assert list(clients[0].list("d")) == ["only"]
 
 
-def test_one_client_of_many_replaces(place: str) -> None:
+def test_compare_and_swap_succeeds_for_one_of_many_clients(place: str) -> None:
     clients = [open_object_store(place) for _ in range(8)]
     assert not clients[0].compare_and_swap("d/it", b"new", b"old")
     clients[0].put("d/it", b"old")
@@ -208,7 +208,7 @@ def test_one_client_of_many_replaces(place: str) -> None:
 ORDER = Order(samples=50, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=3, seed=1)
 
 
-def test_generations_come_back_and_zarr_reads_them(place: str, objects: ObjectStore) -> None:
+def test_generations_round_trip_and_zarr_reads_them(place: str, objects: ObjectStore) -> None:
     stored = Generations(objects, ORDER, (2, 3, 3), Encoding("fp16"))
     stored.create()
     stored.begin(1)
@@ -225,7 +225,7 @@ def test_generations_come_back_and_zarr_reads_them(place: str, objects: ObjectSt
     assert again.is_complete(1)
     for (lane, chunk), wanted in rows.items():
         assert (again.read(1, lane, chunk, again.record(1, lane)[chunk]) == wanted).all()
-    if not place.startswith("s3://"):  # zarr's own way to S3 is s3fs, whose threads outlive a test
+    if not place.startswith("s3://"):  # zarr itself uses s3fs for S3, whose threads outlive a test
         array = zarr.open_array(f"{place}/gen-000001", mode="r")
         assert (array[1, : ORDER.chunk_size] == rows[1, 0]).all()
     objects.delete(again.chunk_key(1, 0, 1))
@@ -235,7 +235,7 @@ def test_generations_come_back_and_zarr_reads_them(place: str, objects: ObjectSt
     assert stored.existing() == []
 
 
-# What goes wrong on the way to S3, by name.
+# Faults between client and S3, by name.
 
 OPERATIONS: dict[str, Callable[[ObjectStore], object]] = {
     "get": lambda o: o.get("there"),
@@ -249,9 +249,9 @@ TRANSIENT = ["slow-down", "too-many", "internal", "bad-gateway", *BROKEN]
 NON_RETRYABLE = {
     "expired-token": ("have expired", "AWS_SESSION_TOKEN"),
     "expired-token-403": ("have expired", "AWS_SESSION_TOKEN"),
-    "access-denied": ("access is denied", "allow reading, writing"),
+    "access-denied": ("access is denied", "allow these credentials to read"),
     "signature": ("signature does not match", "AWS_SECRET_ACCESS_KEY"),
-    "unknown-key": ("access key is not known", "AWS_ACCESS_KEY_ID"),
+    "unknown-key": ("does not know the access key", "AWS_ACCESS_KEY_ID"),
     "no-bucket": ("the bucket does not exist", "create the bucket"),
     "clock": ("clock is wrong", "set the clock"),
 }
@@ -263,7 +263,7 @@ def test_every_fault_is_tested() -> None:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_a_passing_fault_is_retried(fault: str, operation: str, proxy: FaultProxy, remote: S3ObjectStore) -> None:
+def test_a_transient_fault_is_retried(fault: str, operation: str, proxy: FaultProxy, remote: S3ObjectStore) -> None:
     if fault == "cut" and operation in ("put", "put_if_absent"):
         pytest.skip("the reply to a put has no body that could be cut")
     wanted = OPERATIONS[operation]
@@ -278,7 +278,7 @@ def test_a_passing_fault_is_retried(fault: str, operation: str, proxy: FaultProx
     elif operation == "list":
         assert result == ["there"]
     elif operation in ("put_if_absent", "compare_and_swap"):
-        assert result is True, "the first attempt may have got through: then it is ours"
+        assert result is True, "the first attempt may have succeeded; then the object is ours"
         assert remote.get("new" if operation == "put_if_absent" else "there") == b"mine"
     else:
         assert remote.exists("new") is (operation == "put")
@@ -286,7 +286,7 @@ def test_a_passing_fault_is_retried(fault: str, operation: str, proxy: FaultProx
 
 
 @pytest.mark.parametrize("fault", ["slow-down", "reset", "cut"])
-def test_a_lasting_fault_ends_in_one_clear_error(fault: str, proxy: FaultProxy, remote: S3ObjectStore) -> None:
+def test_a_persistent_fault_ends_in_one_clear_error(fault: str, proxy: FaultProxy, remote: S3ObjectStore) -> None:
     remote.put("there", b"x" * 1000)
     with (
         proxy.failing(fault, 100),
@@ -298,15 +298,15 @@ def test_a_lasting_fault_ends_in_one_clear_error(fault: str, proxy: FaultProxy, 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("fault", NON_RETRYABLE)
-def test_a_refusal_ends_at_once_with_its_cure(
+def test_a_permanent_failure_raises_at_once_with_its_remedy(
     fault: str, operation: str, proxy: FaultProxy, remote: S3ObjectStore, s3: S3Server
 ) -> None:
-    what, cure = NON_RETRYABLE[fault]
+    what, remedy = NON_RETRYABLE[fault]
     with proxy.failing(fault, 100), pytest.raises(StoreError) as caught:
         OPERATIONS[operation](remote)
     assert (remote.retries, proxy.failed) == (0, 1)
     message = str(caught.value)
-    assert what in message and cure in message and str(ERRORS[fault][0]) in message and "s3://" in message
+    assert what in message and remedy in message and str(ERRORS[fault][0]) in message and "s3://" in message
     assert "The last checkpoint is intact" in message
     for error in chain(caught.value):
         assert s3.key not in repr(error) and s3.secret not in repr(error), error
@@ -329,17 +329,17 @@ def test_no_credentials_in_any_error(
         assert not [secret for secret in (s3.key, s3.secret, token) if secret in shown]
 
 
-def test_the_server_itself_refuses_wrong_credentials(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_server_refuses_wrong_credentials(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "wrong")
     with pytest.raises(StoreError, match="signature does not match") as caught:
         open_object_store(f"s3://{BUCKET}/x").get("y")
     assert not [error for error in chain(caught.value) if s3.key in repr(error)]
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "nobody")
-    with pytest.raises(StoreError, match="access key is not known"):
+    with pytest.raises(StoreError, match="does not know the access key"):
         open_object_store(f"s3://{BUCKET}/x").put("y", b"")
 
 
-def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
+def test_an_unreachable_server(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:1")
     nowhere = open_object_store(f"s3://{BUCKET}/x")
     nowhere.retry = QUICK
@@ -347,15 +347,15 @@ def test_a_server_that_is_not_there(monkeypatch: pytest.MonkeyPatch, s3: S3Serve
         nowhere.get("y")
 
 
-def test_missing_credentials_are_said_to_be_missing(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
+def test_missing_credentials_are_reported_as_missing(monkeypatch: pytest.MonkeyPatch, s3: S3Server) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
-    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")  # where a machine's role would be
+    monkeypatch.setenv("AWS_METADATA_ENDPOINT", "http://127.0.0.1:1")  # the endpoint of a machine's role
     with pytest.raises(StoreError, match="no credentials in the environment"):
         open_object_store(f"s3://{BUCKET}/x").get("y")
 
 
-def test_a_stall_costs_the_timeout_and_latency_nothing_but_time(proxy: FaultProxy, remote: S3ObjectStore) -> None:
+def test_a_stall_costs_the_timeout_and_latency_only_time(proxy: FaultProxy, remote: S3ObjectStore) -> None:
     proxy.latency = 0.05
     remote.put("there", b"x")
     proxy.fail("stall")
@@ -415,12 +415,12 @@ def test_close_ends_the_wait_for_another_attempt(proxy: FaultProxy, remote: S3Ob
     ("url", "said"),
     [
         ("s3:/bucket/x", "two slashes"),
-        ("s3://", "name of a bucket"),
-        ("s3:///x", "name of a bucket"),
-        ("s3://a b/x", "name of a bucket"),
-        ("nonesuch://x/y", "nonesuch:// is not a kind of URL"),
-        ("1://x", "is not a kind of URL"),
-        ("simplecache::s3://b/x", "is not a kind of URL"),
+        ("s3://", "give a bucket name"),
+        ("s3:///x", "give a bucket name"),
+        ("s3://a b/x", "give a bucket name"),
+        ("nonesuch://x/y", "do not support nonesuch:// URLs"),
+        ("1://x", "do not support 1:// URLs"),
+        ("simplecache::s3://b/x", "do not support"),
     ],
 )
 def test_malformed_urls(url: str, said: str) -> None:
@@ -432,8 +432,8 @@ def test_malformed_urls(url: str, said: str) -> None:
 @pytest.mark.parametrize(
     "url", ["s3://key:hush@bucket/x", "s3://hush@bucket/x", "sftp://me:hush@host/x", "az://c/x?sig=hush", "s3://b#hush"]
 )
-def test_secrets_do_not_belong_in_a_url(url: str) -> None:
-    with pytest.raises(StoreError, match="leave user, password and query out") as caught:
+def test_secrets_in_a_url_are_refused(url: str) -> None:
+    with pytest.raises(StoreError, match="remove user, password and query") as caught:
         open_object_store(url)
     assert not [error for error in chain(caught.value) if "hush" in str(error)]
 
@@ -441,7 +441,7 @@ def test_secrets_do_not_belong_in_a_url(url: str) -> None:
 @pytest.mark.parametrize("endpoint", ["nonsense", "http://", "ftp://x", "http://key:hush@host"])
 def test_a_malformed_endpoint(endpoint: str, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
-    with pytest.raises(StoreError, match="AWS_ENDPOINT_URL is no URL") as caught:
+    with pytest.raises(StoreError, match="AWS_ENDPOINT_URL is not a URL") as caught:
         open_object_store(f"s3://{BUCKET}")
     assert "hush" not in str(caught.value)
 
@@ -459,7 +459,7 @@ def test_missing_packages_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         open_object_store("sftp://bucket/x")
 
 
-def test_what_the_replies_of_servers_mean() -> None:
+def test_classification_of_server_replies() -> None:
     for status, code in [(503, "SlowDown"), (400, "RequestTimeout"), (409, "ConditionalRequestConflict"), (500, "")]:
         assert isinstance(refusal(status, code), OSError)
     for status, code in [
@@ -494,16 +494,14 @@ class _HttpError(Exception):
     ],
     ids=repr,
 )
-def test_what_the_errors_of_file_systems_mean(error: Exception, kind: type[Exception]) -> None:
+def test_classification_of_file_system_errors(error: Exception, kind: type[Exception]) -> None:
     found = of_fsspec(error)
     assert type(found) is kind
     assert "hush" not in repr(found)
 
 
-def test_a_directory_that_vanishes_under_a_local_write_is_made_again(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Ranks remove their lanes of an old generation, and the last one the directory, while another may still write."""
+def test_a_directory_deleted_during_a_local_write_is_recreated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks delete their lanes of an old generation, and the last one its directory, while another may still write."""
     import shutil
 
     objects = LocalObjectStore(tmp_path)
@@ -521,7 +519,7 @@ def test_a_directory_that_vanishes_under_a_local_write_is_made_again(
 
 
 def test_google_and_azure_have_conditional_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Through obstore, whose own tests cover their servers; here only that they are opened by it."""
+    """They use obstore, whose own tests cover their servers. This only tests that obstore opens them."""
     monkeypatch.setenv("AZURE_STORAGE_ACCOUNT_NAME", "account")
     for url in ("gs://bucket/some/where", "gcs://bucket/some/where", "az://container/some/where"):
         opened = open_object_store(url)

@@ -1,4 +1,4 @@
-"""A stranger's checkpoint or run is data: it makes this process import, open and write nothing elsewhere."""
+"""An untrusted checkpoint or run is only data: it cannot make this process import code, open or write other files."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def theirs(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A file that a module of the name `stranger` makes when it is imported."""
+    """A file that the module `stranger` creates when it is imported."""
     (tmp_path / "stranger.py").write_text(MODULE)
     (tmp_path / "mine.py").write_text(MODULE)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -65,7 +65,7 @@ def ran(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rewrite(run: Path, **sections: Any) -> None:
-    """Another configuration in a run and its checkpoints, whose manifests are made to match."""
+    """Change the configuration of a run and its checkpoints, and update their manifests to match."""
     for path in [run / "run.json", *run.glob("checkpoints/*/config.json")]:
         found = json.loads(path.read_text())
         for name, values in sections.items():
@@ -77,7 +77,7 @@ def rewrite(run: Path, **sections: Any) -> None:
             manifest.write_text(dumps(parse(manifest.read_bytes()) | {"config.json": entry(data)}))
 
 
-def test_looking_into_a_strangers_run_imports_nothing(
+def test_inspecting_an_untrusted_run_imports_nothing(
     theirs: Path, ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite(
@@ -106,7 +106,7 @@ def test_looking_into_a_strangers_run_imports_nothing(
     assert "the image" in capsys.readouterr().out
 
 
-def test_a_strangers_path_is_not_opened_and_a_users_own_is(
+def test_a_path_from_an_untrusted_run_is_not_opened_but_the_users_is(
     theirs: Path, ran: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     secret = tmp_path / "secret.npy"
@@ -122,7 +122,7 @@ def test_a_strangers_path_is_not_opened_and_a_users_own_is(
     assert evaluate([*scored, "--set", f"data.path={tmp_path / 'mine.npy'}"]) == 0
 
 
-def test_arguments_of_a_stranger_are_not_given_to_a_users_function(
+def test_arguments_from_an_untrusted_run_are_not_passed_to_a_users_function(
     theirs: Path, ran: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rewrite(theirs, data={"name": "stranger:images", "arguments": {"path": "/etc/passwd"}})
@@ -138,7 +138,7 @@ def test_a_run_evaluates_with_the_function_of_its_own_configuration(ran: Path, t
 
 
 @pytest.mark.parametrize("name", ["os:path.join", "mine:features.__call__", "mine:", "mine:a b"])
-def test_only_a_function_of_the_module_itself_is_named(name: str, ran: Path) -> None:
+def test_only_functions_defined_in_the_module_can_be_named(name: str, ran: Path) -> None:
     with pytest.raises(ConfigError, match=r"write package\.module:function"):
         load_plugin(name, "data set")
 
@@ -166,7 +166,7 @@ def entry(data: bytes) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_a_manifest_names_files_of_its_checkpoint_only(name: str, tmp_path: Path) -> None:
+def test_a_manifest_may_name_only_files_of_its_checkpoint(name: str, tmp_path: Path) -> None:
     path = tmp_path / "a" / "b" / "c" / "step-00000001"
     path.mkdir(parents=True)
     (path / "manifest.json").write_text(json.dumps({"config.json": entry(b"{}"), name: entry(b"")}))
@@ -186,7 +186,7 @@ def test_a_manifest_names_files_of_its_checkpoint_only(name: str, tmp_path: Path
 @pytest.mark.parametrize(
     "bad", [b"[]", b"{", b'{"a": 3}', b'{"a": {"bytes": -1, "crc32c": 0}}', b'{"a": {"bytes": true, "crc32c": 0}}']
 )
-def test_a_malformed_manifest_is_an_error_and_no_trace(bad: bytes) -> None:
+def test_a_malformed_manifest_is_an_error_without_a_traceback(bad: bytes) -> None:
     with pytest.raises(ValueError):
         parse(bad)
     with pytest.raises(ValueError, match="too deeply"):
@@ -201,7 +201,7 @@ def test_every_file_that_a_run_writes_is_a_name_that_a_manifest_may_hold(theirs:
 
 
 @pytest.mark.parametrize("what", ["link", "linked directory", "pipe"])
-def test_links_and_devices_in_a_checkpoint_are_damage(theirs: Path, tmp_path: Path, what: str) -> None:
+def test_links_and_devices_in_a_checkpoint_are_corruption(theirs: Path, tmp_path: Path, what: str) -> None:
     path = next(theirs.glob("checkpoints/*"))
     assert corruption(path) is None
     target = path / ("state" if what == "linked directory" else "config.json")
@@ -215,7 +215,7 @@ def test_links_and_devices_in_a_checkpoint_are_damage(theirs: Path, tmp_path: Pa
 
 
 class Site:
-    """A web server of a stranger, who answers each path as `pages` says and announces what `announced` does."""
+    """An untrusted web server that serves `pages` by path and announces the sizes in `announced`."""
 
     def __init__(self) -> None:
         self.pages: dict[str, bytes] = {}
@@ -260,7 +260,7 @@ def site() -> Iterator[Site]:
 
 
 def put_at(site: Site, run: Path, change: Callable[[dict[str, Any]], None]) -> str:
-    """A checkpoint of `run` on the web server, with a changed manifest; its URL."""
+    """Serve a checkpoint of `run` with a changed manifest, and return its URL."""
     path = next(run.glob("checkpoints/*"))
     for file in path.rglob("*"):
         if file.is_file():
@@ -290,13 +290,13 @@ def test_a_web_server_writes_nothing_elsewhere(
     assert not list(tmp_path.rglob("bashrc"))
 
 
-def test_a_web_server_sends_no_more_than_its_manifest_says(
+def test_no_more_is_read_from_a_web_server_than_the_manifest_declares(
     site: Site, theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     url = put_at(site, theirs, lambda manifest: None)
     key = url.removeprefix(site.url) + "/model.safetensors"
     size = len(site.pages[key])
-    site.announced[key] = size  # what it announces is not what it sends
+    site.announced[key] = size  # different from the size that it sends
     site.pages[key] = bytes(40 << 20)
     for _ in range(2):
         assert sample_command(["--checkpoint", url, "--device", "cpu", "--out", str(tmp_path / "out")]) == FAILED
@@ -332,7 +332,7 @@ SECRET = "wJalr/XUtnF/bPxRfiCY"
     ],
 )
 @pytest.mark.parametrize("key", ["store.url", "data.path", "train.init_from", "run_dir"])
-def test_a_secret_in_a_url_is_refused_before_anything_is_written_and_not_shown(
+def test_a_secret_in_a_url_is_refused_before_any_write_and_not_shown(
     url: str, key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -378,7 +378,7 @@ def test_a_message_about_a_path_with_a_secret_does_not_show_it(
     assert "XUtnF" not in "".join(capsys.readouterr())
 
 
-def test_a_manifest_that_lost_or_renamed_an_entry_is_damage(theirs: Path) -> None:
+def test_a_manifest_with_a_lost_or_renamed_entry_is_corrupt(theirs: Path) -> None:
     path = next(theirs.glob("checkpoints/*"))
     manifest = path / "manifest.json"
     text = manifest.read_text()
@@ -393,7 +393,7 @@ def test_a_manifest_that_lost_or_renamed_an_entry_is_damage(theirs: Path) -> Non
     assert "names no file" in str(corruption(path))
     manifest.write_text(text)
     assert corruption(path) is None
-    manifest.write_text(json.dumps(parse(text.encode())))  # of a version whose manifests had no checksum
+    manifest.write_text(json.dumps(parse(text.encode())))  # from a version whose manifests had no checksum
     assert corruption(path) is None
 
 
@@ -420,7 +420,7 @@ def test_a_malformed_snapshot_is_an_error_that_names_it(
         for command in (["info"], ["verify"], ["view", "--sample=1", f"--out={tmp_path}/x.png"]):
             code = store_command([command[0], str(theirs), *command[1:]])
             said = "".join(capsys.readouterr())
-            passes = command[0] != "verify" and (key == "order" or command[0] == "view")  # the store itself suffices
+            passes = command[0] != "verify" and (key == "order" or command[0] == "view")  # the store suffices
             assert code == FAILED or passes, (command, value, said)
             assert "snapshot.json" in said or passes, (command, value, said)
         assert store_command(["convert", str(theirs), str(tmp_path / "copy")]) == FAILED
@@ -462,7 +462,7 @@ def test_malformed_json_is_an_error_that_names_its_file(
 
 
 @pytest.mark.parametrize("shape", [[], [1, 8], [1, 8, 0], [1, 8, "8"], None, [1, 8, 10**9], [1, 8, True]])
-def test_a_shape_that_no_image_has_is_an_error(shape: object, theirs: Path) -> None:
+def test_an_impossible_image_shape_is_an_error(shape: object, theirs: Path) -> None:
     path = next(theirs.glob("checkpoints/*")) / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"shape": shape}))
     (path.parent / "manifest.json").unlink()  # as in a release

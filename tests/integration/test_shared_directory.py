@@ -1,4 +1,4 @@
-"""Ranks on several machines that share a directory: a network file system lists it as it was a while ago."""
+"""Ranks on several machines that share a directory, which a network file system may list with outdated content."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Training:
 
 
 @pytest.mark.parametrize("kind", ["zarr", "gpu"])
-def test_what_is_kept_is_decided_by_the_first_ranks_listing(kind: str, tmp_path: Path) -> None:
+def test_the_first_ranks_listing_decides_which_checkpoints_are_kept(kind: str, tmp_path: Path) -> None:
     run = tmp_path / "run"
     settings = config(f"store.kind={kind}")
     on_ranks(2, tmp_path, Training(settings, run))

@@ -1,4 +1,4 @@
-"""The model of benchmarks/store/scale.py: the store's own code in virtual time over a modelled object store."""
+"""The model of benchmarks/store/scale.py: the real store code in virtual time over a modeled object store."""
 
 import importlib
 import math
@@ -17,7 +17,7 @@ pipeline = importlib.import_module("udddm.store.pipeline")
 FREE = store_scale.Service(0, 0, 0, 0, connection=math.inf, link=math.inf, total=math.inf, gets=math.inf, puts=math.inf)
 RANKS = 4
 WORK = store_scale.Workload("test", RANKS * 1000, (1, 16, 16), 400.0, batch=16, chunk=64, window=4)
-"""16 chunks of 32 KiB a lane in 4 windows of 0.64 s; 63 steps an epoch; 205 kB/s each way and rank."""
+"""16 chunks of 32 KiB per lane in 4 windows of 0.64 s; 63 steps per epoch; 205 kB/s each way and rank."""
 BYTES_PER_SECOND = RANKS * 400.0 * 512
 
 
@@ -31,7 +31,7 @@ def test_a_free_object_store_never_makes_a_run_wait():
     assert result.seconds == pytest.approx(149 * result.step_seconds)
 
 
-def test_virtual_time_leaves_the_store_and_no_thread_behind():
+def test_virtual_time_restores_the_store_and_leaves_no_thread():
     before = threading.active_count()
     began = time.perf_counter()
     assert run(steps=100).seconds > 3.9
@@ -45,8 +45,8 @@ def test_virtual_time_leaves_the_store_and_no_thread_behind():
 
 @pytest.mark.parametrize("share", [0.5, 0.8])
 @pytest.mark.parametrize("limit", ["link", "total"])
-def test_less_bandwidth_than_needed_slows_a_run_down_by_that_much(limit, share):
-    """Within an epoch; at its end a run waits more, because what it wrote last is read first."""
+def test_too_little_bandwidth_slows_a_run_in_proportion(limit, share):
+    """Within an epoch; at its end a run waits longer, because the rows written last are read first."""
     long = replace(WORK, samples=RANKS * 30000)
     ranks = RANKS if limit == "link" else 1
     result = run(replace(FREE, **{limit: share * BYTES_PER_SECOND / ranks}), long, steps=1500)
@@ -65,12 +65,12 @@ def test_the_wait_grows_with_the_latency(kind):
         service = replace(FREE, **{f"{kind}_median": median, f"{kind}_p99": median * 1.0001})
         waits.append(run(service, steps=200, threads=2).wait)
     assert waits[0] == 0 and waits[-1] > 0.1
-    assert waits[1] <= waits[2] <= waits[-1]  # between them, more windows are held for slow puts
+    assert waits[1] <= waits[2] <= waits[-1]  # in between, more windows are held for slow puts
 
 
 @pytest.mark.parametrize("kind", ["get", "put"])
-def test_a_store_that_chooses_its_threads_and_windows_hides_a_latency_that_two_threads_do_not(kind):
-    long = replace(WORK, samples=RANKS * 30000)  # no epoch ends: at its end a run waits for what it wrote last
+def test_automatic_threads_and_windows_hide_a_latency_that_two_threads_do_not(kind):
+    long = replace(WORK, samples=RANKS * 30000)  # no epoch ends: the end would wait for the last writes
     service = replace(FREE, **{f"{kind}_median": 0.8, f"{kind}_p99": 1.2})
     waits = [run(service, long, steps=1500, threads=threads).wait for threads in (2, None)]
     assert waits[1] < 0.03 and waits[1] < waits[0] / 5
@@ -78,34 +78,34 @@ def test_a_store_that_chooses_its_threads_and_windows_hides_a_latency_that_two_t
 
 @pytest.mark.parametrize("latency", [0.0, 0.05])
 @pytest.mark.parametrize("epochs", [1, 3])
-def test_every_chunk_is_written_once_an_epoch_and_read_at_most_once(epochs, latency):
+def test_every_chunk_is_written_once_and_read_at_most_once_per_epoch(epochs, latency):
     order = WORK.order(RANKS)
     service = replace(FREE, get_median=latency, get_p99=2 * latency, put_median=latency, put_p99=2 * latency)
     result = run(service, steps=epochs * order.steps_per_epoch)
     chunks = sum(order.num_chunks(lane) for lane in range(RANKS))
-    ahead = RANKS * 2 * order.chunks_per_window  # windows of the next epoch that are read already
+    ahead = RANKS * 2 * order.chunks_per_window  # windows of the next epoch that are already read
     assert result.chunks_written == epochs * chunks
-    # What the end of an epoch has just written reaches the next epoch in memory.
+    # Rows written at the end of an epoch are passed to the next epoch in memory.
     handed_over = (epochs - 1) * RANKS * 2 * order.chunks_per_window
     assert epochs * chunks - handed_over <= result.chunks_read <= epochs * chunks + ahead
 
 
 def test_without_a_second_epoch_each_chunk_is_read_exactly_once():
     order = WORK.order(RANKS)
-    slow = replace(FREE, put_median=100.0, put_p99=100.1)  # nothing of the next generation is there to be read
+    slow = replace(FREE, put_median=100.0, put_p99=100.1)  # the next generation is never available to read
     result = run(slow, steps=order.steps_per_epoch // 4)
     assert result.chunks_read <= sum(order.num_chunks(lane) for lane in range(RANKS))
 
 
-def test_refused_requests_are_made_again_and_more_prefixes_cure_them():
+def test_refused_requests_are_retried_and_more_prefixes_avoid_them():
     scarce = replace(FREE, gets=0.6 * 6.25 * RANKS, puts=math.inf, burst=0.5)
     refused = run(scarce, steps=150)
     assert refused.refused > 0 and refused.stalls
-    cured = run(replace(scarce, prefixes=4), steps=150)
-    assert cured.wait < refused.wait / 2
+    spread = run(replace(scarce, prefixes=4), steps=150)
+    assert spread.wait < refused.wait / 2
 
 
-def test_a_store_that_refuses_for_ever_ends_the_run_with_the_stores_error():
+def test_a_permanently_refusing_object_store_ends_the_run_with_the_stores_error():
     result = run(replace(FREE, gets=0.01, burst=0.01), steps=50)
     assert result.stalls and "SlowDown" in result.failure
 

@@ -1,4 +1,4 @@
-"""A run whose x0-state is on S3 ends as one on a local disk or in memory does, also when it was killed in between."""
+"""A run with its x0-state on S3 gives the same result as on a local disk or in memory, also if it was killed."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def train(run: Path, kind: str, url: str | None = None) -> dict[str, object]:
 
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    """What the undisturbed run in memory ends with."""
+    """The result of the uninterrupted run in memory."""
     return train(tmp_path_factory.mktemp("memory") / "run", "gpu")
 
 
@@ -47,7 +47,7 @@ def killed(run: Path, url: str, environment: dict[str, str], checkpoint: str) ->
     """Start or resume the run in another process and kill it once a checkpoint is there."""
     command = [sys.executable, "-m", "udddm", "train", f"--run-dir={run}", "--store=zarr", f"--store-url={url}"]
     command += ["--device=cpu", *(f"--set={override}" for override in OVERRIDES)]
-    threads = str(torch.get_num_threads())  # their number decides the order of sums
+    threads = str(torch.get_num_threads())  # their number determines the order of summation
     with (run.parent / "log").open("ab") as log:
         process = subprocess.Popen(
             command,
@@ -63,10 +63,12 @@ def killed(run: Path, url: str, environment: dict[str, str], checkpoint: str) ->
     finally:
         process.kill()
         process.wait()
-    assert not (run / "result.json").exists(), "killed too late to tell anything"
+    assert not (run / "result.json").exists(), "killed too late to be a useful test"
 
 
-def test_the_place_of_the_state_changes_nothing(expected: dict[str, object], s3: S3Server, tmp_path: Path) -> None:
+def test_the_location_of_the_state_does_not_change_the_result(
+    expected: dict[str, object], s3: S3Server, tmp_path: Path
+) -> None:
     url = f"s3://{BUCKET}/{uuid.uuid4().hex}"
     assert train(tmp_path / "disk", "zarr") == expected
     assert train(tmp_path / "s3", "zarr", url) == expected
@@ -76,7 +78,7 @@ def test_the_place_of_the_state_changes_nothing(expected: dict[str, object], s3:
 
 
 def test_a_killed_run_resumes_bit_for_bit_on_s3(expected: dict[str, object], s3: S3Server, tmp_path: Path) -> None:
-    """Killed in its first epoch, behind a slow connection that throttles and breaks."""
+    """Killed in its first epoch, over a slow connection with throttling and resets."""
     url, run = f"s3://{BUCKET}/{uuid.uuid4().hex}", tmp_path / "run"
     with FaultProxy(s3.endpoint) as proxy:
         proxy.latency = 0.03

@@ -1,12 +1,12 @@
-"""Checkpoints: `<run>/checkpoints/step-00012000/`, complete or absent, verified before they are used.
+"""Checkpoints: `<run>/checkpoints/step-00012000/`, complete or absent, and verified before use.
 
-    model.safetensors  ema-<name>.safetensors  optimizer.safetensors   weights, averages, moments (runs/weights.py)
+    model.safetensors  ema-<name>.safetensors  optimizer.safetensors   weights, EMAs, moments (runs/weights.py)
     config.json        the resolved configuration and the image shape: with the weights, all that sampling needs
     position.json      the step
     state/             the x0-state snapshot (udddm/store/snapshot.py); never inside a model file
     manifest.json      size and CRC32C of every file above; written last
 
-A checkpoint is written under a temporary name and renamed when its manifest is durable. Nothing in it is pickled.
+A checkpoint is written under a temporary name and renamed once its manifest is durable. Nothing in it is pickled.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ T = TypeVar("T")
 NAME = re.compile(r"step-(\d{8,})")
 _BLOCK = 16 << 20
 LARGEST_SIDE = 1 << 16
-"""Of the images that a checkpoint may say it makes."""
+"""Largest image size that a checkpoint may declare."""
 
 
 def _crc(path: Path) -> int:
@@ -58,7 +58,7 @@ class Checkpoints:
         self.directory = run_dir / "checkpoints"
 
     def all(self) -> list[Path]:
-        """Named checkpoints, oldest first, valid or not. Raises Unreadable, StoreError."""
+        """All published checkpoints, oldest first, valid or not. Raises Unreadable, StoreError."""
 
         def listed() -> list[Path]:
             if not self.directory.is_dir():
@@ -68,9 +68,9 @@ class Checkpoints:
         return read_patiently(self.directory, listed)
 
     def newest_valid(self) -> Path | None:
-        """The newest checkpoint that verifies; says which newer ones do not, and why. None when there is none at all.
+        """The newest valid checkpoint, or None if there are no checkpoints. Logs a warning for every newer invalid one.
 
-        Raises CheckpointError when there are checkpoints but none is whole, and when one cannot be read.
+        Raises CheckpointError if there are checkpoints but none is valid, or if one cannot be read.
         """
         found = self.all()
         problems = []
@@ -79,27 +79,27 @@ class Checkpoints:
             if problem is None:
                 return path
             problems.append(problem)
-            log.warning("checkpoint %s is not valid and is passed over: %s", path.name, problem)
+            log.warning("checkpoint %s is not valid and is skipped: %s", path.name, problem)
         if found:
             raise CheckpointError(
-                f"no checkpoint in {self.name(self.directory)} is whole: {'; '.join(problems)}. "
+                f"no checkpoint in {self.name(self.directory)} is valid: {'; '.join(problems)}. "
                 "Restore one from a copy, or start a new run directory"
             )
         return None
 
     def corruption(self, path: Path) -> str | None:
-        """What is wrong with a checkpoint; None when it is whole. Raises Unreadable, StoreError."""
+        """What is wrong with a checkpoint; None if it is valid. Raises Unreadable, StoreError."""
         return corruption(path)
 
     def ensure_local(self, path: Path) -> None:
-        """Make a checkpoint's files readable here, where they are kept elsewhere. Called once on every machine."""
+        """Make a checkpoint's files available on this machine if they are stored elsewhere. Called once per machine."""
 
     def write(self, step: int, ranks: Ranks, fill: Callable[[Path], None]) -> Path:
-        """Make the checkpoint of `step`: every rank's `fill(directory)` adds its files, then it becomes visible.
+        """Write the checkpoint of `step`: every rank's `fill(directory)` adds its files, then it becomes visible.
 
-        Each rank fills a directory of its own and reports what it wrote there: its listing of a directory that several
-        machines share may be a minute old. Raises CheckpointError on a full or read-only disk; what was there before is
-        untouched.
+        Each rank fills a separate directory and reports the files that it wrote there, because its listing of a
+        directory that several machines share may be a minute old. Raises CheckpointError on a full or read-only disk;
+        earlier checkpoints are untouched.
         """
         final = self.directory / f"step-{step:08d}"
         partial = _hidden(final)
@@ -123,7 +123,7 @@ class Checkpoints:
                 self._keep(path, f"{final.name}/{name}")
             return entries
 
-        errors = (OSError, SafetensorError, StoreError)  # safetensors wraps a full disk in its own
+        errors = (OSError, SafetensorError, StoreError)  # safetensors wraps the error of a full disk
         try:
             ranks.run_on_rank_zero(make, errors)
             added = ranks.gather(ranks.run_on_all(add, errors))
@@ -141,14 +141,14 @@ class Checkpoints:
         return final
 
     def name(self, path: Path) -> str:
-        """What a message calls a checkpoint."""
+        """A checkpoint's name in messages."""
         return str(path)
 
     def _announce(self, final: Path) -> None:
-        """Before the first file of a checkpoint comes to where it is kept."""
+        """Called before the first file of a checkpoint is stored."""
 
     def _keep(self, path: Path, key: str) -> None:
-        """Put a file that this rank wrote where the checkpoint is made, under `<checkpoint>/<name>`."""
+        """Store a file that this rank wrote in the new checkpoint, under `<checkpoint>/<name>`."""
         sync_file(path)
         checkpoint, _, name = key.partition("/")
         target = _hidden(self.directory / checkpoint) / name
@@ -157,7 +157,7 @@ class Checkpoints:
 
     def _publish(self, partial: Path, final: Path, entries: Entries) -> None:
         write_text(partial / MANIFEST, manifest.dumps(entries))
-        if final.exists():  # left there by a run that did not resume from it: it was not whole
+        if final.exists():  # invalid, left by an attempt that did not resume from it
             shutil.rmtree(final)
         for directory in [p for p in partial.rglob("*") if p.is_dir()]:
             sync_directory(directory)
@@ -165,8 +165,8 @@ class Checkpoints:
         sync_directory(self.directory)
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep`, once the newest verifies; and leftovers of interrupted writes."""
-        with suppress(Unreadable):  # then at the next checkpoint
+        """Delete all but the newest `keep` once the newest is verified, and leftovers of interrupted writes."""
+        with suppress(Unreadable):  # retried at the next checkpoint
             found = self.all()
             whole = bool(found) and corruption(found[-1]) is None
             for old in found[:-keep] if whole else ():
@@ -176,19 +176,19 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def discard_after(self, step: int) -> list[str]:
-        """Set aside the checkpoints newer than the one that is resumed: they are not whole, and training passes them
-        again. Returns what became of them, for a message."""
+        """Set aside the checkpoints newer than the one that is resumed. They are not valid, and training will write
+        them again. Returns what was done with each, for a message."""
         return [self._set_aside(path) for path in self.all() if step_of(path) > step]
 
     def _set_aside(self, path: Path) -> str:
-        """Under a name that is no checkpoint's: somebody may want to know what happened to it."""
+        """Rename an invalid checkpoint, so that the user can find out what happened to it."""
         aside = path.with_name(f"{path.name}.damaged")
         shutil.rmtree(aside, ignore_errors=True)
         path.rename(aside)
-        return f"{path.name} is kept as {aside}; remove it when you do not need it"
+        return f"{path.name} is kept as {aside}; delete it if you do not need it"
 
     def _remove(self, path: Path) -> None:
-        """Make a checkpoint invisible at once, then remove it."""
+        """Hide a checkpoint atomically, then delete it."""
         hidden = _hidden(path)
         shutil.rmtree(hidden, ignore_errors=True)
         path.rename(hidden)
@@ -196,21 +196,21 @@ class Checkpoints:
 
 
 def _hidden(path: Path) -> Path:
-    """A checkpoint's name while it is made or removed."""
+    """A checkpoint's name while it is written or deleted."""
     return path.with_name(f".{path.name}.partial")
 
 
 def corruption(path: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None when every file is as its manifest says.
+    """What is wrong with a checkpoint, naming the file; None if every file matches the manifest.
 
-    A file that is missing or has other contents is corrupt. One that cannot be read (a network file system that does
-    not answer, missing rights, no more file descriptors) is not: raises Unreadable after a few attempts.
+    A file that is missing or has different contents is corrupt. A file that cannot be read (a network file system that
+    does not answer, missing permissions, no file descriptors left) is not: raises Unreadable after a few attempts.
     """
     return read_patiently(path, lambda: _corruption(path))
 
 
 def _corruption(path: Path) -> str | None:
-    """`corruption`, at the first attempt. Raises OSError for a file that is there and cannot be read."""
+    """One attempt at `corruption`. Raises OSError if a file exists and cannot be read."""
     name = MANIFEST
     try:
         entries = manifest.read(path)

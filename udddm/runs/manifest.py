@@ -1,4 +1,4 @@
-"""A checkpoint's manifest: of every file its size and CRC32C. A stranger may have made it, so it is checked."""
+"""A checkpoint's manifest: the size and CRC32C of every file. It may come from a stranger, so it is checked."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 import google_crc32c
 
 Entries = dict[str, dict[str, int]]
-"""Of every file, by its path in the checkpoint, its size `bytes` and its `crc32c`."""
+"""The size `bytes` and the `crc32c` of every file, keyed by its path in the checkpoint."""
 
 MANIFEST = "manifest.json"
 LARGEST = 64 << 20
-"""Bytes of a manifest that is read: of some 700,000 files."""
+"""Largest manifest that is read, in bytes: one with about 700,000 files."""
 
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _NAME = re.compile(rf"{_PART}|state(/{_PART})+")
-"""What this package writes: files in the checkpoint and under `state`. So neither `..`, an absolute path nor a
-backslash is among them."""
+"""The names that this package writes: files in the checkpoint and under `state`. This excludes `..`, absolute paths
+and backslashes."""
 
 
 def dumps(entries: Entries) -> str:
-    """The manifest's text. Its own entry is the number of the others and their checksum."""
+    """The manifest's text. Its entry for itself holds the number of the other entries and their checksum."""
     return json.dumps({**entries, MANIFEST: _own(entries)}, indent=1) + "\n"
 
 
@@ -33,8 +33,11 @@ def _own(entries: Entries) -> dict[str, int]:
 
 
 def parse(data: bytes) -> Entries:
-    """The entries of all other files. Raises ValueError for what is no manifest, for one that does not match its own
-    checksum (those of older versions have none), and for one with a name that this package does not write."""
+    """Parse a manifest into the entries of all other files.
+
+    Raises ValueError if `data` is not a manifest, does not match its own checksum (older versions have none), or
+    contains a name that this package does not write.
+    """
     try:
         entries = json.loads(data)
     except RecursionError:
@@ -48,7 +51,7 @@ def parse(data: bytes) -> Entries:
         raise ValueError("it does not match its own checksum")
     for name, entry in entries.items():
         if not _NAME.fullmatch(name):
-            raise ValueError(f"it names {name!r}, which is no file of a checkpoint: do not use it")
+            raise ValueError(f"it names {name!r}, which is not a checkpoint file: do not use this checkpoint")
         if not isinstance(entry, dict) or not all(_is_number(entry.get(key)) for key in ("bytes", "crc32c")):
             raise ValueError(f"its entry for {name} lacks a number for bytes or crc32c")
     for name in entries:
@@ -62,7 +65,7 @@ def _is_number(value: object) -> bool:
 
 
 def read(directory: Path) -> Entries:
-    """The manifest of a checkpoint on this machine. Raises ValueError, OSError."""
+    """Read the manifest of a checkpoint on this machine. Raises ValueError, OSError."""
     path = directory / MANIFEST
     if problem := not_plain(directory, MANIFEST):
         raise ValueError(problem)
@@ -72,9 +75,9 @@ def read(directory: Path) -> Entries:
 
 
 def not_plain(directory: Path, name: str) -> str:
-    """Why `name` in a checkpoint is no file of its own: a link, device or pipe leads elsewhere. "" when it is one.
+    """Why `name` in a checkpoint is not a plain file but a link, device or pipe; "" if it is a plain file.
 
-    Raises FileNotFoundError when there is nothing.
+    Raises FileNotFoundError if it does not exist.
     """
     path = directory / name
     mode = path.lstat().st_mode

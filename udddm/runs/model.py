@@ -1,4 +1,4 @@
-"""A trained model: load one from a run, a checkpoint or a release, and make images with it."""
+"""Load a trained model from a run, a checkpoint or a release, and generate images with it."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ from udddm.storage import local_path
 
 @dataclass(frozen=True)
 class Model:
-    """A trained network in evaluation mode, with what sampling needs to know."""
+    """A trained network in evaluation mode, with the settings that sampling needs."""
 
     network: nn.Module
     schedule: NoiseSchedule
     config: RunConfig
-    """The configuration that it was trained with."""
+    """The configuration of the training run."""
     shape: tuple[int, int, int]
     """(C, H, W) of its images."""
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(self.network.parameters()).device
 
     def sample(
@@ -57,14 +57,15 @@ class Model:
         guidance: float = 1.0,
         batch: int = 250,
     ) -> npt.NDArray[np.float32]:
-        """Images [len(seeds), C, H, W], float32 in [-1, 1], by `steps` network evaluations each.
+        """Generate images [len(seeds), C, H, W], float32 in [-1, 1], with `steps` network evaluations each.
 
-        Each image depends on its seed (and label) alone. A model with classes and no `labels` takes `seed % classes`.
-        `sampler` is a name, or a function of your own, and `settings` are its settings (docs/extending.md).
-        `guidance` other than 1 weighs the labels (docs/method.md), with two calls of the network per evaluation.
+        Each image depends only on its seed (and label). Without `labels`, a model with classes uses `seed % classes`.
+        `sampler` is a name or a custom function, and `settings` are its settings (docs/extending.md). A `guidance`
+        other than 1 weighs the labels (docs/method.md) and takes two network calls per evaluation.
 
-        Raises ConfigError for seeds or labels that are no sequence of integers, labels of another number or of a class
-        that the model does not have, an unknown sampler, and guidance for a model that was not trained for it.
+        Raises ConfigError if seeds or labels are not a sequence of integers, if the number of labels differs from that
+        of the seeds or the model lacks one of their classes, if the sampler is unknown, and if the model was not
+        trained for guidance.
         """
         if not len(_integers(seeds, "seeds")):
             raise ConfigError("seeds: there are none; give one for each image, such as range(64)")
@@ -76,7 +77,7 @@ class Model:
     def batches(
         self, seeds: Sequence[int], labels: Sequence[int] | None = None, options: SamplingOptions | None = None
     ) -> Iterator[torch.Tensor]:
-        """As `sample`, batch by batch: tensors [<= options.batch, C, H, W] on the host, not clamped."""
+        """Same as `sample`, but yields batches: tensors [<= options.batch, C, H, W] on the host, not clamped."""
         chosen = options or SamplingOptions()
         wanted = _integers(seeds, "seeds")
         if chosen.steps < 1 or chosen.batch < 1:
@@ -86,7 +87,7 @@ class Model:
         return samplers.batches(self.network, self.schedule, self.shape, wanted, given, chosen, self.device)
 
     def default_labels(self, seeds: Sequence[int]) -> list[int] | None:
-        """The class of each seed where none is asked for: the classes in turn. None for a model without classes."""
+        """The default class of each seed, `seed % classes`. None for a model without classes."""
         classes = self.config.network.classes
         return [seed % classes for seed in seeds] if classes else None
 
@@ -124,19 +125,19 @@ def load_model(
     device: str | torch.device = "auto",
     trust: bool = False,
 ) -> Model:
-    """The model of a run, checkpoint or release, in a directory or at a URL.
+    """Load the model of a run, checkpoint or release from a directory or URL.
 
-    `ema` names the average of the weights: a decay that the run kept, "power-<length>", "none" for the raw weights,
-    None for the first average. `ema_length`: of a run (not of one checkpoint), the average of this relative length,
-    assembled from its snapshots. `device` is auto, cpu, cuda (the first one), or the device itself.
-    A checkpoint may name a network or noise schedule of its own as package.module:factory. These are imported, which
-    runs their code, with `trust` only: for files that you trust.
+    `ema` selects the EMA of the weights: a decay that the run kept, "power-<length>", "none" for the raw weights, None
+    for the first EMA. `ema_length` computes the EMA of this relative length from the snapshots of a run (not of a
+    single checkpoint). `device` is auto, cpu, cuda (the first GPU), or a device object.
+    A checkpoint may name a custom network or noise schedule as package.module:factory. Importing it runs its code, so
+    this requires `trust`; set it only for files that you trust.
 
-    Raises ConfigError for one that does without `trust`, CheckpointError for a checkpoint that is damaged, of another
-    network, or without that average.
+    Raises ConfigError if the checkpoint names custom code and `trust` is not set, and CheckpointError if the checkpoint
+    is damaged, belongs to a different network, or lacks that EMA.
     """
     if ema is not None and ema_length is not None:
-        raise ConfigError("ema names an average that the run kept, ema_length makes another: give one of them")
+        raise ConfigError("ema selects an EMA that the run kept, ema_length computes a new one: give only one of them")
     with checkpoint_files(checkpoint, ("config",) if ema_length is not None else ("config", "model", "ema")) as path:
         config, shape = load_config(path)
         if not trust:
@@ -162,11 +163,11 @@ def load_model(
 
 
 def _run_of(where: str | Path) -> Run:
-    """The run itself, to choose the length of an average in."""
+    """Open a run to compute an EMA of a chosen length from its snapshots. Raises ConfigError for a checkpoint."""
     local = local_path(where)
     name = local.resolve().name if local is not None else str(where).rstrip("/").rpartition("/")[2]
     if NAME.fullmatch(name) or (local is not None and (local / "config.json").exists()):
         raise CheckpointError(
-            f"{where} is one checkpoint: the length of an average is chosen from all that a run stored; give the run"
+            f"{where} is a single checkpoint, but ema_length needs all the snapshots of a run; give the run"
         )
     return open_copy(where)

@@ -1,12 +1,12 @@
-"""Averages of any length, chosen after training (Karras et al. 2024, arXiv 2312.02696, section 3.2).
+"""Post-hoc EMA of any length, chosen after training (Karras et al. 2024, arXiv 2312.02696, section 3.2).
 
-While a run trains, its power-function averages are put down every `train.power_ema_every_steps` steps:
+While a run trains, its power-function EMAs are saved every `train.power_ema_every_steps` steps:
 
-    <run>/ema/step-00012000/power-0.05.safetensors      whole tensors, in float16 as in EDM2
+    <run>/ema/step-00012000/power-0.05.safetensors      unsharded tensors, in float16 as in EDM2
 
-Each is the average of the weights over a profile p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T]. Another profile
-is approximated by the sum of stored ones that is nearest to it in the least squares over t, and the average over it by
-the same sum of the stored averages. A file is there complete or not at all, and holds its own checksum.
+Each is the average of the weights over a profile p(t) = (gamma + 1) t^gamma / T^(gamma + 1) on [0, T]. A new profile
+is approximated by the weighted sum of stored profiles that is nearest in the least squares over t, and its EMA by the
+same sum of the stored EMAs. A file exists completely or not at all, and contains its own checksum.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from udddm.runs.run import AVERAGES, Run
 
 Floats = npt.NDArray[np.float64]
 LARGEST_ERROR = 0.03
-"""How far a sum of stored profiles may be from the wanted one, relative to its norm. With sixteen snapshots of lengths
-0.05 and 0.1 it is 0.004 for 0.07, and less than this for 0.04 to 0.2."""
+"""Largest distance of a sum of stored profiles from the requested one, relative to the latter's norm. With sixteen
+snapshots of lengths 0.05 and 0.1 the distance is 0.004 for 0.07, and below this limit for 0.04 to 0.2."""
 _FILE = re.compile(r"power-([0-9.e-]+)\.safetensors")
 
 
 @dataclass(frozen=True)
 class Stored:
-    """One power-function average as it was after `step`."""
+    """A power-function EMA as it was after `step`."""
 
     path: Path
     step: int
@@ -49,8 +49,8 @@ class Stored:
 
 
 def write(run_dir: Path, step: int, averages: Sequence[PowerEMA], engine: Engine) -> None:
-    """Put down the averages after `step`; one that is there already is replaced. Every rank must call it; the first
-    holds one average at a time. Raises CheckpointError on a full or read-only disk."""
+    """Save the EMAs after `step`, replacing existing ones. Every rank must call it; the first rank holds one EMA at a
+    time in memory. Raises CheckpointError on a full or read-only disk."""
     for average in averages:
         tensors = {}
         for name in engine.shapes:
@@ -68,13 +68,13 @@ def _put(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
         atomic_save(path, lambda temporary: save_file(dict(tensors), temporary, metadata))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
-            f"cannot write the average {path}: {error}. Checkpoints are intact; make room or restore access, then run "
+            f"cannot write the EMA {path}: {error}. Checkpoints are intact; make room or restore access, then run "
             "the same command again to resume"
         ) from error
 
 
 def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """CRC32C of the names and bytes."""
+    """CRC32C of the tensors' names and bytes."""
     found = 0
     for name in sorted(tensors):
         found = google_crc32c.extend(found, name.encode())
@@ -83,7 +83,7 @@ def _checksum(tensors: Mapping[str, torch.Tensor]) -> str:
 
 
 def stored(directory: Path) -> list[Stored]:
-    """What was put down in `<run>/ema`, oldest first; what was cut short on its way there is not in it."""
+    """The EMAs saved in `<run>/ema`, oldest first, without incomplete ones."""
     found = []
     for path in directory.glob("step-*/power-*.safetensors"):
         match = _FILE.fullmatch(path.name)
@@ -96,7 +96,7 @@ def overlap(step: Floats, gamma: Floats, other_step: Floats, other_gamma: Floats
     """The integral of the product of two profiles, of any shapes that broadcast.
 
     (gamma + 1) (gamma' + 1) / (T^(gamma + 1) T'^(gamma' + 1)) times the integral of t^(gamma + gamma') up to the lesser
-    of T and T', written with ratios below 1, for T^gamma would overflow.
+    of T and T', written with ratios below 1, because T^gamma would overflow.
     """
     least = np.minimum(step, other_step)
     found: Floats = (gamma + 1) * (other_gamma + 1) / (gamma + other_gamma + 1) / np.maximum(step, other_step)
@@ -104,15 +104,15 @@ def overlap(step: Floats, gamma: Floats, other_step: Floats, other_gamma: Floats
 
 
 def coefficients(steps: Floats, gammas: Floats, step: float, gamma: float) -> tuple[Floats, float]:
-    """The weights [N] of stored averages for the one of `gamma` at `step`, and how far their profile is from its own.
+    """The coefficients [N] of the stored EMAs for the EMA of `gamma` at `step`, and the distance of the two profiles.
 
-    They are scaled to a sum of 1, so that weights which never changed come out as they are. The distance is relative to
-    the norm of the wanted profile.
+    The coefficients are scaled to a sum of 1, so that network weights that never changed are reproduced exactly. The
+    distance is relative to the norm of the requested profile.
     """
     wanted_step, wanted = np.array(step, np.float64), np.array(gamma, np.float64)
     pairs = overlap(steps[:, None], gammas[:, None], steps, gammas)
     aims = overlap(steps, gammas, wanted_step, wanted)
-    norm = np.diagonal(pairs) ** -0.5  # profiles of one norm: the longer ones are not drowned
+    norm = np.diagonal(pairs) ** -0.5  # normalize the profiles, so that longer ones are not numerically lost
     solved = np.linalg.lstsq(pairs * norm[:, None] * norm, aims * norm, rcond=1e-13)[0] * norm
     solved /= solved.sum()
     whole = float(overlap(wanted_step, wanted, wanted_step, wanted))
@@ -121,27 +121,25 @@ def coefficients(steps: Floats, gammas: Floats, step: float, gamma: float) -> tu
 
 
 def average(run: Run, length: float, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """The average of relative `length` at the newest step that `run` put down, in float32, of a network of `shapes`.
+    """The EMA of relative `length` at the newest step that `run` saved, in float32, for a network of `shapes`.
 
-    Raises ConfigError for a length that no power function has; CheckpointError when what was stored cannot give it, or
-    is damaged or of another network; StoreError.
+    Raises ConfigError if no power function has this length; CheckpointError if the stored EMAs cannot approximate it,
+    are damaged, or belong to a different network; StoreError.
     """
     try:
         gamma = exponent(length)
     except ValueError as error:
-        raise ConfigError(f"the length of the average: {error}") from None
+        raise ConfigError(f"the EMA length: {error}") from None
     found = stored(run.averages())
     if not found:
-        raise CheckpointError(
-            f"{run} holds no averages to choose a length from: train with train.power_ema=[0.05, 0.1]"
-        )
+        raise CheckpointError(f"{run} holds no EMAs to choose a length from: train with train.power_ema=[0.05, 0.1]")
     steps = np.array([one.step for one in found], np.float64)
     gammas = np.array([exponent(one.length) for one in found])
     weights, off = coefficients(steps, gammas, steps.max(), gamma)
     if off > LARGEST_ERROR:
         raise CheckpointError(
-            f"the {len(found)} averages in {run} cannot give one of length {length:g}: the nearest is off by "
-            f"{off:.0%}. Choose a length nearer to theirs ({_lengths(found)}), or train with more lengths or more "
+            f"the {len(found)} EMAs in {run} cannot approximate one of length {length:g}: the nearest is off by "
+            f"{off:.0%}. Choose a length closer to theirs ({_lengths(found)}), or train with more lengths or more "
             "snapshots (train.power_ema, train.power_ema_every_steps)"
         )
     total = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in shapes.items()}
@@ -156,8 +154,8 @@ def _lengths(found: Sequence[Stored]) -> str:
 
 
 def _read(path: Path, named: str, shapes: Mapping[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """One snapshot, which messages call `named`."""
-    without = "remove it to do without it"
+    """Read and verify one snapshot, which messages call `named`. Raises CheckpointError."""
+    without = "delete it to continue without it"
     try:
         with safe_open(path, "pt") as file:
             stated = (file.metadata() or {}).get("crc32c")
@@ -167,5 +165,5 @@ def _read(path: Path, named: str, shapes: Mapping[str, torch.Size]) -> dict[str,
     if stated != _checksum(tensors):
         raise CheckpointError(f"{named} does not match its checksum; {without}")
     if {name: tensor.shape for name, tensor in tensors.items()} != dict(shapes):
-        raise CheckpointError(f"{named} is of another network")
+        raise CheckpointError(f"{named} belongs to a different network")
     return tensors

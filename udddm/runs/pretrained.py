@@ -1,4 +1,4 @@
-"""Trained weights, wherever they are: a run, one of its checkpoints, or a release; a directory or a URL."""
+"""Find trained weights in a run, a checkpoint or a release, in a directory or at a URL."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from udddm.storage import local_path
 
 @contextmanager
 def checkpoint_files(where: str | Path, wanted: tuple[str, ...] = ("config", "model", "ema")) -> Iterator[Path]:
-    """The directory of the checkpoint that a run, or the path of a checkpoint itself, means: of a run the newest whole
-    one. Either may be at a URL, from which files come whose names begin with one of `wanted`. Raises CheckpointError,
-    StoreError."""
+    """A local directory with the files of a checkpoint. `where` is a checkpoint, or a run, whose newest valid
+    checkpoint is used. From a URL, only files whose names start with one of `wanted` are downloaded. Raises
+    CheckpointError, StoreError."""
     local = local_path(where)
     if local is not None:
         yield _local_checkpoint(local)
@@ -38,7 +38,7 @@ def checkpoint_files(where: str | Path, wanted: tuple[str, ...] = ("config", "mo
     if path is None:
         raise CheckpointError(f"{where} holds no checkpoint")
     if one and (problem := checkpoints.corruption(path)):
-        raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
+        raise CheckpointError(f"checkpoint {where} is not valid: {problem}")
     yield path
 
 
@@ -47,7 +47,7 @@ def _local_checkpoint(where: Path) -> Path:
         raise CheckpointError(f"{where} does not exist")
     if (where / "config.json").exists() or (where / "manifest.json").exists():
         if (where / "manifest.json").exists() and (problem := corruption(where)):
-            raise CheckpointError(f"checkpoint {where} is not whole: {problem}")
+            raise CheckpointError(f"checkpoint {where} is not valid: {problem}")
         return where
     newest = Run(where).checkpoints().newest_valid()
     if newest is None:
@@ -74,8 +74,10 @@ def recorded_data(where: str | Path) -> dict[str, Any] | None:
 
 
 def begin_from(where: str | Path, engine: Engine, emas: Sequence[Average]) -> str:
-    """Give a run that has not begun the first average of `where`, as its weights and as each of its averages; Adam
-    begins with zeros. Returns the checkpoint's name. Raises CheckpointError, StoreError, ConfigError."""
+    """Initialize a new run's weights and all its EMAs from the first EMA of `where`. Optimizer state is not loaded.
+
+    Returns the checkpoint's name. Raises CheckpointError, StoreError, ConfigError.
+    """
     with checkpoint_files(where) as directory:
         trained, _ = load_config(directory)
         weights = Saved.average(directory, trained.train.averages, None)

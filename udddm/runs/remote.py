@@ -1,8 +1,9 @@
-"""A run at a URL: `--run-dir s3://bucket/run`. No machine's disk holds anything that the run needs.
+"""A run at a URL: `--run-dir s3://bucket/run`. The run does not depend on anything on a machine's disk.
 
-What ranks write goes into a directory of their machine, under `UDDDM_SCRATCH` (default: ~/.cache/udddm), and from there
-to the URL: checkpoints when they are made, the manifest last; metrics, TensorBoard and pictures with them. A start
-begins from the URL alone. A lease (udddm/storage/lease.py) keeps other machines out, a lock this one's other processes.
+Ranks write to a local directory under `UDDDM_SCRATCH` (default: ~/.cache/udddm), which is uploaded to the URL:
+checkpoints when they are written, with the manifest last, and metrics, TensorBoard files and sample images along with
+them. A start uses only what is at the URL. A lease (udddm/storage/lease.py) keeps out other machines, and a lock keeps
+out other processes on this one.
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ from udddm.storage.lease import Lease
 from udddm.store.zarr import LEASE_PATIENCE
 
 SCRATCH = "UDDDM_SCRATCH"
-"""Environment variable: where files of runs at URLs are on their way."""
+"""Environment variable: local directory for the files of runs at URLs before they are uploaded."""
 FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json")
-"""What a run appends to or reads again: all that it writes at the top of its directory except for its final samples."""
+"""Files that a run appends to or reads again: all that it writes at the top of its directory, except the final samples.
+"""
 WRITER = "writer.json"
-"""Of a checkpoint: the lease under which it was begun."""
+"""File in a checkpoint: the lease under which its write was started."""
 
 
 def scratch() -> Path:
@@ -47,7 +49,7 @@ def scratch() -> Path:
 
 
 def open_run(where: str | Path) -> Run:
-    """The run in a directory or at a URL, which need not exist yet. Raises StoreError for a malformed URL."""
+    """Open the run in a directory or at a URL, which need not exist yet. Raises StoreError if the URL is malformed."""
     local = local_path(where)
     if local is not None:
         return Run(local)
@@ -60,7 +62,7 @@ def _digest(text: str) -> str:
 
 
 def _machine() -> str:
-    """This machine's part of a directory that several may see: a home directory often is the same on all."""
+    """A directory name for this machine, because several machines often share a home directory."""
     try:
         number = Path("/etc/machine-id").read_text().strip()
     except OSError:
@@ -70,8 +72,8 @@ def _machine() -> str:
 
 
 def open_copy(where: str | Path, wanted: Callable[[str], bool] = lambda name: True) -> Run:
-    """A run to look into: of one at a URL, with what it holds in a temporary directory that lasts as long as the
-    result. `wanted` says which of a checkpoint's files are needed. Raises StoreError."""
+    """Open a run for reading. The contents of a run at a URL are in a temporary directory that exists as long as the
+    result. `wanted` selects the needed files of a checkpoint. Raises StoreError."""
     if local_path(where) is not None:
         return open_run(where)
     run = RemoteRun(str(where).rstrip("/"), None, wanted)
@@ -80,7 +82,7 @@ def open_copy(where: str | Path, wanted: Callable[[str], bool] = lambda name: Tr
 
 
 class RemoteCheckpoints(Checkpoints):
-    """Under a URL: complete once their manifest is there. The paths are those of the copies on this machine."""
+    """Checkpoints at a URL, complete once their manifest exists. Paths are those of the copies on this machine."""
 
     def __init__(self, run_dir: Path, objects: ObjectStore, wanted: Callable[[str], bool] = lambda name: True):
         super().__init__(run_dir)
@@ -95,7 +97,7 @@ class RemoteCheckpoints(Checkpoints):
         return self.objects.uri("" if path == self.directory else path.name)
 
     def ensure_local(self, path: Path) -> None:
-        """Raises CheckpointError for one that is not there whole, StoreError when it cannot be read."""
+        """Raises CheckpointError if the checkpoint is not complete, StoreError if it cannot be read."""
         if (path / MANIFEST).exists() and corruption(path) is None:
             return
         shutil.rmtree(path, ignore_errors=True)
@@ -132,12 +134,12 @@ class RemoteCheckpoints(Checkpoints):
         return super().newest_valid()
 
     def _unfinished(self) -> set[Path]:
-        """What has no manifest: left by a write that was interrupted, or being written."""
+        """Checkpoints without a manifest: left by an interrupted write, or being written."""
         return {self.directory / n for n in self.objects.list("") if NAME.fullmatch(n)} - set(self.all())
 
     def _announce(self, final: Path) -> None:
-        """Say whose the files are that are about to come, so that another run's start does not remove them."""
-        self.objects.delete(final.name)  # left there by a run that did not resume from it: it was not whole
+        """Record which lease is about to write files, so that another run's start does not delete them."""
+        self.objects.delete(final.name)  # invalid, left by an attempt that did not resume from it
         if isinstance(lease := self.objects.guard, Lease):
             self.objects.put(f"{final.name}/{WRITER}", json.dumps({"lease": lease.id}).encode())
 
@@ -145,9 +147,9 @@ class RemoteCheckpoints(Checkpoints):
         self.objects.put(f"{final.name}/{MANIFEST}", manifest.dumps(entries).encode())
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep`, once the newest is there in full; and what interrupted writes left.
+        """Delete all but the newest `keep` once the newest is complete, and leftovers of interrupted writes.
 
-        Of those only this run's own, and those from before it held the run: others are being written by a successor.
+        Of the leftovers, only this process's, and those from before it held the run; a successor is writing the others.
         """
         found = self.all()
         unfinished = {path for path in self._unfinished() if self._own(path)}
@@ -161,7 +163,7 @@ class RemoteCheckpoints(Checkpoints):
 
     def _set_aside(self, path: Path) -> str:
         self._remove(path)  # an object cannot be renamed
-        return f"{path.name} is removed"
+        return f"{path.name} is deleted"
 
     def _own(self, path: Path) -> bool:
         lease = self.objects.guard
@@ -173,7 +175,7 @@ class RemoteCheckpoints(Checkpoints):
             return False
 
     def _missing(self, path: Path) -> str:
-        """Which object of a checkpoint is not there, or not of the size that its manifest says; "" for none."""
+        """Which object of a checkpoint is missing or differs in size from its manifest entry; "" if none."""
         sizes = self.objects.sizes(path.name)
         try:
             entries = manifest.parse(self.objects.get(f"{path.name}/{MANIFEST}"))
@@ -194,14 +196,14 @@ class RemoteCheckpoints(Checkpoints):
 
 
 class RemoteRun(Run):
-    """`path` is where this machine keeps what is on its way; None: a temporary directory."""
+    """A run at a URL. `path` is the local directory for files to be uploaded; None: a temporary directory."""
 
     def __init__(self, url: str, path: Path | None, wanted: Callable[[str], bool] = lambda name: True):
         super().__init__(path or Path(tempfile.mkdtemp(prefix="udddm-")))
         if path is None:
             weakref.finalize(self, shutil.rmtree, self.path, ignore_errors=True)
         self.url, self.wanted, self.objects = url, wanted, open_object_store(url)
-        self._lease: Lease | None = None  # of its own objects: those of the run are guarded by it
+        self._lease: Lease | None = None  # on a separate ObjectStore: the run's is guarded by it
         self._pushed: dict[str, tuple[int, int]] = {}
 
     def __str__(self) -> str:
@@ -268,7 +270,7 @@ class RemoteRun(Run):
             self._lease.release()
 
     def upload(self) -> None:
-        """The files that have changed since the last time, `result.json` after all others."""
+        """Upload the files that changed since the last call, `result.json` after all others. Raises StoreError."""
         passed = {"checkpoints", ".lock"}
         files = [p for p in self.path.rglob("*") if p.is_file() and p.relative_to(self.path).parts[0] not in passed]
         for path in sorted(files, key=lambda p: (p.name == "result.json", p)):

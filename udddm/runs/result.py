@@ -1,4 +1,4 @@
-"""What a finished run reports."""
+"""The result of a finished run."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ class TrainResult:
     """Optimizer steps of the run."""
     epochs: float
     images_per_second: float
-    """Of this process's part of the run, after its last resume."""
+    """Averaged over this process's part of the run, since its last resume."""
     store_wait_fraction: float
-    """Share of the time that steps waited for the x0-state store."""
+    """Fraction of the time that steps waited for the x0-state store."""
     peak_host_memory_bytes: int
-    """Of the first rank."""
+    """Peak memory of the first rank."""
     weights_sha256: str
     """Fingerprint of the float32 weights."""
     ema_sha256: str
-    """Fingerprint of all averages of the weights."""
+    """Fingerprint of all EMAs of the weights."""
     state_sha256: str
     """Fingerprint of the x0-state, as stored."""
     store_reinitialized: int = 0
-    """Samples whose state was reinitialized because a chunk was damaged."""
+    """Samples whose state was reset to generation 0 because a chunk was corrupt."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> TrainResult:
-        """From the contents of `result.json`; unknown keys are ignored. Raises TypeError if one is missing."""
+        """Create from the contents of `result.json`. Unknown keys are ignored. Raises TypeError if a key is missing."""
         return cls(**{key: value for key, value in values.items() if key in cls.__dataclass_fields__})
 
     def to_dict(self) -> dict[str, Any]:
@@ -39,7 +39,7 @@ class TrainResult:
         return asdict(self)
 
     def __getitem__(self, key: str) -> Any:
-        """`result["steps"]` is `result.steps`."""
+        """Item access: `result["steps"]` is `result.steps`."""
         if key not in self.__dataclass_fields__:
             raise KeyError(key)
         return getattr(self, key)

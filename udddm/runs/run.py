@@ -1,4 +1,4 @@
-"""A run directory: whose it is, that nobody else is writing to it, and whether it is finished."""
+"""A run directory: identity, exclusive locking, and completion."""
 
 from __future__ import annotations
 
@@ -23,71 +23,73 @@ from udddm.store.layout import StateLayout
 OWN_FILES = ("config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json", "samples.npy", "samples.png")
 """What a run writes at the top of its directory besides run.json."""
 AVERAGES = "ema"
-"""Where in a run the averages of the weights are put down (udddm/runs/posthoc_ema.py)."""
+"""Subdirectory of a run for the saved EMAs of the weights (udddm/runs/posthoc_ema.py)."""
 
 
 class Run:
-    """A run directory. `udddm.runs.remote.RemoteRun` is one that is at a URL."""
+    """A run in a local directory. `udddm.runs.remote.RemoteRun` is a run at a URL."""
 
     def __init__(self, path: Path):
         self.path = path
-        """A directory of this machine; what is written there is the run, or is on its way to the run's URL."""
+        """A local directory. It is the run itself, or holds files to be uploaded to the run's URL."""
 
     def __str__(self) -> str:
         return str(self.path)
 
     @property
     def state(self) -> str | Path:
-        """Where a zarr store goes that has no URL of its own."""
+        """Location of a zarr store without a separate URL."""
         return self.path / "state"
 
     @property
     def identity(self) -> str:
-        """The same wherever it is seen from."""
+        """A name of the run's location that is the same on all machines."""
         return str(self.path.resolve())
 
     def store_context(self, layout: StateLayout, config: StoreConfig) -> StoreContext:
-        """What this run's x0-state store is created from."""
+        """The context from which this run's x0-state store is created."""
         return StoreContext(layout, config, self.state, self.identity, run_id(self.path), self.guard)
 
     def checkpoints(self) -> Checkpoints:
         return Checkpoints(self.path)
 
     def averages(self) -> Path:
-        """A directory of this machine with what the run holds under AVERAGES. Raises StoreError."""
+        """A local directory with the run's saved EMAs (`AVERAGES`). Raises StoreError."""
         return self.path / AVERAGES
 
     @contextmanager
     def lock(self, patience: float | None = None) -> Iterator[None]:
-        """Keep every other process from writing to it. Raises ConfigError or StoreError when one is.
+        """Keep all other processes from writing to the run. Raises ConfigError or StoreError if one already is.
 
-        `patience`: the seconds to wait for another to end, where that can be waited for; None: as a start does.
+        `patience`: seconds to wait for another process to end, where waiting is possible; None: as long as a start
+        waits.
         """
         with locked(self.path):
             yield
 
     @property
     def guard(self) -> Guard:
-        """Asked before anything of it is changed, once it is held, or shared by the rank that holds it."""
+        """Checked before every change to the run, once this rank holds the lock or follows the rank that holds it."""
         return Guard()
 
     def download(self) -> None:
-        """Begin with what the run holds and nothing else, once it is held. Raises StoreError."""
+        """Make the local directory match the run, once the lock is held. Raises StoreError."""
 
     def check_visible(self, ranks: Ranks) -> None:
-        """On every rank, once the first holds the run: see it from here. Raises ConfigError, StoreError."""
+        """Check on every rank, once the first holds the lock, that the run is visible. Raises ConfigError or
+        StoreError."""
         ranks.check_shared(self.path, "the run directory")
 
     def leave(self) -> None:
-        """On every rank, in the end: what `share` began is over."""
+        """End on every rank what `check_visible` started."""
 
     def upload(self) -> None:
-        """Put what was written to `path` where the run is. Raises StoreError."""
+        """Upload the files written to `path`. Raises StoreError."""
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Make the directory and hold it. Raises ConfigError when it cannot be written or another process holds it."""
+    """Create the directory and lock it. Raises ConfigError if it is not writable or another process holds the lock."""
     try:
         make_directory(run_dir)
         descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -107,13 +109,13 @@ def locked(run_dir: Path) -> Iterator[None]:
 
 
 def run_id(run_dir: Path) -> str:
-    """What tells a run from all others, wherever its directory is moved; "" for one that has no `run.json`."""
+    """The unique id of a run, which stays the same when its directory is moved; "" if it has no `run.json`."""
     path = run_dir / "run.json"
     return str(load_json(path, "config").get("id", "")) if path.exists() else ""
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
-    """The leaves in which two configurations differ, as `key: old -> new`."""
+    """The settings in which two configurations differ, as `key: old -> new`."""
     found = []
     for key in sorted(set(old) | set(new)):
         a, b = old.get(key), new.get(key)
@@ -125,15 +127,15 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
 
 
 def check_or_record(run_dir: Path, config: RunConfig, dataset: ImageDataset) -> None:
-    """Record what the run is, or check that it is still the same.
+    """Record the configuration and data set of a new run, or check that those of an existing run are unchanged.
 
-    Raises ConfigError when the directory belongs to another configuration, DataError when the data set changed.
+    Raises ConfigError if the directory belongs to another configuration, DataError if the data set changed.
     """
     path = run_dir / "run.json"
     resolved = config.model_dump(mode="json")
     if path.exists():
         recorded = load_json(path, "config", "dataset")
-        begun = resolve(recorded["config"], str(path))  # a version that lacked a setting did as its default does
+        begun = resolve(recorded["config"], str(path))  # settings new since then had the default's behavior
         if begun.fingerprint() != config.fingerprint():
             decisive = [
                 line

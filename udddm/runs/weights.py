@@ -1,11 +1,11 @@
-"""Weights, averages and moments in files that any engine, at any number of ranks, can pick up.
+"""Weights, EMAs and moments in files that any engine can load with any number of ranks.
 
     model.safetensors                                    one rank
-    model-00001-of-00004.safetensors ...                 four ranks: each holds whole tensors, and each tensor once
+    model-00001-of-00004.safetensors ...                 four ranks: unsharded tensors, each in exactly one file
     ema-<name>..., optimizer...                          likewise: `exp_avg/<name>`, `exp_avg_sq/<name>`, `step`
 
-A rank gathers and writes its own share of the parameters, one at a time, and reads them one at a time: none holds all
-of a large network. Whole tensors, because then a file is of use without knowing how it was trained.
+Each rank gathers and writes its share of the parameters one at a time, and reads them one at a time, so that no rank
+holds all of a large network. Tensors are unsharded, so that a file is usable without knowing how it was trained.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from udddm.errors import CheckpointError
 
 
 def share_out(shapes: Mapping[str, torch.Size], world: int) -> dict[str, int]:
-    """Which rank writes which parameter: the largest first, each to the rank with the least so far."""
+    """Assign each parameter to the rank that writes it: the largest first, each to the rank with the least so far."""
     loads = [0] * world
     owners = {}
     for name in sorted(shapes, key=lambda n: (-shapes[n].numel(), n)):
@@ -41,7 +41,7 @@ def file_name(kind: str, rank: int, world: int) -> str:
 
 
 def save(directory: Path, engine: Engine, emas: Sequence[Average]) -> None:
-    """Write this rank's share. Every rank must call it."""
+    """Write this rank's share of weights, EMAs and moments. Every rank must call it."""
     rank, world = engine.ranks.rank, engine.ranks.world_size
     owners = share_out(engine.shapes, world)
 
@@ -68,8 +68,8 @@ def save(directory: Path, engine: Engine, emas: Sequence[Average]) -> None:
 
 @torch.no_grad()
 def not_finite(engine: Engine, emas: Sequence[Average]) -> torch.Tensor:
-    """A scalar on the training device: 0, or not a number where this rank's part of the weights, moments or averages
-    holds a value that is not finite. Nothing waits for it here."""
+    """A scalar on the training device: 0, or NaN if this rank's part of the weights, moments or EMAs has a value that
+    is not finite. Does not synchronize."""
     sets = [engine.weights(), *engine.moments().values(), *(ema.weights for ema in emas)]
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     for tensor in (tensor for pieces in sets for tensor in pieces.values() if tensor.numel()):
@@ -82,7 +82,7 @@ def not_finite(engine: Engine, emas: Sequence[Average]) -> torch.Tensor:
 
 
 class Saved(Mapping[str, torch.Tensor]):
-    """The tensors of one kind in a checkpoint, read when asked for. Raises CheckpointError, naming the file."""
+    """The tensors of one kind in a checkpoint, read on access. Raises CheckpointError, which names the file."""
 
     def __init__(self, directory: Path, kind: str):
         single = directory / f"{kind}.safetensors"
@@ -103,15 +103,15 @@ class Saved(Mapping[str, torch.Tensor]):
 
     @classmethod
     def average(cls, directory: Path, names: Sequence[str], chosen: float | str | None) -> Saved:
-        """The average of this name among `names`; None for the first, "none" for the weights themselves, which is also
-        what there is where nothing was averaged."""
+        """The EMA named `chosen` among `names`. None: the first EMA, or the raw weights if there are no EMAs; "none":
+        the raw weights. Raises CheckpointError."""
         known = [*names, "none"]
         name = known[0] if chosen is None else str(chosen)
         if name not in known:
-            with contextlib.suppress(ValueError):  # 0.99990 is 0.9999
+            with contextlib.suppress(ValueError):  # treats 0.99990 as 0.9999
                 name = f"{float(name):g}"
         if name not in known:
-            raise CheckpointError(f"{directory} has no average {name}; it has {', '.join(known)}")
+            raise CheckpointError(f"{directory} has no EMA {name}; it has {', '.join(known)}")
         return cls(directory, "model" if name == "none" else f"ema-{name}")
 
     def __getitem__(self, name: str) -> torch.Tensor:
@@ -134,19 +134,22 @@ class Saved(Mapping[str, torch.Tensor]):
         return len(self._files)
 
     def check_network(self, shapes: Mapping[str, torch.Size]) -> None:
-        """Raises CheckpointError when these are the weights of another network."""
+        """Raises CheckpointError if these are the weights of a different network."""
         for name in sorted(set(self) ^ set(shapes)):
-            raise CheckpointError(f"{self.path} is of another network: it {'has' if name in self else 'lacks'} {name}")
+            raise CheckpointError(
+                f"{self.path} belongs to a different network: it {'has' if name in self else 'lacks'} {name}"
+            )
         for name, shape in shapes.items():
             found = self.shape(name)
             if found != shape:
                 raise CheckpointError(
-                    f"{self.path} is of another network: {name} is {list(found)}, this network's is {list(shape)}"
+                    f"{self.path} belongs to a different network: {name} is {list(found)}, "
+                    f"this network's is {list(shape)}"
                 )
 
 
 def load(directory: Path, engine: Engine, emas: Sequence[Average]) -> None:
-    """Take up a checkpoint, whatever engine and number of ranks wrote it. Raises CheckpointError."""
+    """Load a checkpoint, whichever engine and number of ranks wrote it. Raises CheckpointError."""
     weights = Saved(directory, "model")
     weights.check_network(engine.shapes)
     engine.load(weights, Saved(directory, "optimizer"))
@@ -157,7 +160,8 @@ def load(directory: Path, engine: Engine, emas: Sequence[Average]) -> None:
 
 
 def digest(engine: Engine, sets: Mapping[str, Pieces]) -> str:
-    """SHA-256 of whole tensors' names and bytes, by name; "" but on rank 0. Every rank must call it."""
+    """SHA-256 of the unsharded tensors' names and bytes, in order of name; "" except on rank 0. Every rank must call
+    it."""
     found = hashlib.sha256()
     for prefix, pieces in sorted(sets.items()):
         for name in sorted(engine.shapes):

@@ -15,7 +15,7 @@ __all__ = ["LocalObjectStore", "ObjectStore", "PermanentStorageError", "Retry", 
 
 
 def local_path(where: str | Path) -> Path | None:
-    """The path on this machine that a path or a file:// URL means, with ~ replaced; None for a URL of any other kind.
+    """The local path of a path or file:// URL, with ~ expanded; None for any other URL.
 
     Raises ConfigError for a URL that lost a slash.
     """
@@ -26,10 +26,10 @@ def local_path(where: str | Path) -> Path | None:
 
 
 def open_object_store(url: str | Path) -> ObjectStore:
-    """The objects at a local path or a URL: file://, s3://, gs://, az:// (through obstore), or any that fsspec opens.
+    """Open a local path or a URL: file://, s3://, gs://, az:// (through obstore), or any scheme that fsspec supports.
 
-    An S3 store's endpoint, region and credentials come from the usual AWS variables of the environment. Nothing is
-    requested yet. Raises StoreError for a malformed URL, one with a password or query in it, and a missing package.
+    An S3 store's endpoint, region and credentials come from the usual AWS environment variables. No request is made
+    yet. Raises StoreError if the URL is malformed or contains a password or query, or if a package is missing.
     """
     text = str(url)
     scheme, separator, rest = text.partition("://")
@@ -44,13 +44,13 @@ def open_object_store(url: str | Path) -> ObjectStore:
 def _open_remote(scheme: str, rest: str) -> ObjectStore:
     if (what := secret_in(f"{scheme}://{rest}")) or "?" in rest or "#" in rest:
         raise StoreError(
-            f"store.url {scheme}://...: leave user, password and query out of it (here: the {what or '? or #'}); "
-            "give credentials by the environment"
+            f"store.url {scheme}://...: remove the {what or '? or #'} from the URL; "
+            "give credentials in environment variables"
         )
     parts = rest.rstrip("/").split("/")
     if scheme in ("s3", "gs", "gcs", "az") and any(part in ("", ".", "..") for part in parts[1:]):
         raise StoreError(f"{scheme}://{rest}: leave out empty parts (//), . and .., which keys of objects cannot have")
-    if scheme in ("s3", "gs", "gcs", "az"):  # which a run on local files need not import
+    if scheme in ("s3", "gs", "gcs", "az"):  # a run on local files need not import these
         from udddm.storage.s3 import S3ObjectStore
 
         return S3ObjectStore(rest, scheme)

@@ -1,4 +1,4 @@
-"""Whole objects under keys: the little that the store asks of a place that keeps bytes."""
+"""The contract of an object store: complete objects under keys, with atomic writes and conditional writes."""
 
 from __future__ import annotations
 
@@ -18,50 +18,51 @@ from udddm.storage.guard import Guard
 T = TypeVar("T")
 
 _TEMPORARY = ".partial"
-_RESUME = "The last checkpoint is intact; {cure}, then run the same command again to resume"
+_RESUME = "The last checkpoint is intact; {remedy}, then run the same command again to resume"
 
 
 @dataclass(frozen=True)
 class Retry:
-    """How often a failed request is made again. Pauses double from the first to the longest, each times 0.5 to 1.5."""
+    """How failed requests are retried. Pauses double from the first to the longest, each multiplied by 0.5 to 1.5."""
 
     attempts: int = 4
     first_pause: float = 0.05  # seconds
     longest_pause: float = 1.0  # seconds
-    longest_total: float = 300.0  # seconds from the first attempt, after which no other is begun
+    longest_total: float = 300.0  # seconds since the first attempt, after which no other is started
 
 
 REMOTE_RETRY = Retry(attempts=10, first_pause=0.1, longest_pause=20.0)
-"""Of requests over a network: 45 s of pauses, and the requests' own time."""
+"""For requests over a network: up to 45 s of pauses, plus the time of the requests."""
 
 
 class PermanentStorageError(Exception):
-    """A failure that no repetition cures. The text says what it is; `cure` what to do, as in "make room"."""
+    """A failure that retrying does not fix. The text describes it; `remedy` is what to do, such as "make room"."""
 
-    def __init__(self, what: str, cure: str):
-        self.cure = cure
+    def __init__(self, what: str, remedy: str):
+        self.remedy = remedy
         super().__init__(what)
 
 
 class Oversized(ValueError):
-    """An object is larger than it may be."""
+    """An object is larger than allowed."""
 
 
 class ObjectStore(ABC):
-    """Keys are relative paths with `/`. A put is atomic: a reader sees the whole object or none.
+    """Base class of object stores. Keys are relative paths with `/`. A put is atomic: a reader sees the complete object
+    or none.
 
-    Implementations raise FileNotFoundError for a missing object, Refused for what only the user can mend, and OSError
-    for what another attempt may cure. Callers see FileNotFoundError and StoreError.
+    Implementations raise FileNotFoundError for a missing object, PermanentStorageError for a failure that only the user
+    can fix, and OSError for one that a retry may resolve. Callers see FileNotFoundError and StoreError.
     """
 
     retry = Retry()
     conditional = True
-    """Whether `compare_and_swap` has one winner among clients on several machines."""
+    """Whether `compare_and_swap` succeeds for only one of several clients on different machines."""
 
     def __init__(self) -> None:
         self.retries = 0
         self.guard = Guard()
-        """Asked before each attempt to change something."""
+        """Checked before each attempt to change an object."""
         self._closed = threading.Event()
 
     @abstractmethod
@@ -96,60 +97,63 @@ class ObjectStore(ABC):
 
     @abstractmethod
     def uri(self, key: str) -> str:
-        """What an error message calls the object; of the key "", where all of them are."""
+        """The object's name in error messages; for the key "", the location of the store."""
 
     def get(self, key: str) -> bytes:
-        """The object's bytes. Raises FileNotFoundError at once, StoreError after bounded retries of anything else."""
+        """The object's bytes. Raises FileNotFoundError at once, StoreError for other failures after bounded retries."""
         return self._retrying(f"read {self.uri(key)}", lambda: self._get(key))
 
     def put(self, key: str, *parts: bytes | memoryview) -> None:
-        """Write an object, durably, from consecutive parts. Raises StoreError after bounded retries."""
+        """Write an object durably from consecutive parts. Raises StoreError after bounded retries."""
         self._changing(f"write {self.uri(key)}", lambda: self._put(key, parts))
 
     def upload(self, path: Path, key: str) -> None:
-        """Write an object from a local file, of any size, durably. Raises OSError of the file, StoreError."""
+        """Write an object durably from a local file of any size. Raises OSError if it is unreadable, StoreError."""
         self._changing(f"write {self.uri(key)}", lambda: self._upload(path, key))
 
     def download(self, key: str, path: Path, most: int | None = None) -> None:
-        """Write an object into a local file. Raises FileNotFoundError, OSError of the file, StoreError; Oversized for
-        an object of more than `most` bytes, of which no more is written."""
+        """Write an object into a local file, at most `most` bytes.
+
+        Raises FileNotFoundError, OSError if the file cannot be written, StoreError, and Oversized if the object has
+        more than `most` bytes.
+        """
         self._retrying(f"read {self.uri(key)}", lambda: self._download(key, path, most))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Write an object unless there is one; of several clients one gets True. Raises StoreError.
+        """Write an object unless it exists. Of several clients, exactly one gets True. Raises StoreError.
 
-        `data` has to be unlike any other client's: whose object is there after a lost reply is seen from its bytes.
+        `data` must differ from that of any other client: after a lost reply, the bytes of the object tell who wrote it.
         """
         return self._changing(
             f"write {self.uri(key)}", lambda: self._put_if_absent(key, data) or self._holds(key, data)
         )
 
     def compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
-        """Replace an object that holds exactly `expected`; of several clients one gets True. Raises StoreError.
+        """Replace an object that holds exactly `expected`. Of several clients, one gets True. Raises StoreError.
 
-        No two contents of an object may be the same, as for `put_if_absent`.
+        No two contents of an object may be equal, as for `put_if_absent`.
         """
         return self._changing(
             f"write {self.uri(key)}", lambda: self._compare_and_swap(key, data, expected) or self._holds(key, data)
         )
 
     def list(self, prefix: str) -> Iterator[str]:
-        """The names directly under `prefix`, objects and prefixes alike; none when there is no such prefix.
+        """The names of objects and prefixes directly under `prefix`; empty if there is no such prefix.
 
-        Shows what every client has written until now. Raises StoreError after bounded retries.
+        Includes everything that any client has written so far. Raises StoreError after bounded retries.
         """
         return iter(self._retrying(f"list {self.uri(prefix)}", lambda: self._list(prefix)))
 
     def delete(self, prefix: str) -> None:
-        """Remove the object or everything under the prefix; nothing happens when there is none. Raises StoreError."""
+        """Delete the object or everything under the prefix, if it exists. Raises StoreError."""
         self._changing(f"delete {self.uri(prefix)}", lambda: self._delete(prefix))
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        """The bytes of every object under `prefix`, by the rest of its key. Raises StoreError."""
+        """The size in bytes of every object under `prefix`, keyed by the rest of its key. Raises StoreError."""
         return self._retrying(f"list {self.uri(prefix)}", lambda: self._sizes(prefix))
 
     def sync(self) -> None:
-        """Let the names of all that was put outlive a power loss, where a put alone does not do that.
+        """Make the names of all objects written so far survive a power loss, if a put alone does not.
 
         Raises StoreError.
         """
@@ -160,11 +164,11 @@ class ObjectStore(ABC):
         return name in self.list(parent)
 
     def close(self) -> None:
-        """Make no more attempts: requests that are waiting for their next one raise StoreError now."""
+        """Stop retrying: requests that are waiting for their next attempt raise StoreError immediately."""
         self._closed.set()
 
     def _holds(self, key: str, data: bytes) -> bool:
-        """Whether an earlier attempt got through although its reply did not."""
+        """Whether an earlier attempt succeeded although its reply was lost."""
         try:
             return self._get(key) == data
         except FileNotFoundError:
@@ -186,12 +190,12 @@ class ObjectStore(ABC):
             except FileNotFoundError:
                 raise
             except PermanentStorageError as error:
-                raise StoreError(f"cannot {what}: {error}. {_RESUME.format(cure=error.cure)}") from None
+                raise StoreError(f"cannot {what}: {error}. {_RESUME.format(remedy=error.remedy)}") from None
             except OSError as error:
                 over = attempt >= retry.attempts or time.monotonic() - began > retry.longest_total
                 if over or self._closed.is_set() or isinstance(error, PermissionError):
-                    cure = _RESUME.format(cure="make room or restore access")
-                    raise StoreError(f"cannot {what}: {error} (tried {attempt} times). {cure}") from error
+                    advice = _RESUME.format(remedy="make room or restore access")
+                    raise StoreError(f"cannot {what}: {error} (tried {attempt} times). {advice}") from error
                 self.retries += 1
                 self._closed.wait(pause * random.uniform(0.5, 1.5))
                 pause = min(2 * pause, retry.longest_pause)

@@ -1,9 +1,9 @@
-"""What a failed request to an object store means: another attempt, or an end with a cure.
+"""Classifies failed requests to an object store: retry, or stop with a remedy.
 
-Throttling, server errors, timeouts and connections that break are `OSError`, for another attempt; missing rights,
-expired credentials, a missing bucket and the like are `PermanentStorageError`. The texts are made here, from a reply's
-status and error code: the libraries' own repeat whole replies, in which S3 returns the sender's key id and what it
-signed.
+Throttling, server errors, timeouts and broken connections become `OSError` and are retried. Missing permissions,
+expired credentials, a missing bucket and the like become `PermanentStorageError`. The messages are built here from the
+status and error code of a reply. Those of the libraries repeat entire replies, in which S3 returns the sender's key id
+and the signed text.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ import re
 
 from udddm.storage.base import PermanentStorageError
 
-_RIGHTS = "allow reading, writing, deleting and listing there to these credentials"
+_RIGHTS = "allow these credentials to read, write, delete and list objects there"
 _REGION = "set AWS_REGION to the bucket's region and check AWS_ENDPOINT_URL"
 _BUCKET = "create the bucket or correct store.url"
 _RENEW = "renew the credentials (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN)"
-_CURES = {  # S3 error code: (what it is, what to do)
+_REMEDIES = {  # S3 error code: (what it is, what to do)
     "AccessDenied": ("access is denied", _RIGHTS),
     "ExpiredToken": ("the credentials have expired", _RENEW),
     "TokenRefreshRequired": ("the credentials have expired", _RENEW),
     "InvalidToken": ("the session token is not valid", _RENEW),
-    "InvalidAccessKeyId": ("the access key is not known there", "check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL"),
+    "InvalidAccessKeyId": ("the server does not know the access key", "check AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL"),
     "SignatureDoesNotMatch": ("the signature does not match", "check AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL"),
     "RequestTimeTooSkewed": ("this machine's clock is wrong", "set the clock"),
     "NoSuchBucket": ("the bucket does not exist", _BUCKET),
@@ -31,12 +31,12 @@ _CURES = {  # S3 error code: (what it is, what to do)
     "AuthorizationHeaderMalformed": ("the bucket is in another region", _REGION),
 }
 _TRANSIENT_CODES = {"RequestTimeout", "SlowDown", "Throttling", "OperationAborted", "ConditionalRequestConflict"} | {
-    "BadDigest",  # damaged on the way: the next attempt sends the same bytes again
+    "BadDigest",  # damaged in transit: the next attempt sends the same bytes again
     "IncompleteBody",
     "XAmzContentSHA256Mismatch",
 }
 _TRANSIENT = {408, 409, 425, 429, 500, 502, 503, 504, 507}
-_BROKEN = (  # what obstore's description of an error holds, and what it means
+_BROKEN = (  # a part of obstore's error description, and its meaning
     ("TimedOut", "no answer in time"),
     ("ConnectionRefused", "the server refuses connections"),
     ("dns error", "the server's name cannot be resolved"),
@@ -48,20 +48,23 @@ _BROKEN = (  # what obstore's description of an error holds, and what it means
 
 
 def of_obstore(error: Exception, *, answered: bool) -> Exception:
-    """FileNotFoundError, OSError or Refused for what obstore raised. `answered`: a request has succeeded before."""
+    """FileNotFoundError, OSError or PermanentStorageError for an error of obstore.
+
+    `answered`: an earlier request has succeeded.
+    """
     text = str(error)
     head = text.partition("Debug source")[0]
     status = re.search(r"non-2xx status code: (\d{3})", head)
     code = re.search(r"<Code>([A-Za-z0-9.]{1,64})</Code>", head)
     name = code[1] if code else ""
-    if "/latest/api/token" in head or "/latest/meta-data" in head:  # where obstore asks for a role's credentials
+    if "/latest/api/token" in head or "/latest/meta-data" in head:  # where obstore requests a role's credentials
         if answered:
             return OSError("this machine's role gave no new credentials")
         return PermanentStorageError(
             "there are no credentials in the environment, and this machine has no role",
             "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
         )
-    if "/computeMetadata/" in head or "/metadata/identity" in head:  # the same of Google's and Azure's
+    if "/computeMetadata/" in head or "/metadata/identity" in head:  # the same for Google and Azure
         if answered:
             return OSError("this machine's role gave no new credentials")
         return PermanentStorageError(
@@ -78,20 +81,20 @@ def of_obstore(error: Exception, *, answered: bool) -> Exception:
         if mark in text:
             return OSError(meaning)
     if isinstance(error, ValueError):
-        return PermanentStorageError("it is no valid name for an object", "correct store.url")
+        return PermanentStorageError("it is not a valid object name", "correct store.url")
     return OSError(f"the request failed ({type(error).__name__})")
 
 
 def of_fsspec(error: Exception) -> Exception:
-    """FileNotFoundError, OSError or Refused for what a file system of fsspec raised."""
+    """FileNotFoundError, OSError or PermanentStorageError for an error of an fsspec file system."""
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError("no such object")
     status = next((s for n in ("status", "code", "status_code") if isinstance(s := getattr(error, n, None), int)), None)
     name = type(error).__name__
     if isinstance(error, PermissionError) or status in (401, 403) or "Credential" in name or "Auth" in name:
-        return PermanentStorageError(f"access is denied ({name})", "give this machine's credentials the right to it")
+        return PermanentStorageError(f"access is denied ({name})", "give this machine's credentials access to it")
     if isinstance(error, NotImplementedError | TypeError | ValueError | AttributeError | LookupError):
-        return PermanentStorageError(f"the file system cannot do it ({name})", "use another store.url")
+        return PermanentStorageError(f"the file system does not support it ({name})", "use another store.url")
     if status is not None and 400 <= status < 500 and status not in _TRANSIENT:
         return PermanentStorageError(f"the server answered {status}", "check store.url and the server")
     shown = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else name
@@ -99,15 +102,15 @@ def of_fsspec(error: Exception) -> Exception:
 
 
 def refusal(status: int | None, code: str) -> OSError | PermanentStorageError:
-    """What a reply of this HTTP status and S3 error code ("" when unknown) means."""
+    """The error for a reply with this HTTP status and S3 error code ("" if unknown)."""
     shown = " ".join(str(part) for part in (status, code) if part)
-    if code in _TRANSIENT_CODES or (status in _TRANSIENT and code not in _CURES):
+    if code in _TRANSIENT_CODES or (status in _TRANSIENT and code not in _REMEDIES):
         return OSError(f"the server answered {shown}")
-    if code in _CURES:
-        what, cure = _CURES[code]
-        return PermanentStorageError(f"{what} ({shown})", cure)
+    if code in _REMEDIES:
+        what, remedy = _REMEDIES[code]
+        return PermanentStorageError(f"{what} ({shown})", remedy)
     if status in (401, 403):
         return PermanentStorageError(f"access is denied ({shown})", _RIGHTS)
     if status is not None and 300 <= status < 400:
-        return PermanentStorageError(f"the server sent us elsewhere ({shown})", _REGION)
+        return PermanentStorageError(f"the server redirected the request ({shown})", _REGION)
     return PermanentStorageError(f"the server answered {shown}", "check store.url and the server")

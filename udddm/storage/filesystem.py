@@ -1,4 +1,4 @@
-"""Objects of any file system that fsspec opens."""
+"""Objects in any file system that fsspec supports."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ T = TypeVar("T")
 
 
 class FsspecObjectStore(ObjectStore):
-    """Objects under any URL that fsspec opens, such as sftp://host/path.
+    """Objects under any URL that fsspec supports, such as sftp://host/path.
 
-    A put is as atomic as the file system's own: object stores show an object whole or not at all, sftp and the like do
-    not, where the checksums of chunks and records find what was cut. `put_if_absent` is exclusive where the file system
-    creates exclusively (gcsfs, s3fs); `compare_and_swap` only between the threads of a process, so that a lease is not
-    taken over from another there, unless the file system is this process's own.
+    A put is as atomic as in the file system. Object stores show an object completely or not at all. sftp and the like
+    do not; there the checksums of chunks and records detect truncated objects. `put_if_absent` is exclusive if the file
+    system creates files exclusively (gcsfs, s3fs). `compare_and_swap` is exclusive only between the threads of one
+    process, so a lease there is never taken over from another process, unless the file system is private to this one.
     """
 
     retry = REMOTE_RETRY
     _exclusive = threading.Lock()
 
     def __init__(self, url: str):
-        """Raises StoreError for a URL of an unknown scheme, one whose package is missing, and a malformed one."""
+        """Raises StoreError if the URL is malformed, its scheme is unknown, or the package for it is missing."""
         super().__init__()
         import fsspec
 
@@ -40,14 +40,12 @@ class FsspecObjectStore(ObjectStore):
             fsspec.get_filesystem_class(scheme)
             try:
                 self._fs, root = fsspec.core.url_to_fs(url, **options)
-            except TypeError:  # one that takes no options of this name
+            except TypeError:  # a file system without options of this name
                 self._fs, root = fsspec.core.url_to_fs(url)
         except ImportError as error:
             raise StoreError(f"store.url {url}: {error}") from None
         except ValueError:
-            raise StoreError(
-                f"store.url {url}: {scheme}:// is not a kind of URL that fsspec or obstore opens"
-            ) from None
+            raise StoreError(f"store.url {url}: fsspec and obstore do not support {scheme}:// URLs") from None
         except Exception as error:
             raise StoreError(
                 f"cannot open {url}: {type(error).__name__}; check the URL and this machine's credentials for it"
@@ -78,8 +76,8 @@ class FsspecObjectStore(ObjectStore):
         self._asking(upload)
 
     def _download(self, key: str, path: Path, most: int | None) -> None:
-        """Stops at `most` bytes by what the file system announces and, as a web server may announce another size than
-        it sends, by what has come."""
+        """Stops at `most` bytes, by the announced size and also by the received bytes, because a web server may
+        announce a different size than it sends."""
         from fsspec.callbacks import Callback
 
         class Received(Callback):  # type: ignore[misc]
@@ -124,7 +122,7 @@ class FsspecObjectStore(ObjectStore):
                 except FileExistsError:
                     return False
                 except OSError as error:
-                    if error.errno == 22:  # s3fs says so of an object that exists
+                    if error.errno == 22:  # s3fs reports an existing object with this errno
                         return False
                     raise
                 return True
@@ -152,7 +150,7 @@ class FsspecObjectStore(ObjectStore):
                 return []
             own = path.strip("/")
             found_names = {p.rstrip("/").rpartition("/")[2] for p in found if p.strip("/") != own}
-            return sorted(found_names - {"", ".", ".."})  # as a web page may link to
+            return sorted(found_names - {"", ".", ".."})  # a web page may link to these
 
         return self._asking(names)
 
@@ -180,7 +178,7 @@ class FsspecObjectStore(ObjectStore):
         return f"{self._url}/{key}".rstrip("/")
 
     def _asking(self, request: Callable[[], T]) -> T:
-        """As ObstoreObjects': what the file systems raise says too much, and not in one way."""
+        """Translate errors as `S3ObjectStore` does, because the file systems' messages reveal too much and differ."""
         try:
             return request()
         except Exception as error:

@@ -1,30 +1,31 @@
-"""Whether this process may still change what is at a place: asked before every request that changes anything."""
+"""Whether this process may still write to a store; checked before every request that changes an object."""
 
 from __future__ import annotations
 
 
 class Guard:
-    """Allows everything: for places that a lock on this machine protects. `udddm.storage.lease.Lease` may refuse."""
+    """Allows everything, for stores that a lock on this machine protects. `udddm.storage.lease.Lease` may refuse."""
 
     fences = False
-    """Whether another process may take the right away while a request is on its way: objects that are there are then
-    replaced only if nobody else has replaced them since the guard was last asked."""
+    """Whether another process may take over the right to write while a request is in progress. Existing objects are
+    then replaced only if nobody else has replaced them since the guard was last checked."""
 
     def check(self) -> None:
-        """Raise StoreError when the right to write is lost. Costs nothing."""
+        """Raise StoreError if the right to write is lost. Makes no request."""
 
     def wait(self) -> None:
-        """Return when there is time for a request. Raises StoreError when the right to write is lost."""
+        """Return when there is enough time left for a request. Raises StoreError if the right to write is lost."""
 
     def confirm(self) -> None:
-        """As `check`, after a look at who holds the right: before damage is reported, which a successor may have made.
+        """Same as `check`, after reading who holds the right. Called before corruption is reported, because a successor
+        may have caused it.
 
-        Raises nothing when that cannot be read.
+        Does not raise if the holder cannot be read.
         """
 
 
 class Guards(Guard):
-    """All of several guards."""
+    """Combines several guards; all of them must allow."""
 
     def __init__(self, *guards: Guard):
         self.guards = guards

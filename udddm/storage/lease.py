@@ -1,11 +1,12 @@
-"""Who may write to a store at a URL: one run at a time, found out before anything is overwritten.
+"""Ensures that only one run at a time writes to a store at a URL, before anything is overwritten.
 
-A run directory's lock (`udddm.runs.run.locked`) keeps two processes out of one directory; two directories, or two
-machines, can still name one `store.url`. So a run holds a lease: an object `lease.json` with its holder and its end,
-made and replaced only under conditions (`ObjectStore.put_if_absent`, `compare_and_swap`), and renewed in a thread.
+A run directory's lock (`udddm.runs.run.locked`) keeps two processes from using one directory, but two directories or
+two machines can still use the same `store.url`. So a run holds a lease: an object `lease.json` with its holder and its
+expiry, created and replaced only conditionally (`ObjectStore.put_if_absent`, `compare_and_swap`) and renewed in a
+thread.
 
-No two hosts' clocks are compared. A holder stops `seconds` after its last renewal, by the one of its own clocks that
-shows most; another takes a lease over when it has itself seen it unchanged for `GRACE` of that time longer.
+Clocks of different hosts are never compared. A holder stops `seconds` after its last renewal, by whichever of its
+clocks shows the most. Another run takes a lease over once it has seen it unchanged for that time plus `GRACE` of it.
 """
 
 from __future__ import annotations
@@ -31,18 +32,18 @@ if TYPE_CHECKING:
 
 KEY = "lease.json"
 GRACE = 0.25
-"""The part of a lease's time that others wait after its expiry."""
+"""The fraction of a lease's duration that others wait after its expiry."""
 MARGIN = 0.5
-"""The part of a lease's time that must be left when a request begins: 30 s, the longest that one may take
-(`udddm.storage.s3.REQUEST_TIMEOUT`), so that none is on its way when the lease is over."""
+"""The fraction of a lease's duration that must be left when a request starts: 30 s, the request timeout
+(`udddm.storage.s3.REQUEST_TIMEOUT`), so that no request is in progress when the lease expires."""
 LONGEST = 86_400.0
-"""Seconds: a lease of a longer time was written by nobody."""
+"""Seconds. A longer lease is not valid."""
 WATCH = 12
-"""How often in a lease's time the other ranks of its run look at it."""
+"""How many times per lease duration the other ranks of its run read it."""
 
 
 class Instant(NamedTuple):
-    """A moment by all clocks of this host: some stand still while it sleeps or is paused, and one can be set."""
+    """A moment by all clocks of this host. Some stop while the host sleeps or is paused, and one can be set."""
 
     monotonic: float
     boot: float
@@ -58,34 +59,34 @@ class Instant(NamedTuple):
         return Instant(*(clock + seconds for clock in self))
 
     def passed(self) -> float:
-        """The seconds since then, by the clock that shows most."""
+        """The seconds since then, by the clock that shows the most."""
         return max(now - then for now, then in zip(Instant.now(), self, strict=True))
 
 
 @dataclass(frozen=True)
 class Holder:
-    """What a lease says. Times are seconds since 1970 by the holder's clock, and only shown."""
+    """The content of a lease. Times are seconds since 1970 by the holder's clock, for display only."""
 
     owner: str
     host: str
     pid: int
     process: str
-    """Tells a process from another that got its id later: its start, in ticks since the boot, and the boot."""
+    """Distinguishes a process from a later one with the same id: its start in ticks since boot, and the boot id."""
     started: float
     lease: str
-    """Of this very lease: no two have the same bytes."""
+    """Unique to each lease, so that no two have the same bytes."""
     renewal: int
     seconds: float
     expires: float
     machine: str = ""
-    """Where `pid` means this process: machine, boot and PID namespace (`process_table`). "" in older leases."""
+    """The scope in which `pid` is valid: machine, boot and PID namespace (`process_table`). "" in older leases."""
 
     def encode(self) -> bytes:
         return json.dumps(asdict(self), indent=1).encode()
 
     @classmethod
     def decode(cls, data: bytes) -> Holder:
-        """Raises ValueError, TypeError. What it does not know is another version's and ignored."""
+        """Raises ValueError, TypeError. Unknown keys come from another version and are ignored."""
         found = dict(json.loads(data))
         kinds = {"str": str, "int": int, "float": (int, float)}
         known = {field.name: kinds[str(field.type)] for field in fields(cls)}
@@ -101,12 +102,12 @@ class Holder:
 
     @property
     def dead(self) -> bool:
-        """Whether it is a process that this one would see, and is gone."""
+        """Whether the holder is a process on this machine that no longer exists."""
         return bool(self.machine) and self.machine == process_table() and self.process != process_identity(self.pid)
 
     @property
     def looks_over(self) -> bool:
-        """By the clocks of two hosts, which may be apart: nothing but how long to try depends on it."""
+        """Whether it has expired by the clocks of two hosts, which may differ. Only the waiting time depends on it."""
         return time.time() > self.expires + GRACE * self.seconds
 
     def describe(self) -> str:
@@ -122,7 +123,10 @@ def _read_line(path: str) -> str:
 
 
 def process_table() -> str:
-    """What tells the processes that this one sees from those of other machines and containers; "" where it cannot."""
+    """An id of the set of processes visible to this one, which differs on other machines and in other containers.
+
+    "" if it cannot be determined.
+    """
     boot = _read_line("/proc/sys/kernel/random/boot_id")
     try:
         namespace = Path("/proc/self/ns/pid").stat().st_ino
@@ -132,9 +136,9 @@ def process_table() -> str:
 
 
 def process_identity(pid: int) -> str:
-    """Of a process that this one sees; "" when there is none, or no /proc."""
+    """The `Holder` identity of a visible process; "" if there is no such process, or no /proc."""
     try:
-        # The name, the second field, is in parentheses and may hold anything; the start is the 22nd field.
+        # The second field, the name, is in parentheses and may contain anything; the start is the 22nd field.
         stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return ""
@@ -142,10 +146,10 @@ def process_identity(pid: int) -> str:
 
 
 class Lease(Guard):
-    """A run's right to write to `objects`, which must not be guarded by it.
+    """A run's right to write to `objects`, which must not itself be guarded by the lease.
 
-    `owner` names the run to others and to itself when it comes back: its directory. `seconds` is how long the right
-    lasts without a renewal; it is renewed three times in that time.
+    `owner` identifies the run, to others and when it resumes: its directory. `seconds` is how long the right lasts
+    without a renewal; it is renewed three times in that time.
     """
 
     fences = True
@@ -160,12 +164,12 @@ class Lease(Guard):
         self._thread: threading.Thread | None = None
 
     def acquire(self, patience: float = 0.0) -> None:
-        """Take the lease and begin to renew it, waiting up to `patience` seconds for another's to be over.
+        """Acquire the lease and start renewing it, waiting up to `patience` seconds for another lease to expire.
 
-        Another's is over once this process has seen it unchanged for as long as it lasts, and `GRACE` of that; one that
-        seems to be over by the clocks is watched for that long in any case. A lease of this same owner whose process
-        this one would see, and which is gone, is taken over at once. Raises StoreError, which names the other owner,
-        when it is renewed or not over by then, or as `ObjectStore.get` does.
+        Another lease counts as expired once this process has seen it unchanged for its duration plus `GRACE` of it. One
+        that seems expired by the clocks is watched for that long in any case. A lease of the same owner whose process
+        ran on this machine and no longer exists is taken over at once. Raises StoreError, which names the other owner,
+        if that lease is renewed or has not expired by then, and in the same cases as `ObjectStore.get`.
         """
         assert self.holder is None, "a lease is acquired once"
         began = since = time.monotonic()
@@ -184,9 +188,9 @@ class Lease(Guard):
         self._begin(self._renew_until_released)
 
     def follow(self, lease: str, renewed: Instant) -> None:
-        """Watch the lease that another process of this run holds: for the run's other ranks.
+        """Watch the lease that another process of this run holds. Called on the run's other ranks.
 
-        It was renewed at `renewed`, or later; after that, when it is seen to be. Raises StoreError.
+        `renewed`: the lease was renewed then or later. Later renewals count from when they are seen. Raises StoreError.
         """
         assert self.holder is None, "a lease is acquired once"
         found = self._found()
@@ -202,15 +206,15 @@ class Lease(Guard):
 
     @property
     def id(self) -> str:
-        """What tells this lease from every other; "" when there is none."""
+        """A unique id of this lease; "" if there is none."""
         return self.holder.lease if self.holder is not None else ""
 
     def left(self) -> float:
-        """The seconds for which this process may still count on it."""
+        """The seconds for which this process may still rely on the lease."""
         return self.seconds - self._renewed.passed()
 
     def check(self) -> None:
-        """Raise StoreError when the lease is lost, or may be because it could not be renewed in time. Costs nothing."""
+        """Raise StoreError if the lease is lost, or may be because it was not renewed in time. Makes no request."""
         if not self._lost and self.left() < 0:
             self._lost = f"it could not be renewed for {self.seconds:g} s"
         if self._lost:
@@ -237,7 +241,7 @@ class Lease(Guard):
         self.check()
 
     def _compare(self, found: Holder | None) -> bool:
-        """Whether the lease that is there is this one; if not, it is lost."""
+        """Whether the lease found in the store is this one; if not, it is lost."""
         if found is not None and found.lease == self.id:
             return True
         if not self._stopping.is_set():
@@ -245,17 +249,17 @@ class Lease(Guard):
         return False
 
     def release(self) -> None:
-        """Stop renewing and give the lease back, if it is still held. Raises nothing: at worst it expires.
+        """Stop renewing and release the lease, if it is still held. Does not raise: at worst the lease expires.
 
-        From here on `check` raises.
+        From then on `check` raises.
         """
         self._stopping.set()
         if self._thread is not None:
             self._thread.join(5)  # it may be in the middle of its retries
             self._thread = None
         held, self.holder = self.holder, None
-        lost, self._lost = self._lost, self._lost or "it was given back"
-        # Nobody else takes it before it expires; so there is time to look and to delete.
+        lost, self._lost = self._lost, self._lost or "it was released"
+        # Nobody else takes it before it expires, so there is time to read and delete it.
         if held is None or lost or self._follows or self.left() < MARGIN * self.seconds:
             return
         try:
@@ -284,13 +288,13 @@ class Lease(Guard):
     def _refusal(self, found: Holder, left: float) -> str:
         return (
             f"{self.objects.uri('')} is being written by another run: {found.describe()}. Stop that run or choose "
-            f"another URL. If it has crashed, run the same command again: its lease is over when it has not been "
-            f"renewed for {max(1, math.ceil(left))} s. If that process is surely gone, you may also delete "
+            f"another URL. If it has crashed, run the same command again: its lease expires when it has not been "
+            f"renewed for {max(1, math.ceil(left))} s. If that process has certainly ended, you may also delete "
             f"{self.objects.uri(KEY)}"
         )
 
     def _take(self, seen: bytes | None, unchanged: float) -> bool:
-        """Whether the lease is this process's now; `seen` is what was there, for `unchanged` seconds."""
+        """Whether this process now holds the lease; `seen` is the content found, unchanged for `unchanged` seconds."""
         began, pid = Instant.now(), os.getpid()
         own = Holder(
             owner=self.owner,
@@ -313,9 +317,9 @@ class Lease(Guard):
                 return False
             if not self.objects.conditional:
                 raise StoreError(
-                    f"{self.objects.uri('')} was being written by {found.describe()}, and this kind of URL cannot "
-                    "hand its lease over to one of several runs that may ask for it: it has no conditional writes. If "
-                    f"that process is surely gone, delete {self.objects.uri(KEY)} and run the same command again"
+                    f"{self.objects.uri('')} was being written by {found.describe()}. This kind of URL has no "
+                    "conditional writes, so its lease cannot be handed over safely while other runs may request it. If "
+                    f"that process has certainly ended, delete {self.objects.uri(KEY)} and run the same command again"
                 )
             taken = self.objects.compare_and_swap(KEY, own.encode(), seen)
         if taken:
@@ -327,7 +331,7 @@ class Lease(Guard):
             try:
                 self._renew()
             except StoreError:
-                continue  # check() says so when it lasts too long
+                continue  # check() raises if it lasts too long
             if self._lost:
                 return
 
@@ -340,7 +344,7 @@ class Lease(Guard):
             return
         found = self._found()
         if self._compare(found):
-            self.holder = found  # an earlier renewal got through although none of its replies did
+            self.holder = found  # an earlier renewal succeeded although its reply was lost
 
     def _watch_until_released(self) -> None:
         before = Instant.now()
@@ -353,6 +357,6 @@ class Lease(Guard):
             if not self._compare(found):
                 return
             assert found is not None and self.holder is not None
-            if found.renewal != self.holder.renewal:  # renewed after the last look, which did not show it
+            if found.renewal != self.holder.renewal:  # renewed after the last read, which did not show it
                 self.holder, self._renewed = found, before
             before = began

@@ -18,7 +18,7 @@ from udddm.storage.base import _RESUME, _TEMPORARY, ObjectStore
 
 
 class LocalObjectStore(ObjectStore):
-    """Files under a directory. An object is written under another name, synced, and renamed into place.
+    """Files under a directory. An object is written under a temporary name, synced, and renamed to its final name.
 
     Its name is durable after `sync`: syncing the directories after every put would double the cost of a put.
     """
@@ -27,7 +27,7 @@ class LocalObjectStore(ObjectStore):
 
     def __init__(self, root: Path):
         super().__init__()
-        self.root = root.resolve()  # so that two spellings of a path are seen to be one place
+        self.root = root.resolve()  # so that two spellings of a path are recognized as the same
         self._unsynced: set[Path] = set()
         self._unsynced_lock = threading.Lock()
         self._syncing = threading.Lock()
@@ -40,13 +40,13 @@ class LocalObjectStore(ObjectStore):
             with self._written(key, parts) as temporary:
                 temporary.replace(self.root / key)
             self._remember(key)
-        except FileNotFoundError as error:  # another rank has just removed the generation; the next attempt remakes it
-            raise OSError(errno.ESTALE, f"the directory of {self.root / key} was removed meanwhile") from error
+        except FileNotFoundError as error:  # another rank deleted the generation; the next attempt recreates it
+            raise OSError(errno.ESTALE, f"the directory of {self.root / key} was deleted meanwhile") from error
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
         with self._written(key, (data,)) as temporary:
             try:
-                os.link(temporary, self.root / key)  # unlike a rename, fails when there is one
+                os.link(temporary, self.root / key)  # unlike a rename, fails if the name exists
             except FileExistsError:
                 return False
         self._remember(key)
@@ -72,7 +72,7 @@ class LocalObjectStore(ObjectStore):
             return True
 
     def _written(self, key: str, parts: tuple[bytes | memoryview, ...]) -> AbstractContextManager[Path]:
-        """The parts in a synced file under another name, which is removed in the end unless it is renamed."""
+        """Write the parts to a synced file under a temporary name, which is deleted at the end unless it is renamed."""
         path = self.root / key
         temporary = path.with_name(f"{path.name}.{os.getpid()}-{next(self._serial)}{_TEMPORARY}")
 
@@ -89,18 +89,18 @@ class LocalObjectStore(ObjectStore):
         return complete_file(temporary, save)
 
     def sync(self) -> None:
-        """Raises StoreError; what could not be synced is tried again by the next call."""
-        with self._syncing:  # a second caller returns when its own names are durable, whoever made them so
+        """Raises StoreError; the next call retries the directories that could not be synced."""
+        with self._syncing:  # a second caller returns when its names are durable, whichever caller synced them
             with self._unsynced_lock:
                 waiting, self._unsynced = self._unsynced, set()
             try:
                 for directory in sorted(waiting, key=lambda each: -len(each.parts)):
-                    with suppress(FileNotFoundError):  # removed since
+                    with suppress(FileNotFoundError):  # deleted since
                         sync_directory(directory)
                     waiting.remove(directory)
             except OSError as error:
                 raise StoreError(
-                    f"cannot sync {directory}: {error}. {_RESUME.format(cure='make room or restore access')}"
+                    f"cannot sync {directory}: {error}. {_RESUME.format(remedy='make room or restore access')}"
                 ) from error
             finally:
                 with self._unsynced_lock:

@@ -16,15 +16,15 @@ from udddm.storage.failures import of_obstore, refusal
 
 T = TypeVar("T")
 
-REQUEST_TIMEOUT = 30.0  # seconds for a whole request: a chunk of 8 MB at 280 kB/s
+REQUEST_TIMEOUT = 30.0  # seconds for a complete request: a chunk of 8 MB at 280 kB/s
 CONNECT_TIMEOUT = 5.0  # seconds
 PART = 8 << 20
-"""Bytes of a file that a request carries."""
+"""Bytes of a file per request."""
 
-_STORES = {"s3": "S3Store", "gs": "GCSStore", "gcs": "GCSStore", "az": "AzureStore"}  # obstore's, of a scheme
+_STORES = {"s3": "S3Store", "gs": "GCSStore", "gcs": "GCSStore", "az": "AzureStore"}  # scheme: class of obstore
 _VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "gcs": "GOOGLE_", "az": "AZURE_STORAGE_"}
 _PAGE = 1000
-"""Keys that S3 lists or deletes in a request."""
+"""Keys that S3 lists or deletes per request."""
 
 _ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 
@@ -49,15 +49,15 @@ def _check_environment(prefix: str) -> None:
 class S3ObjectStore(ObjectStore):
     """Objects under `s3://bucket/prefix`, `gs://bucket/prefix` or `az://container/prefix`.
 
-    obstore makes one attempt at each request, so that `retries` counts all that happen. An object is written by a
-    single request, which S3 makes visible whole or not at all, and which carries the SHA-256 of its body; the length
-    of what is read is checked, and obstore reports a reply that ends early.
+    obstore makes a single attempt per request, so that `retries` counts all retries. An object is written by a single
+    request, which carries the SHA-256 of its body and which S3 makes visible completely or not at all. The length of a
+    read object is checked, and obstore reports a reply that ends early.
     """
 
     retry = REMOTE_RETRY
 
     def __init__(self, location: str, scheme: str = "s3", *, timeout: float = REQUEST_TIMEOUT):
-        """`location` is `bucket/prefix`, `timeout` the seconds that a request may take in all. Raises StoreError."""
+        """`location` is `bucket/prefix`, `timeout` the total seconds that a request may take. Raises StoreError."""
         super().__init__()
         try:
             import obstore
@@ -68,12 +68,12 @@ class S3ObjectStore(ObjectStore):
         bucket, _, prefix = location.partition("/")
         prefix = prefix.strip("/")
         self._url = f"{scheme}://{bucket}/{prefix}".rstrip("/")
-        # What obstore cannot parse makes it panic in the middle of a request.
+        # Otherwise obstore panics in the middle of a request when it cannot parse the value.
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{1,254}", bucket):
-            raise StoreError(f"store.url {scheme}://{location}: give the name of a bucket, as in s3://bucket/prefix")
+            raise StoreError(f"store.url {scheme}://{location}: give a bucket name, as in s3://bucket/prefix")
         endpoint = next((os.environ[n] for n in _ENDPOINTS if os.environ.get(n)), "") if scheme == "s3" else ""
         if endpoint and not re.fullmatch(r"https?://[^/?#@\s]+(/[^?#@\s]*)?", endpoint):
-            raise StoreError("AWS_ENDPOINT_URL is no URL: write http://host:port or https://host")
+            raise StoreError("AWS_ENDPOINT_URL is not a URL: write http://host:port or https://host")
         _check_environment(_VARIABLES[scheme])
         failure = ""
         try:
@@ -88,7 +88,7 @@ class S3ObjectStore(ObjectStore):
                 },
                 retry_config={"max_retries": 0},
             )
-        except Exception as error:  # its text may hold what the variables hold
+        except Exception as error:  # its text may contain the values of the variables
             failure = type(error).__name__
         if failure:
             raise StoreError(
@@ -100,7 +100,7 @@ class S3ObjectStore(ObjectStore):
         return self._read(key)[0]
 
     def _read(self, key: str) -> tuple[bytes, dict[str, str]]:
-        """The object's bytes, and what a put demands that is to replace just this version."""
+        """The object's bytes, and the condition for a put that may replace only this version."""
 
         def read() -> tuple[bytes, Any]:
             result = self._obstore.get(self._store, key)
@@ -108,7 +108,7 @@ class S3ObjectStore(ObjectStore):
 
         data, meta = self._asking(read, reading=True)
         if len(data) != meta["size"]:
-            raise OSError(f"the reply was cut: {len(data)} of {meta['size']} bytes came")
+            raise OSError(f"the reply was cut: received {len(data)} of {meta['size']} bytes")
         return data, _version(meta)
 
     def _put(self, key: str, parts: Iterable[bytes | memoryview]) -> None:
@@ -119,23 +119,23 @@ class S3ObjectStore(ObjectStore):
         self._asking(lambda: self._obstore.put(self._store, key, iter(views), use_multipart=False))
 
     def _put_fenced(self, key: str, views: Sequence[memoryview]) -> None:
-        """Never over what a successor wrote, however long this process stood still in the middle.
+        """Never overwrite an object of a successor, however long this process was paused in between.
 
-        An object that is there is looked at before the guard is asked: what the guard still allows to replace then was
-        not a successor's, and is no more the same once a successor has replaced it.
+        The version of an existing object is read before the guard is checked. If the guard still allows the write, that
+        version was not written by a successor, and the condition fails once a successor has replaced it.
         """
         if self._put_on_condition(key, views, "create"):
             return
         try:
             found = self._asking(lambda: self._obstore.head(self._store, key), reading=True)
         except FileNotFoundError:
-            raise OSError("it was removed meanwhile") from None
+            raise OSError("it was deleted meanwhile") from None
         self.guard.wait()
         if not self._put_on_condition(key, views, _version(found)):
             raise OSError("another client replaced it meanwhile")
 
     def _upload(self, path: Path, key: str) -> None:
-        if not self.guard.fences:  # in parts where it is larger
+        if not self.guard.fences:  # obstore splits larger files into parts
             self._asking(lambda: self._obstore.put(self._store, key, path, chunk_size=PART))
         elif path.stat().st_size <= PART:
             self._put(key, (path.read_bytes(),))
@@ -143,7 +143,8 @@ class S3ObjectStore(ObjectStore):
             self._upload_guarded(path, key)
 
     def _upload_guarded(self, path: Path, key: str) -> None:
-        """In parts, which take long together: the guard is asked before each, and before the object becomes visible."""
+        """Upload in parts. All parts together take long, so the guard is checked before each one, and before the object
+        becomes visible."""
         writer = self._obstore.open_writer(self._store, key, buffer_size=PART)
         with path.open("rb") as file:
             while block := file.read(PART):
@@ -153,7 +154,7 @@ class S3ObjectStore(ObjectStore):
         self._asking(writer.close)  # a writer that is not closed leaves no object
 
     def _download(self, key: str, path: Path, most: int | None) -> None:
-        """By ranges, so that the time that a request may take is no limit to what it can read."""
+        """Read in ranges, so that the request timeout does not limit the size of the object."""
         size = self._asking(lambda: self._obstore.head(self._store, key), reading=True)["size"]
         if most is not None and size > most:
             raise Oversized(f"it has {size} bytes instead of {most}")
@@ -190,12 +191,12 @@ class S3ObjectStore(ObjectStore):
         return [path.rpartition("/")[2] for path in self._listed(prefix) if path != prefix]
 
     def _listed(self, prefix: str) -> Sequence[str]:
-        """The paths directly under a prefix; of an empty directory, which SeaweedFS keeps, its own."""
+        """The paths directly under a prefix; for an empty directory, which SeaweedFS keeps, the directory's path."""
         found = self._asking(lambda: self._obstore.list_with_delimiter(self._store, prefix or None))
         return sorted({*found["common_prefixes"], *(each["path"] for each in found["objects"])})
 
     def _under(self, prefix: str) -> Sequence[Any]:
-        """What obstore knows of every object under a prefix."""
+        """obstore's metadata of every object under a prefix."""
         pages = self._asking(lambda: list(self._obstore.list(self._store, prefix or None, chunk_size=_PAGE)))
         return [each for page in pages for each in page]
 
@@ -207,7 +208,8 @@ class S3ObjectStore(ObjectStore):
         self._delete_keys([*keys, prefix])
         if not self._listed(prefix):
             return
-        # SeaweedFS lists directories whose objects are gone, for minutes. There a key of an empty one deletes it.
+        # SeaweedFS lists directories for minutes after their objects are deleted. Deleting the directory's key as an
+        # object removes an empty one.
         parents = {key.rsplit("/", n)[0] for key in keys for n in range(1, key.count("/") + 1)}
         self._delete_directories({path for path in parents if path.startswith(f"{prefix}/")} | {prefix})
         self._delete_directories({*self._directories(prefix), prefix})
@@ -220,15 +222,15 @@ class S3ObjectStore(ObjectStore):
 
     def _delete_directories(self, directories: set[str]) -> None:
         for depth in sorted({d.count("/") for d in directories}, reverse=True):
-            self._delete_keys([d for d in directories if d.count("/") == depth])  # one request: the order counts
+            self._delete_keys([d for d in directories if d.count("/") == depth])  # one request: the order matters
 
     def _delete_keys(self, keys: Sequence[str]) -> None:
-        """A page of them a request, with a look at the guard before each."""
+        """Delete one page of keys per request, and check the guard before each."""
 
         def delete(page: Sequence[str]) -> None:
             try:
                 self._obstore.delete(self._store, page)
-            except FileNotFoundError as error:  # of a bucket, or of an object on a server that minds
+            except FileNotFoundError as error:  # a missing bucket, or an object on a server that reports missing ones
                 if "NoSuchBucket" in str(error):
                     raise
 
@@ -241,7 +243,8 @@ class S3ObjectStore(ObjectStore):
         return f"{self._url}/{key}".rstrip("/")
 
     def _asking(self, request: Callable[[], T], *, reading: bool = False) -> T:
-        """The request's result. Raises Refused, OSError and, of reading, FileNotFoundError, without a reply's text."""
+        """The request's result. Raises PermanentStorageError, OSError and, if `reading`, FileNotFoundError, without the
+        text of the reply."""
         try:
             result = request()
             self._answered = True
@@ -254,5 +257,5 @@ class S3ObjectStore(ObjectStore):
 
 
 def _version(meta: Any) -> dict[str, str]:
-    """What tells an object's content from any other: S3 and Azure go by its tag, GCS by its version."""
+    """Identifies the content of an object: by its tag on S3 and Azure, by its version on GCS."""
     return {name: meta[name] for name in ("e_tag", "version") if meta.get(name)}

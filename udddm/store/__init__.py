@@ -20,7 +20,7 @@ def find(config: StoreConfig) -> type[X0Store]:
 
 
 def build(context: StoreContext) -> X0Store:
-    """The configured store of a run for one rank, not yet started. Raises ConfigError, StoreError."""
+    """Create one rank's store of a run, not yet started. Raises ConfigError, StoreError."""
     built: X0Store = STORES.build(context.config.kind, context.config.settings, context)
     if context.config.on_corruption == "reinitialize":
         built.repair = Repair(built.counters)

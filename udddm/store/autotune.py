@@ -1,13 +1,14 @@
-"""How many requests, how many windows and how many batches the pipeline holds: chosen from what it measures.
+"""Chooses the pipeline's number of concurrent requests, windows and prefetched batches from its own measurements.
 
-Reading and writing have to keep up with the steps, without more threads or memory than that takes:
+Reading and writing have to keep up with the training steps, without more threads or memory than necessary:
 
-    requests a second, each way   lanes x samples a step and lane / (samples a chunk x the step's seconds)
-    requests at once              that rate x the seconds of a request (Little's law), and half as many again
-    windows ahead                 as many as are used up while one is read, and while one is written
-    batches ahead                 the steps that pass during a hiccup: a slow request, or another thread's turn
+    requests per second, each way   lanes x samples per lane and step / (samples per chunk x seconds per step)
+    concurrent requests             that rate x seconds per request (Little's law), plus 50 percent
+    windows ahead                   as many as are used up while one is read, and while one is written
+    batches ahead                   the steps that run during a hiccup: a slow request, or a switch between threads
 
-The order of visits depends on none of it: `order.chunk` and `order.window` decide the result, so they stay.
+The order of visits depends on none of these. `order.chunk` and `order.window` determine the result, so they are never
+adjusted.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from udddm.errors import StoreError
 from udddm.order import Order
 
 FEWEST, MOST = 2, 32
-"""Requests at once, each way."""
+"""Least and most concurrent requests, each way."""
 DEFAULT_MEMORY = 1 << 30
-"""Bytes of windows and batches, where the least that works is below it."""
+"""Bytes of windows and batches, unless the least that works is more."""
 _SPARE = 1.5
 _HICCUP = 0.05  # seconds
 _DEPTHS = 4, 64
 
 
 class Smoothed:
-    """The mean and mean deviation of the newer values, as RFC 6298 estimates a connection's round trip."""
+    """Running mean and mean deviation, weighted toward recent values, as RFC 6298 estimates a round-trip time."""
 
     def __init__(self) -> None:
         self.mean = self.deviation = 0.0
@@ -44,36 +45,36 @@ class Smoothed:
 
     @property
     def slow(self) -> float:
-        """What few values exceed."""
+        """An upper estimate that few values exceed."""
         return self.mean + 4 * self.deviation
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What the user fixes of the numbers that are otherwise chosen."""
+    """Values fixed by the user; those that are None are chosen automatically."""
 
     threads: int | None = None
-    """Requests at once, reading, and as many writing."""
+    """Concurrent read requests, and as many write requests."""
     prefetch: int | None = None
-    """Batches that are prepared ahead."""
+    """Batches that are prepared ahead of the step."""
     memory: int | None = None
-    """Bytes of a rank's windows and batches."""
+    """Bytes of one rank's windows and batches."""
     first_threads: int = FEWEST
-    """Requests at once until enough is measured."""
+    """Concurrent requests until enough has been measured."""
 
     @classmethod
     def of(cls, config: StoreConfig, first_threads: int = FEWEST) -> Limits:
-        """Those of a configuration."""
+        """The limits that a configuration sets."""
         memory = None if config.memory_mb is None else config.memory_mb * 10**6
         return cls(config.threads, config.prefetch, memory, first_threads)
 
 
 @dataclass
 class Autotune:
-    """The numbers for one rank's `lanes` of an `order` with rows of `row_bytes`.
+    """Chooses the pipeline's sizes for one rank's `lanes` of an `order` with rows of `row_bytes` bytes.
 
-    Seconds of a step exclude what it waited for the store. Raises StoreError when `limits.memory` is less than the
-    least that works.
+    The seconds of a step exclude the time it waited for the store. Raises StoreError if `limits.memory` is less than
+    the least that works.
     """
 
     order: Order
@@ -97,7 +98,7 @@ class Autotune:
         if self.limits.memory is not None and self.limits.memory < least:
             raise StoreError(
                 f"store.memory_mb: {self._fewest_windows} windows of {len(self.lanes)} lanes and their batches take "
-                f"{math.ceil(least / 1e6)} MB: allow that, or let more ranks share the lanes"
+                f"{math.ceil(least / 1e6)} MB: allow that much, or spread the lanes over more ranks"
             )
         budget = max(least, self.limits.memory or DEFAULT_MEMORY)
         for_batches = max(2 * batch, min(budget // 8, budget - self._fewest_windows * window))
@@ -107,7 +108,7 @@ class Autotune:
         self.update()
 
     def update(self) -> None:
-        """Choose again."""
+        """Choose again from the current measurements."""
         self.readers = self.writers = self.limits.threads or min(self.limits.first_threads, self._most_threads)
         self.ahead, self.windows = 1, self._fewest_windows
         self.depth = self.limits.prefetch or max(1, min(_DEPTHS[0], self._most_depth))
@@ -123,7 +124,7 @@ class Autotune:
                 self.readers = self._within(_SPARE * rate * self.load.mean)
             if self.save.known:
                 self.writers = self._within(_SPARE * rate * self.save.mean)
-        chunks = len(self.lanes) * order.chunks_per_window  # the lanes pass from window to window together
+        chunks = len(self.lanes) * order.chunks_per_window  # all lanes change windows together
         reading = -(-chunks // self.readers) * self.load.mean + 4 * self.load.deviation
         writing = -(-chunks // self.writers) * self.save.mean + 4 * self.save.deviation
         room = self._most_windows - self._fewest_windows

@@ -1,16 +1,16 @@
 """The contract of an x0-state store, for one rank (docs/store.md).
 
 The x0-state of generation g is every sample's x_0^(g): epoch g reads it and produces generation g + 1. A store is
-opened at a position, then, step after step, asked for the states of the step's samples and given their successors:
+opened at a position. In every step, training reads the states of the step's samples and writes their successors:
 
     store.start(epoch, step, source)
     while training:
         state = store.read()              # [b, C, H, W] float32 on the device, for order.batch_of(lanes, epoch, step)
         store.write(new_state)            # returns at once
-    store.snapshot(directory)             # between two steps: all that `start` needs to come back here
+    store.snapshot(directory)             # between two steps: all that `start` needs to return to this position
     store.close()
 
-`read` and `write` alternate; the store counts steps and turns epochs by itself, because the order is known.
+`read` and `write` alternate. The store advances steps and epochs automatically, because it knows the order.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StoreCounters:
-    """What a store has done since it was opened: seconds, bytes and events."""
+    """Totals since the store was opened: seconds, bytes and events."""
 
     read_wait: float = 0.0
     write_wait: float = 0.0
@@ -46,50 +46,55 @@ class StoreCounters:
     retries: int = 0
     reads: int = 0
     reinitialized: int = 0
-    """Samples of damaged chunks that began again (`Repair`)."""
+    """Samples of corrupt chunks that were reset to generation 0 (`Repair`)."""
     queued: int = 0
-    """Batches that were ready when the step asked for the next, summed over the reads."""
+    """Batches that were ready when a step requested the next one, summed over the reads."""
     kept: int = 0
-    """Rows that stayed as they were, for their successors were not finite (`finite_rows`)."""
+    """Rows that kept their previous value because their successor was not finite (`finite_rows`)."""
 
 
 def finite_rows(values: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """`values` [b, C, H, W], with the rows of `before` where a row is not finite, and how many these are: a scalar on
-    the device, which nothing waits for. A state that is not a number would spoil its sample at every later visit."""
+    """Replace every row of `values` [b, C, H, W] that is not finite with the row of `before`.
+
+    Also returns the number of replaced rows as a scalar tensor on the device, so that nothing has to synchronize. A
+    NaN in the state would spoil its sample at every later visit.
+    """
     finite = values.flatten(1).isfinite().all(1)
     return torch.where(finite[:, None, None, None], values, before), (~finite).sum()
 
 
 class StateSource(Protocol):
-    """The x0-state at some position of a run, chunk by chunk: what a store can be started from."""
+    """The x0-state at some position of a run, chunk by chunk, from which a store can be started."""
 
     encoding: Encoding
 
     def rows(self, lane: int, chunk: int) -> Rows:
-        """The chunk's current rows: generation epoch + 1 where visited in this epoch, else generation epoch."""
+        """The chunk's current rows [n, C, H, W], encoded: generation epoch + 1 where visited in this epoch, else
+        generation epoch."""
 
 
 @dataclass(frozen=True)
 class StoreContext:
-    """What a store of a run is created from: `Store.create(context)`, or `Store.create(context, settings)`."""
+    """Arguments for creating the store of a run: `Store.create(context)` or `Store.create(context, settings)`."""
 
     layout: StateLayout
     config: StoreConfig
     location: str | Path
     """`<run>/state`: a directory, or a URL for a run at a URL. It moves with the run."""
     owner: str = ""
-    """What names the run to others that want to write to the same place."""
+    """A description of the run, shown to other runs that try to write to the same location."""
     run_id: str = ""
-    """Identifies the run wherever it is moved to."""
+    """Identifies the run, even after it is moved."""
     guard: Guard | None = None
-    """Whether the run may still write at its URL; None for a run directory, which a lock protects."""
+    """Checks that the run may still write at its URL; None for a run directory, which a lock protects."""
 
 
 class X0Store(ABC):
-    """A store of your own implements `start`, `read`, `put`, `rows` and `close` (docs/extending.md).
+    """Base class of all stores. A custom store implements `start`, `read`, `put`, `rows` and `close`
+    (docs/extending.md).
 
-    Failures that the user has to know of are StoreError, with the file or key and what to do. A store is used by one
-    thread; what it does in the background is its own affair, and is reported by the next `read` or `write`.
+    Failures that concern the user are raised as StoreError, which names the file or key and what to do. A store is
+    used by one thread. It may work in the background; the next `read` or `write` raises what failed there.
     """
 
     def __init__(self, layout: StateLayout):
@@ -97,51 +102,60 @@ class X0Store(ABC):
         self.shape, self.encoding, self.device = layout.shape, layout.encoding, layout.device
         self.counters = StoreCounters()
         self.repair: Repair | None = None
-        """What is done about damaged chunks; None: CorruptChunkError. To be set before `start`."""
+        """Handles corrupt chunks; if None, they raise CorruptChunkError. Set it before `start`."""
         self.epoch = self.step = 0
 
     def hold(self, ranks: Ranks) -> None:
-        """On every rank, before `start`: keep other runs from writing, where nothing else does. Raises StoreError."""
+        """Keep other runs from writing to this store, unless something else already does.
+
+        Called on every rank before `start`. Raises StoreError.
+        """
         return
 
     @classmethod
     def create(cls, context: StoreContext) -> Self:
-        """The store of a run, not yet started. A store with settings of its own takes them as the second argument, and
-        names their pydantic model as the class attribute `Settings`. Raises ConfigError, StoreError."""
+        """Create the store of a run, not yet started.
+
+        A store with its own settings takes them as the second argument, and names their pydantic model in the class
+        attribute `Settings`. Raises ConfigError, StoreError.
+        """
         return cls(context.layout)
 
     @classmethod
     def resident_bytes(cls, layout: StateLayout) -> int:
-        """The most memory that the state takes on a rank, in bytes."""
+        """The most memory that the state takes on one rank, in bytes."""
         return layout.state_bytes
 
     @classmethod
     def memory_kind(cls, device: torch.device) -> str:
-        """Where those bytes are, such as "host memory"."""
+        """The kind of memory that holds the `resident_bytes`, such as "host memory"."""
         return "host memory"
 
     @classmethod
     def shared_location(cls, config: StoreConfig) -> str | None:
-        """A path or URL outside the run directory that all ranks must be able to reach; None where there is none."""
+        """A path or URL outside the run directory that all ranks must be able to reach, or None."""
         return None
 
     def describe(self) -> str:
-        """Where the state lives, as the first lines of a run show it."""
+        """Where the state is stored, as shown in the first log lines of a run."""
         return self.memory_kind(self.device)
 
     @abstractmethod
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:
-        """Open at a position. `source` is None at (0, 0): generation 0 is computed."""
+        """Open the store at a position. `source` is None at (0, 0), where generation 0 is computed."""
 
     @abstractmethod
     def read(self) -> torch.Tensor:
         """The states [b, C, H, W], float32 on the device, of this rank's samples of the next step.
 
-        Rows of padding hold arbitrary finite numbers. Raises StoreError, also for a failure in the background.
+        Padding rows hold arbitrary finite numbers. Raises StoreError, also for a failure in the background.
         """
 
     def write(self, values: torch.Tensor) -> None:
-        """Take the successors [b, C, H, W] of what `read` gave; padding is ignored. Moves to the next step."""
+        """Store the successors [b, C, H, W] of the states that `read` returned, and advance to the next step.
+
+        Padding rows are ignored.
+        """
         self.put(values)
         self.step += 1
         if self.step == self.order.steps_per_epoch:
@@ -150,15 +164,17 @@ class X0Store(ABC):
 
     @abstractmethod
     def put(self, values: torch.Tensor) -> None:
-        """Store the successors [b, C, H, W] of what `read` gave for the step (`self.epoch`, `self.step`)."""
+        """Store the successors [b, C, H, W] of the states that `read` returned for step (`self.epoch`, `self.step`)."""
 
     def next_epoch(self) -> None:
-        """Called when an epoch is over, with `self.epoch` the new one."""
+        """Called at the end of an epoch; `self.epoch` is already the new one."""
         return
 
     def initial_rows(self, source: StateSource | None) -> Iterator[tuple[int, int, Rows]]:
-        """(lane, chunk, rows) of all own chunks at the position of `source`, in this store's encoding: what `start` has
-        to take up. Generation 0 where `source` is None."""
+        """(lane, chunk, rows) of all of this rank's chunks at the position of `source`, in this store's encoding.
+
+        `start` has to load them. Generation 0 if `source` is None.
+        """
         for lane, chunk in self.layout.chunks():
             if source is None:
                 samples = self.order.chunk_samples(lane, chunk)
@@ -169,29 +185,30 @@ class X0Store(ABC):
 
     @abstractmethod
     def rows(self, lane: int, chunk: int) -> Rows:
-        """A chunk's current rows, as `StateSource.rows`. For an own lane, between two steps."""
+        """A chunk's current rows, as `StateSource.rows`. Only for this rank's lanes, between two steps."""
 
     def snapshot(self, directory: Path) -> None:
-        """Write into `directory` what `start` needs to come back to this position. Durable when it returns.
+        """Write into `directory` all that `start` needs to return to this position. Durable when it returns.
 
-        By default this is a copy of all own rows, from which a store of any kind can be started.
+        By default this is a copy of all of this rank's rows, from which a store of any kind can be started.
         """
         write_full(self, directory)
 
     def retain(self, generations: set[int]) -> None:
-        """The generations that kept checkpoints refer to; others may go once training has passed them."""
+        """Keep the generations that retained checkpoints refer to; others may be deleted once training has passed
+        them."""
         return
 
     def gauges(self) -> dict[str, float]:
-        """What the store has chosen or holds at this moment, by name: for metrics."""
+        """Current sizes and settings of the store by name, for metrics."""
         return {}
 
     @abstractmethod
     def close(self) -> None:
-        """Stop background work. What was not part of a snapshot may be lost."""
+        """Stop background work. Anything that is not part of a snapshot may be lost."""
 
     def sha256(self) -> str:
-        """The fingerprint of the own lanes' state: its stored bytes in slot order."""
+        """Fingerprint of the state of this rank's lanes: SHA-256 of its stored bytes in slot order."""
         digest = hashlib.sha256()
         for lane, chunk in self.layout.chunks():
             digest.update(self.rows(lane, chunk).tobytes())

@@ -1,6 +1,6 @@
 """Optional compression of the chunks of a zarr store: Zarr's `blosc` codec, so that zarr-python reads what is written.
 
-Bytes are shuffled first: the sign and exponent of neighbouring numbers are alike, their last bits are noise.
+Bytes are shuffled first, because neighboring numbers have similar signs and exponents, while their last bits are noise.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from udddm.store.encoding import Rows
 
 Compression = Literal["none", "lz4", "zstd"]
 _LEVEL = 1
-"""Higher ones gain little on states: their last bits are noise."""
+"""Higher levels gain little on states, whose last bits are noise."""
 
-blosc.use_threads = False  # the pipeline has threads of its own, and blosc's are shared by all callers
+blosc.use_threads = False  # the pipeline already has threads, and blosc's are shared by all callers
 
 
 def codec(compression: Compression, item_bytes: int) -> list[dict[str, Any]]:
-    """The entry of an array's `codecs` for numbers of so many bytes; none without compression."""
+    """The entry of an array's `codecs` for numbers of `item_bytes` bytes; empty without compression."""
     if compression == "none":
         return []
     shuffle = "shuffle" if item_bytes > 1 else "bitshuffle"
@@ -29,7 +29,7 @@ def codec(compression: Compression, item_bytes: int) -> list[dict[str, Any]]:
 
 
 def of_array(metadata: dict[str, Any]) -> Compression:
-    """The compression of an array, from its `zarr.json`. Raises KeyError, TypeError or ValueError for any other."""
+    """The compression of an array, from its `zarr.json`. Raises KeyError, TypeError or ValueError if unsupported."""
     for each in metadata["codecs"]:
         if each["name"] == "blosc":
             found: Compression = each["configuration"]["cname"]
@@ -40,7 +40,7 @@ def of_array(metadata: dict[str, Any]) -> Compression:
 
 
 def compress(rows: Rows, compression: Compression) -> bytes | memoryview:
-    """The bytes of rows as they are stored, not copied without need: a function of rows and the library's version."""
+    """The stored bytes of `rows`, without unnecessary copies. Deterministic for a given version of the library."""
     if compression == "none":
         return np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
     shuffle = blosc.SHUFFLE if rows.itemsize > 1 else blosc.BITSHUFFLE
@@ -48,5 +48,5 @@ def compress(rows: Rows, compression: Compression) -> bytes | memoryview:
 
 
 def decompress(data: memoryview, compression: Compression) -> bytes | memoryview:
-    """The bytes of the rows. Raises ValueError or RuntimeError for what `compress` did not make."""
+    """The bytes of the rows. Raises ValueError or RuntimeError if `data` does not come from `compress`."""
     return data if compression == "none" else bytes(blosc.decompress(bytes(data)))

@@ -11,7 +11,7 @@ from udddm.store.layout import StateLayout
 
 
 class DeviceStore(X0Store):
-    """Reads gather rows and writes scatter them in place, on the device and without I/O."""
+    """Reads gather rows, and writes scatter them in place, on the device and without I/O."""
 
     def __init__(self, layout: StateLayout):
         super().__init__(layout)
@@ -19,7 +19,7 @@ class DeviceStore(X0Store):
 
     @classmethod
     def memory_kind(cls, device: torch.device) -> str:
-        return "GPU memory" if device.type == "cuda" else "host memory (no GPU here)"
+        return "GPU memory" if device.type == "cuda" else "host memory (no GPU available)"
 
     def describe(self) -> str:
         return f"a tensor in {self.memory_kind(self.device)}"
@@ -30,7 +30,7 @@ class DeviceStore(X0Store):
             self._state[self.layout.chunk_slots(lane, chunk)] = self.encoding.to_tensor(rows).to(self.device)
 
     def _visited(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Slot and row in the batch of each of the step's samples, on the device."""
+        """The slot and the batch row of each of the step's samples, on the device."""
         both = torch.from_numpy(np.stack(self.layout.step_slots(self.epoch, self.step)))
         if self.device.type == "cuda":
             both = both.pin_memory().to(self.device, non_blocking=True)

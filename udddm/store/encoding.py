@@ -19,10 +19,10 @@ _HALF_MAX = 65504.0
 
 
 class Encoding:
-    """Float32 states to stored numbers and back.
+    """Converts float32 states to stored numbers and back.
 
-    `uint8` maps [-1, 1] to 0..255 by rounding to the nearest of 256 even steps and clamps what lies outside: its
-    error within [-1, 1] is at most 1/255. Zarr knows no bfloat16, so bf16 is stored as the uint16 of its bits.
+    `uint8` rounds [-1, 1] to the nearest of 256 evenly spaced values and clamps values outside; its error within
+    [-1, 1] is at most 1/255. Zarr has no bfloat16, so bf16 is stored as uint16 with the same bits.
     """
 
     def __init__(self, name: StateDtype):
@@ -36,7 +36,7 @@ class Encoding:
         self.array = np.dtype({"fp32": "<f4", "fp16": "<f2", "bf16": "<u2", "uint8": "u1"}[name])
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
-        """Float32 [n, C, H, W] to the stored torch dtype, on the same device."""
+        """Convert float32 [n, C, H, W] to the stored torch dtype, on the same device."""
         if self.name == "uint8":
             return values.clamp(-1, 1).add(1).mul(127.5).round().to(torch.uint8)
         if self.name == "fp16":
@@ -44,22 +44,22 @@ class Encoding:
         return values.to(self.tensor)
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
-        """The float32 values of stored numbers, on the same device."""
+        """Convert stored numbers to float32, on the same device."""
         if self.name == "uint8":
             return stored.float().div(127.5).sub(1)
         return stored.float()
 
     def to_array(self, stored: torch.Tensor) -> Rows:
-        """A view of a host tensor as the array that is written."""
+        """View an encoded host tensor as the array that is written."""
         return (stored.view(torch.uint16) if self.name == "bf16" else stored).numpy()
 
     def to_tensor(self, rows: Rows) -> torch.Tensor:
-        """An array as the host tensor that `decode` takes: a view, or a copy of one that must not be written to."""
+        """View an array as the host tensor that `decode` takes; a read-only array is copied."""
         tensor = torch.from_numpy(rows if rows.flags.writeable else rows.copy())
         return tensor.view(torch.bfloat16) if self.name == "bf16" else tensor
 
     def recode(self, rows: Rows, source: Encoding) -> Rows:
-        """Rows stored in another encoding, in this one."""
+        """Convert rows from the encoding `source` to this one."""
         if source.name == self.name:
             return rows
         return self.to_array(self.encode(source.decode(source.to_tensor(rows))))
@@ -72,6 +72,6 @@ def generation_zero(
     encoding: Encoding,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """x_0^(0) ~ N(0, I) of `samples`, encoded: computed wherever it is needed, never stored."""
+    """x_0^(0) ~ N(0, I) of `samples`, encoded. It is computed when needed, never stored."""
     keys = rng.as_tensor(rng.keys(seed, Stream.INITIAL_STATE, samples))
     return encoding.encode(rng.normal(keys if device is None else keys.to(device), shape))

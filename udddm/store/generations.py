@@ -1,17 +1,17 @@
-"""The layout of the x0-state on disk: one Zarr v3 array a generation, written a whole chunk at a time.
+"""The layout of the x0-state on disk: one Zarr v3 array per generation, written one complete chunk at a time.
 
-    zarr.json                         group; attributes say whose state this is
-    gen-000012/zarr.json              array [lanes, slots a lane, C, H, W], chunks [1, C, ...], bytes + crc32c
+    zarr.json                         group; its attributes identify the run and its kind of state
+    gen-000012/zarr.json              array [lanes, slots per lane, C, H, W], chunks [1, C, ...], bytes + crc32c
     gen-000012/c/<lane>/<chunk>/0/0/0 a chunk: its rows, little endian, then the CRC32C of these bytes
     gen-000012/complete/lane-0003.json the lane's completion record: the CRC32C of each of its chunks
 
-A chunk is encoded here, not by zarr-python: it is one write of the rows and four bytes, which keeps pace with plain
-files where the codec pipeline reaches a third of that, and lets an error name its chunk. What is written is plain
-Zarr: `zarr.open(...)` reads it. (Zarr itself would take a missing chunk for zeros.)
+A chunk is encoded here, not by zarr-python. It is a single write of the rows and four bytes, which is as fast as plain
+files, where zarr-python's codec pipeline reaches a third of that, and errors can name the chunk. The result is plain
+Zarr that `zarr.open(...)` reads. (Zarr itself would read a missing chunk as zeros.)
 
 A lane's completion record is written after its last chunk is durable. A generation is complete, and immutable from
-then on, when every lane's record is there: ranks finish their own lanes and need no barrier. The records also bind
-each chunk to its place, so that a chunk swapped with another's, or left over from an older generation, is found.
+then on, once every lane has its record, so ranks finish their own lanes and need no barrier. The records also bind
+each chunk to its position, so that a chunk swapped with another, or left over from an older generation, is detected.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Checksums = dict[int, int]
 """The CRC32C of each chunk of a lane."""
 
 _RESIDUE = 0x48674BC7
-"""The CRC32C of any bytes followed by their own CRC32C."""
+"""The CRC32C of any bytes followed by their CRC32C."""
 
 _ZARR_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "uint16", "uint8": "uint8"}
 
@@ -45,9 +45,9 @@ def generation_name(generation: int) -> str:
 
 
 class Generations:
-    """Reads and writes the generations under one URL. Holds no state but the completion records it has read.
+    """Reads and writes the generations under one URL. Keeps no state except the completion records it has read.
 
-    `repair(error, samples)` is called for a damaged chunk before `state` gives generation 0 instead.
+    `repair(error, samples)` is called for a corrupt chunk before `state` returns generation 0 instead.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class Generations:
     ):
         self.objects, self.order, self.shape, self.encoding, self.repair = objects, order, shape, encoding, repair
         self.compression: Compression = compression
-        """Of generations that are yet to begin."""
+        """Compression of new generations; existing ones keep theirs."""
         self._compressions: dict[int, Compression] = {}
         self._records: dict[tuple[int, int], Checksums] = {}
 
@@ -78,11 +78,11 @@ class Generations:
         }
 
     def create(self, run_id: str = "", *, own: bool = False) -> None:
-        """Make the group, or check that the one that is there holds this run's kind of state.
+        """Create the group, or check that the existing one holds this run's kind of state.
 
         `run_id`: id of the run that writes here; empty for a store inside a run directory, whose location identifies
-        it. Raises StoreError when the group is another run's, or nobody's but not empty. `own`: it is known to be this
-        run's.
+        it. `own`: the store is known to belong to this run. Raises StoreError if the group belongs to another run, or
+        to no run but is not empty.
         """
         try:
             found = dict(json.loads(self.objects.get("zarr.json"))["attributes"])
@@ -90,7 +90,7 @@ class Generations:
             self._write_group(run_id)
             return
         except (ValueError, KeyError, TypeError) as error:
-            raise StoreError(f"{self.objects.uri('zarr.json')} is no x0-state store: {error}") from error
+            raise StoreError(f"{self.objects.uri('zarr.json')} is not an x0-state store: {error}") from error
         owner = found.pop("run", "")
         if found != self.identity():
             differing = [k for k in self.identity() if found.get(k) != self.identity()[k]]
@@ -101,14 +101,14 @@ class Generations:
 
         if owner != run_id and not own and (owner or self.existing()):
             raise StoreError(
-                f"{self.objects.uri('')} holds the x0-state of another run ({owner or 'none that is named'}), "
-                "although of the same kind; give every run a store.url of its own, or delete what is there"
+                f"{self.objects.uri('')} holds the x0-state of another run ({owner or 'id not recorded'}) of the same "
+                "kind; give every run a separate store.url, or delete the existing state"
             )
         if run_id and not owner:
             self._write_group(run_id)
 
     def owner(self) -> str:
-        """The id of the run that writes here; empty for a store inside a run directory, and for nobody's."""
+        """The id of the run that writes here; empty for a store inside a run directory or one without an owner."""
         return str(json.loads(self.objects.get("zarr.json"))["attributes"].get("run", ""))
 
     def _write_group(self, run_id: str) -> None:
@@ -116,7 +116,7 @@ class Generations:
         self._put_json("zarr.json", {"zarr_format": 3, "node_type": "group", "attributes": attributes})
 
     def begin(self, generation: int) -> None:
-        """Write the array's metadata. Every rank does; all write the same. What is there keeps its compression."""
+        """Write the array's metadata; all ranks write the same. An existing array keeps its compression."""
         order = self.order
         try:
             compression = self._compression_of(generation)
@@ -146,7 +146,7 @@ class Generations:
         )
 
     def _compression_of(self, generation: int) -> Compression:
-        """Raises FileNotFoundError when there is no such generation, StoreError when its metadata is damaged."""
+        """Raises FileNotFoundError if there is no such generation, StoreError if its metadata is damaged."""
         if generation not in self._compressions:
             key = f"{generation_name(generation)}/zarr.json"
             try:
@@ -159,7 +159,7 @@ class Generations:
         return f"{generation_name(generation)}/c/{lane}/{chunk}" + "/0" * len(self.shape)
 
     def write(self, generation: int, lane: int, chunk: int, rows: Rows) -> int:
-        """Write a chunk's rows durably and return their checksum. A short last chunk is filled up with zeros."""
+        """Write a chunk's rows durably and return their checksum. A short last chunk is padded with zeros."""
         missing = self.order.chunk_size - len(rows)
         if missing:
             rows = np.concatenate([rows, np.zeros((missing, *self.shape), rows.dtype)])
@@ -169,7 +169,7 @@ class Generations:
         return checksum
 
     def read(self, generation: int, lane: int, chunk: int, expected: int) -> Rows:
-        """A chunk's rows, verified against the recorded checksum. Raises DamagedChunkError."""
+        """A chunk's rows, verified against the recorded checksum `expected`. Raises CorruptChunkError."""
         key = self.chunk_key(generation, lane, chunk)
 
         def damaged(why: str) -> CorruptChunkError:
@@ -205,11 +205,11 @@ class Generations:
         return self.encoding.to_array(generation_zero(self.order.seed, samples, self.shape, self.encoding))
 
     def state(self, generation: int, lane: int, chunk: int, expected: int) -> Rows:
-        """As `read`, for training: with a `repair`, damage is no end."""
+        """Same as `read`, for training: with a `repair`, a corrupt chunk does not end the run."""
         try:
             return self.read(generation, lane, chunk, expected)
         except CorruptChunkError as error:
-            self.objects.guard.confirm()  # a successor's work is no damage, and nothing to begin again for
+            self.objects.guard.confirm()  # chunks that a successor replaced are not corrupt and must not be reset
             if self.repair is None:
                 raise
             self.repair(error, len(self.order.chunk_samples(lane, chunk)))
@@ -229,7 +229,7 @@ class Generations:
         self._records[generation, lane] = dict(checksums)
 
     def record(self, generation: int, lane: int) -> Checksums:
-        """The checksums of a complete lane. Raises StoreError when it is not complete or its record is damaged."""
+        """The checksums of a complete lane. Raises StoreError if it is not complete or its record is damaged."""
         if (generation, lane) not in self._records:
             key = self._record_key(generation, lane)
             where = self.objects.uri(key)
@@ -248,11 +248,12 @@ class Generations:
         return self._records[generation, lane]
 
     def record_checksum(self, generation: int, lane: int) -> int:
-        """What tells this lane of the generation from any other content that could stand in its place."""
+        """A checksum that distinguishes this lane of the generation from any other content at the same location."""
         return _identity(self.record(generation, lane))
 
     def restore_record(self, generation: int, lane: int, identity: int) -> bool:
-        """Make a lost completion record again from the chunks' own checksums. False unless it has that `identity`."""
+        """Rebuild a lost completion record from the checksums stored in the chunks. False unless it has this
+        `identity`, the value of `record_checksum`."""
         found = {}
         for chunk in range(self.order.num_chunks(lane)):
             try:
@@ -273,16 +274,16 @@ class Generations:
         return self.complete_lanes(generation) == list(range(self.order.num_lanes))
 
     def reopen(self, generation: int, lane: int) -> None:
-        """Make a lane incomplete again: a resumed run is about to write it once more."""
+        """Make a lane incomplete again, because a resumed run is about to rewrite it."""
         self._records.pop((generation, lane), None)
         self.objects.delete(self._record_key(generation, lane))
 
     def existing(self) -> list[int]:
-        """The generations of which anything is there, complete or not."""
+        """The generations that exist at least in part, complete or not."""
         return sorted(int(m[1]) for name in self.objects.list("") if (m := re.fullmatch(r"gen-(\d{6,})", name)))
 
     def delete(self, generation: int, lanes: range) -> None:
-        """Remove a generation's lanes, completion records first: what a crash leaves is visibly incomplete."""
+        """Delete a generation's lanes, completion records first, so that a crash leaves it visibly incomplete."""
         self._compressions.pop(generation, None)
         for lane in lanes:
             self.reopen(generation, lane)
@@ -292,7 +293,7 @@ class Generations:
             self.objects.delete(f"{generation_name(generation)}/c/{lane}")
 
     def delete_if_empty(self, generation: int) -> None:
-        """Remove what is left of a generation once every rank has deleted its lanes."""
+        """Delete the rest of a generation once every rank has deleted its lanes."""
         name = generation_name(generation)
         if not any(self.objects.list(f"{name}/c")) and not any(self.objects.list(f"{name}/complete")):
             self.objects.delete(name)
@@ -323,7 +324,7 @@ def order_of(settings: Any, where: str) -> Order:
 
 
 def open_existing(objects: ObjectStore) -> Generations:
-    """The generations of a store as its own group describes them, for inspection. Raises StoreError."""
+    """Open an existing store as its group metadata describes it, for inspection. Raises StoreError."""
     where = objects.uri("zarr.json")
     try:
         found = json.loads(objects.get("zarr.json"))["attributes"]
@@ -332,6 +333,6 @@ def open_existing(objects: ObjectStore) -> Generations:
         order = order_of(settings, where)
         return Generations(objects, order, tuple(int(d) for d in found["shape"]), Encoding(dtype))
     except FileNotFoundError:
-        raise StoreError(f"no x0-state store here: {where} does not exist") from None
+        raise StoreError(f"no x0-state store found: {where} does not exist") from None
     except (ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{where} does not describe an x0-state store: {error!r}") from error

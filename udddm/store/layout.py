@@ -1,4 +1,4 @@
-"""Which part of the x0-state a store holds, and how."""
+"""Which part of the x0-state one rank's store holds, and in which form."""
 
 from __future__ import annotations
 
@@ -24,43 +24,45 @@ class StateLayout:
     """(C, H, W) of a sample's state."""
     encoding: Encoding
     device: torch.device
-    """Where the training step wants the states."""
+    """The device on which the training step expects the states."""
 
     @property
     def row_bytes(self) -> int:
-        """Stored bytes of a sample."""
+        """Stored bytes per sample."""
         return math.prod(self.shape) * self.encoding.array.itemsize
 
     @property
     def slots(self) -> int:
-        """Samples of the own lanes."""
+        """Number of samples of the rank's lanes."""
         return self.order.lane_start(self.lanes.stop) - self.order.lane_start(self.lanes.start)
 
     def chunks(self) -> Iterator[tuple[int, int]]:
-        """(lane, chunk) of every chunk of the own lanes, in slot order."""
+        """(lane, chunk) of every chunk of the rank's lanes, in slot order."""
         for lane in self.lanes:
             for chunk in range(self.order.num_chunks(lane)):
                 yield lane, chunk
 
     def chunk_slots(self, lane: int, chunk: int) -> slice:
-        """Where a chunk of an own lane is among the own lanes' slots, which count from 0."""
+        """The slots of a chunk, counted from 0 at the rank's first slot."""
         own = self.order.lane_start(lane) - self.order.lane_start(self.lanes.start)
         start = own + chunk * self.order.chunk_size
         return slice(start, start + self.order.chunk_slots(lane, chunk))
 
     @property
     def step_samples(self) -> int:
-        """Rows of a step's batch, padding included."""
+        """Rows of a step's batch, including padding."""
         return len(self.lanes) * self.order.samples_per_lane_step
 
     def step_slots(self, epoch: int, step: int) -> tuple[Indices, Indices]:
-        """Of the samples that a step visits, their slots among the own lanes' and their rows in the step's batch. Rows
-        of the batch that are not named are padding."""
+        """The slots, counted from the rank's first slot, and the batch rows of the samples that a step visits.
+
+        All other rows of the batch are padding.
+        """
         batch = self.order.batch_of(self.lanes, epoch, step)
         rows = np.flatnonzero(batch.weights)
         return batch.slots[rows] - self.order.lane_start(self.lanes.start), rows
 
     @property
     def state_bytes(self) -> int:
-        """Stored bytes of the own lanes' samples."""
+        """Stored bytes of the samples of the rank's lanes."""
         return self.slots * self.row_bytes

@@ -1,7 +1,7 @@
 """The `pinned` store: the x0-state in host memory, behind the same pipeline as the zarr store.
 
-The state itself is ordinary memory; the batches on their way to and from a GPU are page-locked and copied on a side
-stream. Page-locking all of a state would take it from the operating system for the whole run and gain nothing.
+The state itself is in ordinary memory. The batches that are copied to and from a GPU are page-locked and copied on a
+side stream. Page-locking the entire state would withhold that memory from the operating system and gain nothing.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from udddm.store.pipeline import ChunkTable, HostStore
 
 
 class MemoryTable(ChunkTable):
-    """An array a lane. A chunk of the next generation takes the place of the one it came from, already read by then."""
+    """One array per lane. A chunk of the next generation overwrites its predecessor, which has been read by then."""
 
     def __init__(self, layout: StateLayout):
         self.order, self.shape, self.encoding = layout.order, layout.shape, layout.encoding

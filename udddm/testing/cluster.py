@@ -1,10 +1,10 @@
-"""A real Ray cluster on this machine for tests and benchmarks, with a token made for it.
+"""A real Ray cluster on this machine for tests and benchmarks, with its own generated token.
 
     with cluster.running(place, cpus=2) as ray:
         job = ray.submit("udddm-train", "--workers", "2", "--run-dir", str(run))
         said, _ = job.communicate()
 
-Only its own processes are ended with it: those whose environment has the token.
+It ends only its own processes: those with the token in their environment.
 """
 
 from __future__ import annotations
@@ -30,47 +30,48 @@ BIN = Path(sys.executable).parent
 
 @dataclass
 class Cluster:
-    """A head node and what its clients need to know."""
+    """A head node and the settings that its clients need."""
 
     environment: dict[str, str]
-    """For clients: the address, and the token."""
+    """Environment for clients: the address and the token."""
     directory: Path
-    """What is submitted with a job as its working directory."""
+    """Directory that is submitted with a job as its working directory."""
 
     address: str
-    """Of the head, for other nodes."""
+    """Address of the head node, for other nodes."""
     short: Path
-    """For directories whose sockets' names must not be long."""
+    """Short path for directories with sockets, whose names are limited in length."""
     nodes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def submit(self, *command: str, variables: dict[str, str] | None = None) -> subprocess.Popen[str]:
-        """`ray job submit` of a command: the process that shows its log and ends with it. `variables` are the job's."""
-        whole = [str(BIN / "ray"), "job", "submit", "--working-dir", str(self.directory)]
-        whole += ["--runtime-env-json", json.dumps({"env_vars": variables or {}}), "--", *command]
+        """Run `ray job submit` for a command. Returns the process, which prints the job's log and ends with the job.
+        `variables` are added to the job's environment."""
+        arguments = [str(BIN / "ray"), "job", "submit", "--working-dir", str(self.directory)]
+        arguments += ["--runtime-env-json", json.dumps({"env_vars": variables or {}}), "--", *command]
         return subprocess.Popen(
-            whole, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            arguments, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
     def call(self, *arguments: str) -> str:
-        """What `ray ARGUMENTS` prints."""
+        """The output of `ray ARGUMENTS`."""
         done = subprocess.run(
             [str(BIN / "ray"), *arguments], env=self.environment, capture_output=True, text=True, timeout=120
         )
         return done.stdout
 
     def add_node(self, cpus: int) -> None:
-        """Another node, as processes of this machine."""
+        """Add a node, as processes of this machine."""
         command = [str(BIN / "ray"), "start", "--block", f"--address={self.address}", f"--num-cpus={cpus}"]
-        # A directory of its own, or it would empty the one that the jobs on the head work in.
+        # A separate directory, else it would empty the one in which the jobs on the head run.
         command += [f"--temp-dir={tempfile.mkdtemp(prefix='ray-', dir=self.short)}"]
         with (self.directory.parent / f"node-{len(self.nodes)}.log").open("wb") as log:
             environment = {k: v for k, v in self.environment.items() if k != "RAY_ADDRESS"}
             self.nodes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
 
     def lose_node(self, number: int) -> None:
-        """SIGKILL to all processes of a node that was added, as if its machine had lost its power."""
+        """Send SIGKILL to all processes of an added node, as if its machine had lost power."""
         pids = [self.nodes[number].pid]
-        for pid in pids:  # grows while it is walked
+        for pid in pids:  # grows during the iteration
             with contextlib.suppress(OSError):
                 for task in Path(f"/proc/{pid}/task").iterdir():
                     pids += [int(child) for child in (task / "children").read_text().split()]
@@ -80,7 +81,7 @@ class Cluster:
         self.nodes[number].wait()
 
     def metrics(self) -> str:
-        """What the nodes' Prometheus endpoints say now."""
+        """The current output of the nodes' Prometheus endpoints."""
         listed = self.short / "head" / "prom_metrics_service_discovery.json"
         targets = [t for group in json.loads(listed.read_text()) for t in group["targets"]] if listed.exists() else []
         found = []
@@ -93,7 +94,7 @@ class Cluster:
         return "\n".join(found)
 
     def workers(self) -> list[int]:
-        """The pids of this cluster's training workers."""
+        """The process ids of this cluster's training workers."""
         return self._processes(b"ray::RayTrainWorker")
 
     def _processes(self, name: bytes = b"") -> list[int]:
@@ -110,7 +111,7 @@ class Cluster:
         return sorted(found)
 
     def end(self) -> None:
-        """Kill what is left of it."""
+        """Kill the remaining processes."""
         for pid in self._processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
@@ -124,7 +125,10 @@ def free_port() -> int:
 
 @contextlib.contextmanager
 def running(place: Path, cpus: int, **variables: str) -> Iterator[Cluster]:
-    """A head node on loopback, ready for jobs. `variables` are added to its environment and so to the jobs'."""
+    """Run a head node on loopback, ready for jobs. `variables` are added to its environment and so to the jobs'.
+
+    Raises RuntimeError if it does not start.
+    """
     dashboard = free_port()
     environment = {
         **os.environ,

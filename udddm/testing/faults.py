@@ -1,15 +1,15 @@
-"""An HTTP proxy before an S3 server that fails on purpose, by name.
+"""An HTTP proxy in front of an S3 server that injects faults by name.
 
     with s3.running() as server, FaultProxy(server.endpoint) as proxy:
         os.environ.update(server.environment(proxy.url))
-        objects = open_objects(f"s3://{s3.BUCKET}/some/prefix")
+        objects = open_object_store(f"s3://{s3.BUCKET}/some/prefix")
         proxy.fail("slow-down", times=2)
         proxy.fail("lost-reply", method="PUT")
         objects.put("key", b"bytes")
         assert (objects.retries, proxy.failed) == (3, 3)
 
-What a client makes of real replies and broken connections is tested here; what is above the client is tested more
-quickly with the errors of `udddm.testing.objects.FaultyObjects`.
+Use it to test how a client handles real replies and broken connections. Code above the client is tested faster with the
+errors of `udddm.testing.objects.FaultyObjectStore`.
 """
 
 from __future__ import annotations
@@ -37,22 +37,23 @@ ERRORS = {
     "no-bucket": (404, "NoSuchBucket", "The specified bucket does not exist"),
     "clock": (403, "RequestTimeTooSkewed", "The difference between the request time and the server's is too large."),
 }
-"""Replies that never reach the server. As AWS does, they repeat the sender's key id, signature and token."""
+"""Error replies of the proxy, whose requests never reach the server. Like those of AWS, they repeat the sender's key
+id, signature and token."""
 
 BROKEN = ("reset", "cut", "stall", "lost-reply")
-"""The connection is reset before the request is passed on; the reply ends in the middle; nothing comes back; the
-request takes effect and the connection is reset instead of the reply."""
+"""The connection is reset before the request is passed on; the reply ends early; there is no reply; the request takes
+effect and the connection is reset instead of the reply."""
 
 
 class FaultProxy:
-    """A context manager: within it clients talk to `url` and reach `upstream`, the server's URL."""
+    """A context manager that forwards requests to `url` to the server at `upstream`."""
 
     def __init__(self, upstream: str):
         self.upstream = urlsplit(upstream).netloc
         self.latency = 0.0  # seconds before each request is passed on
-        self.stall = 30.0  # seconds that a stalled request hangs, unless the proxy ends before
-        self.requests: list[str] = []  # the method of each, in the order of their arrival
-        self.failed = 0  # requests that were made to fail
+        self.stall = 30.0  # seconds that a stalled request hangs, unless the proxy ends earlier
+        self.requests: list[str] = []  # their methods, in order of arrival
+        self.failed = 0  # injected failures so far
         self._faults: list[tuple[str, str]] = []
         self._lock = threading.Lock()
         self._over = threading.Event()
@@ -72,7 +73,7 @@ class FaultProxy:
 
         class Server(ThreadingHTTPServer):
             def handle_error(self, request: object, address: object) -> None:
-                return  # a client that went away, as these tests make them do
+                return  # the client disconnected, as these tests cause it to
 
         self._server = Server(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -89,9 +90,9 @@ class FaultProxy:
         self._server.server_close()
 
     def fail(self, name: str, times: int = 1, method: str = "") -> None:
-        """Let the next `times` requests (of the HTTP method, when given) fail as `name`, of ERRORS or BROKEN, says.
+        """Let the next `times` requests (of the HTTP method, if given) fail with the fault `name` of ERRORS or BROKEN.
 
-        Raises ValueError for another name.
+        Raises ValueError if there is no such fault.
         """
         if name not in ERRORS and name not in BROKEN:
             raise ValueError(f"no fault {name!r}: there are {', '.join([*ERRORS, *BROKEN])}")
@@ -99,13 +100,13 @@ class FaultProxy:
             self._faults += [(name, method)] * times
 
     def heal(self) -> None:
-        """Forget the faults that have not happened yet."""
+        """Cancel the faults that have not occurred yet."""
         with self._lock:
             self._faults.clear()
 
     @contextmanager
     def failing(self, name: str, times: int = 1, method: str = "") -> Iterator[None]:
-        """As `fail`, until the end of the block at the latest."""
+        """Same as `fail`, but only until the end of the block."""
         self.fail(name, times, method)
         try:
             yield
@@ -152,7 +153,7 @@ class FaultProxy:
     def _forward(self, client: BaseHTTPRequestHandler, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection(self.upstream, timeout=30)
         connection.putrequest(client.command, client.path, skip_host=True, skip_accept_encoding=True)
-        for name, value in client.headers.items():  # the host too, which is signed
+        for name, value in client.headers.items():  # including the host, which is signed
             connection.putheader(name, value)
         connection.endheaders(body)
         response = connection.getresponse()
@@ -182,6 +183,6 @@ class FaultProxy:
         client.wfile.write(reply)
 
     def _reset(self, client: BaseHTTPRequestHandler) -> None:
-        # A lingering time of 0 makes close send a reset instead of an orderly end.
+        # With a linger time of 0, close sends a reset instead of an orderly shutdown.
         client.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         client.close_connection = True

@@ -1,15 +1,17 @@
-"""Objects that are slow, fail on purpose, or keep a record: wrappers around any `udddm.storage.base.Objects`.
+"""Object stores that are slow, fail on purpose, or log requests: wrappers around any `udddm.storage.base.ObjectStore`.
 
-    inner = open_objects("s3://bucket/prefix")
-    faulty = FaultyObjects(DelayedObjects(inner, seconds=0.05))
+    inner = open_object_store("s3://bucket/prefix")
+    faulty = FaultyObjectStore(DelayedObjectStore(inner, seconds=0.05))
     faulty.fail(ConnectionResetError("reset"), times=2, operation="put")
     faulty.fail(TimeoutError("no reply"), operation="put_if_absent", after=True)
 
-A wrapper sees single requests: each attempt is delayed, may fail and is recorded by itself, and the outermost makes the
-attempts and counts the `retries`. Wrappers go around one another. A zarr store opens its objects by itself; in a test
-give it wrapped ones by
+A wrapper sees single requests: each attempt is delayed, may fail, and is recorded separately. The outermost wrapper
+retries and counts the `retries`. Wrappers can be nested. A zarr store opens its object store itself; in a test, give it
+a wrapped one with
 
-    monkeypatch.setattr("udddm.store.zarr.open_objects", lambda url: DelayedObjects(open_objects(url), 0.05))
+    monkeypatch.setattr(
+        "udddm.store.zarr.open_object_store", lambda url: DelayedObjectStore(open_object_store(url), 0.05)
+    )
 """
 
 from __future__ import annotations
@@ -30,9 +32,9 @@ Operation = Literal["get", "put", "put_if_absent", "compare_and_swap", "list", "
 
 
 class WrappedObjectStore(ObjectStore):
-    """Passes each request on. A subclass overrides `_request`, through which all of them go.
+    """Passes each request on to `inner`. A subclass overrides `_request`, which is called for all of them.
 
-    Has the retry settings that `inner` has when it is wrapped, and its descriptions. Closing it closes `inner`.
+    Takes over the retry settings that `inner` has when it is wrapped, and its `uri`. Closing it closes `inner`.
     """
 
     def __init__(self, inner: ObjectStore):
@@ -41,7 +43,7 @@ class WrappedObjectStore(ObjectStore):
         self.retry, self.conditional = inner.retry, inner.conditional
 
     def _request(self, operation: Operation, key: str, sent: int, action: Callable[[], T]) -> T:
-        """One attempt at a request that carries `sent` bytes of content: the result of `action`, or what it raises."""
+        """One attempt at a request with `sent` bytes of content. Returns the result of `action` or raises its error."""
         return action()
 
     def _get(self, key: str) -> bytes:
@@ -77,7 +79,7 @@ class WrappedObjectStore(ObjectStore):
 
 
 class DelayedObjectStore(WrappedObjectStore):
-    """Every request waits for `seconds` before it is made. After `close` none waits, nor goes on waiting."""
+    """Delays every request by `seconds`. `close` ends all delays."""
 
     def __init__(self, inner: ObjectStore, seconds: float):
         super().__init__(inner)
@@ -96,7 +98,7 @@ class _Fault:
 
 
 class FaultyObjectStore(WrappedObjectStore):
-    """Requests fail as `fail` asks. `failed` counts those that did."""
+    """Lets requests fail as set with `fail`. `failed` counts the failures."""
 
     def __init__(self, inner: ObjectStore):
         super().__init__(inner)
@@ -107,11 +109,10 @@ class FaultyObjectStore(WrappedObjectStore):
     def fail(
         self, error: Exception, times: int = 1, operation: Operation | Literal[""] = "", *, after: bool = False
     ) -> None:
-        """Let the next `times` requests raise `error`: of one operation when it is given, after earlier faults.
+        """Let the next `times` requests raise `error`, after the faults set earlier; only of `operation`, if given.
 
-        An OSError is tried again (PermissionError is not), `PermanentStorageError` and FileNotFoundError are not. With
-        `after` the request takes effect first and what it gave is lost. Raises ValueError for an operation that does
-        not exist.
+        An OSError is retried, except PermissionError; `PermanentStorageError` and FileNotFoundError are not. With
+        `after`, the request takes effect first and its result is lost. Raises ValueError if there is no such operation.
         """
         if operation and operation not in get_args(Operation):
             raise ValueError(f"no operation {operation!r}: there are {', '.join(get_args(Operation))}")
@@ -119,7 +120,7 @@ class FaultyObjectStore(WrappedObjectStore):
             self._faults += [_Fault(error, operation, after)] * times
 
     def heal(self) -> None:
-        """Forget the faults that have not happened yet."""
+        """Cancel the faults that have not occurred yet."""
         with self._lock:
             self._faults.clear()
 
@@ -128,9 +129,9 @@ class FaultyObjectStore(WrappedObjectStore):
         if fault is None:
             return action()
         if fault.after:
-            with suppress(Exception):  # an error is a reply too
+            with suppress(Exception):  # an error also counts as a reply
                 action()
-        raise fault.error.with_traceback(None)  # else that of a fault which is raised again would grow
+        raise fault.error.with_traceback(None)  # else the traceback of a repeated fault would grow
 
     def _next_fault(self, operation: Operation) -> _Fault | None:
         with self._lock:
@@ -147,21 +148,21 @@ class Request:
 
     operation: Operation
     key: str
-    """Of a listing or deletion, the prefix."""
+    """The key; the prefix for a listing or deletion."""
     bytes: int
-    """Of content that was sent, or that a `get` received."""
+    """Bytes of content that were sent, or received by a `get`."""
     seconds: float
     outcome: str
-    """"done"; "not done" of a conditional write whose condition did not hold; else the error, as repr shows it."""
+    """"done"; "not done" for a conditional write whose condition was not met; else the repr of the error."""
 
     def __str__(self) -> str:
         return f"{self.operation} {self.key}: {self.outcome}, {self.bytes} bytes, {1000 * self.seconds:.1f} ms"
 
 
 class LoggedObjectStore(WrappedObjectStore):
-    """Records every request when it ends: in `requests`, and with `log`, a function or a logger (level INFO).
+    """Records every request when it ends, in `requests` and with `log`, a function or a logger (level INFO).
 
-    `log` is called in the thread of the request, from several at once. What it raises, the request raises.
+    `log` is called in the thread of the request, possibly from several at once. Its errors are raised by the request.
     """
 
     def __init__(self, inner: ObjectStore, log: Callable[[Request], object] | logging.Logger | None = None):
@@ -172,7 +173,7 @@ class LoggedObjectStore(WrappedObjectStore):
 
     @property
     def requests(self) -> list[Request]:
-        """A copy of the records until now, in the order in which the requests ended."""
+        """A copy of the records so far, in the order in which the requests ended."""
         with self._lock:
             return list(self._requests)
 

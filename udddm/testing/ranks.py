@@ -1,4 +1,4 @@
-"""Work on several ranks of this machine, without a launcher: for tests and benchmarks of engines."""
+"""Run work on several ranks of this machine without a launcher, for tests and benchmarks of engines."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def _rank(rank: int, world: int, meeting: str, work: Callable[[Ranks], None], de
     work(ranks)
     ranks.close()
     sys.stdout.flush()
-    os._exit(0)  # DeepSpeed's engines keep their groups, whose threads may abort a process that ends in the usual way
+    os._exit(0)  # DeepSpeed's engines keep their groups, whose threads may abort a process that exits normally
 
 
 def on_ranks(world: int, place: Path, work: Callable[[Ranks], None], device: str = "cpu") -> None:
-    """Run `work`, which must be picklable, on `world` new processes. Raises RuntimeError when one of them fails."""
+    """Run `work`, which must be picklable, in `world` new processes. Raises RuntimeError if one of them fails."""
     spawn = multiprocessing.get_context("spawn")
     processes = [
         spawn.Process(target=_rank, args=(rank, world, str(place / f"meet-{world}"), work, device))

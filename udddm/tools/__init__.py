@@ -1,1 +1,1 @@
-"""What commands do around a run: plan, measure, inspect, convert."""
+"""The work of the commands around a run: plan, measure, inspect, convert."""

@@ -1,4 +1,4 @@
-"""What a data set's x0-state needs, and what this machine and a URL give: `udddm-store plan` and `bench`."""
+"""The storage needs of a data set's x0-state, and the speed of this machine or a URL (`udddm-store plan`, `bench`)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from udddm.store.encoding import Encoding, StateDtype
 
 S3_PUTS_A_SECOND = 3500
 S3_GETS_A_SECOND = 5500
-"""Requests a second that S3 sustains for one key prefix (Amazon S3 user guide, "Best practices design patterns")."""
+"""Requests per second that S3 sustains for one key prefix (Amazon S3 user guide, "Best practices design patterns")."""
 
 
 @dataclass(frozen=True)
 class Needs:
-    """What training at a given speed asks of a store. Bytes and seconds."""
+    """The demands of training at a given speed on a store, in bytes and seconds."""
 
     order: Order
     workers: int
@@ -29,11 +29,11 @@ class Needs:
     chunk_bytes: int
     window_bytes: int
     bytes_per_second: float
-    """Read, and as much again written, over all workers."""
+    """Bytes read per second, and as many written, over all workers."""
     chunks_per_second: float
-    """Gets, and as many puts, over all workers."""
+    """Gets per second, and as many puts, over all workers."""
     window_seconds: float
-    """How long a window is in use: the time there is to read the next one and write the last."""
+    """Seconds that a window is in use: the time available to read the next one and write the previous one."""
 
     @property
     def rank_bytes_in_memory(self) -> int:
@@ -48,7 +48,8 @@ class Needs:
 def needs(
     samples: int, shape: tuple[int, ...], dtype: StateDtype, images_per_second: float, workers: int, batch: int
 ) -> Needs:
-    """Raises ConfigError for workers that do not divide the lanes (a multiple of 8 of them is taken beyond 8)."""
+    """Compute the needs. With more than 8 workers the number of lanes is a multiple of 8. Raises ConfigError if the
+    workers do not divide the lanes."""
     lanes = max(8, workers)
     config = OrderConfig(lanes=lanes)
     order = Order.build(config, 0, samples, batch * lanes // math.gcd(batch, lanes), shape)
@@ -68,29 +69,31 @@ def needs(
 
 
 def plan(needed: Needs) -> list[str]:
-    """Lines that say what the state needs, which store fits and why, and what S3 would bill for."""
+    """Lines that describe the needs of the state, which store fits and why, and the billable usage on S3."""
     order, gib = needed.order, 2.0**30
     lines = [
-        f"x0-state: {needed.generation_bytes / gib:.2f} GiB a generation; two to four generations are kept on disk",
+        f"x0-state: {needed.generation_bytes / gib:.2f} GiB per generation; two to four generations are kept on disk",
         f"layout: {order.num_lanes} lanes of {order.num_chunks(0)} chunks of {order.chunk_size} samples "
         f"({needed.chunk_bytes / 2**20:.2f} MiB), windows of at most {order.chunks_per_window} chunks",
-        f"memory a rank: gpu and pinned {needed.rank_bytes_in_memory / gib:.2f} GiB; "
+        f"memory per rank: gpu and pinned {needed.rank_bytes_in_memory / gib:.2f} GiB; "
         f"zarr {needed.rank_bytes_in_windows / gib:.2f} GiB",
         f"bandwidth: {needed.bytes_per_second / 1e6:.1f} MB/s read and as much written, over {needed.workers} workers",
-        f"requests: {needed.chunks_per_second:.2f} gets and as many puts a second, over all workers",
-        f"patience: a window is in use for {needed.window_seconds:.1f} s; where reading the next or writing the last "
-        "takes longer, a rank holds more windows, up to store.memory_mb",
+        f"requests: {needed.chunks_per_second:.2f} gets and as many puts per second, over all workers",
+        f"patience: a window is in use for {needed.window_seconds:.1f} s; if reading the next or writing the "
+        "previous one takes longer, a rank holds more windows, up to store.memory_mb",
     ]
     if needed.rank_bytes_in_memory < 2 * gib:
-        lines.append("fits: gpu, the state is small beside a network's activations; pinned and zarr do as well")
+        lines.append(
+            "fits: gpu, because the state is small compared to a network's activations; pinned and zarr also fit"
+        )
     elif needed.rank_bytes_in_memory < 64 * gib:
         lines.append("fits: pinned, if the host has the memory; zarr on a local NVMe disk needs less of it")
     else:
-        lines.append("fits: zarr, on local disks for one node and on object storage for several; no memory holds it")
+        lines.append("fits: zarr, on local disks for one node or object storage for several; too large for memory")
     share = needed.chunks_per_second / S3_PUTS_A_SECOND
     lines.append(
-        f"on S3: {needed.chunks_per_second * 3600:.0f} puts and as many gets an hour, "
-        f"{needed.bytes_per_second * 3600 / gib:.1f} GiB an hour each way (free within a region, billed across), "
+        f"on S3: {needed.chunks_per_second * 3600:.0f} puts and as many gets per hour, "
+        f"{needed.bytes_per_second * 3600 / gib:.1f} GiB per hour each way (free within a region, billed across), "
         f"{3 * needed.generation_bytes / gib:.1f} GiB stored; {share:.2%} of one prefix's {S3_PUTS_A_SECOND} puts/s"
     )
     return lines
@@ -98,7 +101,8 @@ def plan(needed: Needs) -> list[str]:
 
 @dataclass(frozen=True)
 class Speed:
-    """What a place gives for objects of one size. Seconds and bytes a second, over all threads."""
+    """Measured speed of a store for objects of one size. Latencies in seconds, rates in bytes per second over all
+    threads."""
 
     object_bytes: int
     threads: int
@@ -109,7 +113,8 @@ class Speed:
 
 
 def measure(objects: ObjectStore, object_bytes: int, *, threads: int = 8, count: int = 32) -> Speed:
-    """Write, read and remove `count` objects under `bench/`. Latencies are of one request alone, at the median."""
+    """Write, read and delete `count` objects under `bench/`. Latencies are the median of single requests. Raises
+    StoreError."""
     data = np.random.default_rng(0).bytes(object_bytes)
     keys = [f"bench/{i}" for i in range(count)]
     latencies: dict[str, list[float]] = {"put": [], "get": []}
@@ -141,9 +146,9 @@ def measure(objects: ObjectStore, object_bytes: int, *, threads: int = 8, count:
 
 
 def verdict(needed: Needs, speed: Speed) -> list[str]:
-    """Lines that hold what was measured against what is needed."""
+    """Lines that compare the measured speed with the needs."""
     lines = [
-        f"one request of {speed.object_bytes / 2**20:.2f} MiB alone: write {speed.write_latency * 1e3:.1f} ms, "
+        f"single request of {speed.object_bytes / 2**20:.2f} MiB: write {speed.write_latency * 1e3:.1f} ms, "
         f"read {speed.read_latency * 1e3:.1f} ms",
         f"{speed.threads} threads: write {speed.write_rate / 1e6:.0f} MB/s, read {speed.read_rate / 1e6:.0f} MB/s",
     ]
@@ -151,5 +156,5 @@ def verdict(needed: Needs, speed: Speed) -> list[str]:
         ratio = rate / needed.bytes_per_second
         slow = "TOO SLOW: training will wait for the store"
         word = "enough" if ratio >= 1.5 else "just enough" if ratio >= 1 else slow
-        lines.append(f"{name}: {ratio:.1f} times what {needed.bytes_per_second / 1e6:.1f} MB/s needs ({word})")
+        lines.append(f"{name}: {ratio:.1f} times the needed {needed.bytes_per_second / 1e6:.1f} MB/s ({word})")
     return lines

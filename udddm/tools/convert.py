@@ -1,4 +1,4 @@
-"""Copying a state to another place or dtype, and removing generations nobody refers to: `udddm-store convert`, `gc`."""
+"""Copy a state to another location or dtype, and delete unreferenced generations: `udddm-store convert` and `gc`."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ from udddm.tools.inspect import Place, find, of_run
 def convert(place: Place, destination: str, dtype: StateDtype | None) -> str:
     """Write the newest state of a run or store as one complete generation at `destination`, a path or URL.
 
-    A run's is that of its newest checkpoint (within an epoch: the rows as they stand). Returns a line about it.
-    Raises StoreError when there is nothing to copy, or the destination holds another state or is being written.
+    The newest state of a run is that of its newest checkpoint (within an epoch: the current rows). Returns a line that
+    describes the copy. Raises StoreError if there is nothing to copy, or if the destination holds another state or is
+    being written.
     """
     generation, order, shape, encoding, rows = _newest(place)
     target_encoding = Encoding(dtype or encoding.name)
@@ -79,22 +80,22 @@ def _newest(place: Place) -> tuple[int, Order, tuple[int, ...], Encoding, Callab
 
 
 def collect(path: str, report: Callable[[str], None]) -> list[int]:
-    """Remove the generations that no checkpoint of a stopped run refers to, and return their numbers.
+    """Delete the generations that no checkpoint of a stopped run refers to, and return their numbers.
 
-    `report` gets a line about each, and the reason, before anything is removed. What is newer than the newest
-    checkpoint stays: a run that resumes writes it again, and another copy of the run directory may refer to it. Raises
-    StoreError and removes nothing for a bare store, a store of another run, and where a checkpoint is damaged or all
-    are missing; ConfigError or StoreError when the run is alive.
+    `report` is called with a line and the reason for each, before anything is deleted. Generations newer than the
+    newest checkpoint are kept: a resumed run rewrites them, and another copy of the run directory may refer to them.
+    Raises StoreError and deletes nothing for a bare store, a store of another run, or if a checkpoint is damaged or all
+    are missing; ConfigError or StoreError if the run is alive.
     """
     run = open_copy(path)
     if not (run.path / "run.json").exists():
-        find(path)  # says what is wrong with a place that is no store either
+        find(path)  # raises if it is not a store either
         raise StoreError(
             f"{path} is a store without its run: only a run's checkpoints say which generations are needed; "
             "give the run directory"
         )
     with ExitStack() as held:
-        # Without patience: a list of checkpoints from before a wait would lack those that were made during it.
+        # Without patience: a list of checkpoints from before a wait would lack those that were written during it.
         held.enter_context(run.lock(patience=0.0))
         run.download()
         place = of_run(path, run)
@@ -111,13 +112,13 @@ def collect(path: str, report: Callable[[str], None]) -> list[int]:
 
 
 def _hold_store(run: Run, stored: Generations, held: ExitStack) -> Callable[[], None]:
-    """Hold a store that another directory may name too. Returns the check that it is still held."""
+    """Lock a store that another run directory may also use. Returns a check that the lock is still held."""
     owner, own = stored.owner(), run_id(run.path)
     where = stored.objects.uri("")
     if owner != own:
         raise StoreError(
-            f"{where} is the store of another run ({owner or 'none that is named'}), not of {run} ({own or 'no id'}): "
-            "nothing was removed. Run gc on the run whose store it is"
+            f"{where} is the store of another run ({owner or 'id not recorded'}), not of {run} ({own or 'no id'}): "
+            "nothing was deleted. Run gc on the run that owns the store"
         )
     lease = Lease(open_object_store(where), run.identity)
     lease.acquire()
@@ -126,19 +127,19 @@ def _hold_store(run: Run, stored: Generations, held: ExitStack) -> Callable[[], 
 
 
 def _unneeded(place: Place, stored: Generations, report: Callable[[str], None]) -> list[int]:
-    """The generations to remove; says why. Raises StoreError where that cannot be known."""
+    """The generations to delete; reports the reasons. Raises StoreError if that cannot be determined."""
     assert place.run is not None
     existing, kept = stored.existing(), place.run.checkpoints()
     if not place.checkpoints and existing:
         raise StoreError(
             f"{kept.name(kept.directory)} holds no checkpoint, but {stored.objects.uri('')} holds generations: "
-            "nothing was removed. Restore the checkpoints (is their disk mounted?), or delete the store by hand"
+            "nothing was deleted. Restore the checkpoints (is their disk mounted?), or delete the store by hand"
         )
     for path in place.checkpoints:
         if (problem := kept.corruption(path)) is not None:
             raise StoreError(
-                f"checkpoint {path.name} is damaged, so that what it needs is not known: {problem}. Nothing was "
-                "removed; restore the checkpoint from a copy, or delete it if it is not needed"
+                f"checkpoint {path.name} is damaged, so the generations that it needs are unknown: {problem}. Nothing "
+                "was deleted; restore the checkpoint from a copy, or delete it if it is not needed"
             )
     epochs = {path.name: int(load_json(path / "state" / "snapshot.json")["epoch"]) for path in place.checkpoints}
     needed = {epoch + ahead for epoch in epochs.values() for ahead in (0, 1)}
@@ -148,7 +149,7 @@ def _unneeded(place: Place, stored: Generations, report: Callable[[str], None]) 
         references = ", ".join(f"{name} to {epoch} and {epoch + 1}" for name, epoch in epochs.items())
         report(f"checkpoints refer to generations: {references}")
     for generation in unneeded:
-        report(f"removing {generation_name(generation)} from {stored.objects.uri('')}: no checkpoint refers to it")
+        report(f"deleting {generation_name(generation)} from {stored.objects.uri('')}: no checkpoint refers to it")
     for generation in (g for g in existing if g > newest):
         report(f"keeping {generation_name(generation)}: it is newer than the newest checkpoint")
     return unneeded

@@ -1,4 +1,4 @@
-"""`udddm-train --dry-run`: what a run would do and need, counted and measured, with nothing written or downloaded."""
+"""`udddm-train --dry-run`: the cost of a run, counted and measured, without writing or downloading anything."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from udddm.tools.throughput import GPUS, an_image, emulated, measure, on_h100s, 
 
 
 def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = None) -> list[str]:
-    """Lines that say what a run of `config` is: parameters, operations, state, memory, bandwidth, steps and time.
+    """Lines that describe a run of `config`: parameters, operations, state, memory, bandwidth, steps and time.
 
-    Without `dataset` the data are loaded if `data.path` says where they are, or if nothing else tells what they hold.
-    Raises ConfigError and DataError as a run would.
+    Without `dataset`, the data are loaded only if `data.path` is set or their size is not known otherwise. Raises
+    ConfigError and DataError as a run would.
     """
     ranks = join(device, config.order.lanes, group=engines.find(config).needs_process_group)
     if config.train.torch_threads is not None:
@@ -55,19 +55,19 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
         f"data: {data.samples} images {'x'.join(map(str, data.shape))} ({origin}), batches of {train.batch_size}",
         f"network: {cost.parameters:,} parameters; objective: {objectives.describe(config, visit)}; "
         f"schedule: {config.schedule.kind} ({config.schedule.preconditioning})",
-        f"compute: {an_image(cost, teacher) / 1e9:.4g} GFLOP an image and step: {cost.training / 1e9:.4g} forward and "
+        f"compute: {an_image(cost, teacher) / 1e9:.4g} GFLOP per image and step: {cost.training / 1e9:.4g} forward and "
         f"backward, and {cost.forward / 1e9:.4g} forward for targets that are not stored, at {teacher:.1%} of the "
         "visits",
         f"memory: {_size(cost.parameters * 4 * (4 + averages))} for weights, gradients, Adam's moments and "
         f"{averages} EMA, and activations",
-        f"x0-state: {_size(generation)} a generation in {config.store.dtype}; "
+        f"x0-state: {_size(generation)} per generation in {config.store.dtype}; "
         f"{order.num_lanes} lanes of {order.num_chunks(0)} chunks of {order.chunk_size} samples "
         f"({_size(order.chunk_size * sample_bytes)})",
-        f"store {config.store.kind}: a rank holds at most {_size(kind.resident_bytes(layout))} in "
+        f"store {config.store.kind}: each rank holds at most {_size(kind.resident_bytes(layout))} in "
         f"{kind.memory_kind(ranks.device)}",
         f"bandwidth: {_size(rate * sample_bytes)}/s read and as much written, at the measured speed",
         f"length: {steps:,} steps, {steps / order.steps_per_epoch:.1f} epochs of {order.steps_per_epoch} steps",
-        f"time: {_duration(steps * step)} at {_duration(step)} a step, {rate:.4g} images/s (measured here, "
+        f"time: {_duration(steps * step)} at {_duration(step)} per step, {rate:.4g} images/s (measured here, "
         f"{_count(ranks.world_size, 'rank')}, {device}: {_count(speed.images, 'image')} forward and backward in "
         f"{_duration(speed.passes)}, scaled in proportion to a step's {train.batch_size}, and "
         f"{_duration(speed.update)} for the optimizer and EMA)",
@@ -76,7 +76,7 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
 
 
 def _data(config: RunConfig, dataset: MapDataset | None) -> tuple[ExpectConfig, str]:
-    """What the data hold, and how that is known."""
+    """The size of the data set, and whether it was loaded. Raises ConfigError, DataError."""
     known = expected(config.data)
     if dataset is None and config.data.path is None and known is not None:
         data, origin = known, "not loaded"
@@ -94,8 +94,8 @@ def _h100s(step: float | None, how: str, steps: int, batch: int, sample_bytes: i
         return f"on {GPUS} H100: {how}"
     rate = batch / step
     return (
-        f"on {GPUS} H100: {steps * step / 86400:.2f} days at {_duration(step)} a step, {rate:.0f} images/s ({how}; "
-        f"communication left out); the node then reads {_size(rate * sample_bytes)}/s of state and writes as much"
+        f"on {GPUS} H100: {steps * step / 86400:.2f} days at {_duration(step)} per step, {rate:.0f} images/s ({how}; "
+        f"without communication); the node then reads {_size(rate * sample_bytes)}/s of state and writes as much"
     )
 
 

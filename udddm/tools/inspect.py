@@ -1,4 +1,4 @@
-"""Looking into a store without writing to it, also beside a live run: what `udddm-store` shows."""
+"""Inspect a store without writing to it, also while a run is using it: the output of `udddm-store`."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from udddm.store.generations import Checksums, Generations, generation_name, ope
 from udddm.store.snapshot import Snapshot, read_header
 
 _TURNS = 5
-"""How often a live run's checkpoints are listed again, before those of the last list are taken as they are."""
+"""How many times the changing checkpoints of a live run are listed before the last list is used."""
 
 
 @dataclass
 class Place:
-    """What a path or URL given to `udddm-store` turns out to be."""
+    """The run or store at a path or URL given to `udddm-store`."""
 
     name: str
     generations: Generations | None
-    """The zarr store, where there is one."""
+    """The zarr store, if there is one."""
     run: Run | None = None
     config: RunConfig | None = None
     checkpoints: list[Path] = field(default_factory=list)
 
 
 def find(path: str) -> Place:
-    """A run directory (its store and checkpoints) or a store's own path or URL. Raises StoreError for neither."""
+    """Open a run (its store and checkpoints) or a store at a path or URL. Raises StoreError if it is neither."""
     run = open_copy(path)
     if (run.path / "run.json").exists():
         return of_run(path, run)
@@ -47,7 +47,7 @@ def find(path: str) -> Place:
 
 
 def of_run(name: str, run: Run) -> Place:
-    """What a run holds at this moment. Raises StoreError, CheckpointError."""
+    """The current store and checkpoints of a run. Raises StoreError, CheckpointError."""
     file = run.path / "run.json"
     config = resolve(load_json(file, "config")["config"], str(file))
     kept = run.checkpoints()
@@ -57,15 +57,15 @@ def of_run(name: str, run: Run) -> Place:
             with suppress(CheckpointError):  # `verify` reports it
                 kept.ensure_local(checkpoint)
         if kept.all() == checkpoints:
-            break  # else a live run has made or removed some meanwhile
+            break  # else a live run has written or deleted some meanwhile
     objects = open_object_store(_url_in_use(checkpoints, config) or run.state)
     stored = open_existing(objects) if objects.exists("zarr.json") else None
     return Place(name, stored, run, config, checkpoints)
 
 
 def _url_in_use(checkpoints: list[Path], config: RunConfig) -> str | None:
-    """Where the newest checkpoint refers to: a run may go on with another `store.url` than it began with."""
-    with suppress(StoreError):  # a damaged checkpoint is `verify`'s to report
+    """The store URL of the newest checkpoint, because a run may be resumed with a different `store.url`."""
+    with suppress(StoreError):  # `verify` reports a damaged checkpoint
         if checkpoints and (header := _header(checkpoints[-1]))["form"] == "reference":
             url: str | None = header["url"]
             return url
@@ -73,7 +73,7 @@ def _url_in_use(checkpoints: list[Path], config: RunConfig) -> str | None:
 
 
 def info(place: Place) -> list[str]:
-    """Lines about a store: what it holds, which generations, and how much room they take."""
+    """Lines that describe a store: its content, its generations, and their size on disk."""
     lines = []
     if place.generations is not None:
         stored = place.generations
@@ -81,7 +81,7 @@ def info(place: Place) -> list[str]:
         lines += [
             f"store: {stored.objects.uri('')}",
             f"samples: {order.samples} of {'x'.join(map(str, stored.shape))}, {stored.encoding.name}",
-            f"layout: {order.num_lanes} lanes, {order.num_chunks(0)} chunks a lane of {order.chunk_size} samples "
+            f"layout: {order.num_lanes} lanes, {order.num_chunks(0)} chunks per lane of {order.chunk_size} samples "
             f"({stored.chunk_bytes / 2**20:.2f} MiB), windows of {order.chunks_per_window} chunks",
         ]
         for generation in stored.existing():
@@ -89,7 +89,7 @@ def info(place: Place) -> list[str]:
             word = "complete" if complete == order.num_lanes else f"{complete} of {order.num_lanes} lanes complete"
             chunks = sum(order.num_chunks(lane) for lane in range(order.num_lanes))
             size = chunks * stored.chunk_bytes / 2**20
-            lines.append(f"{generation_name(generation)}: {word}, {size:.1f} MiB when whole")
+            lines.append(f"{generation_name(generation)}: {word}, {size:.1f} MiB when complete")
         if not stored.existing():
             lines.append("no generation is stored yet")
     elif place.config is not None:
@@ -105,12 +105,12 @@ def info(place: Place) -> list[str]:
                 continue
             raise
         form = "all rows" if header["form"] == "full" else f"refers to {generation_name(header['epoch'])}"
-        lines.append(f"{path.name}: epoch {header['epoch']}, step {header['step']} of it; {form}")
+        lines.append(f"{path.name}: epoch {header['epoch']}, step {header['step']} of the epoch; {form}")
     return lines
 
 
 def _removed(place: Place, checkpoint: Path) -> bool:
-    """Whether a live run has removed it since it was listed."""
+    """Whether a live run has deleted the checkpoint since it was listed."""
     return place.run is not None and checkpoint not in place.run.checkpoints().all()
 
 
@@ -121,7 +121,7 @@ def _header(checkpoint: Path) -> dict[str, Any]:
 def verify(place: Place) -> tuple[int, list[str]]:
     """Read every chunk of every complete lane, and every checkpoint with the chunks that it refers to.
 
-    Returns the number of chunks read and what is damaged.
+    Returns the number of chunks read, and a line for each damaged item.
     """
     damaged: list[str] = []
     read: set[tuple[str, int, int, int]] = set()
@@ -146,7 +146,7 @@ def verify(place: Place) -> tuple[int, list[str]]:
                     problems = check(stored, generation, lane, stored.record(generation, lane))
                 except StoreError as error:
                     problems = [str(error)]
-                if problems and lane in stored.complete_lanes(generation):  # else a live run has just removed it
+                if problems and lane in stored.complete_lanes(generation):  # else a live run has just deleted it
                     damaged += problems
     kept = place.run.checkpoints() if place.run is not None else None
     for path in place.checkpoints:
@@ -162,7 +162,7 @@ def verify(place: Place) -> tuple[int, list[str]]:
                 problems = [str(error)]
         else:
             problems = [problem]
-        if problems and path in kept.all():  # else a live run has just removed it
+        if problems and path in kept.all():  # else a live run has just deleted it
             damaged += [f"checkpoint {path.name}: {problem}" for problem in problems]
     return len(read), damaged
 
@@ -170,7 +170,7 @@ def verify(place: Place) -> tuple[int, list[str]]:
 def _check_references(
     path: Path, place: Place, check: Callable[[Generations, int, int, Checksums], list[str]]
 ) -> list[str]:
-    """What is damaged of the generations that a checkpoint refers to, and is not in the list yet."""
+    """Damage in the generations that a checkpoint refers to, as far as it is not listed yet."""
     assert place.run is not None
     snapshot = Snapshot(path / "state", place.run.state)
     problems: list[str] = []
@@ -185,9 +185,9 @@ def _check_references(
 
 
 def estimates(place: Place, sample: int) -> list[tuple[str, torch.Tensor]]:
-    """A sample's stored estimates [C, H, W], oldest first, each with the generation or checkpoint it is from.
+    """A sample's stored estimates [C, H, W], oldest first, each with the name of its generation or checkpoint.
 
-    Raises StoreError when there is none, or no such sample.
+    Raises StoreError if there are none, or no such sample.
     """
     found: list[tuple[str, torch.Tensor]] = []
     if place.generations is not None:
@@ -200,7 +200,7 @@ def estimates(place: Place, sample: int) -> list[tuple[str, torch.Tensor]]:
                 except StoreError:
                     if lane in stored.complete_lanes(generation):
                         raise
-                    continue  # a live run has just removed it
+                    continue  # a live run has just deleted it
                 found.append((generation_name(generation), _decoded(stored, rows, row)))
     for path in place.checkpoints:
         try:
@@ -217,7 +217,7 @@ def estimates(place: Place, sample: int) -> list[tuple[str, torch.Tensor]]:
 
 
 def _of_checkpoint(place: Place, path: Path, sample: int, *, needed: bool) -> torch.Tensor | None:
-    """A sample's estimate in a checkpoint that holds all rows, or, when it is needed, that refers to them."""
+    """A sample's estimate in a checkpoint that holds all rows, or, if `needed`, also in one that refers to them."""
     assert place.run is not None
     if _header(path)["form"] != "full" and not needed:
         return None

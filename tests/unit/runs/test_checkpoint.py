@@ -1,4 +1,4 @@
-"""Checkpoints are whole or not there, damage is found and named, and nothing else is lost."""
+"""Checkpoints are complete or absent, corruption is detected and named, and nothing else is lost."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def fill(directory: Path) -> None:
     (directory / "state" / "rows.bin").write_bytes(bytes(range(256)) * 10)
 
 
-def test_a_written_checkpoint_is_whole(tmp_path: Path) -> None:
+def test_a_written_checkpoint_is_valid(tmp_path: Path) -> None:
     path = Checkpoints(tmp_path).write(12, ALONE, fill)
     assert path.name == "step-00000012" and step_of(path) == 12
     assert corruption(path) is None
@@ -38,7 +38,7 @@ def test_a_written_checkpoint_is_whole(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).newest_valid() == path
 
 
-def test_every_damage_is_found_and_names_its_file(tmp_path: Path) -> None:
+def test_every_corruption_is_detected_and_names_its_file(tmp_path: Path) -> None:
     rng = random.Random(0)
     for trial in range(60):
         checkpoints = Checkpoints(tmp_path / str(trial))
@@ -54,7 +54,7 @@ def test_every_damage_is_found_and_names_its_file(tmp_path: Path) -> None:
         else:
             victim.unlink()
         problem = corruption(path)
-        if problem is None:  # a flipped space in the manifest's layout changes nothing it says
+        if problem is None:  # a flipped space in the manifest's layout does not change its content
             assert victim.name == "manifest.json" and kind == "flip"
             continue
         if victim.name != "manifest.json":
@@ -63,7 +63,7 @@ def test_every_damage_is_found_and_names_its_file(tmp_path: Path) -> None:
             checkpoints.newest_valid()
 
 
-def test_the_newest_valid_one_is_taken_and_the_others_are_logged(
+def test_the_newest_valid_checkpoint_is_used_and_invalid_ones_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoints = Checkpoints(tmp_path)
@@ -74,14 +74,14 @@ def test_the_newest_valid_one_is_taken_and_the_others_are_logged(
     assert "step-00000002.damaged" in checkpoints.discard_after(1)[0]
     assert checkpoints.all() == [older]
     assert {p.name for p in checkpoints.directory.iterdir()} == {older.name, "step-00000002.damaged"}
-    newer = checkpoints.write(2, ALONE, fill)  # training passes it again
+    newer = checkpoints.write(2, ALONE, fill)  # training writes this step again
     checkpoints.prune(1)
     assert checkpoints.all() == [newer] and (newer.with_name("step-00000002.damaged") / "manifest.json").exists()
 
 
 @contextmanager
 def no_more_files() -> Iterator[None]:
-    """Every attempt to open a file fails (EMFILE), as on a machine that is short of descriptors."""
+    """Every attempt to open a file fails (EMFILE), as on a machine without free file descriptors."""
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     lowest = os.open(os.devnull, os.O_RDONLY)
     os.close(lowest)
@@ -92,7 +92,7 @@ def no_more_files() -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
 
-def test_what_cannot_be_read_is_not_damaged_and_nothing_is_removed(
+def test_an_unreadable_checkpoint_is_not_corrupt_and_nothing_is_deleted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoints = Checkpoints(tmp_path)
@@ -109,9 +109,7 @@ def test_what_cannot_be_read_is_not_damaged_and_nothing_is_removed(
     assert checkpoints.all() == paths and all(corruption(path) is None for path in paths)
 
 
-def test_a_checkpoint_that_can_be_read_at_the_second_attempt_is_taken(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_readable_at_the_second_attempt_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoints = Checkpoints(tmp_path)
     newest = [checkpoints.write(step, ALONE, fill) for step in (1, 2)][-1]
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -120,7 +118,7 @@ def test_a_checkpoint_that_can_be_read_at_the_second_attempt_is_taken(
         assert checkpoints.newest_valid() == newest
 
 
-def test_a_loop_of_links_is_damage(tmp_path: Path) -> None:
+def test_a_loop_of_links_is_corruption(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     for name in ("model.safetensors", "state"):
         path = checkpoints.write(1, ALONE, fill)
@@ -130,20 +128,20 @@ def test_a_loop_of_links_is_damage(tmp_path: Path) -> None:
         assert name in str(corruption(path))
 
 
-def test_old_ones_go_only_when_the_newest_verifies(tmp_path: Path) -> None:
+def test_old_checkpoints_are_deleted_only_once_the_newest_is_verified(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     for step in (1, 2, 3):
         newest = checkpoints.write(step, ALONE, fill)
     (newest / "model.safetensors").write_bytes(b"")
     checkpoints.prune(1)
     assert len(checkpoints.all()) == 3
-    newest = checkpoints.write(3, ALONE, fill)  # a damaged one of the same step is replaced
+    newest = checkpoints.write(3, ALONE, fill)  # replaces a corrupt one of the same step
     checkpoints.prune(1)
     assert checkpoints.all() == [newest]
 
 
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(30, "Read-only file system")])
-def test_a_failed_write_leaves_the_earlier_ones(tmp_path: Path, error: OSError) -> None:
+def test_a_failed_write_keeps_earlier_checkpoints(tmp_path: Path, error: OSError) -> None:
     checkpoints = Checkpoints(tmp_path)
     kept = checkpoints.write(1, ALONE, fill)
 
@@ -169,7 +167,7 @@ def test_leftovers_of_a_killed_write_are_not_checkpoints(tmp_path: Path) -> None
     assert list(checkpoints.directory.iterdir()) == [path]
 
 
-def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
+def test_weights_of_a_different_network_are_refused(tmp_path: Path) -> None:
     wanted = {"a": torch.Size([2, 3]), "b": torch.Size([1])}
     tensors = {name: torch.zeros(shape) for name, shape in wanted.items()}
     save_file(tensors, tmp_path / "model.safetensors")
@@ -184,7 +182,7 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
             Saved(tmp_path, "model").check_network(wanted)
 
 
-def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unreadable_weight_files_are_errors(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes(b"\x80\x04pickle")
     (tmp_path / "x.json").write_text("{")
     for name in ("x.json", "none.json"):

@@ -1,13 +1,9 @@
-"""Averages with power-function profiles, and averages whose length is chosen after training."""
+"""Power-function profiles, and the approximation of one length by others."""
 
 from __future__ import annotations
 
 import itertools
-import json
 import math
-import uuid
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,41 +11,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from udddm import api, ema
-from udddm.cli.command import FAILED, USAGE
-from udddm.cli.evaluate import main as evaluate_command
-from udddm.cli.sample import main as sample_command
-from udddm.config import RunConfig, resolve
+from udddm import ema
+from udddm.config import resolve
 from udddm.ema import PowerEMA
-from udddm.errors import CheckpointError, ConfigError
+from udddm.errors import ConfigError
 from udddm.runs import posthoc_ema
-from udddm.runs.model import Model, load_model
-from udddm.runs.run import Run
-from udddm.runs.weights import Saved
 
 LENGTHS = st.floats(0.01, 0.287)
-TINY: dict[str, Any] = {
-    "data": {"name": "digits"},
-    "network": {
-        "base_channels": 8,
-        "channel_mult": [1],
-        "blocks_per_level": 1,
-        "attention_resolutions": [],
-        "dropout": 0.1,
-        "condition": "none",
-    },
-    "sample": {"every_steps": 0},
-    "checkpoint": {"every_steps": 10},
-}
-
-
-def config(*lengths: float, every: int = 2, plain: tuple[float, ...] = (0.9,), steps: int = 40) -> RunConfig:
-    train = {"steps": steps, "batch_size": 64, "torch_threads": 1, "learning_rate": 3e-3, "ema": plain}
-    return resolve(TINY | {"train": train | {"power_ema": lengths, "power_ema_every_steps": every}})
 
 
 def profile(gamma: float, steps: int) -> np.ndarray:
-    """The weight of each step 1..steps: the integral of the profile over it."""
+    """The weight of each step 1..steps: the integral of the profile over the step."""
     ends = (np.arange(steps + 1) / steps) ** (gamma + 1)
     return np.diff(ends)
 
@@ -74,7 +46,7 @@ def test_no_power_function_has_other_lengths(length: float) -> None:
 
 
 @given(LENGTHS, st.integers(1, 60), st.integers(0, 2**32))
-def test_moving_step_by_step_is_the_sum_over_the_profile(length: float, steps: int, seed: int) -> None:
+def test_stepwise_updates_equal_the_sum_over_the_profile(length: float, steps: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     live = torch.randn(5, generator=generator)
     average = PowerEMA({"w": live}, length)
@@ -119,12 +91,12 @@ def test_a_stored_length_is_its_own_snapshot(length: float, count: int) -> None:
 
 
 @given(LENGTHS, st.integers(1, 200))
-def test_weights_that_never_changed_come_out_as_they_are(length: float, count: int) -> None:
+def test_constant_weights_are_reproduced_exactly(length: float, count: int) -> None:
     steps, gammas = snapshots((0.05, 0.1), count)
     assert posthoc_ema.coefficients(steps, gammas, count, ema.exponent(length))[0].sum() == pytest.approx(1, abs=1e-9)
 
 
-def test_more_snapshots_come_nearer() -> None:
+def test_more_snapshots_give_a_closer_approximation() -> None:
     for length in (0.04, 0.07, 0.15):
         offs = [
             posthoc_ema.coefficients(*snapshots((0.05, 0.1), n), n, ema.exponent(length))[1]
@@ -134,8 +106,8 @@ def test_more_snapshots_come_nearer() -> None:
 
 
 @pytest.mark.parametrize("length", [0.04, 0.07, 0.12, 0.2])
-def test_a_length_that_was_not_kept_is_close_to_one_that_was(length: float) -> None:
-    """On a random walk, which is what averaging changes most."""
+def test_a_computed_length_is_close_to_one_kept_during_training(length: float) -> None:
+    """On a random walk, which averaging changes the most."""
     generator = torch.Generator().manual_seed(0)
     live = torch.zeros(500)
     kept, wanted = [PowerEMA({"w": live}, one) for one in (0.05, 0.1)], PowerEMA({"w": live}, length)
@@ -152,166 +124,10 @@ def test_a_length_that_was_not_kept_is_close_to_one_that_was(length: float) -> N
     assert off < 0.01
     assert np.linalg.norm(found - aim) / np.linalg.norm(aim) < 0.01
     distance = min(np.linalg.norm(one.weights["w"].numpy() - aim) for one in kept)
-    assert np.linalg.norm(found - aim) < 0.1 * distance  # it is not one of the others
-
-
-# Runs.
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run that kept 0.05 and 0.1, every 2 of 40 steps."""
-    directory = tmp_path_factory.mktemp("posthoc") / "run"
-    api.train(config(0.05, 0.1), run_dir=directory, device="cpu")
-    return directory
-
-
-def sha256s(directory: Path) -> dict[str, str]:
-    return {k: v for k, v in json.loads((directory / "result.json").read_text()).items() if k.endswith("sha256")}
-
-
-def files(directory: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(directory)): p.read_bytes() for p in sorted(directory.rglob("*")) if p.is_file()}
-
-
-def weights(model: Model) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in model.network.parameters()])
-
-
-def test_a_length_chosen_after_training_is_the_one_kept_while_training(run: Path, tmp_path: Path) -> None:
-    api.train(config(0.07, plain=()), run_dir=tmp_path / "other", device="cpu")
-    assert sha256s(tmp_path / "other")["weights_sha256"] == sha256s(run)["weights_sha256"]
-    aim = weights(load_model(tmp_path / "other"))  # the first power average, where there is no other
-    found = weights(load_model(run, ema_length=0.07))
-    kept = {name: weights(load_model(run, ema=name)) for name in ("power-0.05", "power-0.1", "0.9", "none")}
-    assert (found - aim).norm() < 1e-3 * aim.norm()
-    assert all((found - aim).norm() < 0.1 * (other - aim).norm() for other in kept.values())
-    assert (weights(load_model(run, ema_length=0.1)) - kept["power-0.1"]).norm() < 1e-3 * aim.norm()
-
-
-def test_snapshots_are_whole_networks_at_every_interval_and_the_last_step(tmp_path: Path) -> None:
-    api.train(config(0.05, 0.1, every=7, steps=16), run_dir=tmp_path, device="cpu")
-    found = posthoc_ema.stored(tmp_path / "ema")
-    assert [(one.step, one.length) for one in found] == [(s, x) for s in (7, 14, 16) for x in (0.05, 0.1)]
-    last = Saved(tmp_path / "checkpoints" / "step-00000016", "ema-power-0.05")
-    half = Saved(tmp_path / "ema" / "step-00000016", "power-0.05")
-    assert set(last) == set(half)
-    assert all(torch.equal(half[name], last[name].half()) for name in last)
-
-
-def test_a_run_resumes_bit_for_bit_with_its_averages(run: Path, tmp_path: Path) -> None:
-    chosen = config(0.05, 0.1)
-    api.train(chosen, run_dir=tmp_path, device="cpu")
-    (tmp_path / "result.json").unlink()
-    (tmp_path / "checkpoints" / "step-00000040" / "manifest.json").unlink()
-    for step in ("step-00000036", "step-00000040"):  # cut short, and not there
-        path = tmp_path / "ema" / step / "power-0.05.safetensors"
-        path.with_name(path.name + ".partial").write_bytes(path.read_bytes()[:100])
-        path.unlink()
-    assert len(posthoc_ema.stored(tmp_path / "ema")) == 38
-    api.train(chosen, run_dir=tmp_path, device="cpu")
-    assert sha256s(tmp_path) == sha256s(run)
-    assert files(tmp_path / "ema") == files(run / "ema")
-
-
-def test_two_ranks_put_down_whole_averages(tmp_path: Path) -> None:
-    """In one file, where of the checkpoint's each rank writes a share."""
-    api.train(config(0.05, 0.1, every=4, steps=6), run_dir=tmp_path, device="cpu", workers=2)
-    found = posthoc_ema.stored(tmp_path / "ema")
-    assert [(one.step, one.length) for one in found] == [(s, x) for s in (4, 6) for x in (0.05, 0.1)]
-    last = Saved(tmp_path / "checkpoints" / "step-00000006", "ema-power-0.1")
-    half = Saved(found[-1].path.parent, "power-0.1")
-    assert set(last) == set(half)
-    assert all(torch.equal(half[name], last[name].half()) for name in last)
-
-
-def test_a_run_at_a_url_has_the_same_averages(run: Path) -> None:
-    url = f"memory://{uuid.uuid4().hex}"
-    chosen = config(0.05, 0.1).model_copy(update={"store": config().store.model_copy(update={"kind": "zarr"})})
-    api.train(chosen, run_dir=url, device="cpu")
-    assert torch.equal(weights(load_model(url, ema_length=0.07)), weights(load_model(run, ema_length=0.07)))
-    with pytest.raises(CheckpointError, match=rf"averages in {url} cannot"):
-        load_model(url, ema_length=0.01)
-    with pytest.raises(CheckpointError, match="is one checkpoint"):
-        load_model(f"{url}/checkpoints/step-00000040", ema_length=0.07)
-
-
-def test_the_commands_take_a_length_or_a_name(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    common = ["--checkpoint", str(run), "--device", "cpu"]
-    drawn = {}
-    for name in ("--ema-length=0.07", "--ema=power-0.1", "--ema=none"):
-        assert sample_command([*common, name, "--seeds", "0-3", "--out", str(tmp_path)]) == 0
-        drawn[name] = np.load(tmp_path / "samples.npy")
-    assert np.array_equal(drawn["--ema-length=0.07"], api.sample(load_model(run, ema_length=0.07), range(4)))
-    assert len({image.tobytes() for image in drawn.values()}) == 3
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks" / "yardstick"))
-    figures = []
-    for name in ("--ema-length=0.07", "--ema=none"):
-        scoring = ["--features=features:digits", "--count=40", f"--cache={tmp_path}", f"--json={tmp_path / 'f.json'}"]
-        assert evaluate_command([*common, name, *scoring]) == 0
-        figures.append(json.loads((tmp_path / "f.json").read_text())["fd"])
-    assert figures[0] != figures[1]
-
-
-def test_without_power_averages_nothing_changes(tmp_path: Path) -> None:
-    """Neither what a run is called by nor what it writes; and a run begun with other snapshots resumes."""
-    assert "power_ema" in RunConfig().model_dump()["train"]
-    plain = config()
-    assert plain.fingerprint() == config(every=5).fingerprint() != config(0.05).fingerprint()
-    assert config(0.05, every=5).fingerprint() == config(0.05, every=7).fingerprint()
-    api.train(config(steps=4), run_dir=tmp_path, device="cpu")
-    assert not (tmp_path / "ema").exists()
-    assert not list(tmp_path.rglob("*power*"))
-
-
-# What is refused.
-
-
-def test_what_cannot_be_had_is_told(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    api.train(config(steps=4), run_dir=tmp_path / "plain", device="cpu")
-    api.train(config(0.05, every=4, steps=4), run_dir=tmp_path / "few", device="cpu")
-    newest = run / "checkpoints" / "step-00000040"
-    for where, length, code, words in (
-        (tmp_path / "plain", "0.1", FAILED, ["holds no averages", "train.power_ema"]),
-        (tmp_path / "few", "0.1", FAILED, ["the 1 averages", "cannot give one of length 0.1", "(0.05)"]),
-        (run, "0.01", FAILED, ["cannot give one of length 0.01", "0.05, 0.1"]),
-        (run, "0.3", USAGE, ["length", "0.2887", "0.3"]),
-        (run, "nan", USAGE, ["length", "0.2887", "nan"]),
-        (newest, "0.1", FAILED, ["is one checkpoint", "give the run"]),
-    ):
-        assert sample_command(["--checkpoint", str(where), "--ema-length", length, "--device", "cpu"]) == code
-        message = capsys.readouterr().err
-        assert all(part in message for part in words), message
-    assert sample_command(["--checkpoint", str(run), "--ema", "power-0.2", "--device", "cpu"]) == FAILED
-    assert "no average power-0.2; it has 0.9, power-0.05, power-0.1, none" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        sample_command(["--checkpoint", str(run), "--ema", "none", "--ema-length", "0.1"])
-    with pytest.raises(ConfigError, match="give one of them"):
-        load_model(run, ema="none", ema_length=0.1)
-
-
-@pytest.mark.parametrize("harm", ["flip", "cut", "other"])
-def test_a_damaged_average_is_found(harm: str, tmp_path: Path) -> None:
-    api.train(config(0.05, every=4, steps=4), run_dir=tmp_path, device="cpu")
-    path = tmp_path / "ema" / "step-00000004" / "power-0.05.safetensors"
-    data = bytearray(path.read_bytes())
-    data[-5] ^= 1
-    shapes: dict[str, torch.Size] = {"w": torch.Size([3])}
-    if harm != "other":
-        shapes = {name: p.shape for name, p in load_model(tmp_path).network.named_parameters()}
-        path.write_bytes(data if harm == "flip" else data[:-5])
-    words = {"flip": "checksum; remove it", "cut": "cannot read", "other": "of another network"}[harm]
-    with pytest.raises(CheckpointError, match=words):
-        posthoc_ema.average(Run(tmp_path), 0.05, shapes)
-
-
-def test_a_disk_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    (tmp_path / "ema").write_text("")
-    with pytest.raises(CheckpointError, match=r"cannot write the average .*the same command again"):
-        api.train(config(0.05, every=4, steps=4), run_dir=tmp_path, device="cpu")
+    assert np.linalg.norm(found - aim) < 0.1 * distance  # it is not simply one of the kept ones
 
 
 @pytest.mark.parametrize("lengths", [[0.0], [0.288], [0.3], [-0.1], [0.05, 0.050]])
-def test_lengths_that_make_no_sense_are_refused(lengths: list[float]) -> None:
+def test_invalid_ema_lengths_are_refused(lengths: list[float]) -> None:
     with pytest.raises(ConfigError, match=r"train.power_ema"):
         resolve({"train": {"steps": 4, "power_ema": lengths}})

@@ -1,4 +1,4 @@
-"""What a local store has synced is durable: also with several threads at it, and after a sync that failed."""
+"""Names synced by a local store are durable, also with several threads and after a failed sync."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ KEYS = ("a", "b/a", "b/c/a", "b/c/d")
 
 
 class Syncs:
-    """The paths that `os.fsync` succeeded on; it fails where `failing` is left, and waits where `hold` says."""
+    """Records the paths on which `os.fsync` succeeded. It fails while `failing` is positive, and waits in `hold`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.done: list[Path] = []
@@ -55,11 +55,11 @@ def directories(root: Path, key: str) -> set[Path]:
         max_size=12,
     )
 )
-def test_after_a_sync_that_succeeds_every_name_that_was_put_is_durable(actions: list[tuple[str, Any]]) -> None:
-    """Whichever syncs before it failed, and however far they came."""
+def test_every_name_written_before_a_successful_sync_is_durable(actions: list[tuple[str, Any]]) -> None:
+    """Regardless of which earlier syncs failed, and where."""
     with pytest.MonkeyPatch.context() as patched, TemporaryDirectory() as place:
         syncs, objects = Syncs(patched), LocalObjectStore(Path(place) / "objects")
-        since: dict[Path, int] = {}  # of every directory with a new name, the syncs when it came
+        since: dict[Path, int] = {}  # directory with a new name -> number of syncs at that time
         for number, (action, argument) in enumerate([*actions, ("sync", 0)]):
             if action != "sync":
                 call = getattr(objects, action)
@@ -88,7 +88,7 @@ def test_a_failed_sync_names_the_directory_and_what_to_do(tmp_path: Path, monkey
         objects.sync()
 
 
-def test_a_sync_returns_only_when_another_threads_sync_of_its_names_is_done(
+def test_a_sync_waits_for_another_threads_sync_of_the_same_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     syncs, objects = Syncs(monkeypatch), LocalObjectStore(tmp_path)

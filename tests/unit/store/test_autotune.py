@@ -1,4 +1,4 @@
-"""The pipeline's numbers: enough to keep up, bounded in bytes, and the caller's where the caller sets them."""
+"""The pipeline's sizes: large enough to keep up, bounded in bytes, and fixed if the caller sets them."""
 
 import math
 import threading
@@ -31,9 +31,7 @@ seconds = st.floats(1e-5, 10)
 
 
 @given(step=seconds, load=seconds, save=seconds, megabytes=st.integers(156, 4000))
-def test_what_is_chosen_stays_within_the_memory_that_is_allowed(
-    step: float, load: float, save: float, megabytes: int
-) -> None:
+def test_chosen_sizes_stay_within_the_allowed_memory(step: float, load: float, save: float, megabytes: int) -> None:
     pace = measured(step, load, save, memory=megabytes * 10**6)
     window, batch = 8 * 4 * 256 * ROW, 256 * ROW
     assert pace.windows * window + 2 * pace.depth * batch <= megabytes * 10**6
@@ -43,36 +41,36 @@ def test_what_is_chosen_stays_within_the_memory_that_is_allowed(
 
 
 @given(step=st.floats(0.01, 1), load=st.floats(1e-4, 0.1))
-def test_as_many_requests_as_little_s_law_asks_for(step: float, load: float) -> None:
+def test_the_number_of_requests_follows_littles_law(step: float, load: float) -> None:
     pace = measured(step, load, load)
-    needed = 256 / 256 / step * load  # chunks a second times seconds a chunk
+    needed = 256 / 256 / step * load  # chunks per second times seconds per chunk
     assert pace.readers >= min(needed, MOST) and pace.writers >= min(needed, MOST)
     assert pace.readers <= max(FEWEST, math.ceil(1.5 * needed) + 1)
 
 
-def test_slow_requests_get_more_threads_and_windows_and_fast_ones_no_more_than_three() -> None:
+def test_slow_requests_get_more_threads_and_windows_and_fast_ones_at_most_three() -> None:
     fast, slow = measured(0.1, 0.001, 0.001), measured(0.02, 2.0, 2.0)
     assert (fast.readers, fast.writers, fast.ahead, fast.windows) == (FEWEST, FEWEST, 1, 3)
     assert slow.readers > fast.readers and slow.writers > fast.writers
     assert slow.ahead > 1 and slow.windows > 4
 
 
-def test_a_run_that_waits_for_nothing_yet_begins_with_three_windows() -> None:
+def test_a_run_starts_with_three_windows_before_it_has_waited() -> None:
     pace = Autotune(ORDER, range(8), ROW, Limits(first_threads=8))
     assert (pace.readers, pace.writers, pace.ahead, pace.windows) == (8, 8, 1, 3)
 
 
-def test_what_the_caller_sets_is_what_is_used() -> None:
+def test_values_set_by_the_caller_are_used() -> None:
     pace = measured(0.02, 2.0, 2.0, threads=5, prefetch=7)
     assert (pace.readers, pace.writers, pace.depth) == (5, 5, 7)
 
 
-def test_less_memory_than_the_least_is_an_error_that_says_how_much() -> None:
+def test_too_little_memory_is_an_error_that_names_the_minimum() -> None:
     with pytest.raises(StoreError, match=r"store\.memory_mb.*155 MB"):
         Autotune(ORDER, range(8), ROW, Limits(memory=100 * 10**6))
 
 
-def test_the_estimate_follows_a_change_and_knows_the_spread() -> None:
+def test_the_estimate_follows_a_change_and_tracks_the_deviation() -> None:
     estimate = Smoothed()
     for _ in range(100):
         estimate.add(1.0)
@@ -82,7 +80,7 @@ def test_the_estimate_follows_a_change_and_knows_the_spread() -> None:
     assert estimate.mean == pytest.approx(3, abs=0.01)
 
 
-def test_a_pool_begins_tasks_in_order_and_never_more_than_its_limit() -> None:
+def test_a_pool_starts_tasks_in_order_and_at_most_its_limit() -> None:
     pool, lock = Pool("test", 3), threading.Lock()
     begun: list[int] = []
     running = most = 0
@@ -116,7 +114,7 @@ def test_a_pool_begins_tasks_in_order_and_never_more_than_its_limit() -> None:
     pool.shutdown()
 
 
-def test_a_pool_that_shuts_down_forgets_what_has_not_begun_and_finishes_what_has() -> None:
+def test_a_pool_discards_waiting_tasks_and_finishes_started_ones_on_shutdown() -> None:
     pool, began, go = Pool("test", 1), threading.Event(), threading.Event()
     ended: list[int] = []
 

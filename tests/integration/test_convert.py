@@ -1,4 +1,4 @@
-"""`udddm-store gc` removes only what no checkpoint can need, and refuses whenever it cannot know."""
+"""`udddm-store gc` deletes only generations that no checkpoint can need, and refuses if it cannot determine them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run, and one whose store has its own URL, the path `store` next to it."""
+    """A finished run, and one with a separate store URL, the path `store` next to it."""
     root = tmp_path_factory.mktemp("runs")
     udddm.train(config.load_config(None, SETTINGS), run_dir=root / "plain", device="cpu")
     udddm.train(
@@ -46,7 +46,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A run whose checkpoints need generations 3 and 4, with 1 left over and 6 of a start that was killed."""
+    """A run whose checkpoints need generations 3 and 4, with a leftover 1, and 6 from a killed start."""
     copied = Path(shutil.copytree(finished / "plain", tmp_path / "run"))
     for extra in (1, 6):
         shutil.copytree(copied / "state" / "gen-000003", copied / "state" / f"gen-{extra:06d}", dirs_exist_ok=True)
@@ -55,7 +55,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def linked(finished: Path) -> Iterator[tuple[Path, Path]]:
-    """A run and its store, which is restored in the end."""
+    """A run and its store, which is restored at the end."""
     saved = shutil.copytree(finished / "store", finished / uuid.uuid4().hex)
     shutil.copytree(finished / "store" / "gen-000003", finished / "store" / "gen-000001", dirs_exist_ok=True)
     yield finished / "linked", finished / "store"
@@ -67,19 +67,19 @@ def generations(store: Path) -> list[int]:
     return sorted(int(p.name[4:]) for p in store.glob("gen-*"))
 
 
-def test_gc_removes_what_no_checkpoint_refers_to_and_says_why(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_gc_deletes_unreferenced_generations_and_reports_why(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert generations(run / "state") == [1, 3, 4, 6]
     assert store_command(["gc", str(run)]) == 0
     said = capsys.readouterr().out
     assert generations(run / "state") == [3, 4, 6]
     assert "step-00000050 to 3 and 4" in said
-    assert f"removing gen-000001 from {run / 'state'}: no checkpoint refers to it" in said
+    assert f"deleting gen-000001 from {run / 'state'}: no checkpoint refers to it" in said
     assert "keeping gen-000006: it is newer than the newest checkpoint" in said
     assert "removed 1 (generations)" in said
 
 
-def test_gc_sees_the_checkpoint_that_was_made_before_it_got_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The lists are made under the lock: the checkpoints of a moment before may refer to other generations."""
+def test_gc_sees_a_checkpoint_written_before_it_locked_the_run(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lists are read under the lock, because checkpoints listed earlier may refer to other generations."""
     newest = sorted((run / "checkpoints").iterdir())[-1]
     for older in sorted((run / "checkpoints").iterdir())[:-1]:
         shutil.rmtree(older)
@@ -102,14 +102,14 @@ def test_gc_sees_the_checkpoint_that_was_made_before_it_got_the_run(run: Path, m
     assert generations(run / "state") == [3, 4, 6]
 
 
-def test_gc_is_refused_beside_a_live_run(run: Path) -> None:
+def test_gc_of_a_live_run_is_refused(run: Path) -> None:
     with Run(run).lock(), pytest.raises(ConfigError, match="another process"):
         collect(str(run), print)
     assert generations(run / "state") == [1, 3, 4, 6]
 
 
-def test_gc_is_refused_at_once_beside_a_live_run_at_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run of another machine, whose lease is not over for a minute: nothing waits for it."""
+def test_gc_of_a_live_run_at_a_url_is_refused_immediately(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run on another machine, whose lease expires in a minute. The command does not wait for it."""
     url = f"memory://{uuid.uuid4().hex}"
     udddm.train(config.load_config(None, SETTINGS), run_dir=url, device="cpu")
     objects = open_object_store(f"{url}/state")
@@ -126,9 +126,9 @@ def test_gc_is_refused_at_once_beside_a_live_run_at_a_url(monkeypatch: pytest.Mo
 
 
 def test_gc_is_refused_without_checkpoints(run: Path) -> None:
-    """As when they are on a disk that is not mounted."""
+    """For example because they are on a disk that is not mounted."""
     shutil.rmtree(run / "checkpoints")
-    with pytest.raises(StoreError, match=r"holds no checkpoint.*nothing was removed"):
+    with pytest.raises(StoreError, match=r"holds no checkpoint.*nothing was deleted"):
         collect(str(run), print)
     assert generations(run / "state") == [1, 3, 4, 6]
 
@@ -138,12 +138,12 @@ def test_gc_is_refused_when_a_checkpoint_is_damaged(run: Path, which: int) -> No
     checkpoint = sorted((run / "checkpoints").iterdir())[which]
     header = checkpoint / "state" / "snapshot.json"
     header.write_text(header.read_text().replace('"epoch": 3', '"epoch": 5'))
-    with pytest.raises(StoreError, match=rf"{checkpoint.name} is damaged.*Nothing was removed"):
+    with pytest.raises(StoreError, match=rf"{checkpoint.name} is damaged.*Nothing was deleted"):
         collect(str(run), print)
     assert generations(run / "state") == [1, 3, 4, 6]
 
 
-def test_gc_of_a_copy_is_refused_beside_the_live_run(linked: tuple[Path, Path], tmp_path: Path) -> None:
+def test_gc_of_a_copy_is_refused_while_the_run_is_alive(linked: tuple[Path, Path], tmp_path: Path) -> None:
     run, store = linked
     copied = shutil.copytree(run, tmp_path / "backup")
     lease = Lease(open_object_store(store), "the live run")
@@ -156,7 +156,7 @@ def test_gc_of_a_copy_is_refused_beside_the_live_run(linked: tuple[Path, Path], 
 
 
 def test_gc_of_an_old_copy_keeps_what_newer_checkpoints_refer_to(linked: tuple[Path, Path], tmp_path: Path) -> None:
-    """Also when the run that goes on is not alive at that moment."""
+    """Also if the continuing run is not alive at that moment."""
     run, store = linked
     shutil.copytree(store / "gen-000004", store / "gen-000007")
     copied = shutil.copytree(run, tmp_path / "backup")
@@ -169,7 +169,7 @@ def test_gc_leaves_the_store_of_another_run_alone(linked: tuple[Path, Path], tmp
     copied = Path(shutil.copytree(run, tmp_path / "foreign"))
     record = json.loads((copied / "run.json").read_text())
     (copied / "run.json").write_text(json.dumps({**record, "id": "of another"}))
-    with pytest.raises(StoreError, match=r"the store of another run .*nothing was removed"):
+    with pytest.raises(StoreError, match=r"the store of another run .*nothing was deleted"):
         collect(str(copied), print)
     assert generations(store) == [1, 3, 4]
 
@@ -180,7 +180,7 @@ def test_gc_of_a_bare_store_is_refused(run: Path, capsys: pytest.CaptureFixture[
 
 
 def test_convert_stops_when_its_lease_is_lost(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While it copies: another client that takes over the destination is not written over."""
+    """While copying, so that a client that takes over the destination is not overwritten."""
     write = Generations.write
     written: list[int] = []
 

@@ -1,4 +1,4 @@
-"""One run at a time writes to a store; a crashed run's lease comes free; a lost lease stops its run."""
+"""Only one run at a time writes to a store; a crashed run's lease expires; a lost lease stops its run."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def objects(place: str) -> ObjectStore:
 
 
 def crashed(place: str, owner: str, seconds: float) -> int:
-    """A process takes the lease and is killed; its id."""
+    """Start a process that acquires the lease, kill it, and return its id."""
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, place, owner, str(seconds)], stdout=subprocess.PIPE, text=True
     )
@@ -63,7 +63,7 @@ def crashed(place: str, owner: str, seconds: float) -> int:
     return process.pid
 
 
-def test_a_second_run_is_told_who_holds_it_and_what_to_do(objects: ObjectStore) -> None:
+def test_a_second_run_gets_an_error_with_the_holder_and_what_to_do(objects: ObjectStore) -> None:
     first, second = Lease(objects, "runs/one"), Lease(objects, "runs/two")
     first.acquire()
     with pytest.raises(StoreError) as caught:
@@ -80,7 +80,7 @@ def test_a_second_run_is_told_who_holds_it_and_what_to_do(objects: ObjectStore) 
     second.release()
 
 
-def test_of_many_that_start_together_one_gets_it(place: str) -> None:
+def test_of_many_runs_that_start_together_one_gets_the_lease(place: str) -> None:
     leases = [Lease(open_object_store(place), f"runs/{i}") for i in range(6)]
 
     def acquire(lease: Lease) -> bool:
@@ -98,7 +98,7 @@ def test_of_many_that_start_together_one_gets_it(place: str) -> None:
     assert not open_object_store(place).exists(KEY)
 
 
-def test_it_is_renewed_while_it_is_held(objects: ObjectStore) -> None:
+def test_a_lease_is_renewed_while_it_is_held(objects: ObjectStore) -> None:
     lease = Lease(objects, "runs/one", seconds=0.6)
     lease.acquire()
     began = time.monotonic()
@@ -114,8 +114,8 @@ def test_it_is_renewed_while_it_is_held(objects: ObjectStore) -> None:
 
 
 @pytest.mark.parametrize("clock", [-YEAR, 0, YEAR])
-def test_a_lease_is_taken_over_once_it_was_seen_unchanged(objects: ObjectStore, clock: float) -> None:
-    """For its time and the grace by the observer's clock, whatever the holder's shows."""
+def test_a_lease_is_taken_over_once_seen_unchanged_for_long_enough(objects: ObjectStore, clock: float) -> None:
+    """For its duration plus the grace time by the observer's clock, regardless of the holder's clock."""
     now = time.time() + clock
     objects.put(KEY, holder("runs/one", seconds=0.8, started=now, expires=now + 0.8).encode())
     second = Lease(objects, "runs/two")
@@ -127,10 +127,10 @@ def test_a_lease_is_taken_over_once_it_was_seen_unchanged(objects: ObjectStore, 
 
 
 @pytest.mark.parametrize("clock", [-YEAR, 0, YEAR])
-def test_a_lease_that_is_renewed_is_not_taken_over(place: str, clock: float) -> None:
+def test_a_renewed_lease_is_not_taken_over(place: str, clock: float) -> None:
     over = threading.Event()
 
-    def renew() -> None:  # as a host whose clock is wrong does
+    def renew() -> None:  # like a host with a wrong clock
         objects = open_object_store(place)
         for renewal in itertools.count():
             expires = time.time() + clock + 3
@@ -151,7 +151,7 @@ def test_a_lease_that_is_renewed_is_not_taken_over(place: str, clock: float) -> 
         renewing.join()
 
 
-def test_without_patience_a_lease_that_seems_to_be_over_is_watched_all_the_same(objects: ObjectStore) -> None:
+def test_a_lease_that_seems_expired_is_watched_even_without_patience(objects: ObjectStore) -> None:
     past = time.time() - YEAR
     objects.put(KEY, holder("runs/one", seconds=0.8, started=past, expires=past).encode())
     second = Lease(objects, "runs/two")
@@ -159,18 +159,18 @@ def test_without_patience_a_lease_that_seems_to_be_over_is_watched_all_the_same(
     second.release()
 
 
-def test_the_message_says_how_to_get_a_lease_out_of_the_way(objects: ObjectStore) -> None:
+def test_the_message_explains_how_to_remove_a_lease(objects: ObjectStore) -> None:
     objects.put(KEY, holder("runs/one").encode())
     with pytest.raises(StoreError) as caught:
         Lease(objects, "runs/two").acquire()
-    assert f"If that process is surely gone, you may also delete {objects.uri(KEY)}" in str(caught.value)
+    assert f"If that process has certainly ended, you may also delete {objects.uri(KEY)}" in str(caught.value)
 
 
 @pytest.mark.parametrize("clock", ["monotonic", "clock_gettime", "time"])
-def test_a_holder_counts_by_the_clock_that_shows_most(
+def test_a_holder_uses_the_clock_that_shows_the_most(
     tmp_path: Path, clock: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A paused machine's monotonic clock stands still, a sleeping one's boot clock does not."""
+    """The monotonic clock of a paused machine stops; the boot clock of a sleeping one does not."""
     lease = Lease(open_object_store(tmp_path), "runs/one", seconds=600)
     lease.acquire()
     lease.check()
@@ -182,7 +182,7 @@ def test_a_holder_counts_by_the_clock_that_shows_most(
 
 
 @pytest.mark.parametrize("clock", ["monotonic", "time"])
-def test_a_clock_that_stands_still_or_goes_back_does_not_lengthen_a_lease(
+def test_a_stopped_or_set_back_clock_does_not_extend_a_lease(
     tmp_path: Path, clock: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lease = Lease(open_object_store(tmp_path), "runs/one", seconds=600)
@@ -203,7 +203,7 @@ def holder(owner: str, **changes: object) -> Holder:
     return dataclasses.replace(made, **changes)
 
 
-def test_a_crashed_run_takes_its_own_lease_again_at_once(place: str) -> None:
+def test_a_crashed_run_reacquires_its_lease_immediately(place: str) -> None:
     if place.startswith("memory://"):
         pytest.skip("another process has other memory")
     pid = crashed(place, "runs/one", 60)
@@ -216,7 +216,7 @@ def test_a_crashed_run_takes_its_own_lease_again_at_once(place: str) -> None:
     again.release()
 
 
-def test_a_crashed_runs_lease_comes_free_for_others(place: str) -> None:
+def test_a_crashed_runs_lease_expires_for_others(place: str) -> None:
     if place.startswith("memory://"):
         pytest.skip("another process has other memory")
     crashed(place, "runs/one", 0.5)
@@ -231,7 +231,7 @@ HERE = process_table()
 @pytest.mark.parametrize(
     "changes",
     [
-        {"process": "gone"},  # as older versions wrote it: nothing tells whose process ids these are
+        {"process": "gone"},  # as written by older versions, without the scope of the process id
         {"process": "gone", "machine": HERE.replace(HERE.split()[0], "0" * 32)},
         {"process": "gone", "machine": HERE.replace(HERE.split()[1], str(uuid.uuid4()))},
         {"process": "gone", "machine": HERE.replace(HERE.split()[2], "4026531999")},
@@ -239,14 +239,16 @@ HERE = process_table()
     ],
     ids=["an older version", "machine", "boot", "PID namespace", "alive"],
 )
-def test_own_leases_of_processes_that_may_live_are_respected(objects: ObjectStore, changes: dict[str, object]) -> None:
-    """Containers and machines may share a name, and a process id says nothing outside of its namespace."""
+def test_own_leases_of_processes_that_may_be_alive_are_respected(
+    objects: ObjectStore, changes: dict[str, object]
+) -> None:
+    """Containers and machines may share a name, and a process id is meaningless outside its namespace."""
     objects.put(KEY, holder("runs/one", **changes).encode())
     with pytest.raises(StoreError, match="runs/one"):
         Lease(objects, "runs/one").acquire()
 
 
-def test_a_process_id_that_came_again_is_another_process(objects: ObjectStore) -> None:
+def test_a_reused_process_id_is_a_different_process(objects: ObjectStore) -> None:
     objects.put(KEY, holder("runs/one", pid=os.getpid(), process="started earlier", machine=HERE).encode())
     again = Lease(objects, "runs/one")
     again.acquire()
@@ -300,8 +302,8 @@ def test_a_lease_that_cannot_be_renewed_stops_the_run_in_time(tmp_path: Path) ->
     lease.release()
 
 
-def test_where_writes_have_no_conditions_a_lease_is_not_taken_over(tmp_path: Path) -> None:
-    """Two that take over at the same moment would both have it."""
+def test_a_lease_is_not_taken_over_without_conditional_writes(tmp_path: Path) -> None:
+    """Two runs that take it over at the same moment would both hold it."""
     place = f"local://{tmp_path}/objects"
     objects = open_object_store(place)
     first = Lease(objects, "runs/one")
@@ -332,7 +334,7 @@ def test_where_writes_have_no_conditions_a_lease_is_not_taken_over(tmp_path: Pat
         ),
     ],
 )
-def test_a_damaged_lease_is_an_error_with_a_cure(tmp_path: Path, content: bytes) -> None:
+def test_a_damaged_lease_is_an_error_with_a_remedy(tmp_path: Path, content: bytes) -> None:
     objects = open_object_store(tmp_path)
     objects.put(KEY, content)
     with pytest.raises(StoreError, match=r"damaged .*delete it when no run writes there"):

@@ -1,4 +1,4 @@
-"""Whoever lost the lease changes nothing any more: not in a later request, nor by one that had already begun."""
+"""A run that lost its lease changes nothing, neither in a later request nor in one that had already started."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def url(s3: S3Server) -> str:
 
 
 class Held(Guard):
-    """Calls `meanwhile`, once, after it was asked and said yes: a pause between the look and the request."""
+    """Calls `meanwhile` once after a successful check, to simulate a pause between the check and the request."""
 
     fences = True
 
@@ -71,7 +71,7 @@ class Held(Guard):
 
 
 def take_over(url: str, lease: Lease) -> Lease:
-    """Another run has the place now; `lease` is still to find out."""
+    """Let another run take over the lease; `lease` has not noticed yet."""
     lease.objects.delete(KEY)
     other = Lease(open_object_store(url), "the successor")
     other.acquire()
@@ -80,7 +80,7 @@ def take_over(url: str, lease: Lease) -> Lease:
 
 @pytest.fixture
 def leases() -> Iterator[list[Lease]]:
-    """To be released in the end."""
+    """Leases that are released at the end of the test."""
     made: list[Lease] = []
     yield made
     for lease in made:
@@ -88,7 +88,7 @@ def leases() -> Iterator[list[Lease]]:
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_every_kind_of_change_asks_the_guard(place: str, name: str, tmp_path: Path) -> None:
+def test_every_kind_of_change_checks_the_guard(place: str, name: str, tmp_path: Path) -> None:
     objects = open_object_store(place)
     objects.put("there", b"there")
     (tmp_path / "file").write_bytes(b"mine")
@@ -103,10 +103,10 @@ def test_every_kind_of_change_asks_the_guard(place: str, name: str, tmp_path: Pa
 
 @pytest.mark.parametrize("exists", [True, False])
 @pytest.mark.parametrize("operation", ["put", "upload"])
-def test_a_request_that_was_paused_replaces_nothing_of_a_successor(
+def test_a_paused_request_never_replaces_a_successors_object(
     url: str, exists: bool, operation: str, tmp_path: Path
 ) -> None:
-    """The guard said yes; then the process stood still until a successor had written the same object."""
+    """The guard allowed the request; then the process was paused until a successor had written the same object."""
     objects, successor = open_object_store(url), open_object_store(url)
     if exists:
         successor.put("there", b"from before")
@@ -119,14 +119,14 @@ def test_a_request_that_was_paused_replaces_nothing_of_a_successor(
     guard = objects.guard = Held()
     if not exists:
         guard.meanwhile = succeed
-    else:  # the pause is before the second request, after the first was told that there is an object
+    else:  # the pause is before the second request; the first found that the object exists
         guard.meanwhile = lambda: setattr(guard, "meanwhile", succeed)
     with pytest.raises(StoreError, match="lost the lease"):
         CHANGES[operation](objects, tmp_path / "file")
     assert successor.get("there") == b"the successor's"
 
 
-def test_a_guarded_object_is_still_written_over_ones_own(url: str, tmp_path: Path) -> None:
+def test_a_guarded_write_still_replaces_the_own_object(url: str, tmp_path: Path) -> None:
     objects = open_object_store(url)
     objects.guard = Held()
     for size in (0, 10, PART + 7, 2 * PART):
@@ -156,18 +156,18 @@ def test_a_large_upload_stops_between_its_parts(url: str, tmp_path: Path) -> Non
     assert not list(objects.list(""))
 
 
-def test_a_deletion_of_many_objects_asks_before_each_request(url: str) -> None:
+def test_deleting_many_objects_checks_the_guard_before_each_request(url: str) -> None:
     objects = open_object_store(url)
     for name in range(5):
         objects.put(f"gen/{name}", b"x")
     guard = objects.guard = Held()
-    guard.meanwhile = lambda: setattr(guard, "lost", True)  # after the look that comes before the listing
+    guard.meanwhile = lambda: setattr(guard, "lost", True)  # after the check that precedes the listing
     with pytest.raises(StoreError, match="lost the lease"):
         objects.delete("gen")
     assert len(list(objects.list("gen"))) == 5
 
 
-def test_no_request_begins_when_it_may_outlast_the_lease(place: str, leases: list[Lease]) -> None:
+def test_no_request_starts_if_it_may_outlast_the_lease(place: str, leases: list[Lease]) -> None:
     assert MARGIN * Lease(open_object_store(place), "runs/one").seconds >= REQUEST_TIMEOUT
     lease = Lease(open_object_store(place), "runs/one", seconds=600)
     leases.append(lease)
@@ -187,15 +187,15 @@ def test_no_request_begins_when_it_may_outlast_the_lease(place: str, leases: lis
         lease.wait()
 
 
-def test_a_lease_that_was_given_back_allows_nothing(place: str) -> None:
+def test_a_released_lease_allows_nothing(place: str) -> None:
     lease = Lease(open_object_store(place), "runs/one")
     lease.acquire()
     lease.release()
-    with pytest.raises(StoreError, match="given back"):
+    with pytest.raises(StoreError, match="released"):
         lease.wait()
 
 
-def test_other_ranks_lose_the_lease_with_the_first(place: str, leases: list[Lease]) -> None:
+def test_other_ranks_lose_the_lease_together_with_the_first(place: str, leases: list[Lease]) -> None:
     first, rank = Lease(open_object_store(place), "runs/one"), Lease(open_object_store(place), "runs/one", seconds=6.0)
     leases += [first, rank]
     first.acquire()
@@ -211,7 +211,7 @@ def test_other_ranks_lose_the_lease_with_the_first(place: str, leases: list[Leas
     assert open_object_store(place).exists(KEY), "the successor's lease is left alone"
 
 
-def test_other_ranks_go_on_while_the_first_renews(place: str, leases: list[Lease]) -> None:
+def test_other_ranks_continue_while_the_first_renews(place: str, leases: list[Lease]) -> None:
     first, rank = (Lease(open_object_store(place), "runs/one", seconds=3.0) for _ in range(2))
     leases += [first, rank]
     first.acquire()
@@ -224,7 +224,7 @@ def test_other_ranks_go_on_while_the_first_renews(place: str, leases: list[Lease
         Lease(open_object_store(place), "runs/one").follow("another", Instant.now())
 
 
-# What the store makes of it.
+# The store.
 
 ORDER = Order(seed=1, samples=64, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2)
 
@@ -241,8 +241,8 @@ def advance(store: ZarrStore, steps: int) -> None:
         store.write(store.read() + 1)
 
 
-def test_a_store_of_a_run_that_lost_its_lease_neither_writes_nor_removes(place: str, leases: list[Lease]) -> None:
-    """Its writers and its cleaner too, whatever was asked of them before."""
+def test_the_store_of_a_run_without_its_lease_neither_writes_nor_deletes(place: str, leases: list[Lease]) -> None:
+    """This includes pending work of its writers and its cleaner."""
     lease = Lease(open_object_store(place), "runs/one")
     leases.append(lease)
     lease.acquire()
@@ -261,7 +261,7 @@ def test_a_store_of_a_run_that_lost_its_lease_neither_writes_nor_removes(place: 
 
 
 @pytest.mark.parametrize("reinitialize", [False, True])
-def test_damage_by_a_successor_is_reported_as_the_lost_lease(
+def test_corruption_caused_by_a_successor_is_reported_as_a_lost_lease(
     place: str, leases: list[Lease], reinitialize: bool
 ) -> None:
     lease = Lease(open_object_store(place), "runs/one")
@@ -287,7 +287,7 @@ def test_damage_by_a_successor_is_reported_as_the_lost_lease(
     assert not began
 
 
-# What checkpoints make of it.
+# Checkpoints.
 
 
 def fill(directory: Path) -> None:
@@ -330,7 +330,7 @@ def test_checkpoints_are_neither_published_nor_pruned_without_the_lease(
     assert not objects.exists(f"step-00000003/{MANIFEST}")
 
 
-def test_pruning_leaves_what_another_lease_is_writing(url: str, leases: list[Lease], tmp_path: Path) -> None:
+def test_pruning_keeps_checkpoints_written_under_another_lease(url: str, leases: list[Lease], tmp_path: Path) -> None:
     lease = Lease(open_object_store(url), "runs/one")
     leases.append(lease)
     lease.acquire()
@@ -347,7 +347,7 @@ def test_pruning_leaves_what_another_lease_is_writing(url: str, leases: list[Lea
 
 
 @pytest.mark.parametrize("damage", ["missing", "cut"])
-def test_pruning_keeps_older_checkpoints_unless_the_newest_is_there_in_full(
+def test_pruning_keeps_older_checkpoints_unless_the_newest_is_complete(
     url: str, leases: list[Lease], tmp_path: Path, damage: str
 ) -> None:
     lease = Lease(open_object_store(url), "runs/one")
