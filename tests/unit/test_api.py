@@ -26,7 +26,7 @@ from udddm.evaluation.metrics import MetricInput
 from udddm.log import StderrHandler
 from udddm.networks import NetworkContext
 from udddm.objectives import Objective, ObjectiveContext
-from udddm.objectives.edm import build as build_edm
+from udddm.objectives.edm import EDM
 from udddm.store.device import DeviceStore
 
 DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
@@ -258,7 +258,7 @@ class OwnNetwork(torch.nn.Module):
 
 
 def own_objective(context: ObjectiveContext) -> Objective:
-    return build_edm(context)
+    return EDM.create(context)
 
 
 def own_sampler(task: SamplingTask) -> torch.Tensor:

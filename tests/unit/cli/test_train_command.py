@@ -116,7 +116,7 @@ def test_every_preset_is_valid_and_says_what_it_needs(preset: str) -> None:
     from udddm.config import load_config
 
     load_config(CONFIGS / preset)
-    assert "What it needs" in (CONFIGS / preset).read_text()
+    assert "\n# Needs: " in (CONFIGS / preset).read_text()
 
 
 def test_the_papers_presets_are_the_papers() -> None:

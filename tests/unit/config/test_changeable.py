@@ -11,12 +11,15 @@ from udddm.config import RunConfig, load_config
 
 CHANGEABLE = {
     "data.path",
+    "data.missing_chunks",
     "data.expect",
     "store",
     "train.grad_accumulation",
     "train.power_ema_every_steps",
     "train.torch_threads",
     "train.compile",
+    "train.tf32",
+    "train.deterministic",
     "engine",
     "checkpoint",
     "sample",

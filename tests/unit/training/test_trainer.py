@@ -229,7 +229,7 @@ def test_no_checkpoint_holds_what_is_not_finite(
     monkeypatch.setattr(TorchEngine, "_step", faulty)
     settings = tiny(train={"steps": 9})
     kept = tmp_path / "run" / "checkpoints" / "step-00000003"
-    said = rf"after step 6\. .* from step 3; .*needs a new run: another --run-dir, with train.init_from={kept} "
+    said = rf"after step 6\. .* from step 3; .*start a new run .--run-dir., with train.init_from={kept} "
     with pytest.raises(Diverged, match=said):
         train(settings, tmp_path / "run")
     assert finite(tmp_path / "run") == [kept.name]
@@ -240,7 +240,7 @@ def test_no_checkpoint_holds_what_is_not_finite(
 
 
 def test_without_a_checkpoint_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match="there is no checkpoint yet: a lower train"):
+    with pytest.raises(Diverged, match="there is no checkpoint yet; to lower train"):
         train(tiny(train={"learning_rate": 1e30, "steps": 60}, checkpoint={"every_steps": 50}), tmp_path)
 
 
