@@ -174,7 +174,7 @@ def test_as_many_workers_as_fit_and_divide_the_lanes() -> None:
     assert job((1, 8)).resolve_num_workers(8) == 8
     assert job((1, 8)).resolve_num_workers(7) == 4
     assert job((2, 6)).resolve_num_workers(100) == 4
-    with pytest.raises(ConfigError, match="room for 1 worker here"):
+    with pytest.raises(ConfigError, match="1 worker can start here"):
         job((2, 4)).resolve_num_workers(1)
     with pytest.raises(ConfigError, match=r"order\.lanes"):
         job((5, 7)).resolve_num_workers(100)

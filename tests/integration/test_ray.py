@@ -99,7 +99,7 @@ def test_refusals_are_told_and_end_the_job(cluster: Cluster, tmp_path: Path) -> 
     wrong = submit(cluster, "--workers", "2", "--max-failures", "9", "--run-dir", run, "--set", "data.name=mine:dota")
     said = many.communicate(timeout=150)[0]
     assert many.returncode == 1
-    assert "error: --workers 4" in said and "room for 2" in said
+    assert "error: --workers 4" in said and "enough for 2" in said
     said = wrong.communicate(timeout=150)[0]
     assert wrong.returncode == 1
     assert "error: data set 'mine:dota'" in said and "did you mean data?" in said
@@ -168,4 +168,4 @@ def test_an_address_where_no_cluster_is_is_refused_at_once(tmp_path: Path) -> No
         [str(BIN / given[0]), *given[1:]], env={**os.environ, "RAY_ADDRESS": address}, stderr=subprocess.PIPE, text=True
     )
     assert done.returncode == 2
-    assert f"RAY_ADDRESS={address}: no Ray cluster answers there" in done.stderr
+    assert f"RAY_ADDRESS={address}: no Ray cluster responds there" in done.stderr

@@ -238,7 +238,7 @@ class Trainer:
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
         """Handle SIGTERM and SIGINT: write a checkpoint and stop after the current step."""
-        if self._signal is not None:  # a second signal stops at once
+        if self._signal is not None:  # a second signal stops immediately
             raise KeyboardInterrupt
         self._signal = signum
 
