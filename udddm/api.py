@@ -76,8 +76,8 @@ def train(
     Args:
         config: a RunConfig, the path of a YAML file, or a dict of its sections.
         dataset: any map-style object with `len(dataset)`, where `dataset[i]` is an image [C, H, W] in [-1, 1] (or
-            uint8), or an (image, label) pair; or a function that returns such an object, which every worker calls. None:
-            `config.data` is loaded.
+            uint8), or an (image, label) pair; or a function that returns such an object, which every worker calls.
+            None: `config.data` is loaded.
         run_dir: the directory or URL of the run. Repeating the call resumes the run.
         overrides: changes to the configuration, as {"train.steps": 500} or ["train.steps=500"].
         workers: the number of processes, or (minimum, maximum).

@@ -38,10 +38,10 @@ def test_labels_are_found_by_their_usual_names(tmp_path: Path, first: str, secon
 def test_arrays_that_are_passed_over_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     np.savez(tmp_path / "a.npz", x_train=PIXELS, y_train=LABELS, x_test=PIXELS, y_test=LABELS)
     open_array(str(tmp_path / "a.npz"))
-    assert "images are x_train, labels are y_train; passed over: x_test, y_test" in caplog.text
+    assert "images are x_train, labels are y_train; ignored: x_test, y_test" in caplog.text
     np.savez(tmp_path / "b.npz", images=PIXELS, mask=LABELS)
     open_array(str(tmp_path / "b.npz"))
-    assert "labels are not there; passed over: mask" in caplog.text
+    assert "labels are missing; ignored: mask" in caplog.text
 
 
 def test_a_run_that_was_begun_before_labels_were_found_is_recognized(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_a_run_that_was_begun_before_labels_were_found_is_recognized(tmp_path: P
 @pytest.mark.parametrize("labels", [LABELS + 1, LABELS + 6, LABELS * 2])
 def test_labels_beyond_network_classes_are_refused_at_once(labels: np.ndarray) -> None:
     span = rf"{labels.min()}\.\.{labels.max()}"
-    with pytest.raises(ConfigError, match=rf"network\.classes is 4, whose labels are 0\.\.3, but .* lie in {span}"):
+    with pytest.raises(ConfigError, match=rf"network\.classes is 4, whose labels are 0\.\.3, but .* has labels in {span}"):
         ImageDataset(ArrayImages(PIXELS, labels)).check_classes(4)
     ImageDataset(ArrayImages(PIXELS, LABELS)).check_classes(4)
     ImageDataset(ArrayImages(PIXELS, LABELS)).check_classes(10)
@@ -64,7 +64,7 @@ def test_labels_of_a_users_own_data_set_are_checked_as_they_are_read() -> None:
     dataset = ImageDataset(own)
     dataset.check_classes(4)
     dataset.batch(np.array([0, 1, 2]))
-    with pytest.raises(DataError, match=r"sample 3 lie in 4\.\.4: give integers from 0 to 3"):
+    with pytest.raises(DataError, match=r"sample 3 are in 4\.\.4: give integers from 0 to 3"):
         dataset.batch(np.arange(4))
 
 

@@ -106,7 +106,7 @@ def test_layouts(tmp_path: Path, layout: str, suffix: str) -> None:
 def test_what_is_no_image_array_is_refused(tmp_path: Path, suffix: str) -> None:
     for number, (images, message) in enumerate(
         [
-            (np.zeros((4, 3, 6, 5), np.int32), "holds int32: give uint8"),
+            (np.zeros((4, 3, 6, 5), np.int32), "has dtype int32: give uint8"),
             (np.zeros((4, 3)), r"has shape \[4, 3\]"),
             (np.zeros((4, 6, 5, 3), np.float32), r"give float images as \[C, H, W\]"),
         ]
@@ -133,7 +133,7 @@ def test_the_only_array_may_have_any_name(tmp_path: Path) -> None:
     assert torch.equal(read(str(tmp_path / "one.npz")), EXPECTED)
     assert torch.equal(read(str(tmp_path / "group")), EXPECTED)
     for name, found in (("two.npz", "a, b"), ("none.npz", "none")):
-        with pytest.raises(DataError, match=f"one named 'images'; it holds: {found}"):
+        with pytest.raises(DataError, match=f"one named 'images'; it has: {found}"):
             open_array(str(tmp_path / name))
 
 
@@ -152,14 +152,14 @@ def test_truncated_files_are_named(place: str, suffix: str, keep: int) -> None:
         content = file.read()
     with fsspec.open(url, "wb") as file:
         file.write(content[:keep])
-    with pytest.raises(DataError, match=f"images{suffix} cannot be read as a {suffix} file"):
+    with pytest.raises(DataError, match=f"cannot read .*images{suffix} as a {suffix} file"):
         open_array(url)
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
     url = str(tmp_path / "images.npy")
     write_npy(url, np.array([PIXELS[0], "object"], dtype=object))
-    with pytest.raises(DataError, match=r"cannot be read as a \.npy file"):
+    with pytest.raises(DataError, match=r"cannot read .* as a \.npy file"):
         open_array(url)
 
 
@@ -167,7 +167,7 @@ def test_a_file_of_the_other_kind_is_told(place: str) -> None:
     write_npz(f"{place}/a.npy", PIXELS)
     write_npy(f"{place}/b.npz", PIXELS)
     for name in ("a.npy", "b.npz"):
-        with pytest.raises(DataError, match=f"{name} cannot be read"):
+        with pytest.raises(DataError, match=f"cannot read .*{name}"):
             open_array(f"{place}/{name}")
 
 
@@ -188,5 +188,5 @@ def test_zarr_reads_only_the_chunks_asked_for_and_names_a_damaged_one(tmp_path: 
     chunks[-1].write_bytes(b"damaged")
     dataset = ImageDataset(open_array(str(tmp_path / "images.zarr")))
     assert torch.equal(dataset.batch(np.arange(28))[0], EXPECTED[:28])
-    with pytest.raises(DataError, match=r"samples 3\.\.29 of .*images\.zarr cannot be read"):
+    with pytest.raises(DataError, match=r"cannot read samples 3\.\.29 of .*images\.zarr"):
         dataset.batch(np.array([29, 3]))

@@ -71,10 +71,10 @@ def test_what_is_there_is_not_downloaded_again_unless_damaged(server: str, tmp_p
 @pytest.mark.parametrize(
     ("path", "md5", "message"),
     [
-        ("/file", "0" * 32, f"came with the MD5 {MD5} instead of {'0' * 32}"),
-        ("/cut", MD5, f"broke off after {len(CONTENT) // 2} of {len(CONTENT)} bytes: try again"),
-        ("/404", MD5, "the server answered 404"),
-        ("/500", MD5, "the server answered 500"),
+        ("/file", "0" * 32, f"has the MD5 {MD5} instead of {'0' * 32}"),
+        ("/cut", MD5, f"ended after {len(CONTENT) // 2} of {len(CONTENT)} bytes: try again"),
+        ("/404", MD5, "the server responded with 404"),
+        ("/500", MD5, "the server responded with 500"),
         ("/silent", MD5, "timed out"),
     ],
 )
@@ -106,7 +106,7 @@ def test_an_interrupt_leaves_nothing(server: str, tmp_path: Path, monkeypatch: p
 
 def test_a_server_out_of_reach_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with pytest.raises(DataError, match=r"downloading http://127\.0\.0\.1:1/x failed: .*by hand and set data\.path"):
+    with pytest.raises(DataError, match=r"downloading http://127\.0\.0\.1:1/x failed: .*manually and set data\.path"):
         fetch("http://127.0.0.1:1/x", tmp_path / "x", MD5)
     assert list(tmp_path.iterdir()) == []
 

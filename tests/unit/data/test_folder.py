@@ -108,7 +108,7 @@ def test_a_truncated_file_is_named_when_it_is_read(tmp_path: Path) -> None:
     (tmp_path / "b.jpg").write_bytes(content[: len(content) // 2])
     dataset = ImageDataset(FolderImages(tmp_path))
     dataset.batch(np.array([0, 2]))
-    with pytest.raises(DataError, match=r"b\.jpg cannot be read as an image \(.*truncated"):
+    with pytest.raises(DataError, match=r"cannot read .*b\.jpg as an image \(.*truncated"):
         dataset.batch(np.arange(3))
 
 
@@ -116,7 +116,7 @@ def test_a_truncated_file_is_named_when_it_is_read(tmp_path: Path) -> None:
 def test_an_unreadable_header_is_named_at_once(tmp_path: Path, content: bytes) -> None:
     save(tmp_path / "a.png", picture(4, 4))
     (tmp_path / "b.png").write_bytes(content)
-    with pytest.raises(DataError, match=r"b\.png cannot be read as an image"):
+    with pytest.raises(DataError, match=r"cannot read .*b\.png as an image"):
         FolderImages(tmp_path)
 
 
@@ -128,20 +128,20 @@ def test_files_that_vanish_or_change_shape_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"b\.png is now 1x1x4, but was 1x4x4 at the start"):
         dataset.batch(np.array([1]))
     (tmp_path / "b.png").unlink()
-    with pytest.raises(DataError, match=r"b\.png has vanished"):
+    with pytest.raises(DataError, match=r"b\.png no longer exists"):
         dataset.batch(np.array([1]))
 
 
 def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "deep.png", np.zeros((4, 4), np.uint16))
-    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits a channel"):
+    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits per channel"):
         FolderImages(tmp_path)
 
 
 def test_missing_and_empty_folders_are_told(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a local directory"):
         FolderImages(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds no image"):
+    with pytest.raises(DataError, match="contains no images"):
         FolderImages(tmp_path)
 
 

@@ -80,9 +80,9 @@ def test_the_name_of_a_factory_that_cannot_be_loaded_is_a_wrong_configuration(
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("their_data:build", {"m": 1}, "cannot be called with data.arguments: got an unexpected keyword argument 'm'"),
-        ("their_data:stream", {}, "what their_data:stream returned is a list_iterator without __len__"),
-        ("their_data:mapping", {}, "what their_data:mapping returned is a dict"),
+        ("their_data:build", {"m": 1}, "does not accept data.arguments: got an unexpected keyword argument 'm'"),
+        ("their_data:stream", {}, "the return value of their_data:stream is a list_iterator without __len__"),
+        ("their_data:mapping", {}, "the return value of their_data:mapping is a dict"),
     ],
 )
 def test_a_wrong_factory_is_reported(module: str, name: str, arguments: dict[str, Any], message: str) -> None:
@@ -111,11 +111,11 @@ def test_an_unknown_name_gets_a_suggestion(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("digits", {"path": "x"}, "data.path has no meaning for the data set digits: remove data.path"),
-        ("digits", {"size": 8}, "data.size has no meaning"),
-        ("cifar10", {"size": 8}, "data.size has no meaning"),
-        ("array", {"path": "x.npy", "arguments": {"a": 1}}, "data.arguments has no meaning"),
-        ("a.b:c", {"path": "x"}, "data.path has no meaning for the data set a.b:c: put it under data.arguments"),
+        ("digits", {"path": "x"}, "data.path does not apply to the data set digits: remove data.path"),
+        ("digits", {"size": 8}, "data.size does not apply"),
+        ("cifar10", {"size": 8}, "data.size does not apply"),
+        ("array", {"path": "x.npy", "arguments": {"a": 1}}, "data.arguments does not apply"),
+        ("a.b:c", {"path": "x"}, "data.path does not apply to the data set a.b:c: move it to data.arguments"),
         ("folder", {}, "needs data.path"),
         ("array", {}, "needs data.path"),
     ],
@@ -149,7 +149,7 @@ def arrays(path: Path, labels: list[int] | None = None) -> str:
 @pytest.mark.parametrize(
     ("labels", "expect", "message"),
     [
-        (None, {"samples": 5, "shape": (1, 4, 4)}, "holds 4 samples, not 5"),
+        (None, {"samples": 5, "shape": (1, 4, 4)}, "has 4 samples, not 5"),
         (None, {"samples": 4, "shape": (3, 4, 4)}, "images are 1x4x4, not 3x4x4"),
         (None, {"samples": 4, "shape": (1, 4, 4), "classes": 2}, "no labels, not 2 classes"),
         ([0, 1, 2, 0], {"samples": 4, "shape": (1, 4, 4), "classes": 2}, "has 3 classes, not 2"),

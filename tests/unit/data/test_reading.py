@@ -114,7 +114,7 @@ def deep_png(path: Path, color: tuple[int, ...], kind: int) -> None:
 @pytest.mark.parametrize(("color", "kind"), [((4000, 3000, 200), 2), ((4000, 3000, 200, 65535), 6), ((4000, 65535), 4)])
 def test_sixteen_bits_a_channel_are_refused_in_color_too(tmp_path: Path, color: tuple[int, ...], kind: int) -> None:
     deep_png(tmp_path / "deep.png", color, kind)
-    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits a channel.*convert it to 8 bits"):
+    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits per channel.*convert it to 8 bits"):
         FolderImages(tmp_path)
     with Image.open(tmp_path / "deep.png") as deep, pytest.raises(DataError, match="sample 0 has more than 8 bits"):
         ImageDataset([deep])
@@ -135,7 +135,7 @@ def test_files_of_other_formats_are_counted(tmp_path: Path, caplog: pytest.LogCa
     save_image(tmp_path / "g.JFIF", photo(8, 8, 3), format="JPEG")
     (tmp_path / "notes.txt").write_text("no image")
     assert len(FolderImages(tmp_path)) == 1
-    assert "5 files are passed over: 1 .gif, 1 .jfif, 1 .ppm, 1 .tif, 1 .tiff" in caplog.text
+    assert "5 files are ignored: 1 .gif, 1 .jfif, 1 .ppm, 1 .tif, 1 .tiff" in caplog.text
     assert ".txt" not in caplog.text
 
 
@@ -147,10 +147,10 @@ def classes(root: Path, *names: str) -> None:
 def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
     classes(tmp_path, "bee", "cat")
     (tmp_path / "ant").mkdir()
-    with pytest.raises(DataError, match=r"class directory .*ant holds no image"):
+    with pytest.raises(DataError, match=r"class directory .*ant contains no readable images"):
         FolderImages(tmp_path)
     save_image(tmp_path / "ant" / "0.tif", photo(8, 8, 3))
-    with pytest.raises(DataError, match=r"class directory .*ant holds no image that is read \(it holds: 1 .tif\)"):
+    with pytest.raises(DataError, match=r"class directory .*ant contains no readable images \(it contains: 1 .tif\)"):
         FolderImages(tmp_path)
     (tmp_path / "ant").rename(tmp_path / ".ant")
     assert FolderImages(tmp_path).class_names == ["bee", "cat"]
@@ -159,7 +159,7 @@ def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
 def test_a_class_that_is_a_link_to_another_is_refused(tmp_path: Path) -> None:
     classes(tmp_path, "bee", "cat")
     (tmp_path / "wasp").symlink_to(tmp_path / "bee")
-    with pytest.raises(DataError, match=r"class directory .*wasp holds no image"):
+    with pytest.raises(DataError, match=r"class directory .*wasp contains no readable images"):
         FolderImages(tmp_path)
 
 
@@ -198,11 +198,11 @@ def test_labels_come_from_dataset_json(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"labels": [["00000/img00000000.png", 1]]}', r"no label for 00000/img00000001\.png and 2 other files"),
-        ('{"labels": [["00000/img00000000.png", 0.5]]}', "the label of 00000/img00000000.png is 0.5: give integers"),
-        ('{"labels": [["00000/img00000000.png", [0, 1]]]}', "give integers from 0 on"),
-        ('{"labels": [["00000/img00000000.png"]]}', "is no pair"),
+        ('{"labels": [["00000/img00000000.png", 0.5]]}', "the label of 00000/img00000000.png is 0.5: labels are integers"),
+        ('{"labels": [["00000/img00000000.png", [0, 1]]]}', "labels are integers >= 0"),
+        ('{"labels": [["00000/img00000000.png"]]}', "is not a pair"),
         ('{"labels": {}}', "must be a list"),
-        ('{"labels": ', "cannot be read"),
+        ('{"labels": ', "Expecting value"),
     ],
 )
 def test_a_wrong_dataset_json_is_refused(tmp_path: Path, text: str, message: str) -> None:

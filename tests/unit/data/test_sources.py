@@ -102,19 +102,19 @@ def test_fashion_mnist_is_read_from_the_path_the_system_or_the_cache(
 
 
 DAMAGED: dict[str, tuple[bytes, str]] = {
-    "no gzip": (b"hello", "cannot be read as a gzip file"),
-    "truncated gzip": (PACKED_IMAGES[:-20], "cannot be read as a gzip file"),
+    "no gzip": (b"hello", "as a gzip file"),
+    "truncated gzip": (PACKED_IMAGES[:-20], "as a gzip file"),
     "flipped bit": (
         PACKED_IMAGES[:-6] + bytes([PACKED_IMAGES[-6] ^ 1]) + PACKED_IMAGES[-5:],
-        "cannot be read as a gzip",
+        "as a gzip",
     ),
-    "empty": (gzip.compress(b""), "no IDX file of uint8: it begins with nothing"),
-    "floats": (gzip.compress(b"\0\0\x0d\x03" + idx(IMAGES)[4:]), "no IDX file of uint8: it begins with 00 00 0d 03"),
+    "empty": (gzip.compress(b""), "not an IDX file of uint8: it starts with nothing"),
+    "floats": (gzip.compress(b"\0\0\x0d\x03" + idx(IMAGES)[4:]), "not an IDX file of uint8: it starts with 00 00 0d 03"),
     "short header": (gzip.compress(idx(IMAGES)[:9]), "ends within its IDX header"),
-    "short data": (gzip.compress(idx(IMAGES)[:-1]), r"holds 239 bytes, but its header announces \[12, 5, 4\]: 240"),
-    "long data": (gzip.compress(idx(IMAGES) + b"\0"), "holds 241 bytes"),
-    "other shape": (gzip.compress(idx(IMAGES[:, :4])), r"holds an array of shape \[12, 4, 4\], not \[12, 5, 4\]"),
-    "other data set": (gzip.compress(idx(255 - IMAGES)), "not the right contents: is it another data set's"),
+    "short data": (gzip.compress(idx(IMAGES)[:-1]), r"contains 239 bytes of data, but its header announces \[12, 5, 4\]: 240"),
+    "long data": (gzip.compress(idx(IMAGES) + b"\0"), "contains 241 bytes"),
+    "other shape": (gzip.compress(idx(IMAGES[:, :4])), r"contains an array of shape \[12, 4, 4\], not \[12, 5, 4\]"),
+    "other data set": (gzip.compress(idx(255 - IMAGES)), "the wrong contents: does it belong to another data set"),
 }
 
 
@@ -188,7 +188,7 @@ def test_cifar10_from_its_directory(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data_batch_3\.bin has 5 bytes, but a CIFAR-10 batch has 6146"):
         cifar10(tmp_path, records=2)
     (tmp_path / "data_batch_3.bin").unlink()
-    with pytest.raises(DataError, match=r"data_batch_3\.bin does not exist: .* is no complete cifar-10-batches-bin"):
+    with pytest.raises(DataError, match=r"data_batch_3\.bin does not exist: .* is not a complete cifar-10-batches-bin"):
         cifar10(tmp_path, records=2)
 
 
@@ -210,10 +210,10 @@ def test_a_wrong_archive_is_told_with_both_checksums_and_a_cure(tmp_path: Path) 
 ARCHIVES: dict[str, tuple[dict[str, Any], str]] = {
     "python version": (
         {"cifar-10-batches-py/data_batch_1": b"x"},
-        "does not hold .*data_batch_1.bin: .* binary version",
+        "does not contain .*data_batch_1.bin: .* binary version",
     ),
-    "missing batch": ({k: v for k, v in members().items() if "batch_4" not in k}, r"does not hold .*data_batch_4\.bin"),
-    "elsewhere": (members("../../evil/"), "does not hold"),
+    "missing batch": ({k: v for k, v in members().items() if "batch_4" not in k}, r"does not contain .*data_batch_4\.bin"),
+    "elsewhere": (members("../../evil/"), "does not contain"),
     "link": (
         {**members(), f"{CIFAR10_FOLDER}/data_batch_2.bin": (tarfile.SYMTYPE, "/etc/passwd")},
         r"data_batch_2\.bin",
