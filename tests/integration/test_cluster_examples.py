@@ -84,7 +84,7 @@ def test_the_slurm_script_stops_requeues_and_resumes(slurm: dict[str, str], tmp_
     assert json.loads((run / "result.json").read_text())["steps"] == 200
 
 
-def test_the_slurm_script_requeues_what_was_preempted(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_the_slurm_script_requeues_a_preempted_job(slurm: dict[str, str], tmp_path: Path) -> None:
     program = tmp_path / "bin" / "srun"
     for code, requeued in ((143, True), (1, False), (0, False)):
         (tmp_path / "requeued").unlink(missing_ok=True)
@@ -99,7 +99,7 @@ def manifest() -> dict[str, Any]:
     return found
 
 
-def test_the_rayjob_s_command_is_one_of_ours() -> None:
+def test_the_command_of_the_rayjob_is_valid() -> None:
     entry = shlex.split(manifest()["spec"]["entrypoint"])
     assert entry[0] == "udddm-train"
     arguments = _parser().parse_args(entry[1:])

@@ -18,7 +18,7 @@ LINES = {
 }
 
 
-def test_mypy_knows_the_public_names(tmp_path: Path) -> None:
+def test_mypy_sees_the_public_names(tmp_path: Path) -> None:
     """Only the two modules that define the surface are followed, so that this takes seconds."""
     pytest.importorskip("mypy")
     program = tmp_path / "program.py"

@@ -63,7 +63,9 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return fingerprints(run)
 
 
-def test_a_submitted_job_ends_as_the_local_run(cluster: Cluster, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_a_submitted_job_gives_the_result_of_a_local_run(
+    cluster: Cluster, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
     """With a data set factory from the submitted directory."""
     job = submit(cluster, "--workers", "2", "--run-dir", str(tmp_path / "run"), "--set", "data.name=mine:data")
     said = job.communicate(timeout=250)[0]
@@ -80,7 +82,7 @@ def reach(run: Path, step: int, job: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_worker_costs_one_failure(cluster: Cluster, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_a_killed_worker_counts_as_one_failure(cluster: Cluster, undisturbed: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submit(cluster, "--workers", "2", "--run-dir", str(run), "--max-failures", "2")
     reach(run, 30, job)
@@ -92,7 +94,7 @@ def test_a_killed_worker_costs_one_failure(cluster: Cluster, undisturbed: dict[s
 
 
 @pytest.mark.slow
-def test_refusals_are_told_and_end_the_job(cluster: Cluster, tmp_path: Path) -> None:
+def test_errors_are_reported_and_end_the_job(cluster: Cluster, tmp_path: Path) -> None:
     """Too many workers for the cluster, and a mistake that the workers find."""
     run = str(tmp_path / "run")
     many = submit(cluster, "--workers", "4", "--timeout", "4", "--run-dir", run)
@@ -129,7 +131,7 @@ def test_a_stopped_job_checkpoints_first_and_resumes(
 
 
 @pytest.mark.slow
-def test_a_lost_node_is_replaced_and_no_disk_was_needed(cluster: Cluster, s3_server: S3Server, tmp_path: Path) -> None:
+def test_a_lost_node_is_replaced_without_a_shared_disk(cluster: Cluster, s3_server: S3Server, tmp_path: Path) -> None:
     """Four workers on two nodes, their run on S3. A node goes, another comes, and the run ends as if undisturbed."""
     run, url = tmp_path / "local", f"s3://{BUCKET}/{uuid.uuid4().hex}"
     command = [str(BIN / "udddm-train"), *arguments("--workers", "4", "--run-dir", str(run))[1:]]
@@ -161,7 +163,7 @@ def test_a_lost_node_is_replaced_and_no_disk_was_needed(cluster: Cluster, s3_ser
     cluster.lose_node(1)
 
 
-def test_an_address_where_no_cluster_is_is_refused_at_once(tmp_path: Path) -> None:
+def test_an_address_without_a_cluster_is_refused_immediately(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     given = [*arguments("--backend", "ray", "--run-dir", str(tmp_path / "run"))]
     done = subprocess.run(

@@ -69,7 +69,7 @@ def test_the_base_installation_trains_samples_and_draws(tmp_path: Path) -> None:
         assert (tmp_path / name / "samples.png").exists() and not (tmp_path / name / "tensorboard").exists()
 
 
-def test_a_folder_of_images_without_pillow_says_what_to_install(tmp_path: Path) -> None:
+def test_a_folder_of_images_without_pillow_names_the_extra_to_install(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "sys.modules['PIL'] = None\n"

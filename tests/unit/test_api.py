@@ -106,7 +106,7 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 # Configurations.
 
 
-def test_a_file_a_dict_and_a_configuration_are_the_same_run(tmp_path: Path) -> None:
+def test_a_file_a_dict_and_a_configuration_give_the_same_run(tmp_path: Path) -> None:
     small = {f"network.{key}": value for key, value in TINY["network"].items()}
     overrides = {"train.steps": 2, "train.batch_size": 64, "sample.final": 0, **small}
     as_text = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
@@ -149,7 +149,7 @@ def test_a_file_a_dict_and_a_configuration_are_the_same_run(tmp_path: Path) -> N
         ({"workers": 2.5}, "workers=2.5"),
         ({"workers": True}, "workers=True"),
         ({"workers": 3}, "the nearest numbers of ranks"),
-        ({"backend": "slurm"}, "unknown launcher 'slurm'; there are local, ray, and package.module:function"),
+        ({"backend": "slurm"}, "unknown launcher 'slurm'; the choices are local, ray, and package.module:function"),
         ({"backend": "json:JSONDecoder"}, "it returned a JSONDecoder; give a class or function that returns a"),
         ({"device": "tpu"}, "--device tpu: choose auto, cpu or cuda"),
         ({"store": lambda context: None}, r"store=<function.*top level of a module"),
@@ -162,14 +162,14 @@ def test_a_file_a_dict_and_a_configuration_are_the_same_run(tmp_path: Path) -> N
         ({"overrides": {"objective.name": "uddm"}}, "Algorithm 1 conditions the network on the x0-state"),
     ],
 )
-def test_a_wrong_argument_is_one_clear_error(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_wrong_argument_is_a_configuration_error(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     given = {"config": TINY, "run_dir": tmp_path / "run", "device": "cpu"} | arguments
     with pytest.raises(ConfigError, match=message):
         udddm.train(**given)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_local_function_is_refused_as_a_lambda_is(tmp_path: Path) -> None:
+def test_local_functions_and_lambdas_are_refused(tmp_path: Path) -> None:
     def local(context: NetworkContext) -> torch.nn.Module:
         raise AssertionError
 
@@ -198,7 +198,7 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_options(tmp_path: Path
         ({"guidance": 2.0}, "network.label_dropout"),
     ],
 )
-def test_wrong_arguments_of_sampling(arguments: dict[str, Any], message: str, run: Path) -> None:
+def test_wrong_arguments_of_sampling_are_refused(arguments: dict[str, Any], message: str, run: Path) -> None:
     model = udddm.load_model(run, device="cpu")
     with pytest.raises(ConfigError, match=message):
         udddm.sample(model, **({"seeds": [1, 2, 3]} | arguments))
@@ -265,7 +265,7 @@ def own_sampler(task: SamplingTask) -> torch.Tensor:
     return torch.full((task.count, 1, 8, 8), 0.25)
 
 
-def test_factories_of_your_own_become_names_in_the_configuration(tmp_path: Path) -> None:
+def test_custom_factories_become_names_in_the_configuration(tmp_path: Path) -> None:
     result = udddm.train(
         TINY,
         run_dir=tmp_path,
@@ -303,7 +303,7 @@ def no_metric(given: MetricInput) -> float:
     return 3.0
 
 
-def test_a_metric_of_your_own_scores_from_python_and_while_training(
+def test_a_custom_metric_scores_from_python_and_during_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -343,13 +343,13 @@ class InThisProcess(Launcher):
 
 
 @pytest.mark.parametrize("backend", [InThisProcess, f"{__name__}:InThisProcess"])
-def test_a_launcher_of_your_own(backend: Any, tmp_path: Path) -> None:
+def test_a_custom_launcher_runs_the_job(backend: Any, tmp_path: Path) -> None:
     InThisProcess.attempts.clear()
     assert udddm.train(TINY, run_dir=tmp_path, device="cpu", workers=(1, 8), backend=backend).steps == 2
     assert InThisProcess.attempts == [1]
 
 
-def test_the_launcher_is_chosen_by_name_or_by_what_surrounds_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_launcher_is_selected_by_name_or_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("WORLD_SIZE", "RANK", "RAY_JOB_ID", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
     config = RunConfig()
@@ -388,7 +388,7 @@ def test_the_messages_of_a_run_are_printed_once_and_can_be_silenced(
     assert "run directory: " not in stderr.getvalue()
 
 
-def test_configured_logging_gets_the_messages_and_no_handler_is_added(
+def test_configured_logging_receives_the_messages_and_no_handler_is_added(
     untouched_logger: logging.Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, stream = logging.getLogger(), io.StringIO()

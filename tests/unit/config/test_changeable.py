@@ -29,7 +29,7 @@ CHANGEABLE = {
 }
 
 
-def test_the_marked_keys_are_these() -> None:
+def test_the_changeable_keys_are_listed() -> None:
     assert RunConfig.changeable() == CHANGEABLE
 
 

@@ -36,7 +36,7 @@ def expected(*images: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(stacked).float() / 127.5 - 1
 
 
-def test_images_come_in_the_order_of_their_relative_paths(tmp_path: Path) -> None:
+def test_images_are_sorted_by_relative_path(tmp_path: Path) -> None:
     names = ["b/2.png", "a.bmp", "b/1.PNG", "c/d/e.webp", "B.png"]
     images = {name: save(tmp_path / name, picture(4, 6, 3), lossless=True) for name in names}
     save(tmp_path / ".hidden.png", picture(2, 2, 3))
@@ -56,7 +56,7 @@ def test_first_level_directories_are_the_classes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("other", ["x.png", "cat/deeper/x.png"])
-def test_any_other_place_leaves_the_folder_unlabelled(tmp_path: Path, other: str) -> None:
+def test_files_elsewhere_leave_the_folder_without_labels(tmp_path: Path, other: str) -> None:
     for name in ("cat/1.png", "dog/1.png", other):
         save(tmp_path / name, picture(4, 4))
     assert not ImageDataset(FolderImages(tmp_path)).labelled
@@ -76,12 +76,12 @@ def test_an_opaque_alpha_channel_is_dropped(tmp_path: Path) -> None:
     assert torch.equal(everything(tmp_path), expected(pixels[..., :3]))
 
 
-def test_small_colour_images_are_not_mistaken_for_channels(tmp_path: Path) -> None:
+def test_small_color_images_are_not_mistaken_for_channels(tmp_path: Path) -> None:
     pixels = save(tmp_path / "1.png", picture(3, 5, 3))
     assert torch.equal(everything(tmp_path), expected(pixels))
 
 
-def test_size_crops_the_centre_and_resizes(tmp_path: Path) -> None:
+def test_size_crops_the_center_and_resizes(tmp_path: Path) -> None:
     wide = np.zeros((8, 16, 3), np.uint8)
     wide[:, 4:12] = 200  # the central square, of one colour
     save(tmp_path / "wide.png", wide)
@@ -113,14 +113,14 @@ def test_a_truncated_file_is_named_when_it_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", b"\x89PNG\r\n\x1a\n" + b"\0" * 30])
-def test_an_unreadable_header_is_named_at_once(tmp_path: Path, content: bytes) -> None:
+def test_an_unreadable_header_is_named_on_opening(tmp_path: Path, content: bytes) -> None:
     save(tmp_path / "a.png", picture(4, 4))
     (tmp_path / "b.png").write_bytes(content)
     with pytest.raises(DataError, match=r"cannot read .*b\.png as an image"):
         FolderImages(tmp_path)
 
 
-def test_files_that_vanish_or_change_shape_are_named(tmp_path: Path) -> None:
+def test_files_that_disappear_or_change_shape_are_named(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         save(tmp_path / name, picture(4, 4))
     dataset = ImageDataset(FolderImages(tmp_path))
@@ -138,7 +138,7 @@ def test_sixteen_bits_are_refused(tmp_path: Path) -> None:
         FolderImages(tmp_path)
 
 
-def test_missing_and_empty_folders_are_told(tmp_path: Path) -> None:
+def test_missing_and_empty_folders_are_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="not a local directory"):
         FolderImages(tmp_path / "nowhere")
     with pytest.raises(DataError, match="contains no images"):

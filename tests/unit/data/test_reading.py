@@ -50,7 +50,7 @@ UNTURN = {
 
 @pytest.mark.parametrize("turn", UNTURN)
 @pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_photographs_stored_sideways_are_turned(tmp_path: Path, turn: int, suffix: str) -> None:
+def test_images_are_rotated_according_to_exif(tmp_path: Path, turn: int, suffix: str) -> None:
     exif, upright = Image.Exif(), photo(6, 10, 3)
     exif[0x0112] = turn
     save_image(tmp_path / "f" / f"a.{suffix}", np.ascontiguousarray(UNTURN[turn](upright)), exif=exif, lossless=True)
@@ -61,7 +61,7 @@ def test_photographs_stored_sideways_are_turned(tmp_path: Path, turn: int, suffi
     assert torch.equal(from_python, images)
 
 
-def test_an_orientation_after_the_pixels_of_a_png_counts(tmp_path: Path) -> None:
+def test_an_orientation_after_the_pixels_of_a_png_is_applied(tmp_path: Path) -> None:
     exif, upright = Image.Exif(), photo(6, 10, 3)
     exif[0x0112] = 6
     save_image(tmp_path / "a.png", np.ascontiguousarray(np.rot90(upright)))
@@ -73,7 +73,7 @@ def test_an_orientation_after_the_pixels_of_a_png_counts(tmp_path: Path) -> None
     assert torch.equal(images[0], images[1])
 
 
-def test_damaged_exif_data_leave_an_image_as_it_is_stored(tmp_path: Path) -> None:
+def test_corrupt_exif_data_are_ignored(tmp_path: Path) -> None:
     pixels = photo(6, 10, 3)
     save_image(tmp_path / "a.png", pixels, exif=b"Exif\0\0MM\0*\0\0")
     save_image(tmp_path / "b.png", pixels)
@@ -112,7 +112,7 @@ def deep_png(path: Path, color: tuple[int, ...], kind: int) -> None:
 
 
 @pytest.mark.parametrize(("color", "kind"), [((4000, 3000, 200), 2), ((4000, 3000, 200, 65535), 6), ((4000, 65535), 4)])
-def test_sixteen_bits_a_channel_are_refused_in_color_too(tmp_path: Path, color: tuple[int, ...], kind: int) -> None:
+def test_sixteen_bits_per_channel_are_refused_in_color(tmp_path: Path, color: tuple[int, ...], kind: int) -> None:
     deep_png(tmp_path / "deep.png", color, kind)
     with pytest.raises(DataError, match=r"deep\.png has more than 8 bits per channel.*convert it to 8 bits"):
         FolderImages(tmp_path)
@@ -198,7 +198,7 @@ def test_labels_come_from_dataset_json(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"labels": [["00000/img00000000.png", 1]]}', r"no label for 00000/img00000001\.png and 2 other files"),
-        ('{"labels": [["00000/img00000000.png", 0.5]]}', "the label of 00000/img00000000.png is 0.5: labels are integers"),
+        ('{"labels": [["00000/img00000000.png", 0.5]]}', "label of 00000/img00000000.png is 0.5: labels are integers"),
         ('{"labels": [["00000/img00000000.png", [0, 1]]]}', "labels are integers >= 0"),
         ('{"labels": [["00000/img00000000.png"]]}', "is not a pair"),
         ('{"labels": {}}', "must be a list"),
@@ -214,7 +214,7 @@ def test_a_wrong_dataset_json_is_refused(tmp_path: Path, text: str, message: str
 
 @pytest.mark.parametrize("step", [1, 1000], ids=["EDM", "FFHQ"])
 @pytest.mark.parametrize("index", [True, False])
-def test_numbered_parts_are_no_classes(tmp_path: Path, step: int, index: bool) -> None:
+def test_numbered_directories_are_not_classes(tmp_path: Path, step: int, index: bool) -> None:
     for i in (0, 999, 1000, 2001):
         save_image(tmp_path / f"{i // 1000 * step:05d}" / f"{i:05d}.png", photo(8, 8, 3))
     if index:
@@ -222,7 +222,7 @@ def test_numbered_parts_are_no_classes(tmp_path: Path, step: int, index: bool) -
     assert not ImageDataset(FolderImages(tmp_path)).labelled
 
 
-def test_a_run_without_classes_resumes_on_a_folder_whose_parts_were_taken_for_classes(tmp_path: Path) -> None:
+def test_a_run_without_classes_resumes_on_a_folder_with_numbered_directories(tmp_path: Path) -> None:
     data = tmp_path / "data"
     for i in (0, 999, 1000):
         save_image(data / f"{i // 1000:05d}" / f"{i:05d}.png", photo(8, 8, 3))
@@ -239,13 +239,13 @@ def test_a_run_without_classes_resumes_on_a_folder_whose_parts_were_taken_for_cl
         check_or_record(tmp_path / "labelled", with_classes, ImageDataset(now))
 
 
-def test_a_zip_file_is_to_be_unpacked(tmp_path: Path) -> None:
+def test_a_zip_file_is_refused_with_a_hint_to_unpack_it(tmp_path: Path) -> None:
     (tmp_path / "data.zip").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"data\.zip is a file, not a folder: unpack it"):
         FolderImages(tmp_path / "data.zip")
 
 
-def test_class_names_are_kept_with_the_run(tmp_path: Path) -> None:
+def test_class_names_are_recorded_with_the_run(tmp_path: Path) -> None:
     classes(tmp_path, "ant", "bee")
     recorded = ImageDataset(FolderImages(tmp_path)).fingerprint()
     assert recorded["class_names"] == ["ant", "bee"]
