@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-RELEASE = "fashion-mnist/consistency/ema-0.9998.safetensors"  # what the README samples from
+RELEASE = "fashion-mnist/consistency/ema-0.9998.safetensors"  # the checkpoint from which the README samples
 FOLDERS = ("quality", "store", "training", "robustness")
 SCRIPTS = sorted(
     str(path.relative_to(BENCHMARKS))

@@ -1,4 +1,4 @@
-"""The files under examples/: their commands are ours, and the Slurm script trains, stops and resumes.
+"""The cluster files in examples/: their commands are valid, and the Slurm script trains, stops and resumes.
 
 `srun` and `scontrol` stand in here for Slurm's: they start the ranks, pass SIGTERM on, and note a requeue.
 """
@@ -73,7 +73,7 @@ def test_the_slurm_script_stops_requeues_and_resumes(slurm: dict[str, str], tmp_
             raise AssertionError(first.communicate()[1])
         time.sleep(0.02)
     children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGTERM)  # Slurm signals a job's steps, and not the script
+    os.kill(int(children[0]), signal.SIGTERM)  # Slurm signals the steps of a job, not the script
     said = first.communicate(timeout=60)[1]
     assert first.returncode == 143 and "requeue" in (tmp_path / "requeued").read_text(), said
     assert not (run / "result.json").exists(), said

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md: a member of every plug point, written outside the package, trains and samples."""
+"""The examples of docs/extending.md: a custom member of every plug point trains and samples."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def reachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As PYTHONPATH=examples does, in this process and those that it starts."""
+    """Adds examples/ to the import path of this process and its children, like PYTHONPATH=examples."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("PYTHONPATH", f"{EXAMPLES}{os.pathsep}{PACKAGE.parent}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -81,12 +81,12 @@ def test_the_package_names_no_example_and_every_example_is_documented() -> None:
         assert name not in source
         assert f"examples/{name}.py" in documented
         text = (EXAMPLES / f"{name}.py").read_text()
-        assert "PYTHONPATH=examples" in text.split('"""')[1], "the docstring gives the command"
+        assert "PYTHONPATH=examples" in text.split('"""')[1], "the docstring shows the command"
         assert len(text.splitlines()) <= 150
 
 
 class TestSqliteStore(StoreConformance):
-    """The suite that ships in the package, with fewer random lives: `StoreConformance.examples` says how many."""
+    """The conformance suite of the package, with fewer random histories (`StoreConformance.examples`)."""
 
     dtypes = ("fp16", "bf16")
     examples = 6
@@ -143,7 +143,7 @@ def test_a_run_moves_between_sqlite_and_built_in_stores(tmp_path: Path) -> None:
 
 
 def interrupted(run: Path, step: int, *overrides: str) -> None:
-    """Train to the checkpoint of `step` and no further."""
+    """Train up to the checkpoint of `step`."""
     from udddm.backends.distributed.ranks import join
     from udddm.data import ImageDataset
     from udddm.runs.run import Run, check_or_record
@@ -166,7 +166,7 @@ def test_unsupported_settings_of_a_sqlite_store_are_refused(tmp_path: Path) -> N
         train(tmp_path / "run", "store={kind: 'custom_store:SqliteStore', settings: {cache_mb: many}}")
     (tmp_path / "file").write_text("")
     place = f"store={{kind: 'custom_store:SqliteStore', settings: {{directory: '{tmp_path / 'file' / 'x'}'}}}}"
-    with pytest.raises(StoreError, match=r"cannot make .*lanes-0000.sqlite.*store.settings.directory"):
+    with pytest.raises(StoreError, match=r"cannot create .*lanes-0000.sqlite.*store.settings.directory"):
         train(tmp_path / "other", place)
 
 
@@ -220,7 +220,7 @@ def test_members_can_be_passed_as_objects_from_python(tmp_path: Path) -> None:
     assert np.isfinite(others).all() and not np.array_equal(images, others)
     with pytest.raises(ConfigError, match=r"3 evaluations need 2 levels"):
         model.sample(range(4), steps=3, sampler=sampler, settings={"levels": [5.0]})
-    with pytest.raises(ConfigError, match="give positive levels that fall"):
+    with pytest.raises(ConfigError, match="give positive, decreasing levels"):
         model.sample(range(4), steps=3, sampler=sampler, settings={"levels": [1.0, 5.0]})
 
 
@@ -334,7 +334,7 @@ def test_an_optimizer_with_unsupported_state_is_refused(tmp_path: Path, monkeypa
 
 
 def test_the_commands_in_the_docstrings_are_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every `udddm-...` of a docstring is parsed, and its configuration resolved."""
+    """Every `udddm-...` command in a docstring is parsed, and its configuration is resolved."""
     import shlex
 
     from udddm.cli import evaluate, sample

@@ -1,4 +1,5 @@
-"""Several processes on one machine, killed, hung, stopped: the run ends as the undisturbed one or says why not."""
+"""Several processes on one machine that are killed, hang or are stopped: the run gives the result of an undisturbed
+run, or a clear error."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class Started:
         self.process = subprocess.Popen(command(run, *more), stderr=subprocess.PIPE, text=True)
 
     def children(self) -> list[int]:
-        """The ranks' processes, by rank."""
+        """The process ids of the ranks, by rank."""
         found = []
         for task in Path(f"/proc/{self.process.pid}/task").iterdir():
             for pid in (task / "children").read_text().split():
@@ -217,7 +218,7 @@ class Squares:
 
 
 def test_a_data_set_factory_runs_in_the_workers(tmp_path: Path) -> None:
-    """A function is called in every worker; an object is sent to them."""
+    """A function is called in every worker; an object is pickled and sent to the workers."""
     config = resolve(
         {
             "network": {
@@ -257,7 +258,7 @@ if __name__ == "__main__":
 
 @pytest.mark.parametrize("logger", ["as it is", "silenced"])
 def test_workers_log_unless_the_program_silenced_them(logger: str, tmp_path: Path) -> None:
-    """A worker is a new process, which knows nothing of the program's logging but its level."""
+    """A worker is a new process, which receives only the level of the program's logging."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, str(program), str(tmp_path / "run"), logger]
@@ -281,7 +282,7 @@ print([name for name in threads if "gloo" in name])
 
 
 def test_a_closed_group_leaves_no_thread() -> None:
-    """A thread of gloo's that frees a tensor while the interpreter ends would abort a rank that has done its work."""
+    """A thread of gloo that frees a tensor during interpreter shutdown would abort a rank that has finished."""
     done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, check=True, timeout=100)
     assert done.stdout == "[]\n"
 

@@ -1,4 +1,4 @@
-"""Ray Train on a real cluster, one for the whole module: `ray job submit`, a killed worker, preemption, refusals."""
+"""Ray Train on a real cluster, shared by this module: `ray job submit`, a killed worker, preemption, and errors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def fingerprints(run: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The same run by two processes without Ray."""
+    """The same run with two processes without Ray."""
     run = tmp_path_factory.mktemp("local") / "run"
     command = [str(BIN / "udddm-train"), *arguments("--workers", "2", "--run-dir", str(run))[1:]]
     subprocess.run(command, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -66,7 +66,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 def test_a_submitted_job_gives_the_result_of_a_local_run(
     cluster: Cluster, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    """With a data set factory from the submitted directory."""
+    """The data set factory is in the submitted directory."""
     job = submit(cluster, "--workers", "2", "--run-dir", str(tmp_path / "run"), "--set", "data.name=mine:data")
     said = job.communicate(timeout=250)[0]
     assert job.returncode == 0, said
@@ -95,7 +95,7 @@ def test_a_killed_worker_counts_as_one_failure(cluster: Cluster, undisturbed: di
 
 @pytest.mark.slow
 def test_errors_are_reported_and_end_the_job(cluster: Cluster, tmp_path: Path) -> None:
-    """Too many workers for the cluster, and a mistake that the workers find."""
+    """Too many workers for the cluster, and an error that only the workers detect."""
     run = str(tmp_path / "run")
     many = submit(cluster, "--workers", "4", "--timeout", "4", "--run-dir", run)
     wrong = submit(cluster, "--workers", "2", "--max-failures", "9", "--run-dir", run, "--set", "data.name=mine:dota")
@@ -132,7 +132,7 @@ def test_a_stopped_job_checkpoints_first_and_resumes(
 
 @pytest.mark.slow
 def test_a_lost_node_is_replaced_without_a_shared_disk(cluster: Cluster, s3_server: S3Server, tmp_path: Path) -> None:
-    """Four workers on two nodes, their run on S3. A node goes, another comes, and the run ends as if undisturbed."""
+    """Four workers on two nodes, with the run on S3. One node is lost and replaced; the result is undisturbed."""
     run, url = tmp_path / "local", f"s3://{BUCKET}/{uuid.uuid4().hex}"
     command = [str(BIN / "udddm-train"), *arguments("--workers", "4", "--run-dir", str(run))[1:]]
     subprocess.run(command, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -150,7 +150,7 @@ def test_a_lost_node_is_replaced_without_a_shared_disk(cluster: Cluster, s3_serv
                 job.kill()
                 raise AssertionError(job.communicate()[0])
             time.sleep(0.1)
-        while "udddm_images_per_second" not in cluster.metrics():  # the nodes gather them every ten seconds
+        while "udddm_images_per_second" not in cluster.metrics():  # the nodes collect metrics every ten seconds
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.5)
         cluster.lose_node(0)

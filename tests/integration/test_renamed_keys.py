@@ -1,4 +1,4 @@
-"""A run that was begun before keys were renamed resumes to the bits of the undisturbed run."""
+"""A run from before keys were renamed resumes with bit-for-bit equal results."""
 
 from __future__ import annotations
 

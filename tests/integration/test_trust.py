@@ -1,4 +1,4 @@
-"""A checkpoint that names code (`network.name: evil:make`) runs none of it, unless the user trusts it."""
+"""Code that a checkpoint names (`network.name: evil:make`) runs only if the user trusts the checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ IRRELEVANT = {
 
 @pytest.fixture
 def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stranger's run, in whose reach is a module `evil` that leaves a file when it is imported."""
+    """An untrusted run, with an importable module `evil` that creates a file when it is imported."""
     (tmp_path / "evil.py").write_text(EVIL)
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -57,7 +57,7 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rewrite(run: Path, section: str, key: str, value: object) -> None:
-    """Another configuration in a run and its checkpoints, whose manifests are made to match."""
+    """Replaces the configuration of a run and its checkpoints, and updates the manifests to match."""
     for path in [run / "run.json", *run.glob("checkpoints/*/config.json")]:
         found = json.loads(path.read_text())
         found["config"][section][key] = value
@@ -69,7 +69,7 @@ def rewrite(run: Path, section: str, key: str, value: object) -> None:
 
 
 def looking(run: Path, out: Path) -> list[list[str]]:
-    """The commands of udddm-store that look into a run."""
+    """The commands of udddm-store that read a run."""
     return [
         ["info", str(run)],
         ["verify", str(run)],

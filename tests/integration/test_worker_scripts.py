@@ -1,4 +1,4 @@
-"""Scripts that start workers in a way that cannot work end in one error that says what to change."""
+"""Scripts that cannot start workers end with one error that describes the fix."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""The public surface: its names, the ways to give a configuration, factories of your own, and what is refused."""
+"""The public API: its names, forms of a configuration, custom factories, and errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def untouched_logger() -> Iterator[logging.Logger]:
-    """The logger `udddm` as in a new process, and as it was afterwards."""
+    """Resets the logger `udddm` to its state in a new process, and restores it afterwards."""
     log = logging.getLogger("udddm")
     before = (list(log.handlers), log.propagate, log.level)
     log.handlers, log.propagate = [], True
@@ -216,7 +216,7 @@ def test_seeds_and_labels_may_be_arrays_and_tensors(run: Path) -> None:
 
 
 def test_results_are_frozen_dataclasses(run: Path) -> None:
-    result = udddm.train(TINY, run_dir=run, device="cpu")  # it is finished: this reads its result
+    result = udddm.train(TINY, run_dir=run, device="cpu")  # the run is finished, so this reads its result
     assert isinstance(result, TrainResult) and dataclasses.is_dataclass(result)
     assert result.steps == result["steps"] == 2
     assert result.to_dict() == json.loads((run / "result.json").read_text())
@@ -230,7 +230,7 @@ def test_results_are_frozen_dataclasses(run: Path) -> None:
             found["nothing"]
 
 
-# Factories of your own.
+# Custom factories.
 
 
 class OwnStore(DeviceStore):
@@ -330,7 +330,7 @@ def test_a_custom_metric_scores_from_python_and_during_training(
 
 
 class InThisProcess(Launcher):
-    """A launcher of one's own: the only rank is this process."""
+    """A custom launcher that runs the only rank in this process."""
 
     attempts: list[int] = []  # noqa: RUF012
 
@@ -364,7 +364,7 @@ def test_the_launcher_is_selected_by_name_or_environment(monkeypatch: pytest.Mon
     assert choose("auto", one) == ("ray", "this is a Ray job")
     assert choose("local", two) == ("local", "several workers on this machine")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")  # torchrun started this process: it is a rank
+    monkeypatch.setenv("RANK", "0")  # as if torchrun had started this process
     assert choose("auto", two) is None and choose("local", two) is None
 
 

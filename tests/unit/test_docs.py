@@ -1,4 +1,4 @@
-"""README.md and the pages of docs/ name files, keys, commands and Python names that exist."""
+"""All files, keys, commands and Python names in README.md and docs/ exist."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def spans(text: str) -> list[str]:
 
 
 def models(model: type[BaseModel]) -> Iterator[tuple[str, list[type[BaseModel]]]]:
-    """The fields of a section, each with the sections that it may hold."""
+    """The fields of a section, each with its possible subsections."""
     for name, field in model.model_fields.items():
         found = [field.annotation, *get_args(field.annotation)]
         yield name, [each for each in found if isinstance(each, type) and issubclass(each, BaseModel)]
@@ -97,7 +97,7 @@ def test_relative_links_resolve(page: Path) -> None:
 
 @pytest.fixture(scope="module")
 def parsers() -> dict[str, set[str]]:
-    """The flags of each command, those of its subcommands included."""
+    """The flags of each command, including those of its subcommands."""
 
     def flags(parser: argparse.ArgumentParser) -> set[str]:
         found = set(parser._option_string_actions)

@@ -1,4 +1,4 @@
-"""udddm-evaluate: the yardstick's own figures, what is cached, and what is refused."""
+"""udddm-evaluate: agreement with the yardstick, caching, and errors."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_model_is_scored_over_seeds_and_a_collapse_is_reported(
 
 
 def test_statistics_are_computed_after_the_last_collective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a large data set take longer than a collective may."""
+    """The statistics of a large data set take longer than the timeout of a collective."""
     api.train(resolve(TINY), run_dir=tmp_path / "run", device="cpu")
     calls: list[str] = []
 
@@ -127,7 +127,7 @@ def test_a_model_is_loaded_on_the_device_of_its_rank(tmp_path: Path, monkeypatch
     noted = lambda *a, **k: [devices.append(k["device"]), load_model(*a, **k)][1]  # noqa: E731
     monkeypatch.setattr("udddm.runs.model.load_model", noted)
     evaluated(tmp_path, "--checkpoint", str(tmp_path / "run"), "--features", "features:digits", "--count", "60")
-    assert devices == [torch.device("cpu")]  # not the name of a kind, which would be the first of them
+    assert devices == [torch.device("cpu")]  # not "cuda", which would be the first GPU
 
 
 def test_samples_are_scored_from_python(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_statistics_are_cached_per_images_and_network(tmp_path: Path) -> None:
     first = evaluate.reference(ImageDataset(images), network, tmp_path)
     assert calls == 304
     again = evaluate.reference(ImageDataset(images), network, tmp_path)
-    assert calls == 308  # four to tell the network by
+    assert calls == 308  # four for the fingerprint of the network
     for name in ("mean", "covariance", "probe"):
         assert np.array_equal(getattr(first, name), getattr(again, name))
     changed = images.copy()

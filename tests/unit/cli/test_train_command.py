@@ -47,7 +47,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 
 
 def test_help_names_every_member_of_the_plug_points(capsys: pytest.CaptureFixture[str]) -> None:
-    """The help is text: to read the tables it would have to import what the configuration imports."""
+    """The help is fixed text, because reading the tables would import the configuration."""
     from udddm.config.plugins import ENGINES, LAUNCHERS, SAMPLERS, STORES
 
     for command, tables in (

@@ -1,4 +1,4 @@
-"""What may change between two starts of a run: the marked keys, and no others."""
+"""Only the marked keys may change between two starts of a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def changed(config: RunConfig, key: str) -> RunConfig:
-    """A copy in which `key` has a value that it cannot have elsewhere. Nothing is validated."""
+    """Returns a copy in which `key` has an otherwise impossible value, without validation."""
     names = key.split(".")
     sections: list[Any] = [config]
     for name in names[:-1]:

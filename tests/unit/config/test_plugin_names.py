@@ -1,4 +1,4 @@
-"""Factories that are passed from Python get a name that another process can import."""
+"""Factories passed from Python get a name that another process can import."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Plug points: members by name, old names, factories of one's own, and their settings."""
+"""Plug points: members by name, old names, custom factories, and their settings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Old names of keys: read as today's, with a warning; where both are given, the old one is reported."""
+"""Old names of keys are accepted with a warning. If both names are given, the old one is reported."""
 
 from __future__ import annotations
 

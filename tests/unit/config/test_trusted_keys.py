@@ -1,4 +1,4 @@
-"""Every key of a configuration that may name code or a file is known to `udddm.config.trust`."""
+"""`udddm.config.trust` covers every key of a configuration that may name code or a file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SECTIONS = ("data", "network", "schedule", "objective", "store", "engine", "samp
 
 def test_every_plug_point_is_covered() -> None:
     registries = {each.key: each for each in vars(plugins).values() if isinstance(each, Registry)}
-    del registries[LAUNCHERS.key]  # an argument of the command line: no configuration names one
+    del registries[LAUNCHERS.key]  # selected on the command line, not in the configuration
     assert registries == NAMED
 
 

@@ -1,4 +1,4 @@
-"""What a value in a preset or an override means, and what is refused instead of being guessed."""
+"""The meaning of values in presets and overrides, and ambiguous values, which are refused."""
 
 import json
 from pathlib import Path
@@ -75,7 +75,7 @@ def test_null_and_quotes_of_an_override() -> None:
 def test_values_of_free_mappings_are_numbers_only_if_unambiguous(tmp_path: Path, text: str, value: Any) -> None:
     found = load_config(None, ["data.name=a:b", f"data.arguments.x={text}"]).data.arguments["x"]
     assert (found, type(found)) == (value, type(value))
-    if "#" not in text and "@" not in text:  # which YAML itself reads in another way, in a file
+    if "#" not in text and "@" not in text:  # which YAML itself interprets in a file
         path = preset(tmp_path, f"data: {{name: 'a:b', arguments: {{x: {text}}}}}\n")
         assert load_config(path).data.arguments["x"] == value
 

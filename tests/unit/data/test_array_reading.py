@@ -1,4 +1,4 @@
-"""Arrays as other programs write them, and what is refused because it could only be guessed."""
+"""Arrays as other programs write them, and ambiguous arrays, which are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -93,7 +93,7 @@ def test_stored_black_images_are_read(tmp_path: Path) -> None:
 
 
 def test_chunks_that_zarr_omitted_can_be_read_as_the_fill_value(tmp_path: Path) -> None:
-    labels = np.sort(LABELS)  # the first chunk holds zeros alone, which Zarr does not write
+    labels = np.sort(LABELS)  # the first chunk contains only zeros, so Zarr does not write it
     broken_zarr(tmp_path / "d.zarr", labels=labels)
     config = DataConfig(name="array", path=str(tmp_path / "d.zarr"))
     with pytest.raises(DataError, match="chunk c/0 is missing"):

@@ -1,4 +1,4 @@
-"""Stored arrays: each kind of file, at local paths and URLs, gives the same images; damage is told."""
+"""Stored arrays: every format, at local paths and URLs, gives the same images; corruption is reported."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ def write_npz(url: str, images: Any, labels: Any = None) -> None:
 
 
 def write_zarr(url: str, images: Any, labels: Any = None) -> None:
-    url = url.removeprefix("file://")  # zarr would not make the directory
+    url = url.removeprefix("file://")  # zarr would not create the directory
     if labels is None:
         zarr.create_array(url, data=images, chunks=(7, *images.shape[1:]))
         return

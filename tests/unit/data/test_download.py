@@ -1,4 +1,4 @@
-"""Downloads against a local server: whole and verified, or an error and nothing left behind."""
+"""Downloads from a local server: complete and verified, or an error without leftovers."""
 
 import hashlib
 import http.server

@@ -1,4 +1,4 @@
-"""A folder of image files: order, labels, gray or colour, resizing, and errors that name the file."""
+"""A folder of image files: order, labels, gray or color, resizing, and errors that name the file."""
 
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ def test_small_color_images_are_not_mistaken_for_channels(tmp_path: Path) -> Non
 
 def test_size_crops_the_center_and_resizes(tmp_path: Path) -> None:
     wide = np.zeros((8, 16, 3), np.uint8)
-    wide[:, 4:12] = 200  # the central square, of one colour
+    wide[:, 4:12] = 200  # the central square, in one color
     save(tmp_path / "wide.png", wide)
     save(tmp_path / "tall.png", wide.transpose(1, 0, 2))
     same = save(tmp_path / "z.png", picture(4, 4, 3))

@@ -1,4 +1,4 @@
-"""ImageDataset: every accepted form of an image arrives as the same float32 tensor, and mistakes name the sample."""
+"""ImageDataset: every supported form of an image gives the same float32 tensor, and errors name the sample."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ def ids(*numbers: int) -> np.ndarray:
 
 
 class Wrapped:
-    """A user's data set: each image in the form that `form` gives it."""
+    """A user's data set, whose images are converted by `form`."""
 
     def __init__(self, form: Any = lambda image: image, labels: Any = None, images: Any = PIXELS) -> None:
         self.form, self.labels, self.images = form, labels, images

@@ -1,4 +1,4 @@
-"""From the configuration to a data set: built-in names, users' factories, and mistakes in both."""
+"""Loading the data set of a configuration: built-in names, users' factories, and errors in both."""
 
 import subprocess
 import sys

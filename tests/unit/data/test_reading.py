@@ -1,4 +1,4 @@
-"""What is read of files as other programs write them, and what is refused because it could only be guessed."""
+"""Image files and folders as other programs write them, and ambiguous ones, which are refused."""
 
 import json
 import os
@@ -45,7 +45,7 @@ UNTURN = {
     7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
     8: lambda a: np.rot90(a, -1),
 }
-"""How a picture is stored under each of EXIF's orientations."""
+"""The transformation that stores an image with each EXIF orientation."""
 
 
 @pytest.mark.parametrize("turn", UNTURN)

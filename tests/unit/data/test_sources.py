@@ -1,4 +1,4 @@
-"""Digits, Fashion-MNIST and CIFAR-10: the right arrays, and damaged files told apart from them."""
+"""Digits, Fashion-MNIST and CIFAR-10: the right arrays, and errors for corrupt files."""
 
 import gzip
 import hashlib
@@ -57,7 +57,7 @@ def test_fashion_mnist_of_debian_is_the_official_one() -> None:
     images, labels = dataset.batch(np.arange(60_000))
     assert (images.min(), images.max()) == (-1, 1)
     assert labels is not None and np.bincount(labels).tolist() == [6000] * 10
-    # The mean that the data set's users normalise by is 0.2860 of 255.
+    # The mean commonly used to normalize this data set is 0.2860 of 255.
     assert float(images.mean()) == pytest.approx(2 * 0.2860 - 1, abs=2e-4)
 
 
@@ -148,7 +148,7 @@ def batches() -> dict[str, bytes]:
 
 
 def pack(path: Path, members: dict[str, Any]) -> Remote:
-    """An archive of members given as contents, or as (type, link target)."""
+    """An archive of members, each given as contents or as (type, link target)."""
     with tarfile.open(path, "w:gz") as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
@@ -244,7 +244,7 @@ def test_a_truncated_archive_is_reported_even_if_its_checksum_matches(tmp_path: 
         dataset = cifar10(path, remote=remote, records=2)
     except DataError as error:
         assert str(path) in str(error)
-    else:  # what was cut off came after the last batch
+    else:  # the truncation is after the last batch
         assert keep == -1
         check_small_cifar(ImageDataset(dataset))
 

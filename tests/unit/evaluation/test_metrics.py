@@ -1,4 +1,4 @@
-"""The measures against torchmetrics' on the same features, and against their definitions."""
+"""Metrics compared with torchmetrics on the same features, and with their definitions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from udddm.evaluation import metrics
 
 
 class Network(nn.Module):
-    """A feature network as torchmetrics takes them; `num_features` is what it asks for."""
+    """A feature network for torchmetrics, which needs `num_features`."""
 
     num_features = 12
 

@@ -1,4 +1,4 @@
-"""The trainer, engine and API on tiny runs: precisions, ranks, labels, users' own data sets, and what is refused."""
+"""The trainer, engine and API on tiny runs: precisions, ranks, labels, users' data sets, and errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tiny(**sections: Any) -> RunConfig:
 
 
 class Squares:
-    """A user's data set: labelled gray squares, as float images."""
+    """A user's data set: gray squares as float images, with labels."""
 
     def __init__(self, length: int = 70, shade: float = 0.5):
         self.length, self.shade = length, shade
@@ -79,7 +79,7 @@ def test_every_precision_trains_and_keeps_float32_weights(precision: str, tmp_pa
 
 
 def test_init_from_loads_the_first_average_of_another_run(tmp_path: Path) -> None:
-    """Weights and averages; where it is resumed, what it began with is of no account any more."""
+    """Both weights and averages are loaded. A resumed run no longer reads the other run."""
     first, second = tmp_path / "first", tmp_path / "second"
     train(tiny(), first)
     config = tiny(train={"init_from": str(first), "learning_rate": 1e-12, "ema": [0.5, 0.9]})
@@ -105,7 +105,7 @@ def test_init_from_refuses_a_different_network(tmp_path: Path) -> None:
 
 
 def test_a_run_of_an_older_version_resumes_with_defaults_for_new_settings(tmp_path: Path) -> None:
-    """Its run.json lacks the settings that came later: it did as their defaults do."""
+    """Its run.json lacks settings that were added later, whose defaults describe it."""
     result = train(tiny(), tmp_path)
     path = tmp_path / "run.json"
     recorded = json.loads(path.read_text())
@@ -118,7 +118,7 @@ def test_a_run_of_an_older_version_resumes_with_defaults_for_new_settings(tmp_pa
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_an_interrupted_run_has_the_fingerprints_of_an_uninterrupted_run(precision: str, tmp_path: Path) -> None:
-    """Stop by an exception from the data set, then go on: the fingerprints are the undisturbed run's."""
+    """An exception in the data set stops the run. After resuming, fingerprints equal those of an undisturbed run."""
 
     class Failing(Squares):
         reads = 0
@@ -184,7 +184,7 @@ def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
 
 
 def finite(run: Path) -> list[str]:
-    """The checkpoints of a run, all of whose values are finite."""
+    """The names of the checkpoints of a run. Asserts that all their values are finite."""
     found = sorted((run / "checkpoints").glob("step-*"))
     for path in found:
         for kind in ("model", "ema-0.9", "optimizer"):
@@ -204,7 +204,7 @@ def test_a_diverged_run_raises_and_keeps_its_checkpoint(tmp_path: Path) -> None:
 def test_no_checkpoint_contains_values_that_are_not_finite(
     what: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the last step before a checkpoint, whose loss was finite: a fault of the machine, which a restart cures."""
+    """A hardware fault in the last step before a checkpoint, whose loss is still finite. A restart fixes it."""
     step = TorchEngine._step
     taken = 0
 
