@@ -236,8 +236,8 @@ def run(data: Data, overrides: list[str], length: int, seed: int, directory: Pat
 
 def speeds(data: Data, names: list[str], rounds: int, ict: float | None, seconds: float = 1.0) -> dict[str, Any]:
     """Images/s of a training step (plan, passes, Adam, EMA). The objectives alternate within every round. Keys with
-    `run_` are for an entire run, including pretraining of a denoiser, if any. iCT and the denoiser are always measured; ratios
-    are converted to images/s with `ict`, those of iCT from an earlier measurement."""
+    `run_` are for an entire run, including pretraining of a denoiser, if any. iCT and the denoiser are always measured;
+    ratios are converted to images/s with `ict`, those of iCT from an earlier measurement."""
     ranks = join("cpu")
     torch.set_num_threads(1)
     beside = {"iCT", "denoiser, Heun", *names}

@@ -29,6 +29,8 @@ PYTHON = re.compile(r"(?<![\w/.-])udddm(?:\.[A-Za-z_]\w*)+")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"\budddm[- ](" + "|".join(COMMANDS) + r")\b([^|;#`]*)")
 FLAG = re.compile(r"(?<!\S)--[a-z][a-z0-9-]*")
+OLD_KEYS = re.compile(r"^\| old \| now \|\n(?:\|.*\n)+", re.MULTILINE)
+"""The table of renamed keys, whose old names no longer exist."""
 
 
 def blocks(text: str) -> list[str]:
@@ -70,11 +72,20 @@ def test_files_exist(page: Path) -> None:
 
 @PAGE
 def test_configuration_keys_exist(page: Path) -> None:
-    text = page.read_text()
+    text = OLD_KEYS.sub("", page.read_text())
     given = [key for span in spans(text) for key in KEY.findall(span) if not key.endswith((".py", ".md", ".json"))]
     given += [key for code in [*blocks(text), *spans(text)] for key in re.findall(r"--set ([a-z_.0-9]+)=", code)]
     named = [key for key in given if key.partition(".")[0] in SECTIONS]
     assert not [f"{key} (is it {current_key(key)}?)" for key in named if not is_key(key.split("."))]
+
+
+def test_the_table_of_old_keys_names_their_successors() -> None:
+    table = OLD_KEYS.search((ROOT / "docs" / "presets.md").read_text())
+    assert table is not None
+    rows = [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in table[0].splitlines()]
+    keys = [(old, new) for old, new in rows if re.fullmatch(r"[a-z_]+\.[a-z_]+", old)]
+    assert keys
+    assert [current_key(old) for old, _ in keys] == [new for _, new in keys]
 
 
 @PAGE
