@@ -3,9 +3,9 @@
     PYTHONPATH=examples udddm-train --config configs/digits.yaml --engine custom_engine:Decoupled \\
         --set 'engine.settings={optimizer: radam, weight_decay: 0.01}'
 
-All but the optimizer is `TorchEngine`'s: DDP over several ranks, autocast, clipping, learning rates, checkpoints.
-Its state has to be Adam's (`exp_avg`, `exp_avg_sq`, `step`), which is what checkpoints hold and every engine reads; an
-optimizer with another state is refused when the first checkpoint is due.
+Everything except the optimizer is inherited from `TorchEngine`: DDP over several ranks, autocast, clipping, learning
+rates and checkpoints. The optimizer must have Adam's state (`exp_avg`, `exp_avg_sq`, `step`), which checkpoints contain
+and every engine reads. An optimizer with other state causes an error at the first checkpoint.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from udddm.config import Section
 
 
 class Decoupled(TorchEngine):
+    """The torch engine with decoupled weight decay."""
+
     class Settings(Section):
-        """Section `engine.settings`."""
+        """The section `engine.settings`."""
 
         optimizer: Literal["adamw", "radam"] = "adamw"
         weight_decay: float = Field(0.01, ge=0)
 
     def __init__(self, context: EngineContext, settings: Settings):
-        self.settings = settings  # before TorchEngine asks for the optimizer
+        self.settings = settings  # before the constructor of TorchEngine calls `optimizer`
         super().__init__(context)
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,9 +1,9 @@
-"""A launcher that starts the ranks with torchrun, as a scheduler that runs shell commands would.
+"""A launcher that starts the ranks with torchrun, like a scheduler that runs shell commands.
 
     PYTHONPATH=examples udddm-train --config configs/digits.yaml --workers 2 --backend custom_launcher:Torchrun
 
-A launcher runs one attempt at a job with a number of workers, and raises what ended it. Restarts after failures, the
-number of workers and `--max-failures` are not its business: `udddm.backends.launchers.supervise` decides on them.
+A launcher runs one attempt at a job with a given number of workers, and raises the error that ended it.
+`udddm.backends.launchers.supervise` handles the number of workers, restarts after failures, and `--max-failures`.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from udddm.errors import WorkerLost
 
 
 class Torchrun(Launcher):
+    """Starts the ranks with `torchrun --standalone`."""
+
     def available_workers(self, job: Job) -> int:
-        """One per GPU of this machine; on a CPU as many as are wanted."""
+        """One worker per GPU of this machine, or the requested maximum on a CPU."""
         if job.device != "cpu" and torch.cuda.is_available():
             return torch.cuda.device_count()
         return max(job.workers)
@@ -46,7 +48,7 @@ class Torchrun(Launcher):
 
 
 def main(place: Path) -> int:
-    """One rank: what torchrun starts."""
+    """Run one rank in a process that torchrun started. Returns the exit code."""
     try:
         outcome: Any = run_rank(pickle.loads((place / "job").read_bytes()), None)
     except Exception as error:

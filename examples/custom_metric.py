@@ -1,11 +1,11 @@
-"""Density and coverage (Naeem et al. 2020, arXiv 2002.09797) as a metric of your own.
+"""Density and coverage (Naeem et al. 2020, arXiv 2002.09797) as a custom metric.
 
     PYTHONPATH=examples udddm-evaluate --checkpoint runs/digits --features custom_metric:pixels --count 1000 \\
         --metrics frechet,custom_metric:density_coverage
 
-While training: `--set 'evaluate={every_steps: 1000, features: custom_metric:pixels, metrics: [frechet,
-custom_metric:density_coverage]}'`. A metric is a function from a `MetricInput` to its figures by name; they are
-written next to the others, and `Scores.other` has them in Python.
+During training: `--set 'evaluate={every_steps: 1000, features: custom_metric:pixels, metrics: [frechet,
+custom_metric:density_coverage]}'`. A metric is a function from a `MetricInput` to a mapping from names to numbers.
+They are reported with the other scores; in Python, they are in `Scores.other`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,12 @@ NEIGHBORS = 5
 
 
 def density_coverage(given: MetricInput) -> dict[str, float]:
-    """Density: how many real images' neighborhoods a sample lies in, over the number expected. Coverage: the share of
-    real images with a sample in their neighborhood. A neighborhood reaches to the 5th nearest real image."""
+    """Density and coverage of the samples.
+
+    Density is the number of real images whose neighborhood contains a sample, divided by the expected number. Coverage
+    is the fraction of real images with a sample in their neighborhood. The neighborhood of a real image reaches its 5th
+    nearest real image.
+    """
     real = torch.from_numpy(np.asarray(given.real.probe[-MANIFOLD:], np.float64))
     fake = torch.from_numpy(np.asarray(given.features[:MANIFOLD], np.float64))
     neighbors = min(NEIGHBORS, len(real) - 1)
@@ -33,8 +37,8 @@ def density_coverage(given: MetricInput) -> dict[str, float]:
 
 
 def pixels(images: torch.Tensor) -> torch.Tensor:
-    """A feature network for images of a few pixels: the pixels themselves. [B, C, H, W] in [-1, 1] -> [B, C * H * W].
+    """A feature network for tiny images that returns the pixels: [B, C, H, W] in [-1, 1] -> [B, C * H * W].
 
-    It makes the example fast and offline. Figures that are to be compared with others' need Inception's features.
+    It keeps the example fast and offline. Scores that are comparable with published ones need Inception features.
     """
     return images.flatten(1)

@@ -3,8 +3,8 @@
     PYTHONPATH=examples udddm-train --config configs/digits.yaml \\
         --set network.name=custom_network:DiT --set 'network.settings={patch: 2, width: 96, depth: 4}'
 
-Images become tokens, one per patch. The noise level and the label scale, shift and gate every block; the gates begin
-at 0, so that a new network gives 0 and each block starts as the identity.
+Images become tokens, one per patch. The noise level and the label scale, shift and gate every block. The gates are
+initialized with 0, so that each block starts as the identity and a new network returns 0.
 """
 
 from __future__ import annotations
@@ -46,8 +46,10 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
+    """The network: images [B, C, H, W] -> [B, C, H, W]."""
+
     class Settings(Section):
-        """Section `network.settings`."""
+        """The section `network.settings`."""
 
         patch: int = Field(2, gt=0)
         width: int = Field(96, gt=0)
@@ -65,7 +67,7 @@ class DiT(nn.Module):
         self.rows = height // self.patch
         pixels = channels * self.patch**2
         tokens = self.rows * (width // self.patch)
-        # The conditioning image, where there is one, comes in next to the noisy one.
+        # A conditioning image, if any, is concatenated with the noisy image.
         self.embed = nn.Linear(pixels * (2 if self.conditioned else 1), settings.width)
         self.position = nn.Parameter(0.02 * torch.randn(tokens, settings.width))
         self.noise = NoiseEmbedding(settings.width, settings.width, context.max_frequency)
@@ -88,7 +90,7 @@ class DiT(nn.Module):
         condition: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """[B, C, H, W] -> [B, C, H, W], as udddm.networks.Network says. The label `classes` stands for none."""
+        """[B, C, H, W] -> [B, C, H, W], see udddm.networks.Network. The label `classes` means "no label"."""
         embedding = self.noise(c_noise)
         if self.label is not None:
             none = torch.full((len(noisy),), self.classes, device=noisy.device)

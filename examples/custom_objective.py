@@ -3,8 +3,8 @@
     PYTHONPATH=examples udddm-train --config configs/digits.yaml \\
         --set objective.name=custom_objective:PlainConsistency --set 'objective.settings={levels: 18}'
 
-An objective is the plan of each visit, a pure function of (seed, sample, epoch): its noise level, what its target is
-made of, and the weight of its loss. Nothing else has to be written: `udddm.objectives.visit_loss` carries out any plan.
+An objective plans each visit as a pure function of (seed, sample, epoch): its noise level, its target and its loss
+weight. No other code is needed: `udddm.objectives.visit_loss` executes any plan.
 """
 
 from __future__ import annotations
@@ -23,15 +23,17 @@ from udddm.rng import Stream
 
 
 class PlainConsistency(TargetObjective):
+    """Consistency training on a fixed grid of noise levels."""
+
     class Settings(Section):
-        """Section `objective.settings`."""
+        """The section `objective.settings`."""
 
         levels: int = Field(18, ge=1)
-        """Noise levels above the lowest."""
+        """Number of noise levels above the lowest."""
         weighting: Literal["none", "gap"] = "gap"
-        """The weight of a level's loss: 1, or 1 / (sigma_k - sigma_(k-1))."""
+        """Loss weight of a level: 1, or 1 / (sigma_k - sigma_(k-1))."""
         huber_c: float = Field(0.03, gt=0)
-        """c of Eq. 4."""
+        """c of the pseudo-Huber loss (Eq. 4)."""
 
     def __init__(self, context: ObjectiveContext, settings: Settings):
         super().__init__(context.schedule, settings.huber_c, context.seed, context.conditioned)
@@ -44,7 +46,7 @@ class PlainConsistency(TargetObjective):
         return cls(context, settings)
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
-        # Every random number is a function of its place: the same visit draws the same level in any process.
+        # Every random number is a function of its position, so a visit draws the same level in any process.
         level = 1 + rng.randint(self.settings.levels, rng.keys(self.seed, Stream.TIME, ids, epoch))
         taught = np.flatnonzero(level > 1)
         return self.visits(
@@ -52,8 +54,8 @@ class PlainConsistency(TargetObjective):
             epoch,
             self.times[level],
             rng.keys(self.seed, Stream.NOISE, ids, epoch),
-            x0_weight=(level == 1).astype(np.float64),  # the lowest level learns the image itself
+            x0_weight=(level == 1).astype(np.float64),  # the target of the lowest level is the image
             weight=1 / self.gaps[level - 1] if self.settings.weighting == "gap" else np.ones(len(ids)),
-            teacher_rows=taught,  # the others learn what the network says one level below, on the same noise
+            teacher_rows=taught,  # the others: the network's output one level below, same noise
             teacher_times=self.times[level[taught] - 1],
         )

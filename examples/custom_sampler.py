@@ -1,11 +1,11 @@
-"""A sampler that renoises to levels of your choice: one evaluation at the highest level, then one per level.
+"""A sampler that renoises to chosen levels: one evaluation at the highest level, then one per chosen level.
 
     PYTHONPATH=examples udddm-train --config configs/digits.yaml --set 'sample={steps: 3, final: 100, \\
         sampler: custom_sampler:chosen_levels, settings: {levels: [2.0, 0.5]}}'
     PYTHONPATH=examples udddm-sample --checkpoint runs/digits --steps 3 --sampler custom_sampler:chosen_levels \\
         --sampler-settings '{levels: [2.0, 0.5]}'
 
-A sampler takes its noise from the task, so that an image is a function of its seed, whatever batch it is made in.
+A sampler draws noise from the task, so that an image depends only on its seed, not on the batch.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ from udddm.rng import Stream
 
 
 class Settings(Section):
-    """Section `sample.settings`, `--sampler-settings`, or `settings=` in Python."""
+    """The section `sample.settings`, `--sampler-settings`, or `settings=` in Python."""
 
     levels: tuple[float, ...] = Field((2.0, 0.5), min_length=1)
-    """Noise levels (sigma, in units of the data) to which the estimate is noised again."""
+    """Noise levels (sigma, in units of the data) to which the estimate is renoised."""
     fixed_noise: bool = True
-    """Use the noise that sampling began with at all levels, as a deterministic solver does, or fresh noise for each."""
+    """Reuse the initial noise at all levels, like a deterministic solver, instead of fresh noise for each level."""
 
     @field_validator("levels")
     @classmethod
     def _falling(cls, levels: tuple[float, ...]) -> tuple[float, ...]:
         if min(levels) <= 0 or list(levels) != sorted(levels, reverse=True):
-            raise ValueError("give positive levels that fall, such as [2.0, 0.5]")
+            raise ValueError("give positive, decreasing levels, such as [2.0, 0.5]")
         return levels
 
 
 @takes_settings(Settings)
 def chosen_levels(task: SamplingTask, settings: Settings) -> torch.Tensor:
-    """Images [B, C, H, W] by `task.steps` evaluations: the first `task.steps - 1` of the levels are used."""
+    """Images [B, C, H, W] from `task.steps` evaluations. The first `task.steps - 1` levels are used."""
     if task.steps > len(settings.levels) + 1:
         raise ConfigError(
             f"{task.steps} evaluations need {task.steps - 1} levels, and sample.settings.levels (--sampler-settings) "

@@ -1,10 +1,10 @@
-"""The cosine schedule (Nichol & Dhariwal 2021, arXiv 2102.09672), cut off at a lowest and a highest noise level.
+"""The cosine schedule (Nichol & Dhariwal 2021, arXiv 2102.09672), clipped to a lowest and a highest noise level.
 
     PYTHONPATH=examples udddm-train --config configs/digits.yaml \\
         --set schedule.kind=custom_schedule:Cosine --set 'schedule.settings={lowest: 0.05, highest: 30}'
 
-x_t = cos(a) x_0 + sin(a) eps, where the angle a rises linearly with t: sigma, the ratio of noise to signal, is tan(a).
-The preconditioning is EDM's, which `NoiseSchedule` has for every schedule.
+x_t = cos(a) x_0 + sin(a) eps, where the angle a rises linearly with t. sigma, the ratio of noise to signal, is tan(a).
+The preconditioning is that of EDM, which `NoiseSchedule` provides for every schedule.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from udddm.diffusion.schedule import Array, NoiseSchedule
 
 
 class Cosine(NoiseSchedule):
+    """The cosine schedule, as a NoiseSchedule."""
+
     class Settings(Section):
-        """Section `schedule.settings`."""
+        """The section `schedule.settings`."""
 
         lowest: float = Field(0.01, gt=0)
         highest: float = Field(80.0, gt=0)

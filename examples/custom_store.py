@@ -1,9 +1,9 @@
-"""An x0-state store on SQLite, from the standard library: one row per sample, in a database file.
+"""An x0-state store in SQLite, from the standard library: a database file with one row per sample.
 
     PYTHONPATH=examples udddm-train --config configs/digits.yaml --set store.kind=custom_store:SqliteStore
 
-The database is a working copy that is rebuilt at each start. What a run is resumed from is its checkpoint, to which
-`X0Store.snapshot` copies all rows; so a kill at any moment may leave the database in any condition.
+The database is a working copy that is rebuilt at each start. A run resumes from its checkpoint, to which
+`X0Store.snapshot` copies all rows, so the database need not survive a crash.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from udddm.store.encoding import Rows
 
 
 class SqliteStore(X0Store):
+    """The states of this rank's lanes in an SQLite database."""
+
     class Settings(Section):
-        """Section `store.settings`."""
+        """The section `store.settings`."""
 
         directory: str | None = None
-        """Where the database is; unset: the run's own `state`."""
+        """Directory of the database; unset: `state` in the run directory."""
         cache_mb: int = 16
-        """Memory that SQLite may use to keep pages, MB."""
+        """Size of SQLite's page cache in MB."""
 
     def __init__(self, layout: StateLayout, directory: Path, cache_mb: int = 16):
         super().__init__(layout)
-        # A rank owns its lanes and no others, so each rank has a file that nobody else writes to.
+        # Each rank owns its lanes exclusively, so each rank writes to a separate file.
         self.path, self.cache_mb = directory / f"lanes-{layout.lanes.start:04d}.sqlite", cache_mb
         self._database: sqlite3.Connection | None = None
 
@@ -46,25 +48,27 @@ class SqliteStore(X0Store):
         directory = local_path(chosen.directory or context.location)
         if directory is None:
             raise ConfigError(
-                f"store.settings.directory: SQLite needs a directory of this machine, and {context.location} is a URL"
+                f"store.settings.directory: SQLite needs a local directory, and {context.location} is a URL"
             )
         return cls(context.layout, directory, chosen.cache_mb)
 
     @classmethod
     def resident_bytes(cls, layout: StateLayout) -> int:
-        return 2 * layout.step_samples * layout.row_bytes  # a batch that is read, and one that is written
+        return 2 * layout.step_samples * layout.row_bytes  # one batch being read, and one being written
 
     def describe(self) -> str:
         return f"SQLite, {self.path}"
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        """The database; its errors become errors for the user."""
-        assert self._database is not None, "start comes first"
+        """The open database. Converts its errors to StoreError."""
+        assert self._database is not None, "call start first"
         try:
             yield self._database
         except sqlite3.Error as error:
-            raise StoreError(f"{self.path}: {error}. Make room or restore access, then run the same command") from error
+            raise StoreError(
+                f"{self.path}: {error}. Free disk space or restore access, then run the same command"
+            ) from error
 
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:
         self.epoch, self.step = epoch, step
@@ -74,9 +78,9 @@ class SqliteStore(X0Store):
             self.path.unlink(missing_ok=True)
             self._database = sqlite3.connect(self.path, isolation_level=None)
         except (OSError, sqlite3.Error) as error:
-            raise StoreError(f"cannot make {self.path}: {error}; give another store.settings.directory") from error
+            raise StoreError(f"cannot create {self.path}: {error}; set another store.settings.directory") from error
         with self._open() as database:
-            # Nothing is recovered from this file after a crash: it needs neither a journal nor synced writes.
+            # The file is not used after a crash, so it needs neither a journal nor synced writes.
             database.execute("PRAGMA journal_mode = OFF")
             database.execute("PRAGMA synchronous = OFF")
             database.execute(f"PRAGMA cache_size = -{self.cache_mb * 1000}")

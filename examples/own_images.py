@@ -1,13 +1,13 @@
-"""A data set of your own: any object with a length whose items are images, or (image, label) pairs.
+"""A custom data set: any object with a length whose items are images, or (image, label) pairs.
 
     PYTHONPATH=examples udddm-train --config configs/digits.yaml \\
         --set data.name=own_images:factory --set 'data.arguments={count: 2000, side: 8}'
 
-The same object can be given from Python, or the function that makes it, which every worker then calls:
+From Python, pass the object itself, or the function that returns it, which every worker then calls:
 
     udddm.train("configs/digits.yaml", own_images.factory, run_dir="runs/shapes")
 
-An item is a function of its index alone: the store keeps a state per sample, which must be the same one in each epoch.
+An item must depend only on its index, because the store keeps a state per sample from epoch to epoch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Shapes:
     """`count` gray images [1, side, side] in [-1, 1], each a disk, square or cross at a random place and size."""
 
     classes = CLASSES
-    """The number of classes, or their names: what network.classes is compared with."""
+    """The number of classes, or their names, which is compared with network.classes."""
 
     def __init__(self, count: int, side: int):
         if count < 1 or side < 4:
@@ -35,7 +35,7 @@ class Shapes:
         return self.count
 
     def __getitem__(self, index: int) -> tuple[npt.NDArray[np.float32], int]:
-        """Image and label. Raises IndexError, as a list does, beyond the end."""
+        """Returns image and label. Raises IndexError beyond the end, like a list."""
         if not 0 <= index < self.count:
             raise IndexError(index)
         random = np.random.default_rng(index)
@@ -50,10 +50,10 @@ class Shapes:
             distance = np.maximum(across, down)
         else:
             distance = np.maximum(np.minimum(across, down) * 3, np.maximum(across, down))
-        image = np.clip(2 * (radius - distance), -1, 1)  # a soft edge of a pixel
+        image = np.clip(2 * (radius - distance), -1, 1)  # a soft edge, one pixel wide
         return image[None].astype(np.float32), label
 
 
 def factory(count: int = 2000, side: int = 8) -> Shapes:
-    """What `data.name=own_images:factory` calls with `data.arguments`."""
+    """The factory that `data.name=own_images:factory` calls with `data.arguments`."""
     return Shapes(count, side)

@@ -1,6 +1,6 @@
-"""udddm: directly denoising diffusion models (arXiv 2405.21059) with an x0-state store that scales.
+"""udddm: directly denoising diffusion models (arXiv 2405.21059) with a scalable x0-state store.
 
-The names below load on first use, so that `import udddm` and the commands' `--help` stay fast.
+Public names are imported on first use, which keeps `import udddm` and `--help` of the commands fast.
 """
 
 from __future__ import annotations

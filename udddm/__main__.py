@@ -1,4 +1,4 @@
-"""`python -m udddm` is the command `udddm`."""
+"""`python -m udddm` runs the command `udddm`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""The public functions that combine several rooms: `train` and `sample`."""
+"""The public functions `train` and `sample`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from udddm.urls import secret_in
 
 Overrides = Mapping[str, Any] | Sequence[str]
 Factory = Callable[..., Any] | str
-"""A class or function at the top level of a module, or its name: one of the configuration's, or package.module:name."""
+"""A class or function at the top level of a module, or a name: a built-in one, or package.module:name."""
 
 
 class TrainOptions(TypedDict, total=False):
@@ -33,23 +33,23 @@ class TrainOptions(TypedDict, total=False):
     device: str
     """auto, cpu or cuda."""
     backend: Factory
-    """What starts the workers: auto, local, ray, or a launcher of your own."""
+    """Launcher of the workers: auto, local, ray, or a custom launcher."""
     max_failures: int
-    """Restarts after a worker was killed or did not answer."""
+    """Restarts after a worker was killed or hung."""
     timeout: float
-    """Seconds until a collective operation counts as hung."""
+    """Seconds after which a collective operation counts as hung."""
     store: Factory
-    """Instead of store.kind."""
+    """Replaces store.kind."""
     network: Factory
-    """Instead of network.name."""
+    """Replaces network.name."""
     objective: Factory
-    """Instead of objective.name."""
+    """Replaces objective.name."""
     engine: Factory
-    """Instead of engine.name."""
+    """Replaces engine.name."""
     schedule: Factory
-    """Instead of schedule.kind."""
+    """Replaces schedule.kind."""
     sampler: Factory
-    """Instead of sample.sampler."""
+    """Replaces sample.sampler."""
 
 
 _PLUGINS = {
@@ -71,29 +71,31 @@ def train(
     workers: int | tuple[int, int] = 1,
     **options: Unpack[TrainOptions],
 ) -> TrainResult:
-    """Train, or resume, the run in `run_dir`, a directory or a URL.
+    """Train the run in `run_dir`, or resume it.
 
     Args:
         config: a RunConfig, the path of a YAML file, or a dict of its sections.
-        dataset: any map-style object: `len(dataset)` and `dataset[i]` giving an image [C, H, W] in [-1, 1] (or uint8),
-            or an (image, label) pair; or a function that returns one, which every worker calls. Without it,
-            `config.data` is loaded.
-        run_dir: the directory or URL of the run; the same call resumes it.
+        dataset: any map-style object with `len(dataset)`, where `dataset[i]` is an image [C, H, W] in [-1, 1] (or
+            uint8), or an (image, label) pair; or a function that returns such an object, which every worker calls.
+            None: `config.data` is loaded.
+        run_dir: the directory or URL of the run. Repeating the call resumes the run.
         overrides: changes to the configuration, as {"train.steps": 500} or ["train.steps=500"].
-        workers: number of processes, or (least, most).
-        **options: `device` (auto, cpu, cuda), `backend` (auto, local, ray, or a launcher of your own), `max_failures`
-            (restarts after a worker was killed or did not answer), `timeout` (seconds until a collective counts as
-            hung); and, instead of a name in the configuration, the factory of your own `store`, `network`,
-            `objective`, `engine`, `schedule` or `sampler` (docs/extending.md): a class or function at the top level
-            of a module, or "package.module:name".
+        workers: the number of processes, or (minimum, maximum).
+        **options: `device` (auto, cpu, cuda), `backend` (auto, local, ray, or a custom launcher), `max_failures`
+            (restarts after a worker was killed or hung), `timeout` (seconds after which a collective counts as hung);
+            and `store`, `network`, `objective`, `engine`, `schedule` and `sampler`, which replace the name in the
+            configuration with a custom factory (docs/extending.md): a class or function at the top level of a module,
+            or "package.module:name".
 
-    Raises ConfigError, DataError, StoreError, CheckpointError, Diverged, Interrupted, RankError or WorkerLost (all
-    UdddmError). None of them loses anything that a checkpoint holds, and the same call resumes.
+    Raises ConfigError, DataError, StoreError, CheckpointError, Diverged, Interrupted, RankError or WorkerLost, all
+    subclasses of UdddmError. Checkpoints stay intact in every case, and repeating the call resumes the run.
     """
     unknown = [name for name in options if name not in TrainOptions.__annotations__]
     if unknown:
         known = ", ".join(["overrides", "workers", *TrainOptions.__annotations__])
-        raise TypeError(f"train() has no argument {unknown[0]!r}; besides config, dataset and run_dir it has {known}")
+        raise TypeError(
+            f"train() has no argument {unknown[0]!r}; in addition to config, dataset and run_dir, it takes {known}"
+        )
     log.install()
     members = {key: value for key, value in options.items() if key in _PLUGINS}
     resolved = _resolved(config, overrides, members)
@@ -111,7 +113,7 @@ def train(
 
 
 def _resolved(config: Any, overrides: Overrides, members: Mapping[str, Any]) -> RunConfig:
-    """The configuration with overrides and the caller's factories. Raises ConfigError."""
+    """The configuration with the overrides and factories of the caller applied. Raises ConfigError."""
     if isinstance(overrides, Mapping):
         changes = [_override(key, value) for key, value in overrides.items()]
     elif isinstance(overrides, (list, tuple)) and all(isinstance(each, str) for each in overrides):
@@ -143,7 +145,7 @@ def _override(key: str, value: Any) -> str:
 
 
 def _refuse_secrets(config: RunConfig, run_dir: str | Path) -> None:
-    """Raise ConfigError for a URL with a secret in it, before it is written into run.json and every checkpoint."""
+    """Raise ConfigError for a URL that contains a secret: run.json and every checkpoint would record it."""
     urls = {
         "the run directory": str(run_dir),
         "store.url": config.store.url,
@@ -153,19 +155,19 @@ def _refuse_secrets(config: RunConfig, run_dir: str | Path) -> None:
     for key, url in urls.items():
         if url is not None and (what := secret_in(url)):
             raise ConfigError(
-                f"{key}: leave the {what} out of the URL, which is written into run.json and every checkpoint. Give "
-                "credentials by the environment or by fsspec's configuration files, or copy the files to a local disk"
+                f"{key}: remove the {what} from the URL, which is recorded in run.json and every checkpoint. Pass "
+                "credentials through the environment or fsspec's configuration files, or copy the files to a local disk"
             )
 
 
 def _range_of_workers(workers: object) -> tuple[int, int]:
-    """(least, most). Raises ConfigError."""
+    """(minimum, maximum). Raises ConfigError."""
     given = workers if isinstance(workers, (tuple, list)) else (workers, workers)
     if len(given) == 2 and all(isinstance(each, int) and not isinstance(each, bool) for each in given):
         least, most = given
         if 1 <= least <= most:
             return least, most
-    raise ConfigError(f"workers={workers!r}: give a positive number, or the least and the most as (1, 8)")
+    raise ConfigError(f"workers={workers!r}: give a positive number, or a minimum and a maximum such as (1, 8)")
 
 
 def sample(
@@ -180,7 +182,11 @@ def sample(
     batch: int = 250,
     trust: bool = False,
 ) -> npt.NDArray[np.float32]:
-    """`Model.sample` of a model, or of the run, checkpoint or release at a path or URL (`load_model`)."""
+    """Sample images [N, C, H, W] in [-1, 1], one per seed.
+
+    `model` is a Model, or the path or URL of a run, checkpoint or release, which `load_model` loads. The other
+    arguments and the errors are those of `Model.sample`.
+    """
     loaded = model if isinstance(model, Model) else load_model(model, trust=trust)
     return loaded.sample(
         seeds,

@@ -1,8 +1,9 @@
-"""Runs side by side, an epoch a row: loss, speed, and the scores that `evaluate.every_steps` gave at the epoch's end.
+"""Tables of runs with one row per epoch: loss, speed, and the scores of `evaluate.every_steps` at the end of the epoch.
 
     python benchmarks/quality/epochs.py runs/third runs/third-ect runs/third-stored --json FILE
 
-Loss and images/s are medians over the log lines of an epoch. One without a score (a stopped run's last) is left out.
+Loss and images/s are medians over the log lines of an epoch. An epoch without scores (the last of a stopped run) is
+omitted.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Gaussian data, where the exact answer is known: trained f against f*, level by level, for VP and VE.
+"""Gaussian data, for which the exact solution is known: trained f compared with f*, for each level, for VP and VE.
 
     python benchmarks/quality/gaussian.py --json benchmarks/results/gaussian.json --plot benchmarks/results/gaussian.png
 
@@ -8,17 +8,16 @@ For x_0 ~ N(m, s^2 I) the probability-flow ODE through x_t = alpha x_0 + sigma e
 
 (VE: alpha = 1. Both x_t and f* keep their standard score along the ODE, and at t = 0 the score is that of x_0.)
 Noise schedule, objective, noise, order, x0-state store, optimizer and EMA are those of a training run; the network is
-a small MLP, so that a run takes minutes of one core. The error of a level is RMS(f - f*) / s on data and noise that
-training never saw, in per cent.
+a small MLP, so that a run takes minutes on one core. The error of a level is RMS(f - f*) / s on new data and noise, in
+percent.
 
-Two things keep the error from 0 however long one trains. (1) A chain of M levels has its own fixed point, not f*:
-level k learns E[f_(k-1)(x_(k-1)) | x_k], which for Gaussian data is m + (x_k - m) g_k (VE) with
-g_k = prod_(j <= k) (s^2 + sigma_(j-1) sigma_j) / (s^2 + sigma_j^2), where sigma_(-1) = 0. Its distance from f* falls as
-1/M and is the column `bias`.
-(2) The optimizer's noise, which the learning rate's decay, the EMA and the constant c of the pseudo-Huber norm reduce.
-With c far above the error the gradient shrinks with the error, with c far below it does not. It adds no bias: its
-minimiser is the mean in the first case and the spatial median in the second, and for Gaussian data, where the target
-given x_k is symmetric about its mean, the two are the same point.
+Two effects keep the error above 0 for any length of training. (1) The fixed point of a chain of M levels is not f*:
+level k learns E[f_(k-1)(x_(k-1)) | x_k], which for Gaussian data is m + (x_k - m) g_k (VE) with g_k = prod_(j <= k)
+(s^2 + sigma_(j-1) sigma_j) / (s^2 + sigma_j^2), where sigma_(-1) = 0. Its distance from f* decreases as 1/M, and is the
+column `bias`. (2) The noise of the optimizer, which learning rate decay, EMA and the constant c of the pseudo-Huber
+norm reduce. With c far above the error, the gradient decreases with the error; with c far below, it does not. The norm
+adds no bias: its minimizer is the mean in the first case and the spatial median in the second, and for Gaussian data,
+for which the target given x_k is symmetric about its mean, both are the same point.
 """
 
 from __future__ import annotations
@@ -75,7 +74,7 @@ TEST_SEED = 1_000_003
 
 
 class MLP(nn.Module):
-    """F as an MLP of 2 x 2 pixels, for which a U-Net would be a detour. The condition, if any, is more input."""
+    """F as an MLP on 2 x 2 pixels. A condition, if any, is concatenated with the input."""
 
     def __init__(self, width: int, conditioned: bool, max_frequency: float):
         super().__init__()
@@ -113,7 +112,7 @@ def exact(xt: torch.Tensor, at: Coefficients) -> torch.Tensor:
 
 
 def bias(sigma: Array) -> Array:
-    """RMS(f - f*) / s of the chain's fixed point on levels of noise-to-signal ratio `sigma` [M + 1]."""
+    """RMS(f - f*) / s of the fixed point of the chain, on levels with noise-to-signal ratios `sigma` [M + 1]."""
     variance = SPREAD**2
     below = np.concatenate([[0.0], sigma[:-1]])
     factors = (variance + below * sigma) / (variance + sigma**2)
@@ -122,7 +121,7 @@ def bias(sigma: Array) -> Array:
 
 
 def configure(kind: Kind, name: ObjectiveName, settings: argparse.Namespace) -> RunConfig:
-    """Levels double until `settings.levels`, the last doubling at half of the run."""
+    """The number of levels doubles up to `settings.levels`; the last doubling is in the middle of the run."""
     levels = [settings.levels >> i for i in (3, 2, 1, 0)]
     stages = tuple(Stage(start=s, levels=m) for s, m in zip((0, 0.1, 0.25, 0.5), levels, strict=True))
     return RunConfig(
@@ -151,11 +150,11 @@ class Trained:
     network: MLP
     schedule: NoiseSchedule
     seconds: float
-    """Of one core, which is all that training uses."""
+    """CPU seconds of one core; training uses only one."""
 
 
 def train(config: RunConfig, samples: int, width: int) -> Trained:
-    """The trainer's steps with this network: order, store, objective, engine and EMA are the project's."""
+    """Train this network with the order, store, objective, engine and EMA of the package."""
     chosen = schedule.build(config.schedule)
     conditioned = config.network.condition != "none"
     with torch.random.fork_rng(devices=[]):
@@ -193,7 +192,7 @@ def train(config: RunConfig, samples: int, width: int) -> Trained:
 
 @torch.no_grad()
 def errors(trained: Trained, times: Array, count: int = 4096) -> Array:
-    """RMS(f - f*) / s at each of `times`, on fresh data, noise and conditions."""
+    """RMS(f - f*) / s at each of `times`, on new data, noise and conditions."""
     ids = np.arange(count)
     x0 = gaussian_images(TEST_SEED, ids)
     found = []
@@ -210,7 +209,7 @@ def errors(trained: Trained, times: Array, count: int = 4096) -> Array:
 
 
 def run(kind: Kind, settings: argparse.Namespace) -> dict[str, Any]:
-    """One schedule: the chain objective, and Algorithm 1 where asked for."""
+    """Results of one schedule: the chain objective, and Algorithm 1 if requested."""
     trained = train(configure(kind, "chain", settings), settings.samples, settings.width)
     times = trained.schedule.levels(settings.levels)
     sigma = trained.schedule.sigma(times)
@@ -237,9 +236,9 @@ def run(kind: Kind, settings: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(results: dict[str, dict[str, Any]], rows: int = 17) -> str:
-    """Per cent of s, at evenly spaced levels; the averages are over all levels."""
+    """Table of errors in percent of s at evenly spaced levels. The means are over all levels."""
     lines = [
-        "RMS(f - f*) / s, per cent; in brackets, seconds of one core",
+        "RMS(f - f*) / s, percent; in parentheses, seconds on one core",
         f"{'':<8}{'level':>6}{'sigma':>11}{'chain':>8}{'bias':>8}{'Algorithm 1':>13}",
     ]
     for kind, result in results.items():
@@ -259,10 +258,10 @@ def table(results: dict[str, dict[str, Any]], rows: int = 17) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    options = argparse.ArgumentParser(description="Trained f against the exact f* on Gaussian data.")
+    options = argparse.ArgumentParser(description="Compare trained f with the exact f* on Gaussian data.")
     options.add_argument("--schedule", nargs="+", choices=["ve", "vp"], default=["ve", "vp"])
     options.add_argument("--steps", type=int, default=36_000)
-    options.add_argument("--algorithm-1-steps", type=int, default=3_000, help="0: leave it out")
+    options.add_argument("--algorithm-1-steps", type=int, default=3_000, help="0 omits Algorithm 1")
     options.add_argument("--levels", type=int, default=128, help="M of the last stage; a multiple of 8")
     options.add_argument("--samples", type=int, default=65_536, help="a multiple of 4096")
     options.add_argument("--batch", type=int, default=512)

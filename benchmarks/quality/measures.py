@@ -1,8 +1,8 @@
-"""udddm-evaluate's figures against the yardstick's own and torchmetrics', on the same samples and features.
+"""Scores of udddm-evaluate, the yardstick and torchmetrics on the same samples and features.
 
     python benchmarks/quality/measures.py --json benchmarks/results/measures.json
 
-The samples are the data sets' own images with noise added, 1,000 digits and 2,000 of Fashion-MNIST.
+The samples are images of the data sets with added noise: 1,000 digits, and 2,000 images of Fashion-MNIST.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COUNTS = {"digits": 1000, "fashion-mnist": 2000}
 
 
 def torchmetrics_fid(real: torch.Tensor, fake: torch.Tensor, features: str) -> float:
-    """Of torchmetrics, with our feature network for its own."""
+    """The Frechet distance of torchmetrics, with our feature network."""
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     class Wrapped(torch.nn.Module):

@@ -1,9 +1,9 @@
-"""Make a release of a finished run: a directory that udddm-sample takes, with samples, a grid and scores.
+"""Create a release of a finished run: a directory for udddm-sample, with samples, a grid and scores.
 
     python benchmarks/quality/release.py runs/fashion-mnist runs/releases/tuning
 
-Of the averages of the weights that the run kept, the one with the lowest Frechet distance at one evaluation is taken;
-all are told. samples-1.npy holds 2,000 images as uint8, made by one evaluation each.
+The release contains the average of the weights with the lowest Frechet distance at one evaluation; the scores of all
+averages are printed. samples-1.npy contains 2,000 uint8 images from one evaluation each.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def main() -> None:
 
     destination.mkdir(parents=True, exist_ok=True)
     with pretrained.checkpoint_files(arguments.run) as checkpoint:
-        # Whole again where several ranks had each written a share.
+        # Merged, if several ranks had written separate files.
         save_file(dict(Saved(checkpoint, f"ema-{best}")), destination / f"ema-{best}.safetensors")
         saved = json.loads((checkpoint / "config.json").read_text())
         position = json.loads((checkpoint / "position.json").read_text())

@@ -1,10 +1,10 @@
-"""The level that one-step sampling starts from: is the image gone there? VE.
+"""Is the image negligible at the noise level at which one-step sampling starts? For VE.
 
     python benchmarks/quality/start_level.py benchmarks/results/fashion-mnist/consistency --sigma 30 50 65 80 100
 
-Sampling puts noise alone in the place of x_0 + sigma eps. The two differ by the data's mean, |mean| / sigma standard
-deviations of the noise along one direction. For each sigma the table has that offset and the Frechet distance at one
-evaluation from there; levels above the model's own sigma_max are levels that it was not trained at.
+Sampling starts from pure noise instead of x_0 + sigma eps. The two differ by the mean of the data, |mean| / sigma
+standard deviations of the noise along one direction. For each sigma, the table shows this offset and the Frechet
+distance at one evaluation from that level. The model was not trained at levels above its sigma_max.
 """
 
 from __future__ import annotations

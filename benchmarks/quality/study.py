@@ -1,13 +1,13 @@
-"""The study of objectives: how good samples are at equal images and at equal time, with what, and what did not work.
+"""The study of objectives: sample quality at an equal number of images and at equal time, ablations, negative results.
 
-    python benchmarks/quality/study.py speed                    # images/s of every objective over iCT's
+    python benchmarks/quality/study.py speed                    # images/s of every objective relative to iCT
     python benchmarks/quality/study.py objectives --seeds 0 1 2 # objectives side by side, VE and VP
     python benchmarks/quality/study.py ablations                # one setting changed at a time
     python benchmarks/quality/study.py report                   # tables in Markdown, curves, grids
 
---data digits (the default) or fashion-mnist. Every run is scored by the yardstick's network (benchmarks/yardstick:
-Frechet distance in the feature space of a small classifier; lower is better). Rows are kept in --json as they are made,
-and those that it has are not made again. One core: `train.torch_threads` is 1.
+--data is digits (the default) or fashion-mnist. Every run is scored with the yardstick's network (benchmarks/yardstick:
+Frechet distance in the feature space of a small classifier; lower is better). Each row is written to --json as soon as
+it is complete, and existing rows are not repeated. Runs use one core (`train.torch_threads` is 1).
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ TUNED = [
 ]
 """A chain with the baselines' loss weights, distance, distribution of levels, number of levels and pretraining."""
 MANY = f"objective.chain.stages=[{', '.join(f'{{start: {i / 8}, levels: {8 << i}}}' for i in range(8))}]"
-"""About as many levels as iCT has (1,280), at the same shares of the run."""
+"""About as many levels as iCT (1,280), at the same fractions of the run."""
 PLAIN = "objective={name: chain, huber_c: 1.5}"
 ECT = f"objective={{name: ect, pretrain: {PRETRAIN}}}"
 OBJECTIVES: dict[str, list[str]] = {
@@ -77,7 +77,7 @@ COMPARED = (
     "ECT",
     "iCT, warm-up 0.4",
 )
-"""Over several seeds; the others once."""
+"""Objectives that run with several seeds; the others run once."""
 SCHEDULES = {
     "ve": [],
     "vp": ["schedule.kind=vp", "schedule.timesteps=8000"],
@@ -134,7 +134,7 @@ rate 7e-4, a state 28 steps old. "Warm-up" in a name is pretraining; results are
 
 
 BATCH = 64
-"""Of both presets."""
+"""The batch size of both presets."""
 
 
 @dataclass(frozen=True)
@@ -143,13 +143,13 @@ class Data:
     overrides: tuple[str, ...]
     features: str
     samples: int
-    """Images of the data set, from the first on, that are trained on. All are what samples are scored against."""
+    """The number of images, from the first on, used for training. Samples are scored against the entire data set."""
     count: int
-    """Samples that are scored."""
+    """The number of samples that are scored."""
     images: int
-    """Images that iCT trains on, unless --images says otherwise."""
+    """The number of images that iCT trains on by default (--images)."""
     ablated: int
-    """Images that a run of the ablations trains on."""
+    """The number of images that a run of the ablations trains on."""
 
 
 DATA = {
@@ -173,8 +173,8 @@ DATA = {
 
 
 class Resized:
-    """`count` images: the first ones of a data set, or all of it over and over. The more there are, the longer it is
-    between a state's writing and its reading."""
+    """`count` images: the first ones of a data set, or all of them repeatedly. With more images, a state is older
+    when it is read."""
 
     def __init__(self, dataset: MapDataset, count: int):
         self._dataset, self._count = dataset, count
@@ -187,7 +187,7 @@ class Resized:
 
 
 def factor(overrides: list[str], name: str) -> int:
-    """Of a setting of the study's own: `repeat` the data set, train on so many times the images (`longer`)."""
+    """A setting of this study: `repeat` the data set, or train on that many times the images (`longer`)."""
     return next((int(o.removeprefix(f"{name}=")) for o in overrides if o.startswith(f"{name}=")), 1)
 
 
@@ -208,7 +208,7 @@ def configured(data: Data, overrides: list[str], steps: int, seed: int) -> RunCo
 
 
 def run(data: Data, overrides: list[str], length: int, seed: int, directory: Path) -> dict[str, Any]:
-    """Train on `length` images and score; `directory` keeps what it made."""
+    """Train on `length` images and score the samples. The run is kept in `directory`."""
     steps = max(8, length * factor(overrides, "longer") // BATCH)
     config = configured(data, overrides, steps, seed)
     dataset = load_dataset(config.data)
@@ -235,9 +235,9 @@ def run(data: Data, overrides: list[str], length: int, seed: int, directory: Pat
 
 
 def speeds(data: Data, names: list[str], rounds: int, ict: float | None, seconds: float = 1.0) -> dict[str, Any]:
-    """Images/s of a training step (plan, passes, Adam, EMA), objectives in turn within every round; `run_` is over a
-    whole run, a share of which is a denoiser's where there is pretraining. iCT and the denoiser are measured in any
-    case; ratios become images/s by `ict`, iCT's of another time."""
+    """Images/s of a training step (plan, passes, Adam, EMA). The objectives alternate within every round. Keys with
+    `run_` are for an entire run, including pretraining of a denoiser, if any. iCT and the denoiser are always measured;
+    ratios are converted to images/s with `ict`, those of iCT from an earlier measurement."""
     ranks = join("cpu")
     torch.set_num_threads(1)
     beside = {"iCT", "denoiser, Heun", *names}
@@ -270,7 +270,7 @@ def speeds(data: Data, names: list[str], rounds: int, ict: float | None, seconds
 
 
 def _steps(data: Data, overrides: list[str], ranks: Any) -> Iterator[int]:
-    """Each `next` is a training step in the middle of a run; gives its images."""
+    """Each `next` takes a training step in the middle of a run, and returns its number of images."""
     config = configured(data, overrides, 10_000, 0)
     images = ImageDataset(load_dataset(config.data))
     epochs = 60
@@ -295,7 +295,7 @@ def _steps(data: Data, overrides: list[str], ranks: Any) -> Iterator[int]:
 
 
 def planned(suite: str, seeds: list[int], only: list[str] | None) -> Iterator[tuple[str, list[str], str, int, str]]:
-    """(key, overrides, objective for its speed, seed, budget) of every run of a suite, the most telling first."""
+    """(key, overrides, objective for its speed, seed, budget) of every run of a suite, the most informative first."""
     if suite == "ablations":
         if not only:
             yield "chain L=2, tuned | ve | ablation", TUNED, "", 0, "ablation"
@@ -329,7 +329,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", help="objectives, or ablated settings")
     parser.add_argument("--schedules", nargs="*", choices=list(SCHEDULES), default=list(SCHEDULES))
-    parser.add_argument("--images", type=int, help="images that iCT trains on; the others as many as fit its time")
+    parser.add_argument(
+        "--images", type=int, help="images that iCT trains on; the other objectives train for the same time"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/quality-<data>.json")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "quality", help="where the runs are kept")
@@ -339,7 +341,7 @@ def main() -> None:
     book = json.loads(path.read_text()) if path.exists() else {"rows": {}}
 
     def keep() -> None:
-        book.update(about(), data=arguments.data)  # of the newest of the commands that the book is made of
+        book.update(about(), data=arguments.data)  # those of the latest command that updated the file
         write_json(path, {}, book)
 
     if arguments.suite == "report":
@@ -366,7 +368,7 @@ def main() -> None:
         share = book["speed"][name]["run_over_ict"] if budget == "time" else 1.0
         directory = arguments.runs / arguments.data / "".join(c if c.isalnum() else "-" for c in key)
         row = run(data, sets, round(images * share), seed, directory)
-        book = json.loads(path.read_text()) if path.exists() else book  # another process may add rows of its own
+        book = json.loads(path.read_text()) if path.exists() else book  # another process may have added rows
         book["rows"][key] = row
         keep()
         minutes = f"{row['images'] / book['speed'][name]['run_images_per_second'] / 60:.1f} min" if name else ""

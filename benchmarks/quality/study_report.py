@@ -1,4 +1,4 @@
-"""What `python benchmarks/quality/study.py report` prints and draws: tables in Markdown, curves over time, grids."""
+"""The output of `python benchmarks/quality/study.py report`: tables in Markdown, curves over time, and grids."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def _spread(values: list[float], digits: int = 1) -> str:
 
 
 def _minutes(images: int, speed: Row) -> float:
-    """At the speed that was measured side by side with the others'."""
+    """Minutes of a run at the speed from the interleaved measurement."""
     return float(images / speed["run_images_per_second"] / 60)
 
 
 def _objectives(rows: dict[tuple[str, ...], Row], budget: str, speed: dict[str, Row]) -> None:
     if not rows:
         return
-    print(f"At equal {budget}; mean and deviation over seeds where there are several\n")
+    print(f"At equal {budget}; mean and standard deviation over several seeds\n")
     print("| | schedule | seeds | steps | minutes | fd, 1 | fd, 2 | fd, 4 | precision | recall | collapsed |")
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     groups: dict[tuple[str, str], list[Row]] = {}
@@ -89,7 +89,7 @@ def _ablations(rows: dict[tuple[str, ...], Row]) -> None:
 
 
 def _grids(rows: dict[tuple[str, ...], Row], runs: Path, out: Path, data: str) -> None:
-    """The same seeds of each objective, the best figure first, after real images."""
+    """Samples of each objective from the same seeds, the best objective first, after real images."""
     panels = []
     for key, row in rows.items():
         directory = runs / "".join(c if c.isalnum() else "-" for c in " | ".join(key))

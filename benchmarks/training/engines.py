@@ -1,13 +1,13 @@
-"""How far engines, ZeRO stages and numbers of processes are from the torch engine on two, after 20 steps.
+"""Differences of engines, ZeRO stages and numbers of processes from the torch engine on two, after 20 steps.
 
     python benchmarks/training/engines.py --json benchmarks/results/engines.json
 
-Each row is a run of `udddm.train` of its own, with the same configuration and samples; differences are the largest over
-all elements of the weights, of the EMA and of the optimizer's moments in the last checkpoint. Then one checkpoint is
-loaded and saved, without a step, by engine after engine, and compared byte by byte. Exits 1 when an fp32 row is at 1e-5
-or above, a batch has other samples, or a byte differs.
+Each row is a separate run of `udddm.train` with the same configuration and samples. It shows the maximum difference
+over all elements of the weights, of the EMA and of the optimizer's moments in the last checkpoint. Then, one checkpoint
+is loaded and saved by each engine in turn, without a step, and compared byte by byte. The exit code is 1 if the
+difference of an fp32 row is at least 1e-5, if a batch has different samples, or if a byte differs.
 
-On a machine with GPUs, `--device cuda --processes N` has one process a GPU; fp16 rows are then added.
+On a machine with GPUs, `--device cuda --processes N` runs one process per GPU, and adds fp16 rows.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def config(engine: str, precision: str, steps: int) -> RunConfig:
 
 
 def same_batches(steps: int, worlds: list[int]) -> bool:
-    """Whether every step's samples are the same set for every number of ranks."""
+    """Whether each step has the same set of samples for every number of ranks."""
     order = Order.build(config("torch", "fp32", steps).order, 0, SAMPLES, 64, SHAPE)
 
     def samples(world: int, step: int) -> list[int]:
@@ -86,21 +86,21 @@ def differences(run: Path, other: Path, steps: int) -> dict[str, float]:
     for kind, name in zip(KINDS, ("weight", "ema", "moment"), strict=True):
         a, b = (Saved(place / "checkpoints" / f"step-{steps:08d}", kind) for place in (run, other))
         if set(a) != set(b):
-            raise SystemExit(f"{run} and {other} have other tensors: {set(a) ^ set(b)}")
+            raise SystemExit(f"{run} and {other} have different tensors: {set(a) ^ set(b)}")
         tensors = [key for key in a if name != "moment" or "/" in key]  # not the scalars
         found[f"max_{name}_difference_vs_torch"] = max(float((a[k] - b[k]).abs().max()) for k in tensors)
     return found
 
 
 def moved(run: Path, steps: int) -> float:
-    """How far training took the weights from where they began: what a difference is to be seen against."""
+    """The maximum change of a weight during training, as the scale for the differences."""
     saved = Saved(run / "checkpoints" / f"step-{steps:08d}", "model")
     initial = dict(networks.for_run(config("torch", "fp32", steps), SHAPE).named_parameters())
     return max(float((saved[name] - p.detach()).abs().max()) for name, p in initial.items())
 
 
 def sha256(directory: Path) -> str:
-    """Of all weights, averages and moments of a checkpoint, however many files they are in."""
+    """SHA-256 of all weights, averages and moments of a checkpoint, independent of the number of files."""
     found = hashlib.sha256()
     for kind in KINDS:
         saved = Saved(directory, kind)
@@ -110,7 +110,7 @@ def sha256(directory: Path) -> str:
 
 
 def portability(place: Path, steps: int) -> list[dict[str, Any]]:
-    """One checkpoint through engine after engine."""
+    """Load and save one checkpoint with each engine in turn."""
     first = place / "first"
     udddm.train(config("deepspeed-zero3", "fp32", steps), run_dir=first, device="cpu", workers=2)
     here = first / "checkpoints" / f"step-{steps:08d}"

@@ -1,11 +1,11 @@
-"""Images/s of the trainer over a bare loop of the same network and loss, interleaved in one process.
+"""Images/s of the trainer relative to a bare loop with the same network and loss, interleaved in one process.
 
     python benchmarks/training/overhead.py --json benchmarks/results/trainer.json
 
-The bare loop keeps all images and states in two tensors and knows nothing of order, reproducible noise, prefetch,
-stores or EMA: it draws samples, levels and noise from torch's generator and does the forward and backward passes, the
-extra evaluations that a chain of length 2 asks for, and the fused Adam step. Rounds of the trainer, once per store,
-and of the bare loop take turns, so that a change of the machine's speed meets all of them; ratios are of medians.
+The bare loop keeps all images and states in two tensors, without order, reproducible noise, prefetching, stores or EMA.
+It draws samples, levels and noise from torch's generator, and computes the forward and backward passes, the extra
+evaluations of a chain of length 2, and the fused Adam step. Rounds of the trainer, with each store, and of the bare
+loop alternate, so that changes of the machine's speed affect all of them equally. Ratios are medians over rounds.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ STORES = ("gpu", "pinned", "zarr")
 
 
 def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
-    """A function that takes one step."""
+    """Returns a function that takes one step."""
     schedule = build_schedule(config.schedule)
     channels, height, width = images.shape[1:]
     network = networks.for_run(config, (channels, height, width))
@@ -77,7 +77,7 @@ def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=12, help="steps of a round")
+    parser.add_argument("--steps", type=int, default=12, help="steps per round")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     config = configuration.load_config(
@@ -108,7 +108,7 @@ def main() -> None:
                 began = time.perf_counter()
                 for _ in range(arguments.steps):
                     step()
-                if round_number:  # the first warms up
+                if round_number:  # the first round is a warm-up
                     seconds[name].append(time.perf_counter() - began)
         for kind in STORES:
             counters = trainers[kind].store.counters

@@ -1,14 +1,14 @@
-"""Images/s at 1 and 2 workers, each pinned to a core, launcher by launcher, and what Ray costs over torchrun.
+"""Images/s with 1 and 2 workers, each pinned to a core, for each launcher, and the cost of Ray relative to torchrun.
 
     python benchmarks/training/scaling.py --json benchmarks/results/scaling.json
 
-The same run, with the same global batch and so the same samples and result, is started by `udddm-train`'s own
-launcher (`local`: at 1 worker no launcher at all), by `torchrun` and by Ray Train on a cluster of this machine. A round
-runs all of them, in an order that turns with the rounds, so that a change of the machine's speed meets all of them;
-a run's images/s is the median over its log windows after the first, and ratios are medians over rounds.
+The same run, with the same global batch and therefore the same samples and result, is started by the launcher `local`
+(with 1 worker: without a launcher), by `torchrun`, and by Ray Train on a local cluster. Each round runs all of them, in
+a rotating order, so that changes of the machine's speed affect all of them equally. The images/s of a run are the
+median over its log windows after the first; ratios are medians over rounds.
 
-Ray's own processes share the workers' cores, as they would on a machine that has no others. So that their part shows,
-the largest number of workers is also run with one core kept from them, where the workers share those that are left.
+Ray's own processes share the cores of the workers, as on a machine without other cores. To show their cost, the largest
+number of workers is also run with one core reserved; the workers then share the remaining cores.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from report import ROOT, about, heading, write_json
 
 LAUNCHERS = ("local", "torchrun", "ray")
 Case = tuple[str, int, int]
-"""Launcher, workers, cores that are kept from them."""
+"""Launcher, number of workers, number of cores reserved from them."""
 
 
 def pinned_digits() -> Any:
-    """A data set factory, which runs on the workers: it pins this one to a core."""
+    """A data set factory that also pins the worker that calls it to a core."""
     import contextlib
     import os
     from pathlib import Path
@@ -41,17 +41,17 @@ def pinned_digits() -> Any:
     from udddm.data.sources import digits
 
     cores = sorted(os.sched_getaffinity(0))
-    # The last core is kept from the workers with UDDDM_SPARE_CORE, for what the launcher runs beside them.
+    # UDDDM_SPARE_CORE reserves the last core for the other processes of the launcher.
     cores = cores[: len(cores) - int(os.environ.get("UDDDM_SPARE_CORE", "0"))]
     core = cores[int(os.environ.get("LOCAL_RANK", "0")) % len(cores)]
-    for thread in Path("/proc/self/task").iterdir():  # those that are made later inherit it from their maker
+    for thread in Path("/proc/self/task").iterdir():  # later threads inherit the affinity
         with contextlib.suppress(ProcessLookupError):
             os.sched_setaffinity(int(thread.name), {core})
     return digits()
 
 
 def one_run(launcher: str, workers: int, run: Path, steps: int, engine: str) -> None:
-    """What a child process does, under torchrun every rank."""
+    """Run in a child process; with torchrun, in every rank."""
     import udddm
     from udddm import config as configuration
 
@@ -81,7 +81,7 @@ def one_run(launcher: str, workers: int, run: Path, steps: int, engine: str) -> 
 
 
 def measure(launcher: str, workers: int, spare: int, run: Path, arguments: argparse.Namespace) -> float:
-    """Images/s of one run, `spare` cores kept from its workers."""
+    """Images/s of one run, with `spare` cores reserved from its workers."""
     command = [sys.executable]
     if launcher == "torchrun":
         command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
@@ -105,10 +105,12 @@ def measure(launcher: str, workers: int, spare: int, run: Path, arguments: argpa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=160, help="optimizer steps of a run")
+    parser.add_argument("--steps", type=int, default=160, help="optimizer steps per run")
     parser.add_argument("--max-workers", type=int, default=2)
     parser.add_argument("--engine", choices=["torch", "deepspeed"], default="torch")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also a table, .txt, and a plot, .png, beside it")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="output file; a table (.txt) and a plot (.png) are written next to it"
+    )
     parser.add_argument("--one-run", choices=LAUNCHERS, help=argparse.SUPPRESS)
     parser.add_argument("--workers", type=int, help=argparse.SUPPRESS)
     parser.add_argument("--into", type=Path, help=argparse.SUPPRESS)

@@ -1,8 +1,8 @@
-"""How long `udddm-train --help` takes, over the time that Python takes to import pydantic and yaml.
+"""The time of `udddm-train --help`, relative to the time in which Python imports pydantic and yaml.
 
     python benchmarks/training/startup.py --json benchmarks/results/startup.json
 
-Whole processes, alternating; the ratio is the median over the pairs.
+Times are those of alternating processes, including startup. The ratio is the median over pairs.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=21)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    for command in (HELP, IMPORT):  # the first ones fill the caches
+    for command in (HELP, IMPORT):  # warm up the file caches
         seconds(command)
     pairs = [(seconds(HELP), seconds(IMPORT)) for _ in range(arguments.rounds)]
     result = {

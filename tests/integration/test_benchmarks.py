@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-RELEASE = "fashion-mnist/consistency/ema-0.9998.safetensors"  # what the README samples from
+RELEASE = "fashion-mnist/consistency/ema-0.9998.safetensors"  # the checkpoint from which the README samples
 FOLDERS = ("quality", "store", "training", "robustness")
 SCRIPTS = sorted(
     str(path.relative_to(BENCHMARKS))
@@ -31,7 +31,7 @@ def run(script: str, *arguments: str, where: Path) -> str:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_imports_what_it_needs_from_any_folder(script: str, tmp_path: Path) -> None:
+def test_a_script_starts_from_any_folder(script: str, tmp_path: Path) -> None:
     assert run(script, "--help", where=tmp_path).startswith(f"usage: {Path(script).name}")
 
 
@@ -48,7 +48,7 @@ def test_every_folder_has_scripts() -> None:
     assert {script.partition("/")[0] for script in SCRIPTS} == set(FOLDERS)
 
 
-def test_a_report_says_when_where_and_how_it_was_made(tmp_path: Path) -> None:
+def test_a_report_records_date_machine_commit_and_command(tmp_path: Path) -> None:
     out = tmp_path / "new" / "startup.json"
     text = run("training/startup.py", "--rounds", "1", "--json", str(out), where=tmp_path)
     report = json.loads(out.read_text())

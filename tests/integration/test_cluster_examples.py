@@ -1,4 +1,4 @@
-"""The files under examples/: their commands are ours, and the Slurm script trains, stops and resumes.
+"""The cluster files in examples/: their commands are valid, and the Slurm script trains, stops and resumes.
 
 `srun` and `scontrol` stand in here for Slurm's: they start the ranks, pass SIGTERM on, and note a requeue.
 """
@@ -73,7 +73,7 @@ def test_the_slurm_script_stops_requeues_and_resumes(slurm: dict[str, str], tmp_
             raise AssertionError(first.communicate()[1])
         time.sleep(0.02)
     children = Path(f"/proc/{first.pid}/task/{first.pid}/children").read_text().split()
-    os.kill(int(children[0]), signal.SIGTERM)  # Slurm signals a job's steps, and not the script
+    os.kill(int(children[0]), signal.SIGTERM)  # Slurm signals the steps of a job, not the script
     said = first.communicate(timeout=60)[1]
     assert first.returncode == 143 and "requeue" in (tmp_path / "requeued").read_text(), said
     assert not (run / "result.json").exists(), said
@@ -84,7 +84,7 @@ def test_the_slurm_script_stops_requeues_and_resumes(slurm: dict[str, str], tmp_
     assert json.loads((run / "result.json").read_text())["steps"] == 200
 
 
-def test_the_slurm_script_requeues_what_was_preempted(slurm: dict[str, str], tmp_path: Path) -> None:
+def test_the_slurm_script_requeues_a_preempted_job(slurm: dict[str, str], tmp_path: Path) -> None:
     program = tmp_path / "bin" / "srun"
     for code, requeued in ((143, True), (1, False), (0, False)):
         (tmp_path / "requeued").unlink(missing_ok=True)
@@ -99,7 +99,7 @@ def manifest() -> dict[str, Any]:
     return found
 
 
-def test_the_rayjob_s_command_is_one_of_ours() -> None:
+def test_the_command_of_the_rayjob_is_valid() -> None:
     entry = shlex.split(manifest()["spec"]["entrypoint"])
     assert entry[0] == "udddm-train"
     arguments = _parser().parse_args(entry[1:])

@@ -1,4 +1,4 @@
-"""The examples of docs/extending.md: a member of every plug point, written outside the package, trains and samples."""
+"""The examples of docs/extending.md: a custom member of every plug point trains and samples."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ TINY = [
 
 @pytest.fixture(autouse=True)
 def reachable(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """As PYTHONPATH=examples does, in this process and those that it starts."""
+    """Adds examples/ to the import path of this process and its children, like PYTHONPATH=examples."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setenv("PYTHONPATH", f"{EXAMPLES}{os.pathsep}{PACKAGE.parent}")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -81,12 +81,12 @@ def test_the_package_names_no_example_and_every_example_is_documented() -> None:
         assert name not in source
         assert f"examples/{name}.py" in documented
         text = (EXAMPLES / f"{name}.py").read_text()
-        assert "PYTHONPATH=examples" in text.split('"""')[1], "the docstring gives the command"
+        assert "PYTHONPATH=examples" in text.split('"""')[1], "the docstring shows the command"
         assert len(text.splitlines()) <= 150
 
 
 class TestSqliteStore(StoreConformance):
-    """The suite that ships in the package, with fewer random lives: `StoreConformance.examples` says how many."""
+    """The conformance suite of the package, with fewer random histories (`StoreConformance.examples`)."""
 
     dtypes = ("fp16", "bf16")
     examples = 6
@@ -98,7 +98,7 @@ class TestSqliteStore(StoreConformance):
         return store
 
 
-def test_a_run_on_sqlite_has_the_bits_of_one_on_the_device(tmp_path: Path) -> None:
+def test_a_run_on_sqlite_equals_a_run_on_the_device_bit_for_bit(tmp_path: Path) -> None:
     device = train(tmp_path / "device", "store.kind=gpu")
     python = train(tmp_path / "python", store=member("custom_store:SqliteStore"))
     elsewhere = f"store={{kind: 'custom_store:SqliteStore', settings: {{directory: '{tmp_path / 'db'}', cache_mb: 1}}}}"
@@ -131,7 +131,7 @@ def test_a_killed_run_on_sqlite_resumes_bit_for_bit(tmp_path: Path) -> None:
     assert [found["weights_sha256"], found["ema_sha256"], found["state_sha256"]] == fingerprints(expected)
 
 
-def test_a_run_moves_between_sqlite_and_the_package_s_stores(tmp_path: Path) -> None:
+def test_a_run_moves_between_sqlite_and_built_in_stores(tmp_path: Path) -> None:
     expected = train(tmp_path / "device", "store.kind=gpu")
     (tmp_path / "moved").mkdir()
     for stop, kind in ((4, "custom_store:SqliteStore"), (0, "zarr")):
@@ -143,7 +143,7 @@ def test_a_run_moves_between_sqlite_and_the_package_s_stores(tmp_path: Path) -> 
 
 
 def interrupted(run: Path, step: int, *overrides: str) -> None:
-    """Train to the checkpoint of `step` and no further."""
+    """Train up to the checkpoint of `step`."""
     from udddm.backends.distributed.ranks import join
     from udddm.data import ImageDataset
     from udddm.runs.run import Run, check_or_record
@@ -161,12 +161,12 @@ def interrupted(run: Path, step: int, *overrides: str) -> None:
     trainer.store.close()
 
 
-def test_a_sqlite_store_says_what_it_cannot_do(tmp_path: Path) -> None:
+def test_unsupported_settings_of_a_sqlite_store_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"store.settings.cache_mb.*integer"):
         train(tmp_path / "run", "store={kind: 'custom_store:SqliteStore', settings: {cache_mb: many}}")
     (tmp_path / "file").write_text("")
     place = f"store={{kind: 'custom_store:SqliteStore', settings: {{directory: '{tmp_path / 'file' / 'x'}'}}}}"
-    with pytest.raises(StoreError, match=r"cannot make .*lanes-0000.sqlite.*store.settings.directory"):
+    with pytest.raises(StoreError, match=r"cannot create .*lanes-0000.sqlite.*store.settings.directory"):
         train(tmp_path / "other", place)
 
 
@@ -193,7 +193,7 @@ def test_each_choice_trains_resumes_and_gives_finite_samples(what: str, tmp_path
         assert fingerprints(train(tmp_path / "plain")) != fingerprints(whole)
 
 
-def test_members_are_passed_as_they_are_from_python(tmp_path: Path) -> None:
+def test_members_can_be_passed_as_objects_from_python(tmp_path: Path) -> None:
     named = [override for what in CHOICES for override in CHOICES[what]]
     expected = train(tmp_path / "named", *named)
     settings = [override for override in named if "custom_" not in override]
@@ -220,7 +220,7 @@ def test_members_are_passed_as_they_are_from_python(tmp_path: Path) -> None:
     assert np.isfinite(others).all() and not np.array_equal(images, others)
     with pytest.raises(ConfigError, match=r"3 evaluations need 2 levels"):
         model.sample(range(4), steps=3, sampler=sampler, settings={"levels": [5.0]})
-    with pytest.raises(ConfigError, match="give positive levels that fall"):
+    with pytest.raises(ConfigError, match="give positive, decreasing levels"):
         model.sample(range(4), steps=3, sampler=sampler, settings={"levels": [1.0, 5.0]})
 
 
@@ -244,7 +244,7 @@ def test_a_network_takes_conditions_labels_and_no_labels(tmp_path: Path) -> None
         networks.for_run(resolve(tree), (1, 5, 4))
 
 
-def test_a_schedule_s_time_is_the_inverse_of_its_sigma() -> None:
+def test_time_inverts_sigma_in_a_custom_schedule() -> None:
     from udddm.diffusion import schedule
 
     config = load_config(None, list(CHOICES["schedule"])).schedule
@@ -255,7 +255,7 @@ def test_a_schedule_s_time_is_the_inverse_of_its_sigma() -> None:
     np.testing.assert_allclose([cosine.lowest, cosine.highest], [0.05, 30])
 
 
-def test_a_dry_run_counts_and_measures_members_of_ones_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dry_run_counts_and_measures_custom_members(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     from udddm.cli.train import main as run
 
     chosen = [override for what in ("network", "objective", "schedule", "engine") for override in CHOICES[what]]
@@ -281,14 +281,14 @@ def test_the_store_command_reads_the_checkpoints_of_a_run_on_sqlite(
     assert "custom_store" not in sys.modules
 
 
-def test_own_images_train_by_name_and_by_object(tmp_path: Path) -> None:
+def test_custom_images_train_by_name_and_by_object(tmp_path: Path) -> None:
     data = "data={name: 'own_images:factory', arguments: {count: 96, side: 8}}"
     named = train(tmp_path / "named", data, "network.classes=3")
     passed = train(tmp_path / "passed", data, "network.classes=3", dataset=member("own_images:factory")(96, 8))
     assert fingerprints(named) == fingerprints(passed)
 
 
-def test_a_metric_is_reported_while_training_and_afterwards(
+def test_a_custom_metric_is_reported_during_and_after_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from udddm.cli.evaluate import main as evaluate
@@ -312,7 +312,7 @@ def test_a_metric_is_reported_while_training_and_afterwards(
     assert found.other["density"] > 0.5 and found.fd is None
 
 
-def test_a_launcher_starts_the_ranks_and_passes_on_what_they_raise(tmp_path: Path) -> None:
+def test_a_custom_launcher_starts_the_ranks_and_raises_their_errors(tmp_path: Path) -> None:
     launcher = member("custom_launcher:Torchrun")
     alone = train(tmp_path / "alone")
     several = train(tmp_path / "several", workers=2, backend=launcher)
@@ -323,9 +323,7 @@ def test_a_launcher_starts_the_ranks_and_passes_on_what_they_raise(tmp_path: Pat
         )
 
 
-def test_an_optimizer_whose_state_a_checkpoint_would_lose_is_refused(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_optimizer_with_unsupported_state_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "momentum.py").write_text(
         "import torch\nfrom udddm.backends.engines.ddp import TorchEngine\n\n\nclass Momentum(TorchEngine):\n"
         "    def optimizer(self, parameters):\n        return torch.optim.SGD(parameters, lr=0.1, momentum=0.9)\n"
@@ -335,8 +333,8 @@ def test_an_optimizer_whose_state_a_checkpoint_would_lose_is_refused(
         train(tmp_path / "run", "engine.name=momentum:Momentum")
 
 
-def test_the_commands_in_the_docstrings_are_ours(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every `udddm-...` of a docstring is parsed, and its configuration resolved."""
+def test_the_commands_in_the_docstrings_are_valid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every `udddm-...` command in a docstring is parsed, and its configuration is resolved."""
     import shlex
 
     from udddm.cli import evaluate, sample

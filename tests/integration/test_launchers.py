@@ -1,4 +1,5 @@
-"""Several processes on one machine, killed, hung, stopped: the run ends as the undisturbed one or says why not."""
+"""Several processes on one machine that are killed, hang or are stopped: the run gives the result of an undisturbed
+run, or a clear error."""
 
 from __future__ import annotations
 
@@ -45,7 +46,7 @@ class Started:
         self.process = subprocess.Popen(command(run, *more), stderr=subprocess.PIPE, text=True)
 
     def children(self) -> list[int]:
-        """The ranks' processes, by rank."""
+        """The process ids of the ranks, by rank."""
         found = []
         for task in Path(f"/proc/{self.process.pid}/task").iterdir():
             for pid in (task / "children").read_text().split():
@@ -85,7 +86,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_a_killed_rank_costs_one_failure(rank: int, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_a_killed_rank_counts_as_one_failure(rank: int, undisturbed: dict[str, str], tmp_path: Path) -> None:
     run = Started(tmp_path / "run", "--workers", "2", "--max-failures", "1").at_step(20)
     os.kill(run.children()[rank], signal.SIGKILL)
     code, said = run.end()
@@ -94,7 +95,7 @@ def test_a_killed_rank_costs_one_failure(rank: int, undisturbed: dict[str, str],
     assert fingerprints(run.run) == undisturbed
 
 
-def test_a_hung_rank_costs_one_failure(undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_a_hung_rank_counts_as_one_failure(undisturbed: dict[str, str], tmp_path: Path) -> None:
     run = Started(tmp_path / "run", "--workers", "2", "--max-failures", "1", "--timeout", "5").at_step(20)
     os.kill(run.children()[1], signal.SIGSTOP)
     code, said = run.end()
@@ -153,7 +154,9 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path) -> None:
         (["--workers", "5:7"], "order.lanes=8"),
     ],
 )
-def test_what_no_restart_mends_is_refused_at_once(arguments: list[str], expected: str, tmp_path: Path) -> None:
+def test_errors_that_a_restart_cannot_fix_are_raised_immediately(
+    arguments: list[str], expected: str, tmp_path: Path
+) -> None:
     code, said = Started(tmp_path / "run", "--max-failures", "5", *arguments).end()
     assert code in (1, 2) and expected in said, said
     assert "Traceback" not in said and "failure 1" not in said
@@ -161,7 +164,7 @@ def test_what_no_restart_mends_is_refused_at_once(arguments: list[str], expected
 
 
 @pytest.mark.parametrize("text", ["0", "a", "4:2", "1:", ":"])
-def test_a_bad_number_of_workers(text: str) -> None:
+def test_a_bad_number_of_workers_is_refused(text: str) -> None:
     done = subprocess.run(command(Path("never"), "--workers", text), capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and "--workers" in done.stderr
 
@@ -170,28 +173,28 @@ def job(workers: tuple[int, int]) -> Job:
     return Job(resolve({}), Path("run"), workers=workers)
 
 
-def test_as_many_workers_as_fit_and_divide_the_lanes() -> None:
+def test_the_largest_number_of_workers_that_divides_the_lanes_is_used() -> None:
     assert job((1, 8)).resolve_num_workers(8) == 8
     assert job((1, 8)).resolve_num_workers(7) == 4
     assert job((2, 6)).resolve_num_workers(100) == 4
-    with pytest.raises(ConfigError, match="room for 1 worker here"):
+    with pytest.raises(ConfigError, match="1 worker can start here"):
         job((2, 4)).resolve_num_workers(1)
     with pytest.raises(ConfigError, match=r"order\.lanes"):
         job((5, 7)).resolve_num_workers(100)
 
 
-def test_another_version_on_a_worker_is_named() -> None:
+def test_different_versions_on_a_worker_are_named() -> None:
     check_versions(versions())
     with pytest.raises(ConfigError, match=r"torch .* \(driver: 1.0\)"):
         check_versions({**versions(), "torch": "1.0"})
 
 
-def test_the_first_cause_of_several_ranks_errors_is_told() -> None:
+def test_the_root_cause_of_the_errors_of_several_ranks_is_raised() -> None:
     first = DataError("sample 3 is broken")
     assert root_cause([RankError("rank 1: sample 3 is broken"), WorkerLost("killed"), first]) is first
 
 
-def test_errors_cross_processes() -> None:
+def test_errors_can_be_sent_between_processes() -> None:
     class Odd(RuntimeError):
         def __init__(self, a: int, b: int):
             super().__init__(f"{a} and {b}")
@@ -201,7 +204,7 @@ def test_errors_cross_processes() -> None:
     assert isinstance(stopped, Interrupted) and stopped.exit_code == 143
 
 
-def test_a_vote_alone_is_ones_own() -> None:
+def test_the_vote_of_a_single_rank_is_its_own() -> None:
     vote = Vote(Ranks(0, 1, torch.device("cpu")))
     assert [vote.cast(0), vote.cast(15)] == [0, 15]
 
@@ -215,7 +218,7 @@ class Squares:
 
 
 def test_a_data_set_factory_runs_in_the_workers(tmp_path: Path) -> None:
-    """A function is called in every worker; an object is sent to them."""
+    """A function is called in every worker; an object is pickled and sent to the workers."""
     config = resolve(
         {
             "network": {
@@ -254,8 +257,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize("logger", ["as it is", "silenced"])
-def test_workers_print_their_messages_unless_the_program_silenced_them(logger: str, tmp_path: Path) -> None:
-    """A worker is a new process, which knows nothing of the program's logging but its level."""
+def test_workers_log_unless_the_program_silenced_them(logger: str, tmp_path: Path) -> None:
+    """A worker is a new process, which receives only the level of the program's logging."""
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
     command = [sys.executable, str(program), str(tmp_path / "run"), logger]
@@ -279,12 +282,12 @@ print([name for name in threads if "gloo" in name])
 
 
 def test_a_closed_group_leaves_no_thread() -> None:
-    """A thread of gloo's that frees a tensor while the interpreter ends would abort a rank that has done its work."""
+    """A thread of gloo that frees a tensor during interpreter shutdown would abort a rank that has finished."""
     done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, check=True, timeout=100)
     assert done.stdout == "[]\n"
 
 
-def test_a_rank_that_is_shown_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_rank_uses_the_only_visible_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RENDEZVOUS, raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     assert _gpu(3, 1) == 0

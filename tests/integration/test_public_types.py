@@ -1,4 +1,4 @@
-"""A type checker sees the public surface as Python does: wrong names and options are errors."""
+"""A type checker sees the same public API as Python: wrong names and options are errors."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ LINES = {
 }
 
 
-def test_mypy_knows_the_public_names(tmp_path: Path) -> None:
-    """Only the two modules that define the surface are followed, so that this takes seconds."""
+def test_mypy_sees_the_public_names(tmp_path: Path) -> None:
+    """Only the two modules that define the API are followed, which takes seconds."""
     pytest.importorskip("mypy")
     program = tmp_path / "program.py"
     program.write_text("\n".join(LINES))

@@ -1,4 +1,4 @@
-"""Ray Train on a real cluster, one for the whole module: `ray job submit`, a killed worker, preemption, refusals."""
+"""Ray Train on a real cluster, shared by this module: `ray job submit`, a killed worker, preemption, and errors."""
 
 from __future__ import annotations
 
@@ -56,15 +56,17 @@ def fingerprints(run: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The same run by two processes without Ray."""
+    """The same run with two processes without Ray."""
     run = tmp_path_factory.mktemp("local") / "run"
     command = [str(BIN / "udddm-train"), *arguments("--workers", "2", "--run-dir", str(run))[1:]]
     subprocess.run(command, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return fingerprints(run)
 
 
-def test_a_submitted_job_ends_as_the_local_run(cluster: Cluster, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    """With a data set factory from the submitted directory."""
+def test_a_submitted_job_gives_the_result_of_a_local_run(
+    cluster: Cluster, undisturbed: dict[str, str], tmp_path: Path
+) -> None:
+    """The data set factory is in the submitted directory."""
     job = submit(cluster, "--workers", "2", "--run-dir", str(tmp_path / "run"), "--set", "data.name=mine:data")
     said = job.communicate(timeout=250)[0]
     assert job.returncode == 0, said
@@ -80,7 +82,7 @@ def reach(run: Path, step: int, job: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def test_a_killed_worker_costs_one_failure(cluster: Cluster, undisturbed: dict[str, str], tmp_path: Path) -> None:
+def test_a_killed_worker_counts_as_one_failure(cluster: Cluster, undisturbed: dict[str, str], tmp_path: Path) -> None:
     run = tmp_path / "run"
     job = submit(cluster, "--workers", "2", "--run-dir", str(run), "--max-failures", "2")
     reach(run, 30, job)
@@ -92,14 +94,14 @@ def test_a_killed_worker_costs_one_failure(cluster: Cluster, undisturbed: dict[s
 
 
 @pytest.mark.slow
-def test_refusals_are_told_and_end_the_job(cluster: Cluster, tmp_path: Path) -> None:
-    """Too many workers for the cluster, and a mistake that the workers find."""
+def test_errors_are_reported_and_end_the_job(cluster: Cluster, tmp_path: Path) -> None:
+    """Too many workers for the cluster, and an error that only the workers detect."""
     run = str(tmp_path / "run")
     many = submit(cluster, "--workers", "4", "--timeout", "4", "--run-dir", run)
     wrong = submit(cluster, "--workers", "2", "--max-failures", "9", "--run-dir", run, "--set", "data.name=mine:dota")
     said = many.communicate(timeout=150)[0]
     assert many.returncode == 1
-    assert "error: --workers 4" in said and "room for 2" in said
+    assert "error: --workers 4" in said and "enough for 2" in said
     said = wrong.communicate(timeout=150)[0]
     assert wrong.returncode == 1
     assert "error: data set 'mine:dota'" in said and "did you mean data?" in said
@@ -129,8 +131,8 @@ def test_a_stopped_job_checkpoints_first_and_resumes(
 
 
 @pytest.mark.slow
-def test_a_lost_node_is_replaced_and_no_disk_was_needed(cluster: Cluster, s3_server: S3Server, tmp_path: Path) -> None:
-    """Four workers on two nodes, their run on S3. A node goes, another comes, and the run ends as if undisturbed."""
+def test_a_lost_node_is_replaced_without_a_shared_disk(cluster: Cluster, s3_server: S3Server, tmp_path: Path) -> None:
+    """Four workers on two nodes, with the run on S3. One node is lost and replaced; the result is undisturbed."""
     run, url = tmp_path / "local", f"s3://{BUCKET}/{uuid.uuid4().hex}"
     command = [str(BIN / "udddm-train"), *arguments("--workers", "4", "--run-dir", str(run))[1:]]
     subprocess.run(command, check=True, timeout=200, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -148,7 +150,7 @@ def test_a_lost_node_is_replaced_and_no_disk_was_needed(cluster: Cluster, s3_ser
                 job.kill()
                 raise AssertionError(job.communicate()[0])
             time.sleep(0.1)
-        while "udddm_images_per_second" not in cluster.metrics():  # the nodes gather them every ten seconds
+        while "udddm_images_per_second" not in cluster.metrics():  # the nodes collect metrics every ten seconds
             assert job.poll() is None and time.monotonic() < deadline
             time.sleep(0.5)
         cluster.lose_node(0)
@@ -161,11 +163,11 @@ def test_a_lost_node_is_replaced_and_no_disk_was_needed(cluster: Cluster, s3_ser
     cluster.lose_node(1)
 
 
-def test_an_address_where_no_cluster_is_is_refused_at_once(tmp_path: Path) -> None:
+def test_an_address_without_a_cluster_is_refused_immediately(tmp_path: Path) -> None:
     address = f"127.0.0.1:{free_port()}"
     given = [*arguments("--backend", "ray", "--run-dir", str(tmp_path / "run"))]
     done = subprocess.run(
         [str(BIN / given[0]), *given[1:]], env={**os.environ, "RAY_ADDRESS": address}, stderr=subprocess.PIPE, text=True
     )
     assert done.returncode == 2
-    assert f"RAY_ADDRESS={address}: no Ray cluster answers there" in done.stderr
+    assert f"RAY_ADDRESS={address}: no Ray cluster responds there" in done.stderr

@@ -128,7 +128,7 @@ def test_the_tools_read_a_run_at_a_url(url: str, tmp_path: Path, capsys: pytest.
     said = capsys.readouterr().out
     assert "1797 of 1x8x8" in said and "step-00000060: epoch 4" in said
     assert store_command(["verify", url]) == 0
-    assert "2 checkpoints are whole" in capsys.readouterr().out
+    assert "2 checkpoints are valid" in capsys.readouterr().out
     assert store_command(["gc", url]) == 0
     open_object_store(url).delete("checkpoints/step-00000060/position.json")
     assert store_command(["verify", url]) == 1

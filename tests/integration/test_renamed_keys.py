@@ -1,4 +1,4 @@
-"""A run that was begun before keys were renamed resumes to the bits of the undisturbed run."""
+"""A run from before keys were renamed resumes with bit-for-bit equal results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OLD_NAMES = [
 CONFIGS = Path(__file__).parents[2] / "configs"
 
 
-def test_a_run_begun_before_the_renames_resumes_bit_for_bit(tmp_path: Path) -> None:
+def test_a_run_from_before_the_renames_resumes_bit_for_bit(tmp_path: Path) -> None:
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
     config = udddm.load_config(CONFIGS / "digits.yaml", OLD_NAMES)
@@ -38,7 +38,7 @@ def test_a_run_begun_before_the_renames_resumes_bit_for_bit(tmp_path: Path) -> N
         assert resumed[what] == undisturbed[what], what
 
 
-def test_a_model_of_old_names_is_sampled_with_one_warning(
+def test_a_model_with_old_names_is_sampled_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with tarfile.open(ARCHIVE) as archive:

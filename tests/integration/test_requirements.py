@@ -1,4 +1,4 @@
-"""What the package needs is what it says that it needs."""
+"""The declared dependencies are sufficient."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def base_installation() -> set[str]:
-    """Names of the distributions that an installation without extras brings: the dependencies and theirs."""
+    """Names of the distributions of an installation without extras: all direct and indirect dependencies."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     found: set[str] = set()
     waiting: list[str] = list(project["dependencies"])
@@ -28,13 +28,13 @@ def base_installation() -> set[str]:
         found.add(name)
         try:
             waiting += requires(name) or []
-        except PackageNotFoundError:  # only a GPU build of torch needs it
+        except PackageNotFoundError:  # needed only by GPU builds of torch
             continue
     return found
 
 
 def beyond_the_base() -> list[str]:
-    """Modules that are installed here and that a base installation lacks."""
+    """Installed modules that are not part of a base installation."""
     base = base_installation()
     return sorted(
         module
@@ -48,7 +48,7 @@ def test_the_base_installation_trains_samples_and_draws(tmp_path: Path) -> None:
     assert {"scipy", "PIL"} <= set(lacking) and "numpy" not in lacking
     code = (
         "import json, sys\n"
-        f"sys.modules.update(dict.fromkeys({lacking!r}))\n"  # importing them fails, as if they were not installed
+        f"sys.modules.update(dict.fromkeys({lacking!r}))\n"  # makes importing them fail, as if they were not installed
         "from udddm.cli import sample, train\n"
         "for name in ('ict', 'ect', 'chain'):\n"
         "    run = sys.argv[1] + '/' + name\n"
@@ -69,7 +69,7 @@ def test_the_base_installation_trains_samples_and_draws(tmp_path: Path) -> None:
         assert (tmp_path / name / "samples.png").exists() and not (tmp_path / name / "tensorboard").exists()
 
 
-def test_a_folder_of_images_without_pillow_says_what_to_install(tmp_path: Path) -> None:
+def test_a_folder_of_images_without_pillow_names_the_extra_to_install(tmp_path: Path) -> None:
     code = (
         "import sys\n"
         "sys.modules['PIL'] = None\n"

@@ -97,7 +97,7 @@ def test_inspecting_an_untrusted_run_imports_nothing(
     capsys.readouterr()
     assert store_command(["view", run, "--sample", "3", "--out", f"{out}/view.png"]) == 0
     shown = capsys.readouterr()
-    assert "the image" not in shown.out and "left out" in shown.err and "data.name=stranger:images" in shown.err
+    assert "the image" not in shown.out and "omitted" in shown.err and "data.name=stranger:images" in shown.err
     assert not ran.exists()
     assert evaluate([*scored, "--set", "data.name=digits"]) == 0 and not ran.exists()
     assert evaluate([*scored, "--set", "data.name=mine:images"]) == 0 and not ran.exists()
@@ -118,7 +118,7 @@ def test_a_path_from_an_untrusted_run_is_not_opened_but_the_users_is(
     assert evaluate(scored) == USAGE
     assert f"data.path={secret}" in capsys.readouterr().err
     assert store_command(["view", str(theirs), "--sample", "3", "--out", str(tmp_path / "view.png")]) == 0
-    assert "left out" in capsys.readouterr().err
+    assert "omitted" in capsys.readouterr().err
     assert evaluate([*scored, "--set", f"data.path={tmp_path / 'mine.npy'}"]) == 0
 
 

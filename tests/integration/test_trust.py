@@ -1,4 +1,4 @@
-"""A checkpoint that names code (`network.name: evil:make`) runs none of it, unless the user trusts it."""
+"""Code that a checkpoint names (`network.name: evil:make`) runs only if the user trusts the checkpoint."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ IRRELEVANT = {
 
 @pytest.fixture
 def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A stranger's run, in whose reach is a module `evil` that leaves a file when it is imported."""
+    """An untrusted run, with an importable module `evil` that creates a file when it is imported."""
     (tmp_path / "evil.py").write_text(EVIL)
     (tmp_path / "mine.py").write_text(MINE)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -57,7 +57,7 @@ def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def rewrite(run: Path, section: str, key: str, value: object) -> None:
-    """Another configuration in a run and its checkpoints, whose manifests are made to match."""
+    """Replaces the configuration of a run and its checkpoints, and updates the manifests to match."""
     for path in [run / "run.json", *run.glob("checkpoints/*/config.json")]:
         found = json.loads(path.read_text())
         found["config"][section][key] = value
@@ -69,7 +69,7 @@ def rewrite(run: Path, section: str, key: str, value: object) -> None:
 
 
 def looking(run: Path, out: Path) -> list[list[str]]:
-    """The commands of udddm-store that look into a run."""
+    """The commands of udddm-store that read a run."""
     return [
         ["info", str(run)],
         ["verify", str(run)],
@@ -79,7 +79,7 @@ def looking(run: Path, out: Path) -> list[list[str]]:
 
 
 @pytest.mark.parametrize("section", BUILDS_THE_MODEL)
-def test_a_network_or_schedule_of_a_stranger_is_not_imported(
+def test_a_network_or_schedule_of_an_untrusted_checkpoint_is_not_imported(
     section: str, theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     key, value = BUILDS_THE_MODEL[section]
@@ -111,9 +111,7 @@ def test_a_network_or_schedule_of_a_stranger_is_not_imported(
 
 
 @pytest.mark.parametrize("section", IRRELEVANT)
-def test_what_sampling_does_not_need_is_neither_imported_nor_in_the_way(
-    section: str, theirs: Path, tmp_path: Path
-) -> None:
+def test_sampling_ignores_untrusted_settings_that_it_does_not_need(section: str, theirs: Path, tmp_path: Path) -> None:
     rewrite(theirs, section, *IRRELEVANT[section])
     out = tmp_path / "out"
     assert sample(["--checkpoint", str(theirs), "--seeds", "0-3", "--out", str(out), "--device", "cpu"]) == 0
@@ -125,14 +123,14 @@ def test_what_sampling_does_not_need_is_neither_imported_nor_in_the_way(
     assert not (tmp_path / "evil.py.ran").exists() and "evil" not in sys.modules
 
 
-def test_weights_to_begin_from_are_read_without_their_network(theirs: Path, tmp_path: Path) -> None:
+def test_init_from_reads_weights_without_importing_their_network(theirs: Path, tmp_path: Path) -> None:
     rewrite(theirs, "network", "name", "evil:make_network")
     own = load_config(None, [*SETTINGS, f"train.init_from={theirs}", "store.kind=gpu"])
     udddm.train(own, run_dir=tmp_path / "own", device="cpu")
     assert not (tmp_path / "evil.py.ran").exists()
 
 
-def test_a_run_of_ones_own_imports_what_its_configuration_names(theirs: Path, tmp_path: Path) -> None:
+def test_training_imports_what_its_own_configuration_names(theirs: Path, tmp_path: Path) -> None:
     own = load_config(None, [*SETTINGS, "network.name=evil:make_network"])
     udddm.train(own, run_dir=tmp_path / "own", device="cpu")
     assert (tmp_path / "evil.py.ran").exists()

@@ -1,4 +1,4 @@
-"""Scripts that start workers in a way that cannot work end in one error that says what to change."""
+"""Scripts that cannot start workers end with one error that describes the fix."""
 
 import subprocess
 import sys
@@ -34,7 +34,9 @@ def run(dataset):
     ],
     ids=["no guard", "lambda", "stdin"],
 )
-def test_a_script_that_cannot_start_workers(tmp_path: Path, call: str, stdin: bool, message: str) -> None:
+def test_a_script_that_cannot_start_workers_ends_with_one_error(
+    tmp_path: Path, call: str, stdin: bool, message: str
+) -> None:
     (tmp_path / "script.py").write_text(SCRIPT + call + "\n")
     done = subprocess.run(
         [sys.executable, "-" if stdin else "script.py"],

@@ -1,4 +1,4 @@
-"""The public API: its names, the forms of a configuration, custom factories, and its errors."""
+"""The public API: its names, forms of a configuration, custom factories, and errors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def untouched_logger() -> Iterator[logging.Logger]:
-    """The logger `udddm` as in a new process. Its state is restored afterwards."""
+    """Resets the logger `udddm` to its state in a new process, and restores it afterwards."""
     log = logging.getLogger("udddm")
     before = (list(log.handlers), log.propagate, log.level)
     log.handlers, log.propagate = [], True
@@ -143,14 +143,14 @@ def test_a_file_a_dict_and_a_configuration_give_the_same_run(tmp_path: Path) -> 
         ({"workers": 0}, "workers=0: give a positive number"),
         ({"workers": "2"}, "workers='2': give a positive number"),
         ({"workers": (4, 2)}, r"workers=\(4, 2\): give a positive number"),
-        ({"workers": (1, 2, 3)}, "the least and the most"),
-        ({"workers": (1, "a")}, "the least and the most"),
+        ({"workers": (1, 2, 3)}, "a minimum and a maximum"),
+        ({"workers": (1, "a")}, "a minimum and a maximum"),
         ({"workers": None}, "workers=None"),
         ({"workers": 2.5}, "workers=2.5"),
         ({"workers": True}, "workers=True"),
         ({"workers": 3}, "the nearest numbers of ranks"),
-        ({"backend": "slurm"}, "unknown launcher 'slurm'; there are local, ray, and package.module:function"),
-        ({"backend": "json:JSONDecoder"}, "it returned a JSONDecoder; name a class or function that returns a"),
+        ({"backend": "slurm"}, "unknown launcher 'slurm'; the choices are local, ray, and package.module:function"),
+        ({"backend": "json:JSONDecoder"}, "it returned a JSONDecoder; give a class or function that returns a"),
         ({"device": "tpu"}, "--device tpu: choose auto, cpu or cuda"),
         ({"store": lambda context: None}, r"store=<function.*top level of a module"),
         ({"network": torch.nn.Linear(1, 1)}, "network=Linear.*top level of a module"),
@@ -162,14 +162,14 @@ def test_a_file_a_dict_and_a_configuration_give_the_same_run(tmp_path: Path) -> 
         ({"overrides": {"objective.name": "uddm"}}, "Algorithm 1 conditions the network on the x0-state"),
     ],
 )
-def test_a_wrong_argument_is_one_clear_error(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_a_wrong_argument_is_a_configuration_error(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
     given = {"config": TINY, "run_dir": tmp_path / "run", "device": "cpu"} | arguments
     with pytest.raises(ConfigError, match=message):
         udddm.train(**given)
     assert not (tmp_path / "run").exists()
 
 
-def test_a_local_function_is_refused_like_a_lambda(tmp_path: Path) -> None:
+def test_local_functions_and_lambdas_are_refused(tmp_path: Path) -> None:
     def local(context: NetworkContext) -> torch.nn.Module:
         raise AssertionError
 
@@ -198,7 +198,7 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_options(tmp_path: Path
         ({"guidance": 2.0}, "network.label_dropout"),
     ],
 )
-def test_errors_name_wrong_arguments_of_sampling(arguments: dict[str, Any], message: str, run: Path) -> None:
+def test_wrong_arguments_of_sampling_are_refused(arguments: dict[str, Any], message: str, run: Path) -> None:
     model = udddm.load_model(run, device="cpu")
     with pytest.raises(ConfigError, match=message):
         udddm.sample(model, **({"seeds": [1, 2, 3]} | arguments))
@@ -217,7 +217,7 @@ def test_seeds_and_labels_may_be_arrays_and_tensors(run: Path) -> None:
 
 
 def test_results_are_frozen_dataclasses(run: Path) -> None:
-    result = udddm.train(TINY, run_dir=run, device="cpu")  # the run is finished: this reads its result
+    result = udddm.train(TINY, run_dir=run, device="cpu")  # the run is finished, so this reads its result
     assert isinstance(result, TrainResult) and dataclasses.is_dataclass(result)
     assert result.steps == result["steps"] == 2
     assert result.to_dict() == json.loads((run / "result.json").read_text())
@@ -304,7 +304,7 @@ def no_metric(given: MetricInput) -> float:
     return 3.0
 
 
-def test_a_custom_metric_is_computed_from_python_and_in_training(
+def test_a_custom_metric_scores_from_python_and_during_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -331,7 +331,7 @@ def test_a_custom_metric_is_computed_from_python_and_in_training(
 
 
 class InThisProcess(Launcher):
-    """A custom launcher, whose only rank is this process."""
+    """A custom launcher that runs the only rank in this process."""
 
     attempts: list[int] = []  # noqa: RUF012
 
@@ -344,7 +344,7 @@ class InThisProcess(Launcher):
 
 
 @pytest.mark.parametrize("backend", [InThisProcess, f"{__name__}:InThisProcess"])
-def test_a_custom_launcher_runs_a_rank(backend: Any, tmp_path: Path) -> None:
+def test_a_custom_launcher_runs_the_job(backend: Any, tmp_path: Path) -> None:
     InThisProcess.attempts.clear()
     assert udddm.train(TINY, run_dir=tmp_path, device="cpu", workers=(1, 8), backend=backend).steps == 2
     assert InThisProcess.attempts == [1]
@@ -365,7 +365,7 @@ def test_the_launcher_is_selected_by_name_or_environment(monkeypatch: pytest.Mon
     assert choose("auto", one) == ("ray", "this is a Ray job")
     assert choose("local", two) == ("local", "several workers on this machine")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setenv("RANK", "0")  # torchrun started this process: it is a rank
+    monkeypatch.setenv("RANK", "0")  # as if torchrun had started this process
     assert choose("auto", two) is None and choose("local", two) is None
 
 
@@ -389,7 +389,7 @@ def test_the_messages_of_a_run_are_printed_once_and_can_be_silenced(
     assert "run directory: " not in stderr.getvalue()
 
 
-def test_configured_logging_gets_the_messages_and_no_handler_is_added(
+def test_configured_logging_receives_the_messages_and_no_handler_is_added(
     untouched_logger: logging.Logger, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     root, stream = logging.getLogger(), io.StringIO()

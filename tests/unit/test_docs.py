@@ -1,4 +1,4 @@
-"""Files, keys, commands and Python names mentioned in README.md and docs/ exist."""
+"""All files, keys, commands and Python names in README.md and docs/ exist."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from udddm.cli.main import COMMANDS
 from udddm.config import RunConfig
-from udddm.config.renamed import RENAMED, current_key
+from udddm.config.renamed import current_key
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -29,6 +29,8 @@ PYTHON = re.compile(r"(?<![\w/.-])udddm(?:\.[A-Za-z_]\w*)+")
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 COMMAND = re.compile(r"\budddm[- ](" + "|".join(COMMANDS) + r")\b([^|;#`]*)")
 FLAG = re.compile(r"(?<!\S)--[a-z][a-z0-9-]*")
+OLD_KEYS = re.compile(r"^\| old \| now \|\n(?:\|.*\n)+", re.MULTILINE)
+"""The table of renamed keys, whose old names no longer exist."""
 
 
 def blocks(text: str) -> list[str]:
@@ -45,7 +47,7 @@ def spans(text: str) -> list[str]:
 
 
 def models(model: type[BaseModel]) -> Iterator[tuple[str, list[type[BaseModel]]]]:
-    """The fields of a section, each with the sections that it may contain."""
+    """The fields of a section, each with its possible subsections."""
     for name, field in model.model_fields.items():
         found = [field.annotation, *get_args(field.annotation)]
         yield name, [each for each in found if isinstance(each, type) and issubclass(each, BaseModel)]
@@ -70,13 +72,20 @@ def test_files_exist(page: Path) -> None:
 
 @PAGE
 def test_configuration_keys_exist(page: Path) -> None:
-    lines = page.read_text().splitlines()
-    # A table of renamed keys begins its rows with the old ones.
-    text = "\n".join(line for line in lines if not any(line.startswith(f"| `{old}`") for old in RENAMED))
+    text = OLD_KEYS.sub("", page.read_text())
     given = [key for span in spans(text) for key in KEY.findall(span) if not key.endswith((".py", ".md", ".json"))]
     given += [key for code in [*blocks(text), *spans(text)] for key in re.findall(r"--set ([a-z_.0-9]+)=", code)]
     named = [key for key in given if key.partition(".")[0] in SECTIONS]
     assert not [f"{key} (is it {current_key(key)}?)" for key in named if not is_key(key.split("."))]
+
+
+def test_the_table_of_old_keys_names_their_successors() -> None:
+    table = OLD_KEYS.search((ROOT / "docs" / "presets.md").read_text())
+    assert table is not None
+    rows = [[cell.strip().strip("`") for cell in row.strip("|").split("|")] for row in table[0].splitlines()]
+    keys = [(old, new) for old, new in rows if re.fullmatch(r"[a-z_]+\.[a-z_]+", old)]
+    assert keys
+    assert [current_key(old) for old, _ in keys] == [new for _, new in keys]
 
 
 @PAGE
@@ -120,7 +129,7 @@ def test_flags_of_commands_exist(page: Path, parsers: dict[str, set[str]]) -> No
 
 
 @PAGE
-def test_flags_without_a_command_exist_somewhere(page: Path, parsers: dict[str, set[str]]) -> None:
+def test_flags_without_a_command_exist_in_some_command(page: Path, parsers: dict[str, set[str]]) -> None:
     scripts = "".join(path.read_text() for path in (ROOT / "benchmarks").rglob("*.py"))
     known = set.union(*parsers.values()) | set(re.findall(r'"(--[a-z0-9-]+)"', scripts))
     used = [flag for span in spans(page.read_text()) if span.startswith("--") for flag in FLAG.findall(span)]

@@ -1,4 +1,4 @@
-"""What every command has in common: exit codes, errors as messages, and types of arguments."""
+"""Shared by all commands: exit codes, error messages, common options and argument types."""
 
 from __future__ import annotations
 
@@ -16,23 +16,23 @@ from udddm.files import expanded
 FAILED = 1
 USAGE = 2
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
-"""Errors of a disk, which the user can resolve."""
+"""Disk and permission errors, which the user can fix."""
 TRUST = (
-    "import and open what the checkpoint's own configuration names, such as its network or data set: for files that "
-    "you trust"
+    "allow the configuration stored in the checkpoint to import code and open files, such as its network or data set; "
+    "only for files that you trust"
 )
 """Help for `--trust` (udddm/config/trust.py)."""
 
 
 MOST = 10_000_000
-"""Numbers in a list of seeds."""
+"""The maximum number of seeds in one command."""
 
 
 def reported(body: Callable[[], int]) -> int:
-    """Run a command: turn the errors that are meant for the user into one message and an exit code.
+    """Run a command, and turn errors that are meant for the user into one message and an exit code.
 
-    0 is success, 1 failure, 2 a mistake in the arguments or configuration, 128 + n a stop by signal n after a
-    checkpoint. Other exceptions keep their traceback.
+    Exit codes: 0 for success, 1 for failure, 2 for an error in the arguments or the configuration, 128 + n if signal n
+    stopped the run after a checkpoint. Other exceptions keep their traceback.
     """
     log.install(force=True)
     try:
@@ -51,18 +51,18 @@ def reported(body: Callable[[], int]) -> int:
             raise
         where = f" ({error.filename})" if error.filename else ""
         print(
-            f"error: {error.strerror}{where}. Checkpoints and earlier files are intact; make room or restore "
-            "access, then run the same command again",
+            f"error: {error.strerror}{where}. Checkpoints and earlier files are intact. Free disk space or "
+            "restore access, then run the same command again",
             file=sys.stderr,
         )
         return FAILED
     except KeyboardInterrupt:
-        print("stopped at once; the last checkpoint is intact and the same command resumes", file=sys.stderr)
+        print("stopped immediately; the last checkpoint is intact, and the same command resumes", file=sys.stderr)
         return 130
 
 
 def path(text: str) -> Path:
-    """A file or directory of this machine, with ~ replaced."""
+    """A local file or directory, with ~ expanded."""
     try:
         return expanded(text)
     except ConfigError as error:
@@ -74,7 +74,7 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampler(parser: argparse.ArgumentParser) -> None:
-    """The options that choose a sampler."""
+    """Add the options that select a sampler."""
     parser.add_argument(
         "--sampler",
         default="renoise",
@@ -86,12 +86,31 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
         type=mapping,
         default={},
         metavar="YAML",
-        help="of a sampler of your own: '{key: value}'",
+        help="settings of a custom sampler: '{key: value}'",
+    )
+
+
+def add_guidance_and_average(parser: argparse.ArgumentParser) -> None:
+    """Add the options for guidance and for the average of the weights."""
+    parser.add_argument(
+        "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance weight (default 1: none)"
+    )
+    average = parser.add_mutually_exclusive_group()
+    average.add_argument(
+        "--ema",
+        metavar="NAME",
+        help="average of the weights: a decay, power-LENGTH, or 'none' for the weights themselves (default: the first)",
+    )
+    average.add_argument(
+        "--ema-length",
+        type=float,
+        metavar="S",
+        help="build the average of this relative length from the snapshots of train.power_ema",
     )
 
 
 def mapping(text: str) -> dict[str, Any]:
-    """A YAML mapping such as `{levels: [5, 1]}`."""
+    """Argument type: a YAML mapping such as `{levels: [5, 1]}`."""
     import yaml
 
     try:
@@ -104,7 +123,7 @@ def mapping(text: str) -> dict[str, Any]:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """Argument type: an integer that is at least 1."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} must be at least 1")
@@ -112,7 +131,7 @@ def positive(text: str) -> int:
 
 
 def integers(text: str) -> list[int]:
-    """`0-999`, `7`, `1,5,9` and mixtures."""
+    """Argument type: integers and ranges, such as `0-999`, `7` or `1,5,9-12`."""
     found: list[int] = []
     for part in text.split(","):
         first, separator, last = part.partition("-")
@@ -126,6 +145,6 @@ def integers(text: str) -> list[int]:
         if high >= 1 << 63:
             raise argparse.ArgumentTypeError(f"{part!r}: numbers must be below 2^63")
         if len(found) + high - low + 1 > MOST:
-            raise argparse.ArgumentTypeError(f"{text!r}: that is more than {MOST} numbers; use several commands")
+            raise argparse.ArgumentTypeError(f"{text!r}: more than {MOST} numbers; use several commands")
         found += range(low, high + 1)
     return found

@@ -1,4 +1,4 @@
-"""The command udddm-evaluate."""
+"""The command udddm-evaluate: scores of a model or of samples."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from udddm.cli.command import TRUST, add_sampler, add_version, path, positive, reported
+from udddm.cli.command import TRUST, add_guidance_and_average, add_sampler, add_version, path, positive, reported
 
 if TYPE_CHECKING:
     import torch
@@ -21,45 +21,40 @@ if TYPE_CHECKING:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="udddm-evaluate",
-        description="Score a model, or samples, against their data set. Under torchrun the ranks share the sampling.",
+        description="Score a model, or samples, against a data set. Under torchrun, the ranks share the sampling.",
     )
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--checkpoint", metavar="RUN", help="a run directory or URL, or one of its checkpoints")
-    what.add_argument("--samples", type=path, metavar="FILE", help="an .npy of images: float in [-1, 1], or uint8")
-    parser.add_argument("--config", metavar="FILE", help="a preset that names the data set, for --samples")
+    what.add_argument("--samples", type=path, metavar="FILE", help="a .npy file of images: float in [-1, 1], or uint8")
+    parser.add_argument("--config", metavar="FILE", help="a YAML preset that names the data set, for --samples")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="such as data.name=digits")
     parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument(
         "--features",
         default="inception",
         metavar="NET",
-        help="inception, a TorchScript file or package.module:function, both of which are programs that run with your "
-        "rights: name one only if you trust it",
+        help="feature network: inception (default), a TorchScript file or package.module:function. The last two are "
+        "programs that run with your permissions: use only those that you trust",
     )
     parser.add_argument(
         "--metrics",
         metavar="NAME,...",
-        help="which figures (default: all): frechet, kid, precision-recall, spread, inception-score, or your own as "
+        help="metrics to compute (default: all): frechet, kid, precision-recall, spread, inception-score, or "
         "package.module:function",
     )
-    parser.add_argument("--count", type=positive, default=50_000, metavar="N", help="samples to make (default 50,000)")
-    parser.add_argument("--steps", type=positive, default=1, metavar="N", help="network evaluations a sample")
-    add_sampler(parser)
     parser.add_argument(
-        "--guidance", type=float, default=1.0, metavar="W", help="weight of the labels (default 1: plain sampling)"
+        "--count", type=positive, default=50_000, metavar="N", help="number of samples (default 50,000)"
     )
-    parser.add_argument("--repeat", type=positive, default=1, metavar="R", help="times, each with other seeds")
-    parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="seeds from here on (default 0)")
-    average = parser.add_mutually_exclusive_group()
-    average.add_argument(
-        "--ema", metavar="NAME", help="which average of the weights: a decay, power-LENGTH, or 'none' for no average"
+    parser.add_argument("--steps", type=positive, default=1, metavar="N", help="network evaluations per sample")
+    add_sampler(parser)
+    add_guidance_and_average(parser)
+    parser.add_argument(
+        "--repeat", type=positive, default=1, metavar="R", help="repetitions with other seeds (default 1)"
     )
-    average.add_argument(
-        "--ema-length", type=float, metavar="S", help="make the average of this relative length, of train.power_ema's"
-    )
-    parser.add_argument("--batch", type=positive, default=250, metavar="N", help="images made at once (default 250)")
-    parser.add_argument("--cache", type=path, metavar="DIR", help="where the data set's statistics are kept")
-    parser.add_argument("--json", type=path, metavar="FILE", help="write the figures there")
+    parser.add_argument("--first-seed", type=int, default=0, metavar="S", help="the first seed (default 0)")
+    parser.add_argument("--batch", type=positive, default=250, metavar="N", help="batch size of sampling (default 250)")
+    parser.add_argument("--cache", type=path, metavar="DIR", help="directory for the statistics of data sets")
+    parser.add_argument("--json", type=path, metavar="FILE", help="write the scores to this JSON file")
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add_version(parser)
     return parser
@@ -69,7 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse_args(argv)
     if arguments.samples and arguments.repeat > 1:
-        parser.error("--repeat makes new samples each time: it needs --checkpoint")
+        parser.error("--repeat generates new samples each time, so it needs --checkpoint")
 
     def body() -> int:
         from udddm.backends.distributed.ranks import join
@@ -94,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
-    """The figures, on rank zero; None elsewhere."""
+    """Returns the scores on rank zero, and None on other ranks."""
     from udddm import config as configuration
     from udddm.config.plugins import METRICS
     from udddm.data import ImageDataset, load_dataset
@@ -105,7 +100,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
 
     metrics = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else list(METRICS.members)
     for name in metrics:
-        METRICS.load(name)  # a mistake is reported before anything is computed
+        METRICS.load(name)  # errors are reported before anything is computed
     refused = (ConfigError, DataError, CheckpointError, StoreError, OSError)
     network = ranks.run_on_all(lambda: load_features(arguments.features, ranks.device), refused)
     model, published = None, {}
@@ -134,7 +129,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
         rows.append(_features_of_file(arguments.samples, dataset.shape, network))
     if dataset is None:
         return None
-    # After the last exchange: the statistics of a large data set take longer than ranks wait for each other.
+    # After the last collective: the statistics of a large data set may take longer than the collectives' timeout.
     real = evaluate.reference(dataset, network, arguments.cache)
     scores = [evaluate.score(features, logits, real, network.name, metrics) for features, logits in rows]
     return {
@@ -151,7 +146,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
 
 
 def _features_of_file(path: Path, shape: tuple[int, int, int], network: FeatureNetwork) -> Any:
-    """Features and logits of the images in an .npy file."""
+    """Features [N, D] and logits [N, K] of the images in an .npy file."""
     import torch
 
     from udddm.evaluation import evaluate
@@ -161,8 +156,10 @@ def _features_of_file(path: Path, shape: tuple[int, int, int], network: FeatureN
 
 
 def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
-    """The checkpoint's configuration with the command line's overrides. Raises ConfigError, also for one that would
-    import code or open files that the user did not name."""
+    """The checkpoint's configuration with the overrides of the command line.
+
+    Raises ConfigError, also if it would import code or open files that the user did not name.
+    """
     from udddm import config as configuration
     from udddm.config.trust import DATA, check_trusted
 
@@ -178,7 +175,7 @@ def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
 
 
 def _check_data(arguments: argparse.Namespace, dataset: ImageDataset) -> None:
-    """Raise DataError unless the data are those that the run was trained on, or others that the user named."""
+    """Raise DataError unless the data set is the run's training set, or the user selected another with --set."""
     from udddm.data import check_unchanged
     from udddm.errors import DataError
     from udddm.log import log
@@ -191,16 +188,19 @@ def _check_data(arguments: argparse.Namespace, dataset: ImageDataset) -> None:
         check_unchanged(recorded, dataset.fingerprint())
     except DataError as error:
         if any(override.startswith("data.") for override in arguments.set):
-            log.warning("scored against other data than the run was trained on, as --set says")
+            log.warning("scoring against a data set that is not the run's training set, as requested by --set")
             return
         raise DataError(
-            f"{str(error).rpartition(';')[0]}. {arguments.checkpoint} cannot be scored against it: name the data "
-            "that it was trained on by --set data.name=... and --set data.path=..., or from Python by udddm.evaluate"
+            f"{str(error).rpartition(';')[0]}. {arguments.checkpoint} cannot be scored against it: give the "
+            "training data with --set data.name=... and --set data.path=..., or call udddm.evaluate from Python"
         ) from None
 
 
 def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, ranks: Ranks, first: int) -> Any:
-    """Features and logits of all samples on the first rank; each rank makes its own and sends their features."""
+    """Features and logits of all samples, on rank zero. Other ranks return None.
+
+    Each rank generates its part of the samples and sends their features. Seeds start at `first`.
+    """
     import numpy as np
 
     from udddm.diffusion.samplers import SamplingOptions
@@ -220,7 +220,7 @@ def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, r
 
 
 def read_samples(file: Path, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Images [N, *shape], float in [-1, 1], of an .npy file. Raises DataError, naming the file."""
+    """Images [N, *shape], float in [-1, 1], from an .npy file. Raises DataError, which names the file."""
     import numpy as np
     import torch
 
@@ -232,21 +232,21 @@ def read_samples(file: Path, shape: tuple[int, int, int]) -> torch.Tensor:
         raise DataError(f"cannot read the samples {file}: {error}") from error
     if array.shape[1:] != shape or len(array) < 2:
         raise DataError(
-            f"{file} holds {list(array.shape)}: wanted two or more images [N, {', '.join(map(str, shape))}]"
+            f"{file} has shape {list(array.shape)}: expected two or more images [N, {', '.join(map(str, shape))}]"
         )
     if array.dtype == np.uint8:
         return torch.from_numpy(array).float() / 127.5 - 1
     if not np.issubdtype(array.dtype, np.floating):
-        raise DataError(f"{file} is {array.dtype}: wanted uint8, or floats in [-1, 1]")
+        raise DataError(f"{file} has dtype {array.dtype}: expected uint8, or floats in [-1, 1]")
     images = torch.from_numpy(array).float()
     bad = (~images.isfinite()).flatten(1).any(1).nonzero()
     if len(bad):
-        raise DataError(f"{file}: sample {int(bad[0])} holds values that are not finite")
+        raise DataError(f"{file}: sample {int(bad[0])} has values that are not finite")
     return images
 
 
 _ABOUT = ("of", "data", "features", "evaluations", "guidance", "repeat", "published", "each")
-"""What `_evaluate` says of a score, next to its figures."""
+"""Keys of the result of `_evaluate` that are not metrics."""
 
 
 def _table(found: dict[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The command `udddm`: `udddm train`, `udddm sample`, `udddm evaluate`, `udddm store`."""
+"""The command `udddm`, with the subcommands `train`, `sample`, `evaluate` and `store`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from udddm.cli.command import USAGE
 
 COMMANDS = {
     "train": "train a model, or resume a run (udddm-train)",
-    "sample": "make images with a trained model (udddm-sample)",
+    "sample": "generate images with a trained model (udddm-sample)",
     "evaluate": "score a model, or samples, against a data set (udddm-evaluate)",
-    "store": "inspect, copy, clean up, plan and measure x0-state stores (udddm-store)",
+    "store": "inspect, copy, clean up, plan and benchmark x0-state stores (udddm-store)",
 }
 
 
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     if name in ("-h", "--help"):
         print("\n".join([*lines, "", "udddm COMMAND --help shows the arguments of a command"]))
         return 0
-    print("\n".join([f"error: udddm {name}: there is no such command", *lines]), file=sys.stderr)
+    print("\n".join([f"error: udddm {name}: unknown command", *lines]), file=sys.stderr)
     return USAGE
 
 

@@ -1,4 +1,4 @@
-"""The command udddm-sample."""
+"""The command udddm-sample: images from a trained model."""
 
 from __future__ import annotations
 
@@ -6,35 +6,28 @@ import argparse
 import sys
 from pathlib import Path
 
-from udddm.cli.command import TRUST, add_sampler, add_version, integers, path, reported
+from udddm.cli.command import TRUST, add_guidance_and_average, add_sampler, add_version, integers, path, reported
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="udddm-sample", description="Generate images. Each depends on its seed (and label) alone."
+        prog="udddm-sample", description="Generate images. Each depends only on its seed and label."
     )
     parser.add_argument("--checkpoint", metavar="RUN", required=True, help="a run directory or one of its checkpoints")
-    parser.add_argument("--steps", type=int, default=1, metavar="N", help="network evaluations an image (default 1)")
+    parser.add_argument("--steps", type=int, default=1, metavar="N", help="network evaluations per image (default 1)")
     add_sampler(parser)
     parser.add_argument("--seeds", type=integers, default=list(range(64)), metavar="0-999", help="default 0-63")
     parser.add_argument(
         "--labels",
         type=integers,
         metavar="0-9",
-        help="class labels, repeated over the seeds (default: seed modulo classes)",
+        help="class labels, cycled over the seeds (default: seed modulo number of classes)",
     )
+    add_guidance_and_average(parser)
     parser.add_argument(
-        "--guidance", type=float, default=1.0, metavar="W", help="weight of the labels (default 1: plain sampling)"
+        "--out", type=path, default=Path(), metavar="DIR", help="directory for samples.npy and samples.png"
     )
-    average = parser.add_mutually_exclusive_group()
-    average.add_argument(
-        "--ema", metavar="NAME", help="which average of the weights: a decay, power-LENGTH, or 'none' for no average"
-    )
-    average.add_argument(
-        "--ema-length", type=float, metavar="S", help="make the average of this relative length, of train.power_ema's"
-    )
-    parser.add_argument("--out", type=path, default=Path(), metavar="DIR", help="samples.npy and samples.png go here")
-    parser.add_argument("--batch", type=int, default=250, metavar="N", help="images made at once (default 250)")
+    parser.add_argument("--batch", type=int, default=250, metavar="N", help="batch size of sampling (default 250)")
     parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add_version(parser)

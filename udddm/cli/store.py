@@ -1,4 +1,4 @@
-"""The command udddm-store."""
+"""The command udddm-store: x0-state stores, inspected, copied, cleaned up, planned and benchmarked."""
 
 from __future__ import annotations
 
@@ -21,26 +21,26 @@ def _shape(text: str) -> tuple[int, ...]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="udddm-store", description="Look into x0-state stores, copy, clean, plan and measure them."
+        prog="udddm-store", description="Inspect, copy, clean up, plan and benchmark x0-state stores."
     )
     add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     dtypes = ["fp32", "fp16", "bf16", "uint8"]
     for name, text in (
-        ("info", "what the store holds; writes nothing, safe beside a live run"),
-        ("verify", "check every chunk's checksum; exits 1 and lists what is damaged; safe beside a live run"),
-        ("view", "one sample's estimates through the kept generations beside its image, as a PNG"),
-        ("convert", "copy the newest state to another path or URL, in this or another dtype"),
-        ("gc", "remove the generations that no checkpoint of a stopped run refers to"),
-        ("plan", "what a data set's state needs: bytes, memory, bandwidth, requests, and which store fits"),
-        ("bench", "what this machine and a URL give, against what the plan needs"),
+        ("info", "show the contents of a store; read-only, safe during a run"),
+        ("verify", "check every chunk's checksum; exit with code 1 and a list if any is corrupt; safe during a run"),
+        ("view", "write a PNG of one sample: its image, and its x0-state in every kept generation"),
+        ("convert", "copy the newest state to another path or URL, optionally in another dtype"),
+        ("gc", "delete the generations of a stopped run that no checkpoint refers to"),
+        ("plan", "estimate what a data set's state needs: bytes, memory, bandwidth, requests, and which store fits"),
+        ("bench", "measure the speed of a URL from this machine, and compare it with the requirements of the plan"),
     ):
         command = commands.add_parser(name, help=text, description=text)
         if name != "plan":
-            command.add_argument("path", metavar="RUN|URL", help="a run directory, or the store's own path or URL")
+            command.add_argument("path", metavar="RUN|URL", help="a run directory, or the path or URL of a store")
         if name == "view":
-            command.add_argument("--sample", type=int, required=True, metavar="I")
-            command.add_argument("--out", type=path, default=Path("view.png"), metavar="FILE")
+            command.add_argument("--sample", type=int, required=True, metavar="I", help="index of the sample")
+            command.add_argument("--out", type=path, default=Path("view.png"), metavar="FILE", help="default view.png")
             command.add_argument("--trust", action="store_true", help=TRUST)
         if name == "convert":
             command.add_argument("destination", metavar="URL")
@@ -51,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
             command.add_argument("--dtype", choices=dtypes, default="fp16")
             command.add_argument("--images-per-second", type=positive, default=5000, metavar="R")
             command.add_argument("--workers", type=positive, default=1)
-            command.add_argument("--batch", type=positive, default=1024, help="samples of a step, over all workers")
+            command.add_argument("--batch", type=positive, default=1024, help="samples per step, over all workers")
         if name == "bench":
             command.add_argument("--threads", type=positive, default=8)
     return parser
@@ -75,7 +75,7 @@ def main(argv: list[str] | None = None) -> int:
         elif arguments.command == "verify":
             chunks, damaged = inspect.verify(place)
             print(
-                "\n".join(damaged) if damaged else f"{chunks} chunks and {len(place.checkpoints)} checkpoints are whole"
+                "\n".join(damaged) if damaged else f"{chunks} chunks and {len(place.checkpoints)} checkpoints are valid"
             )
             return FAILED if damaged else 0
         elif arguments.command == "convert":
@@ -125,8 +125,8 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
     if unasked:
         named = redact(", ".join(unasked))
         print(
-            f"the image is left out: the configuration of {place.name} names its data set by {named}, and "
-            "nothing of it is imported or opened unless --trust is given",
+            f"the image is omitted: the configuration of {place.name} names its data set by {named}, which is "
+            "imported or opened only with --trust",
             file=sys.stderr,
         )
     elif place.config is not None:
@@ -135,8 +135,8 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
             if (recorded := recorded_data(place.name)) is not None:
                 check_unchanged(recorded, dataset.fingerprint())
             image, _ = dataset.batch(np.array([sample]))
-        except DataError as error:  # such as a data set that was given from Python
-            print(f"the image is left out: {error}", file=sys.stderr)
+        except DataError as error:  # for example a data set that was passed from Python
+            print(f"the image is omitted: {error}", file=sys.stderr)
         else:
             names.insert(0, "the image")
             images.insert(0, image[0])

@@ -1,4 +1,4 @@
-"""The command udddm-train."""
+"""The command udddm-train: trains or resumes a run."""
 
 from __future__ import annotations
 
@@ -10,35 +10,37 @@ from udddm.cli.command import add_version, reported
 
 
 def _workers(text: str) -> tuple[int, int]:
-    """`4` or `2:8`."""
+    """Argument type: a number of workers, `4`, or a range, `2:8`."""
     low, separator, high = text.partition(":")
     try:
         least, most = int(low), int(high) if separator else int(low)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: write a number of workers, or MIN:MAX") from None
     if not 1 <= least <= most:
-        raise argparse.ArgumentTypeError(f"{text!r}: at least 1 worker, and MIN no more than MAX")
+        raise argparse.ArgumentTypeError(f"{text!r}: give at least 1 worker, and MIN <= MAX")
     return least, most
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="udddm-train",
-        description="Train a one-step image generator. The same command again resumes the run.",
+        description="Train a one-step image generator. Repeating the command resumes the run.",
     )
     parser.add_argument("--config", metavar="FILE", help="a YAML preset, such as configs/digits.yaml")
     parser.add_argument("--run-dir", metavar="DIR|URL", help="directory or URL of the run (default: runs/<preset>)")
     parser.add_argument(
         "--store",
         metavar="KIND",
-        help="where the x0-state lives: gpu, pinned, zarr, or package.module:factory (store.kind)",
+        help="x0-state store: gpu, pinned, zarr, or package.module:factory (store.kind)",
     )
-    parser.add_argument("--store-url", metavar="URL", help="where the zarr store is (store.url; default: <run>/state)")
+    parser.add_argument(
+        "--store-url", metavar="URL", help="location of the zarr store (store.url; default <run>/state)"
+    )
     parser.add_argument(
         "--on-corruption",
         "--on-damage",
         choices=["stop", "reinitialize"],
-        help="what a damaged chunk of state causes (store.on_corruption; --on-damage is the old name)",
+        help="action on a corrupt chunk of the state (store.on_corruption; --on-damage is the old name)",
     )
     parser.add_argument(
         "--set", metavar="KEY=VALUE", action="append", default=[], help="override a value, such as train.epochs=3"
@@ -47,27 +49,27 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--engine",
         metavar="NAME",
-        help="what takes the steps: torch, deepspeed, or package.module:factory (engine.name)",
+        help="training engine: torch, deepspeed, or package.module:factory (engine.name)",
     )
     parser.add_argument("--zero", type=int, choices=range(4), help="DeepSpeed's ZeRO stage (engine.zero)")
-    parser.add_argument("--deepspeed", metavar="FILE", help='a DeepSpeed JSON; its "auto" values are filled in')
+    parser.add_argument("--deepspeed", metavar="FILE", help='a DeepSpeed JSON file; "auto" values are filled in')
     cluster = parser.add_argument_group("workers")
     cluster.add_argument(
         "--backend",
         metavar="NAME",
         default="auto",
-        help="what starts them: auto (Ray in a Ray job), local, ray, or package.module:factory",
+        help="launcher of the workers: auto (Ray inside a Ray job), local, ray, or package.module:factory",
     )
     cluster.add_argument(
-        "--workers", type=_workers, default=(1, 1), metavar="N|MIN:MAX", help="processes, one a GPU (default 1)"
+        "--workers", type=_workers, default=(1, 1), metavar="N|MIN:MAX", help="processes, one per GPU (default 1)"
     )
     cluster.add_argument(
         "--max-failures", type=int, default=0, metavar="N", help="restarts after a lost or hung worker (default 0)"
     )
     cluster.add_argument(
-        "--timeout", type=float, default=600, metavar="SECONDS", help="a collective that takes longer is hung (600)"
+        "--timeout", type=float, default=600, metavar="SECONDS", help="limit of one collective operation (default 600)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print what would run, and what it needs, and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and its requirements, and exit")
     add_version(parser)
     return parser
 

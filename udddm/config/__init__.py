@@ -1,6 +1,6 @@
 """The run configuration: a YAML preset plus dotted overrides, resolved into one typed, frozen object.
 
-This package imports neither torch nor numpy: it is what `udddm-train --help` and a configuration error pay for.
+This package imports neither torch nor numpy, so that `udddm-train --help` and configuration errors are fast.
 """
 
 from udddm.config.base import Section

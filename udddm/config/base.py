@@ -1,4 +1,4 @@
-"""What every section of the configuration is made of."""
+"""The base class and common types of the sections of the configuration."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ UnderOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 CHANGEABLE: dict[str, JsonValue] = {"changeable": True}
-"""`json_schema_extra` of a field that may differ between two starts of a run: it decides nothing about the weights."""
+"""`json_schema_extra` of a field that may change between two starts of a run, as it does not affect the weights."""
 
 
 class Section(BaseModel):
+    """A section of the configuration: a frozen pydantic model that rejects unknown keys and non-finite numbers."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)

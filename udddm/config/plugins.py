@@ -1,8 +1,8 @@
-"""The plug points: every choice that can be made by name, and the members that come with the package.
+"""The plug points: every choice that is made by name, and the built-in members of each.
 
-A member is named in a configuration by its short name, or as `package.module:factory` for one of your own
-(docs/extending.md). The tables hold import paths as text: nothing is imported before it is used, so this module is as
-cheap as the rest of the configuration. To add a member to the package, write its file and add its line here.
+A configuration refers to a member by its short name, or as `package.module:factory` for a custom member
+(docs/extending.md). The tables contain import paths as text, which are imported on first use, so importing this module
+is cheap. To add a member to the package, write its file and add its line here.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 def load_plugin(name: str, what: str) -> Callable[..., Any]:
-    """Import the function or class `package.module:name`. `what` is how messages call it, such as "data set".
+    """Import the function or class `package.module:name`. Messages call it `what`, such as "data set".
 
     Raises ConfigError for a malformed name, a module that cannot be imported, or an attribute that does not exist or
-    cannot be called. Only attributes of the module itself are taken: `os:path.join` is refused.
+    is not callable. Only attributes of the module itself are accepted: `os:path.join` is an error.
     """
     module_name, _, attribute = name.partition(":")
     if not module_name or not attribute.isidentifier() or module_name.startswith("."):
@@ -37,7 +37,7 @@ def load_plugin(name: str, what: str) -> Callable[..., Any]:
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(f"{error.name}.")):
             raise ConfigError(
-                f"{what} {name!r}: there is no module {error.name}: install it, or name its folder in PYTHONPATH"
+                f"{what} {name!r}: there is no module {error.name}: install it, or add its folder to PYTHONPATH"
             ) from error
         raise ConfigError(f"{what} {name!r}: importing {module_name} failed: {error}") from error
     except ImportError as error:
@@ -55,9 +55,9 @@ def load_plugin(name: str, what: str) -> Callable[..., Any]:
 
 
 def name_of(factory: Callable[..., Any] | str, what: str) -> str:
-    """The name by which a configuration refers to a factory that was passed from Python.
+    """Returns the name by which a configuration refers to a factory that was passed from Python.
 
-    Raises ConfigError for a lambda, a local function or an instance: workers must be able to import it by name.
+    Raises ConfigError for a lambda, a local function or an instance, which workers could not import by name.
     """
     if isinstance(factory, str):
         return factory
@@ -71,7 +71,7 @@ def name_of(factory: Callable[..., Any] | str, what: str) -> str:
 
 
 def _importable(module: str) -> str:
-    """The name by which another process can import a module: for the script that is running, that of its file."""
+    """The name by which another process can import a module. For the running script, it is the name of its file."""
     script = getattr(sys.modules.get(module), "__file__", None)
     if module != "__main__" or script is None:
         return module
@@ -83,9 +83,10 @@ def _importable(module: str) -> str:
 
 
 def takes_settings(model: type[BaseModel]) -> Callable[[Function], Function]:
-    """Decorator of a factory that is a function: its settings are of this model, and are its second argument.
+    """Decorator that declares the pydantic model of the settings of a function, which receives them as its second
+    argument.
 
-    A class names its model as the attribute `Settings` instead.
+    A class sets the attribute `Settings` to its model instead.
     """
 
     def mark(factory: Function) -> Function:
@@ -96,26 +97,29 @@ def takes_settings(model: type[BaseModel]) -> Callable[[Function], Function]:
 
 
 class Registry:
-    """The members of one plug point: short names and the import paths of their factories.
+    """The members of one plug point: short names, and the import paths of their factories.
 
-    `what` is how messages call a member, `key` the configuration key that names one, `renamed` maps old names to
-    today's.
+    Args:
+        what: what messages call a member, such as "network".
+        key: the configuration key or command line option that selects a member.
+        members: import path by short name.
+        renamed: current short name by old short name.
     """
 
     def __init__(self, what: str, key: str, members: Mapping[str, str], renamed: Mapping[str, str] | None = None):
         self.what, self.key, self.members, self.renamed = what, key, dict(members), dict(renamed or {})
 
     def check(self, name: str) -> str:
-        """The name as the configuration keeps it. Raises ValueError if it is neither known nor an import path."""
+        """Returns the current form of a name. Raises ValueError if it is neither a short name nor an import path."""
         name = self.renamed.get(name, name)
         if name in self.members or ":" in name:
             return name
         match = difflib.get_close_matches(name, [*self.members, *self.renamed], 1, 0.5)
-        hint = f"did you mean {self.renamed.get(match[0], match[0])}? There are" if match else "there are"
+        hint = f"did you mean {self.renamed.get(match[0], match[0])}? The choices are" if match else "the choices are"
         raise ValueError(f"unknown {self.what} {name!r}; {hint} {', '.join(self.members)}, and package.module:function")
 
     def is_import(self, name: str) -> bool:
-        """Whether a name imports code that is not a member of the package."""
+        """Whether a name imports code other than a built-in member."""
         return self.renamed.get(name, name) not in self.members
 
     def load(self, name: str) -> Callable[..., Any]:
@@ -127,16 +131,19 @@ class Registry:
         return load_plugin(self.members.get(name, name), self.what)
 
     def build(self, name: str, settings: Mapping[str, Any], context: Any) -> Any:
-        """`factory(context)`, or `factory(context, settings)` where the factory names a pydantic model of its settings
-        as the attribute `Settings`. A class that has a classmethod `create` is built by it. Raises ConfigError for
-        settings that the model refuses, naming each key."""
+        """Build a member: `factory(context)`, or `factory(context, settings)` if the factory has an attribute
+        `Settings`, the pydantic model of its settings. A class with a classmethod `create` is built by
+        calling it instead.
+
+        Raises ConfigError, which names each key, for invalid settings.
+        """
         factory = self.load(name)
         parsed = self.parse(name, factory, settings)
         create = getattr(factory, "create", factory)
         return create(context) if parsed is None else create(context, parsed)
 
     def parse(self, name: str, factory: Callable[..., Any], settings: Mapping[str, Any]) -> BaseModel | None:
-        """The settings of a member as its own model; None where it takes none."""
+        """Validate the settings of a member by its model. Returns None if it has no settings. Raises ConfigError."""
         section = f"{self.key.rpartition('.')[0]}.settings"
         model = getattr(factory, "Settings", None)
         if model is None:

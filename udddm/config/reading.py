@@ -1,4 +1,4 @@
-"""YAML presets and overrides, read and validated; mistakes explained by their keys."""
+"""Reads and validates YAML presets and overrides. Error messages name the key."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from udddm.log import log
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:
     """Read a YAML preset (`None`: the defaults), apply overrides such as `train.epochs=3`, and validate.
 
-    Raises ConfigError for a file that cannot be read or is no mapping, an unknown key (the nearest is suggested),
-    a wrong type or a value out of range.
+    Raises ConfigError for a file that cannot be read or is not a mapping, an unknown key (the message suggests the
+    closest one), a wrong type or a value out of range.
     """
     tree: dict[str, Any] = {}
     source = "the defaults"
@@ -35,13 +35,13 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
             raise ConfigError(f"cannot read the configuration {path}: {error}") from error
         loaded = text.parse(content, source, RunConfig)
         if loaded is not None and not isinstance(loaded, dict):
-            raise ConfigError(f"{path} must hold a mapping of sections, not a {type(loaded).__name__}")
+            raise ConfigError(f"{path} must contain a mapping of sections, not a {type(loaded).__name__}")
         tree = loaded or {}
     return resolve(overridden(tree, overrides or [], source), source)
 
 
 def overridden(tree: dict[str, Any], overrides: Sequence[str], source: str) -> dict[str, Any]:
-    """A copy of a tree of plain values with overrides such as `train.epochs=3`. Raises ConfigError."""
+    """Returns a copy of a tree of plain values with overrides such as `train.epochs=3` applied. Raises ConfigError."""
     changed = copy.deepcopy(_modernized(tree, source))
     for override in overrides:
         apply(changed, override)
@@ -49,14 +49,14 @@ def overridden(tree: dict[str, Any], overrides: Sequence[str], source: str) -> d
 
 
 def as_yaml(value: Any, *, flow: bool = True) -> str:
-    """A plain value as the text of an override; without `flow`, as the text of a file."""
+    """Format a plain value as YAML: on one line, as in an override, or without `flow` as in a file."""
     if not flow:
         return text.dump(value)
     return text.dump(value, default_flow_style=True, width=1 << 20).removesuffix("\n...\n").strip()
 
 
 def resolve(tree: dict[str, Any], source: str = "the configuration") -> RunConfig:
-    """Validate a tree of plain values. Raises ConfigError with every mistake, each naming its key."""
+    """Validate a tree of plain values. Raises ConfigError, which lists every error with its key."""
     try:
         return RunConfig.model_validate(_modernized(tree, source))
     except ValidationError as error:
@@ -67,12 +67,12 @@ def resolve(tree: dict[str, Any], source: str = "the configuration") -> RunConfi
 def _modernized(tree: dict[str, Any], source: str) -> dict[str, Any]:
     tree, replaced = modernize(tree)
     if replaced:
-        log.warning("%s uses old names, which are still read: %s", source, "; ".join(replaced))
+        log.warning("%s uses old names, which are still accepted: %s", source, "; ".join(replaced))
     return tree
 
 
 def apply(tree: dict[str, Any], override: str) -> None:
-    """Apply `key=value` to a tree of plain values that uses today's names. Raises ConfigError."""
+    """Apply `key=value` to a tree of plain values with current names. Raises ConfigError."""
     key, separator, given_text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"--set {override}: write key=value, such as train.epochs=3")
@@ -83,13 +83,13 @@ def apply(tree: dict[str, Any], override: str) -> None:
         value, inner = modernize(value, f"{key}.")
         replaced += inner
     if replaced:
-        log.warning("--set %s uses old names, which are still read: %s", override, "; ".join(replaced))
+        log.warning("--set %s uses old names, which are still accepted: %s", override, "; ".join(replaced))
     _put(tree, key, value, override)
 
 
 def _put(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
     if isinstance(value, dict) and text.section(text.annotation(RunConfig, key)) is not None:
-        for name, inner in value.items():  # the other keys of the section stay
+        for name, inner in value.items():  # the other keys of the section are kept
             _put(tree, f"{key}.{name}", inner, override)
         return
     *parents, leaf = key.split(".")
@@ -102,7 +102,7 @@ def _put(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
             raise ConfigError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
         node = child
     node[leaf] = value
-    if key == "train.steps" and value is not None:  # the two lengths exclude each other: the preset's is replaced
+    if key == "train.steps" and value is not None:  # steps and epochs are exclusive; the override wins
         node.pop("epochs", None)
     elif key == "train.epochs" and value is not None:
         node.pop("steps", None)
@@ -120,7 +120,7 @@ def _explain(detail: ErrorDetails) -> str:
 
 
 def _nearest(location: list[str]) -> str:
-    """The known key closest to a mistyped one, looked for in its own section first."""
+    """A hint with the known key closest to a mistyped one. Keys of the same section are preferred."""
     keys = list(_keys(RunConfig))
     key = ".".join(location)
     parent = key.rpartition(".")[0]

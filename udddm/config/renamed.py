@@ -1,7 +1,7 @@
-"""Keys and values that had other names in earlier versions.
+"""Keys that had other names in earlier versions.
 
-YAML files, overrides, run.json and checkpoints that use an old name are read as if they used the new one; one warning
-per source names both.
+Old names in YAML files, overrides, run.json and checkpoints are still accepted. One warning per source names the old
+and the new keys.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ RENAMED = {
     "train.initial": "train.init_from",
     "train.threads": "train.torch_threads",
 }
-"""Old dotted key to new. A section is renamed before the keys in it, which are named by its new name."""
+"""New dotted key by old dotted key. Sections are renamed first; the keys in them are listed under the new section."""
 
 
 def current_key(key: str) -> str:
-    """Today's name of a dotted key."""
+    """The current name of a dotted key."""
     done = ""
     for part in key.split("."):
         done = f"{done}.{part}" if done else part
@@ -50,9 +50,9 @@ def current_key(key: str) -> str:
 
 
 def modernize(tree: dict[str, Any], prefix: str = "") -> tuple[dict[str, Any], list[str]]:
-    """A copy of a tree of plain values with today's names, and a phrase for each name that was replaced.
+    """Returns a copy of a tree of plain values with current names, and a phrase for each name that was replaced.
 
-    Where both names are given, both are kept as they are, so that validation reports the old one.
+    If both an old and its new name are present, both are kept, and validation reports the old one.
     """
     found: dict[str, Any] = {}
     replaced: list[str] = []

@@ -1,4 +1,4 @@
-"""The other sections, and the run configuration of all of them."""
+"""The run configuration and its sections, except `objective`."""
 
 from __future__ import annotations
 
@@ -17,51 +17,56 @@ from udddm.errors import ConfigError
 
 
 class ExpectConfig(Section):
-    """What a data set is to hold."""
+    """The expected contents of a data set."""
 
-    samples: Positive
+    samples: Positive = Field(description="number of samples")
     shape: tuple[Positive, Positive, Positive] = Field(description="channels, height and width of every image")
     classes: Positive | None = Field(None, description="number of class labels; unset: labels do not matter")
 
 
 class DataConfig(Section):
+    """The data set."""
+
     name: str = Field(
         "digits",
-        description="digits, fashion-mnist, cifar10, folder, array, or your own factory as package.module:function",
+        description="digits, fashion-mnist, cifar10, folder, array, or package.module:function",
     )
     path: str | None = Field(
-        None, description="a path or fsspec URL: the archive, folder or array to read", json_schema_extra=CHANGEABLE
+        None, description="path or fsspec URL of the archive, folder or array", json_schema_extra=CHANGEABLE
     )
-    size: Positive | None = Field(None, description="side in pixels that a folder's images are resized to")
+    size: Positive | None = Field(None, description="side in pixels to which the images of a folder are resized")
     missing_chunks: Literal["stop", "fill"] = Field(
         "stop",
-        description="what a missing chunk of a Zarr data set means: damage (stop), or its fill value, as Zarr leaves "
-        "out chunks that hold nothing else unless told otherwise",
+        description="meaning of a missing chunk of a Zarr data set: corruption (stop), or a chunk that contains only "
+        "the fill value (fill), which Zarr omits by default",
         json_schema_extra=CHANGEABLE,
     )
-    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments for package.module:function")
+    arguments: dict[str, Any] = Field(default_factory=dict, description="keyword arguments of package.module:function")
     expect: ExpectConfig | None = Field(
         None,
-        description="what the data must hold: checked when they are loaded; what --dry-run assumes without them",
+        description="expected contents: checked when the data are loaded, and used by --dry-run without data",
         json_schema_extra=CHANGEABLE,
     )
 
 
 class ScheduleConfig(Section):
-    """The forward process (PAPER: "Forward process"). `timesteps` is the paper's T."""
+    """The noise schedule of the forward process (arXiv 2405.21059, "Forward process")."""
 
     kind: Annotated[str, AfterValidator(SCHEDULES.check)] = Field("ve", description="ve, vp, or package.module:factory")
-    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a schedule of your own")
-    timesteps: Annotated[int, Field(ge=2)] = 1000
-    beta_min: Annotated[float, Field(gt=0, lt=1)] = Field(1.5e-3, description="VP only")
-    beta_max: Annotated[float, Field(gt=0, lt=1)] = Field(2.0e-2, description="VP only")
-    sigma_min: Annotated[float, Field(gt=0)] = Field(0.01, description="VE only")
-    sigma_max: Annotated[float, Field(gt=0)] = Field(50.0, description="VE only")
-    rho: Annotated[float, Field(gt=0)] = 7.0
-    sigma_data: Annotated[float, Field(gt=0)] = 0.5
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a custom noise schedule")
+    timesteps: Annotated[int, Field(ge=2)] = Field(1000, description="number of time steps, T in the paper")
+    beta_min: Annotated[float, Field(gt=0, lt=1)] = Field(1.5e-3, description="lowest beta of vp")
+    beta_max: Annotated[float, Field(gt=0, lt=1)] = Field(2.0e-2, description="highest beta of vp")
+    sigma_min: Annotated[float, Field(gt=0)] = Field(0.01, description="lowest noise level of ve")
+    sigma_max: Annotated[float, Field(gt=0)] = Field(50.0, description="highest noise level of ve")
+    rho: Annotated[float, Field(gt=0)] = Field(
+        7.0, description="exponent of the spacing of noise levels (Karras et al. 2022, Eq. 5)"
+    )
+    sigma_data: Annotated[float, Field(gt=0)] = Field(0.5, description="standard deviation of the data")
     preconditioning: Literal["paper", "linear", "quadratic", "edm"] = Field(
         "edm",
-        description="a(t), b(t): the paper's (VP: x_t - F; VE: kappa = s_min/sigma), its other kappas (VE), or EDM's",
+        description="c_skip and c_out: those of the paper (VP: x_t - F; VE: kappa = sigma_min/sigma), its other kappas "
+        "(linear and quadratic, VE), or those of EDM",
     )
 
     @model_validator(mode="after")
@@ -72,32 +77,40 @@ class ScheduleConfig(Section):
             raise ValueError(f"beta_min {self.beta_min} must not exceed beta_max {self.beta_max}")
         if self.kind == "vp" and self.preconditioning in ("linear", "quadratic"):
             raise ValueError(
-                f"preconditioning '{self.preconditioning}' is a kappa of the VE schedule; VP takes paper or edm"
+                f"preconditioning '{self.preconditioning}' is a kappa of the VE schedule; use paper or edm for VP"
             )
         return self
 
 
 class NetworkConfig(Section):
-    """The network; without `name`, the ADM U-Net (Dhariwal & Nichol 2021) with cross-attention to an image."""
+    """The network. The default is the ADM U-Net (Dhariwal & Nichol 2021) with cross-attention to an image."""
 
     name: Annotated[str, AfterValidator(NETWORKS.check)] = Field("unet", description="unet, or package.module:factory")
-    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a network of your own")
-    patch: Positive = Field(1, description="side of the pixel blocks that become channels (pixel unshuffle); 1: none")
-    base_channels: Positive = 128
-    channel_mult: tuple[Positive, ...] = Field((1, 2, 2, 2), min_length=1)
-    blocks_per_level: Positive = Field(3, description="residual blocks a stage")
-    attention_resolutions: tuple[Positive, ...] = Field((16, 8), description="image sides at which attention runs")
-    head_dim: Positive = Field(64, description="channels of one attention head")
-    dropout: UnderOne = 0.3
-    condition: Literal["cross-attention", "none"] = "cross-attention"
-    classes: Annotated[int, Field(ge=0)] = Field(0, description="number of class labels; 0 is unconditional")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a custom network")
+    patch: Positive = Field(
+        1, description="side of the pixel blocks that become channels (pixel unshuffle); 1 disables it"
+    )
+    base_channels: Positive = Field(128, description="channels of the first level")
+    channel_mult: tuple[Positive, ...] = Field(
+        (1, 2, 2, 2), min_length=1, description="channels of each level, as multiples of base_channels"
+    )
+    blocks_per_level: Positive = Field(3, description="residual blocks per level")
+    attention_resolutions: tuple[Positive, ...] = Field(
+        (16, 8), description="image sides in pixels at which attention is applied"
+    )
+    head_dim: Positive = Field(64, description="channels per attention head")
+    dropout: UnderOne = Field(0.3, description="dropout probability")
+    condition: Literal["cross-attention", "none"] = Field(
+        "cross-attention", description="how the network uses a conditioning image"
+    )
+    classes: Annotated[int, Field(ge=0)] = Field(0, description="number of classes; 0 trains an unconditional network")
     label_dropout: UnderOne = Field(
-        0.0, description="share of the visits that see no label: what guidance needs (docs/method.md)"
+        0.0, description="fraction of the visits without a label, which guidance needs (docs/method.md)"
     )
 
     @property
     def conditioned(self) -> bool:
-        """Whether the network is given a conditioning image."""
+        """Whether the network receives a conditioning image."""
         return self.condition != "none"
 
     @model_validator(mode="after")
@@ -110,53 +123,61 @@ class NetworkConfig(Section):
 
 
 class OrderConfig(Section):
-    """Who visits which sample when (docs/architecture.md): part of the result, so the same for every store."""
+    """The order in which samples are visited (docs/architecture.md). It affects the result, and is the same for every
+    store."""
 
-    lanes: Positive = Field(8, description="fixed partitions of the data set; the number of ranks must divide it")
-    chunk: Positive | None = Field(None, description="samples a chunk; unset: 4 MiB of float16 state")
-    window: Positive | None = Field(None, description="chunks shuffled together; unset: 8")
+    lanes: Positive = Field(
+        8, description="number of fixed partitions of the data set; the number of ranks must divide it"
+    )
+    chunk: Positive | None = Field(None, description="samples per chunk; unset: 4 MiB of float16 state")
+    window: Positive | None = Field(None, description="number of chunks that are shuffled together; unset: 8")
 
 
 class StoreConfig(Section):
-    """The x0-state store. Any of it may change between two starts of a run."""
+    """The x0-state store. Every setting may change between two starts of a run."""
 
     kind: Annotated[str, AfterValidator(STORES.check)] = Field(
         "gpu", description="gpu, pinned, zarr, or package.module:factory"
     )
-    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a store of your own")
-    url: str | None = Field(None, description="where the zarr store lives; unset: <run>/state")
-    dtype: Literal["fp32", "fp16", "bf16", "uint8"] = "fp16"
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a custom store")
+    url: str | None = Field(None, description="location of the zarr store; unset: <run>/state")
+    dtype: Literal["fp32", "fp16", "bf16", "uint8"] = Field("fp16", description="type of the stored state")
     threads: Positive | None = Field(
         None,
-        description="requests at once, reading, and as many writing; unset: as many as keep up with the steps, 2 to 32",
+        description="concurrent reads, and concurrent writes; unset: as many as the step rate needs, 2 to 32",
     )
     prefetch: Positive | None = Field(
-        None, description="steps whose state and images are made ready ahead; unset: chosen for the state, 4 for images"
+        None,
+        description="steps for which state and images are prefetched; unset: automatic for the state, 4 for images",
     )
     compression: Literal["none", "lz4", "zstd"] = Field(
-        "none", description="of the zarr store's chunks from the next generation on (docs/store.md has the trade)"
+        "none", description="compression of the zarr store's chunks, from the next generation on (docs/store.md)"
     )
     on_corruption: Literal["stop", "reinitialize"] = Field(
         "stop",
-        description="what a damaged chunk does: stop training, or let its samples begin again as in generation 0",
+        description="action on a corrupt chunk: stop the run, or reinitialize its samples as in generation 0",
     )
     memory_mb: Positive | None = Field(
         None,
-        description="most host memory of a rank's windows and batches, MB; unset: 1074, or the least that works "
-        "where that is more",
+        description="limit of the host memory of a rank's windows and batches, in MB; unset: 1074, or the required "
+        "minimum if that is more",
     )
 
 
 class EngineConfig(Section):
-    """What takes the optimizer steps. Any of it may change between two starts of a run."""
+    """The training engine, which takes the optimizer steps. Every setting may change between two starts of a run."""
 
     name: Annotated[str, AfterValidator(ENGINES.check)] = Field(
         "torch", description="torch, deepspeed, or package.module:factory"
     )
-    settings: dict[str, Any] = Field(default_factory=dict, description="settings of an engine of your own")
-    zero: Annotated[int, Field(ge=0, le=3)] | None = Field(None, description="ZeRO stage; unset: the file's, or 0")
-    offload: bool = Field(False, description="keep master weights and moments in host memory (ZeRO 1 to 3)")
-    deepspeed: dict[str, Any] = Field(default_factory=dict, description="a DeepSpeed configuration (--deepspeed FILE)")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a custom engine")
+    zero: Annotated[int, Field(ge=0, le=3)] | None = Field(
+        None, description="ZeRO stage; unset: that of `deepspeed`, or 0"
+    )
+    offload: bool = Field(
+        False, description="keep master weights and optimizer moments in host memory (ZeRO stages 1 to 3)"
+    )
+    deepspeed: dict[str, Any] = Field(default_factory=dict, description="DeepSpeed configuration (--deepspeed FILE)")
 
     @model_validator(mode="after")
     def _consistent(self) -> EngineConfig:
@@ -166,120 +187,149 @@ class EngineConfig(Section):
 
 
 class TrainConfig(Section):
-    epochs: Annotated[float, Field(gt=0)] | None = None
-    steps: Positive | None = Field(None, description="optimizer steps; give either this or epochs")
+    """Optimization: length, batch size, optimizer, averages of the weights, and numerics."""
+
+    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="length of the run in epochs")
+    steps: Positive | None = Field(None, description="length of the run in optimizer steps; set either steps or epochs")
     init_from: str | None = Field(
         None,
-        description="begin with the first average of this run, checkpoint or release (a path or URL); unset: at random",
+        description="initialize the weights with the first average of this run, checkpoint or release (a path or URL); "
+        "unset: random weights",
     )
-    batch_size: Positive = Field(128, description="samples of one step, over all ranks")
+    batch_size: Positive = Field(128, description="samples per step, over all ranks")
     grad_accumulation: Positive = Field(
         1,
-        description="micro-batches of a step on each rank: less memory, the same result",
+        description="micro-batches per step on each rank; more need less memory and give the same result",
         json_schema_extra=CHANGEABLE,
     )
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    betas: tuple[UnderOne, UnderOne] = (0.9, 0.999)
-    warmup_steps: Annotated[int, Field(ge=0)] = 0
-    lr_schedule: Literal["constant", "cosine", "linear"] = Field(
-        "constant", description="learning rate after the warm-up"
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="learning rate of Adam")
+    betas: tuple[UnderOne, UnderOne] = Field((0.9, 0.999), description="betas of Adam")
+    warmup_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps over which the learning rate rises linearly from 0"
     )
-    grad_clip: Annotated[float, Field(gt=0)] | None = Field(None, description="gradient norm limit")
+    lr_schedule: Literal["constant", "cosine", "linear"] = Field(
+        "constant", description="learning rate after the warm-up: constant, or decaying to 0 at the end"
+    )
+    grad_clip: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="maximum norm of the gradient; unset: no clipping"
+    )
     ema: tuple[UnderOne, ...] = Field((0.9999,), description="decay of each exponential moving average")
     ema_warmup: bool = Field(False, description="limit the decay to (1 + step) / (10 + step)")
     power_ema: tuple[Annotated[float, Field(gt=0, lt=0.288)], ...] = Field(
-        (), description="relative length of each average with a power-function profile (docs/method.md)"
+        (), description="relative length of each power-function average of the weights (docs/method.md)"
     )
     power_ema_every_steps: Positive = Field(
         1000,
-        description="steps between their snapshots, from which a length is chosen after training",
+        description="steps between snapshots of power_ema, from which any length can be built after training",
         json_schema_extra=CHANGEABLE,
     )
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    torch_threads: Positive | None = Field(
-        None, description="CPU threads of a tensor operation; unset: torch's choice", json_schema_extra=CHANGEABLE
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="autocast type of the network; weights and optimizer state stay fp32"
     )
-    compile: bool = Field(False, description="torch.compile; needs a C++ compiler", json_schema_extra=CHANGEABLE)
+    torch_threads: Positive | None = Field(
+        None, description="CPU threads per tensor operation; unset: chosen by torch", json_schema_extra=CHANGEABLE
+    )
+    compile: bool = Field(
+        False,
+        description="compile the network with torch.compile, which needs a C++ compiler",
+        json_schema_extra=CHANGEABLE,
+    )
     tf32: bool = Field(
         True,
-        description="TF32 for float32 products and convolutions on GPUs: faster, with 10 bits of mantissa",
+        description="use TF32 for float32 matrix products and convolutions on GPUs: faster, with 10 bits of mantissa",
         json_schema_extra=CHANGEABLE,
     )
     deterministic: bool = Field(
         False,
-        description="only deterministic kernels, so that a run on the same GPUs repeats bit for bit; slower on GPUs",
+        description="use only deterministic kernels: a run repeats bit for bit on the same GPUs; slower on GPUs",
         json_schema_extra=CHANGEABLE,
     )
-    channels_last: bool = True
+    channels_last: bool = Field(
+        True, description="memory format of the network: channels last instead of channels first"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
-            raise ValueError("give either train.epochs or train.steps, and not both")
+            raise ValueError("set either train.epochs or train.steps, not both")
         return self
 
     @field_validator("power_ema")
     @classmethod
     def _different(cls, lengths: tuple[float, ...]) -> tuple[float, ...]:
         if len({f"{length:g}" for length in lengths}) < len(lengths):
-            raise ValueError("two of the lengths are the same")
+            raise ValueError("the lengths must be different")
         return lengths
 
     @property
     def averages(self) -> list[str]:
-        """What checkpoints call the averages of the weights; the first is what samples are made of."""
+        """The names of the averages of the weights in checkpoints. Samples use the first one by default."""
         return [*(f"{decay:g}" for decay in self.ema), *(f"power-{length:g}" for length in self.power_ema)]
 
 
 class CheckpointConfig(Section):
-    every_steps: Positive = 1000
-    keep: Positive = 2
+    """Checkpoints of a run."""
+
+    every_steps: Positive = Field(1000, description="steps between checkpoints")
+    keep: Positive = Field(2, description="number of checkpoints to keep")
 
 
 class SampleConfig(Section):
-    every_steps: Annotated[int, Field(ge=0)] = Field(1000, description="a grid of samples while training; 0 is never")
-    final: Annotated[int, Field(ge=0)] = Field(
-        0, description="samples written as samples.npy and samples.png at the end"
+    """Samples that a run generates, with the first EMA."""
+
+    every_steps: Annotated[int, Field(ge=0)] = Field(
+        1000, description="steps between sample grids during training; 0 disables them"
     )
-    steps: Positive = Field(1, description="network evaluations a sample")
+    final: Annotated[int, Field(ge=0)] = Field(
+        0, description="number of samples in samples.npy and samples.png at the end of the run"
+    )
+    steps: Positive = Field(1, description="network evaluations per sample")
     sampler: Annotated[str, AfterValidator(SAMPLERS.check)] = Field(
         "renoise", description="renoise, algorithm-2, heun (for denoisers), or package.module:function"
     )
-    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a sampler of your own")
-    guidance: float = Field(1.0, description="weight of the label, f_none + w (f_label - f_none); 1 is plain sampling")
+    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a custom sampler")
+    guidance: float = Field(1.0, description="guidance weight w of f_none + w (f_label - f_none); 1 disables guidance")
 
 
 class EvaluateConfig(Section):
-    """Scores of the first EMA while training (udddm-evaluate scores a finished run)."""
+    """Scores of the first EMA during training (udddm-evaluate scores a finished run)."""
 
-    every_steps: Annotated[int, Field(ge=0)] = Field(0, description="0 is never")
-    count: Annotated[int, Field(ge=2)] = Field(2000, description="samples made for it, between two steps")
-    features: str = Field("inception", description="inception, a TorchScript file, or package.module:function")
+    every_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps between evaluations; 0 disables them")
+    count: Annotated[int, Field(ge=2)] = Field(
+        2000, description="number of samples per evaluation, drawn between two steps"
+    )
+    features: str = Field(
+        "inception", description="feature network: inception, a TorchScript file, or package.module:function"
+    )
     metrics: tuple[Annotated[str, AfterValidator(METRICS.check)], ...] = Field(
-        tuple(METRICS.members), description="names, and functions of your own as package.module:function"
+        tuple(METRICS.members), description="metrics: names, or package.module:function"
     )
 
 
 class RunConfig(Section):
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
-    data: DataConfig = DataConfig()
-    schedule: ScheduleConfig = ScheduleConfig()
-    network: NetworkConfig = NetworkConfig()
-    objective: ObjectiveConfig = ObjectiveConfig()
-    order: OrderConfig = OrderConfig()
-    store: StoreConfig = Field(StoreConfig(), json_schema_extra=CHANGEABLE)
-    train: TrainConfig = TrainConfig(epochs=100)
-    engine: EngineConfig = Field(EngineConfig(), json_schema_extra=CHANGEABLE)
-    checkpoint: CheckpointConfig = Field(CheckpointConfig(), json_schema_extra=CHANGEABLE)
-    sample: SampleConfig = Field(SampleConfig(), json_schema_extra=CHANGEABLE)
-    evaluate: EvaluateConfig = Field(EvaluateConfig(), json_schema_extra=CHANGEABLE)
+    """The configuration of a run."""
+
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(0, description="seed of all random numbers of the run")
+    data: DataConfig = Field(DataConfig(), description="data set")
+    schedule: ScheduleConfig = Field(ScheduleConfig(), description="noise schedule")
+    network: NetworkConfig = Field(NetworkConfig(), description="network")
+    objective: ObjectiveConfig = Field(ObjectiveConfig(), description="training objective")
+    order: OrderConfig = Field(OrderConfig(), description="order in which samples are visited")
+    store: StoreConfig = Field(StoreConfig(), description="x0-state store", json_schema_extra=CHANGEABLE)
+    train: TrainConfig = Field(TrainConfig(epochs=100), description="optimization")
+    engine: EngineConfig = Field(EngineConfig(), description="training engine", json_schema_extra=CHANGEABLE)
+    checkpoint: CheckpointConfig = Field(CheckpointConfig(), description="checkpoints", json_schema_extra=CHANGEABLE)
+    sample: SampleConfig = Field(SampleConfig(), description="samples of the run", json_schema_extra=CHANGEABLE)
+    evaluate: EvaluateConfig = Field(
+        EvaluateConfig(), description="scores during training", json_schema_extra=CHANGEABLE
+    )
     published: dict[Positive, dict[str, float]] = Field(
         default_factory=dict,
-        description="by evaluations: figures that others report (fid, inception_score)",
+        description="published scores (fid, inception_score) by number of network evaluations, for comparison",
         json_schema_extra=CHANGEABLE,
     )
     log_every_steps: Positive = Field(
-        50, description="steps between two lines of metrics", json_schema_extra=CHANGEABLE
+        50, description="steps between two log lines of metrics", json_schema_extra=CHANGEABLE
     )
 
     @model_validator(mode="after")
@@ -287,32 +337,32 @@ class RunConfig(Section):
         if self.train.batch_size % self.order.lanes:
             raise ValueError(
                 f"order.lanes ({self.order.lanes}) must divide train.batch_size ({self.train.batch_size}): "
-                "each lane gives the same number of samples to a step"
+                "each lane contributes the same number of samples to a step"
             )
         self.check_guidance(self.sample.guidance, "sample.guidance")
         return self
 
     def check_guidance(self, weight: float, key: str) -> None:
-        """Raise ConfigError, naming `key`, unless a network trained with this configuration can be guided so."""
+        """Raise ConfigError, which names `key`, unless a network with this configuration supports guidance `weight`."""
         if weight == 1:
             return
         if not math.isfinite(weight):
-            raise ConfigError(f"{key} {weight}: give a finite number; 1 is plain sampling")
+            raise ConfigError(f"{key} {weight}: give a finite number; 1 disables guidance")
         if not self.network.classes:
             raise ConfigError(f"{key} {weight:g}: the network takes no labels (network.classes is 0); leave it at 1")
         if not self.network.label_dropout:
             raise ConfigError(
-                f"{key} {weight:g}: the network never learned to go without a label; train one with "
+                f"{key} {weight:g}: the network was not trained without labels; train one with "
                 "network.label_dropout (such as 0.1), or leave it at 1"
             )
 
     @classmethod
     def changeable(cls) -> frozenset[str]:
-        """The keys that may differ between two starts of a run: they decide nothing about the trained weights."""
+        """The keys that may change between two starts of a run, because they do not affect the trained weights."""
         return frozenset(_changeable(cls))
 
     def fingerprint(self) -> str:
-        """A hash of all that decides the trained weights: what a run directory must agree on to be resumed."""
+        """A hash of all settings that affect the trained weights. A run resumes only with the same fingerprint."""
         settings = self.model_dump(mode="json")
         for key in self.changeable():
             section, _, leaf = key.partition(".")
@@ -324,7 +374,7 @@ class RunConfig(Section):
 
 
 def _changeable(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """The keys whose fields are marked with CHANGEABLE: a section as a whole, or a leaf."""
+    """The keys of fields that are marked with CHANGEABLE: entire sections or single settings."""
     for name, field in model.model_fields.items():
         if field.json_schema_extra == CHANGEABLE:
             yield prefix + name

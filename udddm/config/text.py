@@ -1,7 +1,7 @@
 """YAML as the configuration reads and writes it.
 
-Unlike YAML 1.1, which PyYAML implements: `1e-4` is a number, `yes`, `no`, `on`, `off` and dates are text, `010` is ten,
-and a key that is given twice is an error. Where the configuration wants text, a value is the text that was given.
+It differs from YAML 1.1, which PyYAML implements: `1e-4` is a number, `yes`, `no`, `on`, `off` and dates are text,
+`010` is ten, and a duplicate key is an error. If a field of the configuration is text, its value is read literally.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from udddm.config.renamed import current_key
 from udddm.errors import ConfigError
 
 _INT = r"[-+]?[0-9][0-9_]*|0o[0-7]+|0x[0-9a-fA-F]+"
-# An exponent needs a sign or a point, so that a revision such as 12345e67 stays text where anything is possible.
+# An exponent needs a sign or a decimal point, so that a revision such as 12345e67 is text in free mappings.
 _FLOAT = r"[-+]?[0-9][0-9_]*(\.[0-9_]*)?[eE][-+][0-9]+|[-+]?([0-9][0-9_]*\.[0-9_]*|\.[0-9]+)([eE][-+]?[0-9]+)?"
 _SCALARS = (
     ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
@@ -32,7 +32,7 @@ _TAG = "tag:yaml.org,2002:"
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with other rules for plain scalars."""
+    """PyYAML's safe loader with different rules for plain scalars."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
@@ -42,7 +42,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's safe dumper, which quotes what the loader would not read as text."""
+    """PyYAML's safe dumper, which quotes strings that `_Loader` would not read as text."""
 
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012
 
@@ -54,15 +54,15 @@ _Loader.add_constructor(_TAG + "int", _Loader.construct_yaml_int)
 
 
 def dump(value: Any, **options: Any) -> str:
-    """A plain value as YAML that `parse` reads as the same value."""
+    """Format a plain value as YAML, which `parse` reads back as the same value."""
     text: str = yaml.dump(value, Dumper=_Dumper, sort_keys=False, **options)
     return text
 
 
 def parse(text: str, source: str, model: type[BaseModel], key: str = "") -> Any:
-    """The plain value of a YAML text that holds the configuration `model`, or what belongs at `key` of it.
+    """Parse a YAML text that contains the configuration `model`, or the value of its dotted `key`, to a plain value.
 
-    Raises ConfigError for what is not YAML, and for a key that is given twice, naming both lines.
+    Raises ConfigError for invalid YAML, and for a duplicate key, with both line numbers.
     """
     loader = _Loader(text)
     try:
@@ -81,7 +81,7 @@ def parse(text: str, source: str, model: type[BaseModel], key: str = "") -> Any:
 
 
 def _check_keys(node: yaml.Node, source: str, prefix: str, done: set[int]) -> None:
-    if id(node) in done:  # an alias, maybe of what it is in
+    if id(node) in done:  # an alias, possibly of a parent
         return
     done.add(id(node))
     if isinstance(node, yaml.SequenceNode):
@@ -96,7 +96,7 @@ def _check_keys(node: yaml.Node, source: str, prefix: str, done: set[int]) -> No
             if name.value in lines:
                 raise ConfigError(
                     f"{source}: {prefix}{name.value} is given twice, in lines {lines[name.value]} and {line}: "
-                    "join them, or remove one"
+                    "merge them, or remove one"
                 )
             lines[name.value] = line
             _check_keys(value, source, f"{prefix}{name.value}.", done)
@@ -105,7 +105,7 @@ def _check_keys(node: yaml.Node, source: str, prefix: str, done: set[int]) -> No
 
 
 def _keep_text(node: yaml.Node, model: type[BaseModel], key: str) -> None:
-    """Mark plain scalars as text where the configuration wants text, but for null."""
+    """Mark plain scalars other than null as text if the field of the configuration is text."""
     found = annotation(model, key)
     if isinstance(node, yaml.MappingNode) and (not key or section(found) is not None):
         for name, value in node.value:
@@ -127,15 +127,15 @@ def _mark(node: yaml.ScalarNode, as_text: bool) -> None:
 
 
 def _items(found: Any) -> tuple[Any, ...]:
-    """The types of what a list holds."""
+    """The types of the items of a list."""
     return get_args(_plain(found)) if get_origin(_plain(found)) in (tuple, list) else ()
 
 
 def value_of(text: str, source: str, model: type[BaseModel], key: str) -> Any:
-    """The plain value that `--set key=text` means.
+    """Parse the value of `--set key=text`.
 
-    Text as it was given where the configuration wants text (in quotes or not); else a YAML list or mapping, or a
-    number, true, false or null, or text. Raises ConfigError for a list or mapping that is not valid YAML.
+    If the field is text, the value is the literal text (with or without quotes). Otherwise, it is a YAML list or
+    mapping, a number, true, false, null, or text. Raises ConfigError for a list or mapping that is not valid YAML.
     """
     found = annotation(model, key)
     bare = text.strip()
@@ -155,13 +155,13 @@ def value_of(text: str, source: str, model: type[BaseModel], key: str) -> Any:
     if tag != _TAG + "str":
         return loader.construct_object(yaml.ScalarNode(tag, bare))
     if found is not None and get_origin(_plain(found)) is not dict:
-        with contextlib.suppress(ValueError):  # 1e5 where a number is wanted
+        with contextlib.suppress(ValueError):  # 1e5, if the field is a number
             return float(bare)
     return text
 
 
 def annotation(model: type[BaseModel], key: str) -> Any:
-    """The type of a dotted key; None for one that is unknown, or within a free mapping."""
+    """The type of a dotted key. None for an unknown key, or a key in a free mapping."""
     found: Any = model
     for name in key.split(".") if key else ():
         inner = section(found)
@@ -172,7 +172,7 @@ def annotation(model: type[BaseModel], key: str) -> Any:
 
 
 def section(found: Any) -> type[BaseModel] | None:
-    """The section that a type is, or may be."""
+    """The section in a type annotation, such as `Section | None`. None without one."""
     for each in (found, *get_args(found)):
         if isinstance(each, type) and issubclass(each, BaseModel):
             return each
@@ -180,7 +180,7 @@ def section(found: Any) -> type[BaseModel] | None:
 
 
 def wants_text(found: Any) -> bool:
-    """Whether a type admits text, and nothing else but null."""
+    """Whether a type admits only text, or text and null."""
     found = _plain(found)
     if get_origin(found) is Literal:
         return all(isinstance(each, str) for each in get_args(found))

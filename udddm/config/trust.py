@@ -1,8 +1,8 @@
-"""A configuration that comes with a checkpoint, a run or a release is data: what it names is not used unasked.
+"""Protection from configurations in other people's checkpoints, runs and releases.
 
-A setting may name code (`network.name=package.module:factory`) or a file or URL (`data.path`). Whoever trains with a
-configuration has chosen both. Whoever looks into a stranger's checkpoint has not: there `check_trusted` comes before
-anything is imported or opened, for the sections that the command is about to use.
+A setting may name code (`network.name=package.module:factory`) or a file or URL (`data.path`). A user who trains with a
+configuration has chosen them. A user who opens a checkpoint from someone else has not. In that case, `check_trusted` is
+called for the sections that a command uses, before anything is imported or opened.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from udddm.errors import ConfigError
 NAMED: dict[str, Registry] = {
     registry.key: registry for registry in (NETWORKS, SCHEDULES, OBJECTIVES, STORES, ENGINES, SAMPLERS, METRICS)
 }
-"""Every key of a configuration that may name code, but for data.name and evaluate.features."""
+"""Every key of a configuration that may name code, except data.name and evaluate.features."""
 MODEL = ("network", "schedule")
-"""The sections that a trained model is built from."""
+"""The sections that define a trained model."""
 DATA = ("data",)
+"""The section that defines the data set."""
 
 
 def reaching(config: RunConfig, sections: Sequence[str], overrides: Sequence[str] = ()) -> list[str]:
-    """The settings of these sections, as `key=value`, that import code or open a file or URL, apart from those that
-    `overrides` give.
+    """Returns the settings in `sections`, as `key=value`, that import code or open a file or URL.
 
-    `overrides` are those of the command line (`data.path=x.npy`), which are the user's own.
+    Settings in `overrides`, those of the command line (`data.path=x.npy`), are omitted, because the user chose them.
     """
     given = {override.partition("=")[0] for override in overrides}
     return [
@@ -57,13 +57,16 @@ def _reaching(config: RunConfig) -> Iterator[tuple[str, object]]:
 def check_trusted(
     config: RunConfig, sections: Sequence[str], source: str, overrides: Sequence[str] | None = None
 ) -> None:
-    """Raise ConfigError when these sections of the configuration of `source` import code or open files that the user
-    did not name. `overrides` are those of a command that has --set; None for one that has not."""
+    """Raise ConfigError if `sections` of the configuration of `source` import code or open files that the user did not
+    choose.
+
+    `overrides` are those of a command with --set; None for a command without it.
+    """
     if found := reaching(config, sections, overrides or ()):
         keys = " ".join(f"--set {one.partition('=')[0]}=..." for one in found)
-        instead = "" if overrides is None else f"Name them yourself ({keys}), or "
+        instead = "" if overrides is None else f"Set them yourself ({keys}), or "
         trust = "give --trust (in Python trust=True) if you trust these files"
         raise ConfigError(
-            f"the configuration of {source} names {', '.join(found)}: this would import code or open files that "
-            f"{source} chose. {instead}{trust if instead else trust[0].upper() + trust[1:]}"
+            f"the configuration of {source} names {', '.join(found)}: this would import code or open files "
+            f"chosen by {source}. {instead}{trust if instead else trust[0].upper() + trust[1:]}"
         )

@@ -1,4 +1,4 @@
-"""Data sets: map-style objects of images, and the one wrapper through which the trainer reads them.
+"""Data sets: map-style objects of images, and `ImageDataset`, through which the trainer reads them.
 
 dataset = ImageDataset(load_dataset(config.data))   # or ImageDataset(your_own_object)
 images, labels = dataset.batch(ids)                 # float32 [n, C, H, W] in [-1, 1], int64 [n] or None

@@ -1,4 +1,4 @@
-"""Images in one stored array: .npy, .npz or Zarr, on a local disk or at any URL that fsspec knows."""
+"""Images in one stored array: .npy, .npz or Zarr, on a local disk or at any fsspec URL."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ log = logging.getLogger(__name__)
 
 
 class ZarrImages(ArrayImages):
-    """Images in a Zarr array, which stays where it is: each batch reads the chunks that hold its samples.
+    """Images in a Zarr array. Each batch reads the chunks that contain its samples; nothing is cached.
 
-    A batch in random order costs a whole chunk for each sample in the worst case, and nothing is cached: choose chunks
-    of a few samples (or a local .npy file, which is memory-mapped), or random access will be slow.
+    In the worst case, a batch in random order reads one chunk per sample. For fast random access, use chunks of a few
+    samples, or a local .npy file, which is memory-mapped.
     """
 
     check_missing = True
-    """Whether a chunk that is not there is refused; see `data.missing_chunks`."""
+    """Whether a missing chunk is an error; see `data.missing_chunks`."""
 
     def _rows(self, ids: Ids) -> Array:
-        # Sorted and without repeats, each chunk is read and decoded once a batch.
+        # With sorted, unique ids, each chunk is read and decoded once per batch.
         unique, inverse = np.unique(ids, return_inverse=True)
         try:
             rows = np.asarray(self._images.oindex[unique])
@@ -36,17 +36,18 @@ class ZarrImages(ArrayImages):
                 _check_chunks(self._images, rows, unique, self._name)
         except DataError:
             raise
-        except Exception as error:  # each file system and codec has errors of its own
-            message = f"samples {ids.min()}..{ids.max()} of {self._name} cannot be read: {error}"
+        except Exception as error:  # the errors differ between file systems and codecs
+            message = f"cannot read samples {ids.min()}..{ids.max()} of {self._name}: {error}"
             raise DataError(message) from error
         return rows[inverse]
 
 
 def _check_chunks(array: Any, rows: Array, ids: Ids, name: str) -> None:
-    """Raise DataError if rows of a Zarr array have the fill value because their chunk is not there.
+    """Raise DataError if rows of a Zarr array contain the fill value because their chunk is missing.
 
-    Zarr reads a missing chunk as its fill value. `rows` are the samples `ids` as they were read: only parts of them
-    that hold nothing else are looked for in the store, so this costs a request for a black image and none otherwise.
+    Zarr reads a missing chunk as its fill value. `rows` are the samples `ids` as read from the array. Only chunks whose
+    part of the rows is entirely the fill value are looked up in the store, so the check costs one request for a black
+    image, and none otherwise.
     """
     fill = array.fill_value
     same = np.isnan(rows) if isinstance(fill, float | np.floating) and np.isnan(fill) else rows == fill
@@ -65,8 +66,8 @@ def _check_chunks(array: Any, rows: Array, ids: Ids, name: str) -> None:
             if not _is_stored(array, chunk):
                 raise DataError(
                     f"sample {index} of {name}: chunk {array.metadata.encode_chunk_key(chunk)} is missing, which Zarr "
-                    f"reads as {fill}: copy the array again. If its writer left out chunks that hold nothing but "
-                    f"{fill}, as Zarr does by default, set data.missing_chunks to fill"
+                    f"reads as {fill}. Copy the array again; or, if its writer omitted chunks that contain only "
+                    f"{fill}, as Zarr does by default, set data.missing_chunks=fill"
                 )
 
 
@@ -77,24 +78,25 @@ def _is_stored(array: Any, chunk: tuple[int, ...]) -> bool:
 
 
 LABELS = ("labels", "label", "y", "targets", "target")
-"""What labels are called in a .npz file or Zarr group, in the order in which they are looked for."""
+"""Names of the labels in a .npz file or Zarr group, in the order of the search."""
 PAIRS = (("arr_0", "arr_1"), ("x_train", "y_train"), ("train_images", "train_labels"))
-"""Images and labels of files of guided-diffusion and EDM, Keras and MedMNIST."""
+"""Names of images and labels in files of guided-diffusion and EDM, Keras, and MedMNIST."""
 
 
 def open_array(url: str, *, missing_chunks: Literal["stop", "fill"] = "stop") -> ArrayImages:
-    """The images at `url`, a path or an fsspec URL: a .npy or .npz file, or else a Zarr array or group.
+    """Open the images at `url`, a path or an fsspec URL: a .npy or .npz file, or otherwise a Zarr array or group.
 
-    Images are uint8 or floats in [-1, 1] of shape [N, C, H, W] or [N, H, W], or uint8 [N, H, W, C]. A .npz file or Zarr
-    group holds them as `images` or as its only array, with optional labels, integers [N], under one of the names
-    LABELS; or both by the names of PAIRS. A warning names arrays that are passed over. A local .npy is memory-mapped
-    and Zarr is read as needed; .npz and remote .npy files are read into memory. Pickles are refused.
+    Images are uint8 or floats in [-1, 1] of shape [N, C, H, W] or [N, H, W], or uint8 [N, H, W, C]. In a .npz file or
+    Zarr group, they are the array `images` or the only array, with optional labels (integers, [N]) under one of the
+    names LABELS; or images and labels have the names of one of PAIRS. A warning names the arrays that are ignored. A
+    local .npy file is memory-mapped, and Zarr is read on demand; .npz and remote .npy files are read into memory.
+    Pickles are rejected.
 
-    `missing_chunks` says what a chunk that a Zarr array lacks means: "stop" takes it for damage, "fill" for chunks that
-    hold nothing but the fill value.
+    `missing_chunks` sets the meaning of a missing chunk of a Zarr array: corruption ("stop"), or a chunk that contains
+    only the fill value ("fill").
 
-    Raises DataError if there is nothing at `url`, or what is there is damaged or no images; reading a batch raises it
-    for a missing chunk.
+    Raises DataError if nothing exists at `url`, or if it is corrupt or does not contain images. Reading a batch raises
+    DataError for a missing chunk.
     """
     url = url.removeprefix("file://")
     remote = "://" in url or "::" in url
@@ -115,17 +117,17 @@ def _open_npy(url: str, *, remote: bool) -> ArrayImages:
         if remote:
             images = np.lib.format.read_array(io.BytesIO(_read_all(url)), allow_pickle=False)
         else:
-            images = np.lib.format.open_memmap(url, mode="r")  # which never unpickles
+            images = np.lib.format.open_memmap(url, mode="r")  # never unpickles
     except DataError:
         raise
     except Exception as error:
-        raise DataError(f"{url} cannot be read as a .npy file: {error}") from error
+        raise DataError(f"cannot read {url} as a .npy file: {error}") from error
     return ArrayImages(images, name=url)
 
 
 def _open_npz(url: str, *, remote: bool) -> ArrayImages:
     try:
-        # Opened here, because numpy leaves a damaged file that it was given by name open.
+        # Opened here, because numpy does not close a corrupt file that it opened by name.
         with (
             io.BytesIO(_read_all(url)) if remote else Path(url).open("rb") as file,
             np.lib.npyio.NpzFile(file, allow_pickle=False) as archive,
@@ -136,14 +138,14 @@ def _open_npz(url: str, *, remote: bool) -> ArrayImages:
     except DataError:
         raise
     except Exception as error:  # zip files fail in many ways: BadZipFile, zlib.error, EOFError, NotImplementedError ...
-        raise DataError(f"{url} cannot be read as a .npz file: {error}") from error
+        raise DataError(f"cannot read {url} as a .npz file: {error}") from error
     found = ArrayImages(images, labels, name=url)
     _note_earlier(found, label_key)
     return found
 
 
 def _note_earlier(found: ArrayImages, label_key: str | None) -> None:
-    """Earlier versions read labels by no other name than `labels`."""
+    """Record that earlier versions read no labels here: they knew only the name `labels`."""
     if label_key not in (None, "labels"):
         found.earlier_labels = None
 
@@ -155,9 +157,9 @@ def _read_all(url: str) -> bytes:
         with fsspec.open(url, "rb") as file:
             content: bytes = file.read()
     except FileNotFoundError as error:
-        raise DataError(f"there is nothing at {url}") from error
-    except Exception as error:  # each file system has errors of its own
-        raise DataError(f"{url} cannot be read: {error}") from error
+        raise DataError(f"nothing exists at {url}") from error
+    except Exception as error:  # the errors differ between file systems
+        raise DataError(f"cannot read {url}: {error}") from error
     return content
 
 
@@ -166,10 +168,12 @@ def _open_zarr(url: str, missing_chunks: str) -> ArrayImages:
 
     try:
         node = zarr.open(url, mode="r")
-    except FileNotFoundError as error:  # the base of zarr's own errors for a node that is not there
-        raise DataError(f"{url} holds no Zarr array or group (a numpy file must end in .npy or .npz)") from error
+    except FileNotFoundError as error:  # the base class of zarr's errors for a missing node
+        raise DataError(
+            f"{url} is not a Zarr array or group (the name of a NumPy file must end in .npy or .npz)"
+        ) from error
     except Exception as error:
-        raise DataError(f"{url} cannot be opened as Zarr: {error}") from error
+        raise DataError(f"cannot open {url} as Zarr: {error}") from error
     label_key: str | None = None
     images: Any = node
     labels: Any = None
@@ -187,7 +191,7 @@ def _read_labels(array: Any, name: str, missing_chunks: str) -> Array:
     try:
         labels = np.asarray(array[...])
         if missing_chunks == "stop" and labels.ndim:
-            # Only a chunk that reads as nothing but the fill value can be missing: one of its samples stands for it.
+            # Only a chunk that reads as entirely the fill value can be missing; one sample per such chunk is checked.
             side = (array.shards or array.chunks)[0]
             starts = np.arange(0, len(labels), side)
             uniform = [at for at in starts if (labels[at : at + side] == array.fill_value).all()]
@@ -195,13 +199,13 @@ def _read_labels(array: Any, name: str, missing_chunks: str) -> Array:
             _check_chunks(array, labels[chosen], chosen, name)
     except DataError:
         raise
-    except Exception as error:  # each file system and codec has errors of its own
-        raise DataError(f"{name} cannot be read: {error}") from error
+    except Exception as error:  # the errors differ between file systems and codecs
+        raise DataError(f"cannot read {name}: {error}") from error
     return labels
 
 
 def _choose(keys: Iterable[str], url: str) -> tuple[str, str | None]:
-    """The keys of the images and of their labels among those of a file or group."""
+    """The keys of the images and of their labels (None without labels) in a file or group. Raises DataError."""
     found = list(keys)
     label = next((key for key in LABELS if key in found), None)
     candidates = [key for key in found if key != label]
@@ -214,11 +218,11 @@ def _choose(keys: Iterable[str], url: str) -> tuple[str, str | None]:
         chosen = candidates[0], label
     if chosen is None:
         raise DataError(
-            f"{url} must hold one array of images, or one named 'images'; it holds: {', '.join(candidates) or 'none'}"
+            f"{url} must contain one array of images, or one named 'images'; it has: {', '.join(candidates) or 'none'}"
         )
     if over := [key for key in found if key not in chosen]:
         names = ", ".join(over)
         log.warning(
-            "data: %s: images are %s, labels are %s; passed over: %s", url, chosen[0], chosen[1] or "not there", names
+            "data: %s: images are %s, labels are %s; ignored: %s", url, chosen[0], chosen[1] or "missing", names
         )
     return chosen

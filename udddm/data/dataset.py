@@ -1,4 +1,4 @@
-"""The trainer's view of a data set: checked batches, and a fingerprint that tells when the data changed."""
+"""The trainer's view of a data set: validated batches, and a fingerprint that detects changed data."""
 
 from __future__ import annotations
 
@@ -28,30 +28,31 @@ from udddm.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
 
-PROBES = 16  # samples a fingerprint reads
+PROBES = 16  # samples that a fingerprint covers
 
 
 class ImageDataset:
-    """Any map-style object, read in batches of float32 images [n, C, H, W] in [-1, 1] with labels or without.
+    """A map-style object, read in batches of float32 images [n, C, H, W] in [-1, 1], with or without labels.
 
     `source` is a BatchSource, an array or tensor of all images, or any object whose `source[i]` is an image or
-    (image, label). An image is a torch tensor or numpy array [C, H, W] or [H, W], uint8 [H, W, C] with 1, 3 or 4
-    channels, or a PIL image; uint8 becomes value / 127.5 - 1, floats must lie in [-1, 1]. All must agree in shape, and
-    all or none must have a label. A source with labels may tell how many classes there are by an attribute
-    `classes`: the number, or a list of their names as in torchvision.
+    (image, label). An image is a torch tensor or NumPy array [C, H, W] or [H, W], uint8 [H, W, C] with 1, 3 or 4
+    channels, or a PIL image. uint8 values become value / 127.5 - 1; floats must be in [-1, 1]. All images must have the
+    same shape, and either all or none must have a label. The optional attribute `classes` of a source with labels is
+    the number of classes, or a list of their names as in torchvision.
 
-    Safe to use from several threads: any source but a BatchSource is called by one thread at a time.
+    Thread-safe: a source that is not a BatchSource is called by one thread at a time.
 
-    Raises DataError for an object that is not map-style or is empty, or a first sample that is no image.
+    Raises DataError for an object that is not map-style or is empty, or if the first sample is not an image.
     """
 
     shape: tuple[int, int, int]
     """(C, H, W) of every image."""
     labelled: bool
+    """Whether the samples have labels."""
     classes: int | None
-    """Number of classes where the source tells it; None without labels."""
+    """The number of classes, if the source provides it. None without labels."""
     class_names: list[str]
-    """What the classes are called, as far as the source tells it."""
+    """The names of the classes. Empty if the source does not provide them."""
 
     def __init__(self, source: MapDataset | torch.Tensor | np.ndarray[Any, Any]) -> None:
         require_map_style(source, "the data set")
@@ -74,27 +75,27 @@ class ImageDataset:
         self.labelled = label is not None
         self.classes = _count_classes(self._source) if self.labelled else None
         self.class_names = _class_names(self._source) if self.labelled else []
-        self.batch(first)  # a wrong range or label is better told now than in the first step
+        self.batch(first)  # reports a wrong range or label now instead of in the first step
 
     def __len__(self) -> int:
         return self._length
 
     def batch(self, ids: Ids) -> tuple[torch.Tensor, Labels | None]:
-        """Images of the samples `ids` (int64 [n], each in 0..N-1) as float32 [n, C, H, W] in [-1, 1] on the CPU, and
-        their labels as int64 [n], or None if the data set has none.
+        """Returns the samples `ids` (int64 [n], each in 0..N-1).
 
-        Raises IndexError for an id out of range, and DataError naming the sample for a shape that differs from
-        the first one's, NaN, a value out of range, an integer type other than uint8, or a missing or wrong label.
+        These are images, float32 [n, C, H, W] in [-1, 1] on the CPU, and labels, int64 [n], or None if the data set has
+        none.
+
+        Raises IndexError for an id out of range. Raises DataError, which names the sample, for a shape that differs
+        from sample 0, NaN, a value out of range, an integer type other than uint8, or a missing or invalid label.
         """
         ids = np.asarray(ids, dtype=np.int64)
-        if len(ids) and not (ids.min() >= 0 and ids.max() < self._length):  # numpy would wrap a negative id round
+        if len(ids) and not (ids.min() >= 0 and ids.max() < self._length):  # NumPy would accept negative ids
             raise IndexError(f"ids {ids.min()}..{ids.max()} of a data set of {self._length} samples")
         if isinstance(self._source, BatchSource):
             rows, labels = self._source.batch(ids)
             if rows.shape != (len(ids), *self.shape):
-                raise DataError(
-                    f"a batch of {len(ids)} images of {self._describe()} came with shape {list(rows.shape)}"
-                )
+                raise DataError(f"a batch of {len(ids)} images of {self._describe()} has shape {list(rows.shape)}")
             images = scaled(rows, ids)
             if labels is not None and self.classes is not None and len(labels) and labels.max() >= self.classes:
                 worst = int(labels.argmax())
@@ -107,20 +108,20 @@ class ImageDataset:
                 if image.shape != self.shape:
                     raise DataError(
                         f"sample {index} is {format_shape(image.shape)}, but sample 0 is {self._describe()}: "
-                        "all images must agree in shape"
+                        "all images must have the same shape"
                     )
                 images[row] = scaled(image[None], ids[row : row + 1])[0]
                 if labels is not None:
                     labels[row] = self._label(label, index)
                 elif label is not None:
-                    raise DataError(f"sample {index} has a label, but sample 0 has none: label all or none")
+                    raise DataError(f"sample {index} has a label, but sample 0 has none: label all samples or none")
         return torch.from_numpy(images), labels
 
     def check_classes(self, classes: int) -> None:
-        """Raise ConfigError unless a network of `classes` classes can learn the labels, which are 0..classes-1.
+        """Raise ConfigError unless all labels are in 0..classes-1, as a network with `classes` classes needs.
 
-        Label `classes` stands for "no label" in the network. Labels that only come with their samples are checked by
-        `batch` from here on.
+        The network uses the label `classes` for "no label". Labels that are known only from their samples are checked
+        by later calls of `batch`.
         """
         if not self.labelled:
             raise ConfigError(
@@ -130,21 +131,21 @@ class ImageDataset:
         labels = self._source.labels if isinstance(self._source, BatchSource) else None
         low, high = (0, self.classes or 0) if labels is None else (int(labels.min()), int(labels.max()) + 1)
         if high > classes:
-            lie = f"has {high} classes" if labels is None else f"has labels that lie in {low}..{high - 1}"
+            lie = f"has {high} classes" if labels is None else f"has labels in {low}..{high - 1}"
             raise ConfigError(
                 f"network.classes is {classes}, whose labels are 0..{classes - 1}, but the data set {lie}: "
-                + (f"subtract {low} from the labels" if 0 < low <= high - classes else "renumber the labels from 0 on")
+                + (f"subtract {low} from the labels" if 0 < low <= high - classes else "renumber the labels from 0")
                 + f", or set network.classes to {high}"
             )
         self.classes = self.classes or classes
 
     def fingerprint(self) -> dict[str, Any]:
-        """What a run records to notice that its data changed: `{"length": N, "shape": [C, H, W], "digest": sha256}`.
+        """What a run records to detect changed data: `{"length": N, "shape": [C, H, W], "digest": sha256}`.
 
-        With `class_names` where they are known, and with `earlier_digest` where earlier versions read other labels.
+        Also has `class_names` if they are known, and `earlier_digest` if earlier versions read different labels.
 
-        The digest covers the images and labels of 16 evenly spaced samples, the first and the last among them, so
-        it costs little and misses a change elsewhere. It is None where reading a sample twice gives different images.
+        The digest covers the images and labels of 16 evenly spaced samples, including the first and the last. It is
+        cheap, and does not detect changes of other samples. It is None if reading a sample twice gives other images.
         """
         probes = np.unique(np.linspace(0, self._length - 1, PROBES).round().astype(np.int64))
         images, labels = self.batch(probes)
@@ -152,11 +153,13 @@ class ImageDataset:
         if not isinstance(self._source, BatchSource) and _digest(*self.batch(probes)) != digest:
             digest = None
             log.warning(
-                "the data set gives other images when read again (a random transform?): "
-                "each sample's stored state belongs to one image, so prefer fixed images"
+                "the data set returns different images when read again (a random transform?); each stored state "
+                "belongs to one image, so prefer fixed images"
             )
         elif images.min() >= 0 and images.max() > 0:
-            log.warning("no probed image has a value below 0: if yours are scaled to [0, 1], scale them to [-1, 1]")
+            log.warning(
+                "no sampled image has a value below 0; if your images are scaled to [0, 1], scale them to [-1, 1]"
+            )
         found = {"length": self._length, "shape": list(self.shape), "digest": digest}
         if self.class_names:
             found["class_names"] = self.class_names
@@ -182,35 +185,35 @@ class ImageDataset:
 
     def _label(self, label: Any, index: int) -> int:
         if label is None:
-            raise DataError(f"sample {index} has no label, but sample 0 has one: label all or none")
+            raise DataError(f"sample {index} has no label, but sample 0 has one: label all samples or none")
         if isinstance(label, torch.Tensor):
             label = label.detach().cpu().numpy()
         array = np.asarray(label)
         if array.shape not in ((), (1,)):
-            raise DataError(f"the label of sample {index} has shape {list(array.shape)}: give one integer")
+            raise DataError(f"the label of sample {index} has shape {list(array.shape)}: return one integer")
         return int(check_labels(array.reshape(1), 1, self.classes, f"sample {index}")[0])
 
 
 def check_agreement(fingerprints: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:
-    """Raise DataError if the data sets of several ranks differ, naming each rank by its place in `places`."""
+    """Raise DataError if the data sets of several ranks differ. Messages name each rank by its entry in `places`."""
     first = fingerprints[0]
     for found, place in zip(fingerprints, places, strict=True):
         for key, what in (("length", "samples"), ("shape", "images of shape")):
             if found[key] != first[key]:
                 raise DataError(
                     f"{place} has {what} {found[key]}, but {places[0]} has {first[key]}: every rank must read the same "
-                    "data set, so copy the complete data to each machine or use a shared place"
+                    "data set, so copy the complete data to each machine or use shared storage"
                 )
         if found != first:
             raise DataError(
-                f"{place} and {places[0]} read data sets of {first['length']} samples that differ (other images, "
+                f"{place} and {places[0]} read different data sets of {first['length']} samples (different images, "
                 "labels, classes or order): copy the same data to each machine, and make sure that every rank reads it "
-                "in the same order with the same version of its packages"
+                "in the same order with the same package versions"
             )
 
 
 def check_unchanged(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Raise DataError saying what changed if two fingerprints differ, that of the run and that of the data now."""
+    """Raise DataError, which lists the changes, if the fingerprint of a run and that of the current data differ."""
     changes = []
     if recorded.get("length") != current.get("length"):
         changes.append(f"it had {recorded.get('length')} samples and now has {current.get('length')}")
@@ -218,17 +221,15 @@ def check_unchanged(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> 
         before, now = (format_shape(each.get("shape") or ()) for each in (recorded, current))
         changes.append(f"its images were {before} and now are {now}")
     names, names_now = recorded.get("class_names"), current.get("class_names")
-    if names and names_now and names != names_now:  # runs of earlier versions recorded none
+    if names and names_now and names != names_now:  # runs of earlier versions did not record names
         changes.append(f"its classes were {_listed(names)} and now are {_listed(names_now)}")
     accepted = [current[key] for key in ("digest", "earlier_digest") if key in current]
     if not changes and recorded.get("digest") not in accepted:
-        changes.append(
-            "the contents of its samples differ (other images, labels, order, preprocessing or image decoder)"
-        )
+        changes.append("the contents of its samples differ (images, labels, order, preprocessing or image decoder)")
     if changes:
         raise DataError(
             f"the data set is not the one this run was started with: {'; '.join(changes)}; "
-            "bring the old data back, or start a new run"
+            "restore the old data, or start a new run"
         )
 
 
@@ -244,7 +245,7 @@ def _listed(names: Sequence[str], most: int = 10) -> str:
 
 
 def _class_names(source: object) -> list[str]:
-    """The names of the classes: `class_names`, or `classes` as in torchvision."""
+    """The names of the classes, from `class_names`, or from `classes` as in torchvision."""
     for attribute in ("class_names", "classes"):
         names = getattr(source, attribute, None)
         if isinstance(names, Sequence) and not isinstance(names, str) and names:

@@ -1,4 +1,4 @@
-"""Downloads that arrive whole or not at all."""
+"""Atomic, verified downloads."""
 
 from __future__ import annotations
 
@@ -18,57 +18,58 @@ _BLOCK = 1 << 20  # bytes read at a time
 
 
 def cache_directory() -> Path:
-    """Where downloads are kept: udddm in XDG_CACHE_HOME, or in ~/.cache, or in the directory of temporary files where
-    there is no home directory to write to."""
+    """The directory for downloads: `udddm` in XDG_CACHE_HOME or ~/.cache, or in the directory of temporary files if the
+    home directory is not writable."""
     configured = os.environ.get("XDG_CACHE_HOME", "")
-    # The XDG base directory specification has relative paths ignored.
+    # The XDG base directory specification requires relative paths to be ignored.
     return Path(configured) / "udddm" if Path(configured).is_absolute() else home_cache()
 
 
 def md5_of(path: Path) -> str:
-    """The MD5 of a file's bytes, in hexadecimal: against damage, not against malice."""
+    """The MD5 of a file in hexadecimal. It detects corruption, not tampering."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, _md5).hexdigest()
 
 
 def fetch(url: str, destination: Path, md5: str, *, timeout: float = 30.0) -> Path:
-    """Download `url` to `destination` unless a file with the checksum `md5` is there already; return `destination`.
+    """Download `url` to `destination` unless it exists with the checksum `md5`. Returns `destination`.
 
-    The bytes go to a temporary file beside it, which is renamed once its checksum is right: an interrupted download
-    leaves nothing (one that is killed outright leaves a `.part` file), and several processes may fetch the
-    same file. `timeout` is how many seconds the server may stay silent. Raises DataError if the server cannot be
-    reached or answers with an error, the transfer is cut, the checksum is wrong or the file cannot be written.
+    The bytes are written to a temporary file in the same directory, which is renamed after its checksum was verified.
+    An interrupted download therefore leaves nothing (a killed one leaves a `.part` file), and several processes may
+    fetch the same file. `timeout` is the number of seconds that the server may send nothing. Raises DataError if the
+    server cannot be reached or returns an error, the transfer is interrupted, the checksum is wrong or the file cannot
+    be written.
     """
     if destination.is_file() and md5_of(destination) == md5:
         return destination
-    by_hand = f"download it by hand and set data.path, if {url} is out of reach from here"
+    by_hand = f"if this machine cannot reach {url}, download it manually and set data.path"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
         handle, name = tempfile.mkstemp(prefix=f"{destination.name}.", suffix=".part", dir=destination.parent)
     except OSError as error:
         raise DataError(
-            f"cannot write to {destination.parent}: {error}; set XDG_CACHE_HOME to a directory you own"
+            f"cannot write to {destination.parent}: {error}; set XDG_CACHE_HOME to a writable directory"
         ) from error
     part = Path(name)
     try:
         with os.fdopen(handle, "wb") as file:
             digest = _transfer(url, file, timeout)
         if digest != md5:
-            raise DataError(f"{url} came with the MD5 {digest} instead of {md5}: try again, or {by_hand}")
+            raise DataError(f"{url} has the MD5 {digest} instead of {md5}: try again; {by_hand}")
         part.chmod(0o644)  # mkstemp gives 0600, but a cache may be shared
         part.replace(destination)
     except urllib.error.HTTPError as error:
         error.close()
-        raise DataError(f"{url}: the server answered {error.code} {error.reason}; {by_hand}") from error
+        raise DataError(f"{url}: the server responded with {error.code} {error.reason}; {by_hand}") from error
     except (OSError, http.client.HTTPException) as error:  # URLError and timeouts are OSErrors; a full disk is too
         raise DataError(f"downloading {url} failed: {error or type(error).__name__}; {by_hand}") from error
     finally:
-        part.unlink(missing_ok=True)  # gone already if it was renamed
+        part.unlink(missing_ok=True)  # already renamed after success
     return destination
 
 
 def _transfer(url: str, file: BinaryIO, timeout: float) -> str:
-    """Copy what the server sends to `file`, with a progress bar on a terminal; the MD5 of it."""
+    """Copy the response to `file`, with a progress bar on a terminal. Returns its MD5."""
     from tqdm import tqdm
 
     digest = _md5()
@@ -82,8 +83,10 @@ def _transfer(url: str, file: BinaryIO, timeout: float) -> str:
                 digest.update(block)
                 received += len(block)
                 bar.update(len(block))
-    if total is not None and received != total:  # http.client tells a cut only to those who read all at once
-        raise DataError(f"{url} broke off after {received} of {total} bytes: try again")
+    if (
+        total is not None and received != total
+    ):  # http.client reports a short response only for a single read of everything
+        raise DataError(f"the download of {url} ended after {received} of {total} bytes: try again")
     return digest.hexdigest()
 
 

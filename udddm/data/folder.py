@@ -1,4 +1,4 @@
-"""A folder of image files."""
+"""A data set of the image files in a folder."""
 
 from __future__ import annotations
 
@@ -22,32 +22,34 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 OTHER_IMAGES = re.compile(
     r"\.(avif|dng|exr|gif|gz|hdr|hei[cf]|jfif|jp2|jpe|jxl|np[yz]|p[bgnp]m|psd|svg|tar|tga|tiff?|zip)", re.IGNORECASE
 )
-"""Files that may hold images, which are not read here: how many there are is told."""
+"""Files that may be images but are not read here. A warning reports their number."""
 
 
 class FolderImages(BatchSource):
-    """All PNG, JPEG, WebP and BMP files below `root`, in the order of their relative paths; uint8 [C, H, W].
+    """All PNG, JPEG, WebP and BMP files below `root`, sorted by relative path, as uint8 [C, H, W].
 
-    C is 1 if all files are gray, else 3. Images are read as a viewer shows them: turned as EXIF says, and transparent
-    parts on white. Hidden files are left out, and files of other image formats are counted in a warning.
+    C is 1 if all files are gray, otherwise 3. Images are read as a viewer shows them: rotated according to EXIF, with
+    transparent parts on white. Hidden files are skipped, and a warning counts files of other image formats.
 
-    Labels come from `dataset.json` in `root` as EDM's and StyleGAN's dataset_tool.py writes it,
-    `{"labels": [["00000/img00000000.png", 7], ...]}`. Without it, if every file lies in a sub-directory of `root`
-    itself, the sorted names of these are the classes; numbered directories of a thousand files each (00000, 01000, ...)
-    are no classes.
+    Labels are read from `dataset.json` in `root`, in the format of dataset_tool.py of EDM and StyleGAN:
+    `{"labels": [["00000/img00000000.png", 7], ...]}`. Without that file, if every image is in a direct subdirectory of
+    `root`, the sorted names of the subdirectories are the classes, except numbered directories of a thousand files each
+    (00000, 01000, ...).
 
-    `size` (pixels) crops each image to its central square and resizes it to `size` x `size` (Lanczos); without it all
-    must agree in shape. That is checked here from the headers alone; the pixels are decoded at each access, so a
-    large data set is read faster as an array (`name: array`).
+    `size` (pixels) crops each image to its central square and resizes it to `size` x `size` (Lanczos). Without it, all
+    images must have the same shape, which is checked here from the headers. Pixels are decoded at each access, so a
+    large data set is faster as an array (`name: array`).
 
     Raises DataError for a folder that is missing or has no images, a directory that cannot be listed, a class without
-    images, an unreadable header, more than 8 bits a channel, or two files of different shape; `batch` raises it for a
-    damaged file. Each error names the file.
+    images, an unreadable header, more than 8 bits per channel, or two files of different shape. `batch` raises
+    DataError for a corrupt file. Each error names the file.
     """
 
     def __init__(self, root: Path, size: int | None = None) -> None:
         if root.is_file():
-            raise DataError(f"{root} is a file, not a folder: unpack it, and give the folder with the images")
+            raise DataError(
+                f"{root} is a file, not a folder: unpack it, and set data.path to the folder with the images"
+            )
         if not root.is_dir():
             raise DataError(f"{root} is not a local directory: data.path must be the folder with the images")
         if importlib.util.find_spec("PIL") is None:
@@ -57,10 +59,10 @@ class FolderImages(BatchSource):
         kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counted.items()))
         if not self.files:
             there = f" (there are: {kinds})" if kinds else ""
-            raise DataError(f"{root} holds no image: none of its files ends in {', '.join(SUFFIXES)}{there}")
+            raise DataError(f"{root} contains no images: none of its files ends in {', '.join(SUFFIXES)}{there}")
         if kinds:
             log.warning(
-                "data: %s: %d files are passed over: %s; only %s are read. Convert them to PNG to train on them",
+                "data: %s: %d files are ignored: %s; only %s are read. Convert them to PNG to train on them",
                 root, counted.total(), kinds, ", ".join(SUFFIXES),
             )  # fmt: skip
         self._root = root
@@ -86,7 +88,7 @@ class FolderImages(BatchSource):
         return images, None if self._labels is None else self._labels[ids]
 
     def _check_headers(self) -> tuple[bool, tuple[int, int]]:
-        """Whether all files are gray, and the width and height of the first: opening a file reads but its header."""
+        """Returns whether all files are gray, and the width and height of the first. Only headers are read."""
         from PIL import Image
         from tqdm import tqdm
 
@@ -108,9 +110,9 @@ class FolderImages(BatchSource):
                     raise DataError(
                         f"{self._root / file} is {format_shape(shape)} (width x height), "
                         f"but {self._root / self.files[0]} is {format_shape(first)}: "
-                        "make them agree, or set data.size to resize all"
+                        "give all images the same size, or set data.size to resize them"
                     )
-        assert first is not None  # there is a file
+        assert first is not None  # there is at least one file
         return gray, first
 
     def _read(self, file: Path) -> Array:
@@ -121,7 +123,7 @@ class FolderImages(BatchSource):
                 pixels = pictures.pixels(self._fit(pictures.shown(image, gray=self._gray, name=str(file))))
         except DataError:
             raise
-        except Exception as error:  # PIL's decoders raise OSError, SyntaxError, ValueError, zlib.error and others
+        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, zlib.error and others
             raise _unreadable(file, error) from error
         if pixels.shape != self._shape:
             raise DataError(
@@ -141,21 +143,24 @@ class FolderImages(BatchSource):
 
 
 def _find(root: Path) -> tuple[list[Path], list[Path]]:
-    """Image files below `root` and all other files, relative to it. Links to directories are followed, each directory
-    once. Hidden files and directories are left out. Raises DataError for a directory that cannot be listed."""
+    """Returns the image files and all other files below `root`, relative to it.
+
+    Links to directories are followed, each directory once. Hidden files and directories are skipped. Raises DataError
+    for a directory that cannot be listed.
+    """
     images: list[Path] = []
     others: list[Path] = []
     seen = set()
 
     def refuse(error: OSError) -> None:
         raise DataError(
-            f"the directory {error.filename} cannot be listed ({error.strerror}): its images would be missing. Make it "
-            "readable, or move it out of the data set"
+            f"the directory {error.filename} cannot be listed ({error.strerror}), so its images would be missing. Make "
+            "it readable, or move it out of the data set"
         ) from error
 
     for place, directories, names in os.walk(root, followlinks=True, onerror=refuse):
         here = Path(place)
-        if here.resolve() in seen:  # a link back up, which would never end
+        if here.resolve() in seen:  # a link to a parent directory, which would recurse forever
             directories.clear()
             continue
         seen.add(here.resolve())
@@ -168,5 +173,5 @@ def _find(root: Path) -> tuple[list[Path], list[Path]]:
 
 def _unreadable(file: Path, error: Exception) -> DataError:
     if isinstance(error, FileNotFoundError):
-        return DataError(f"{file} has vanished: bring it back, or start a new run")
-    return DataError(f"{file} cannot be read as an image ({error}): repair or remove it")
+        return DataError(f"{file} no longer exists: restore it, or start a new run")
+    return DataError(f"cannot read {file} as an image ({error}): repair or remove it")

@@ -1,4 +1,4 @@
-"""The labels of a folder of images: from dataset.json, or from the directories that its files lie in."""
+"""The labels of a folder of images, from dataset.json or from the names of its subdirectories."""
 
 from __future__ import annotations
 
@@ -20,20 +20,23 @@ log = logging.getLogger(__name__)
 
 INDEX = "dataset.json"
 SHARD = 1000
-"""Files of a numbered directory, as EDM, StyleGAN and FFHQ lay out a data set."""
+"""Files per numbered directory in the layout of EDM, StyleGAN and FFHQ."""
 
 
 @dataclass(frozen=True)
 class FolderLabels:
+    """The labels of a folder of images."""
+
     labels: Labels | None = None
+    """One label per file, int64 [N]. None without labels."""
     class_names: list[str] = field(default_factory=list)
     classes: int | None = None
     differs: bool = False
-    """Whether earlier versions took the directories for classes here."""
+    """Whether earlier versions used the directories as classes here."""
 
 
 def find(root: Path, files: Sequence[Path], others: Sequence[Path]) -> FolderLabels:
-    """The labels of `files`, which lie below `root` as `others` do. Raises DataError."""
+    """The labels of the images `files`. `others` are all other files; both are relative to `root`. Raises DataError."""
     nested = all(len(file.parts) == 2 for file in files)
     index = root / INDEX
     entries = _read(index) if index.is_file() else None
@@ -46,7 +49,7 @@ def find(root: Path, files: Sequence[Path], others: Sequence[Path]) -> FolderLab
     if _are_shards(files):
         log.warning(
             "data: %s: its numbered directories are parts of a large data set, not classes: the images have no labels. "
-            'Give labels by a file dataset.json, {"labels": [["%s", 0], ...]}, or name the directories by their class',
+            'Add a file dataset.json, {"labels": [["%s", 0], ...]}, or name the directories after their class',
             root, files[0].as_posix(),
         )  # fmt: skip
         return FolderLabels(differs=True)
@@ -56,21 +59,21 @@ def find(root: Path, files: Sequence[Path], others: Sequence[Path]) -> FolderLab
 
 
 def of_directories(files: Sequence[Path]) -> Labels:
-    """The number of each file's directory among the sorted names of all."""
+    """The index of each file's directory in the sorted list of directories, int64 [N]."""
     numbers = {name: number for number, name in enumerate(sorted({file.parts[0] for file in files}))}
     return np.array([numbers[file.parts[0]] for file in files], dtype=np.int64)
 
 
 def _read(index: Path) -> list[Any] | None:
-    """The entries of a dataset.json, none for `"labels": null`; None where it is another kind of file."""
+    """The entries of a dataset.json, empty for `"labels": null`. None if the file has no `labels`."""
     try:
         found = json.loads(index.read_text(encoding="utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"{index} cannot be read ({error}): repair it, or move it away if it does not belong to the data set"
+            f"cannot read {index} ({error}): repair it, or move it away if it does not belong to the data set"
         ) from error
     if not isinstance(found, dict) or "labels" not in found:
-        log.warning("data: %s has no list named labels: it is passed over", index)
+        log.warning("data: %s has no list named labels and is ignored", index)
         return None
     entries = found["labels"]
     if entries is None:
@@ -84,10 +87,10 @@ def _lookup(index: Path, entries: list[Any], files: Sequence[Path]) -> Labels:
     labels = {}
     for entry in entries:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
-            raise DataError(f'{index}: {json.dumps(entry)[:80]} in "labels" is no pair of a file and a label')
+            raise DataError(f'{index}: {json.dumps(entry)[:80]} in "labels" is not a pair of a file and a label')
         name, label = entry
         if isinstance(label, bool) or not isinstance(label, int) or label < 0:
-            raise DataError(f"{index}: the label of {name} is {json.dumps(label)[:80]}: give integers from 0 on")
+            raise DataError(f"{index}: the label of {name} is {json.dumps(label)[:80]}: labels are integers >= 0")
         labels[name.replace("\\", "/").removeprefix("./")] = label
     missing = [file.as_posix() for file in files if file.as_posix() not in labels]
     if missing:
@@ -96,12 +99,12 @@ def _lookup(index: Path, entries: list[Any], files: Sequence[Path]) -> Labels:
             ": add the labels, or move these files out of the data set"
         )  # fmt: skip
     if absent := len(labels) - len(files):
-        log.warning("data: %s names %d files that are not there: is the copy complete?", index, absent)
+        log.warning("data: %s names %d files that do not exist: is the copy complete?", index, absent)
     return np.array([labels[file.as_posix()] for file in files], dtype=np.int64)
 
 
 def _are_shards(files: Sequence[Path]) -> bool:
-    """Whether the directories are 00000, 00001, ... (or 01000, ...) and hold the files of these thousands."""
+    """Whether the directories are 00000, 00001, ... (or 01000, ...), each with the files of one thousand."""
     for file in files:
         number = re.search(r"(\d+)$", file.stem)
         if len(file.parts) != 2 or not re.fullmatch(r"\d{5}", file.parts[0]) or number is None:
@@ -113,7 +116,7 @@ def _are_shards(files: Sequence[Path]) -> bool:
 
 
 def _check_classes(root: Path, files: Sequence[Path], others: Sequence[Path]) -> None:
-    """Raise DataError for a directory without images: left out, the labels of all after it would move down by one."""
+    """Raise DataError for a directory without images. Skipping it would shift the labels of all later classes."""
     with_images = {file.parts[0] for file in files}
     for place in sorted(root.iterdir()):
         if place.name.startswith(".") or place.name in with_images or not place.is_dir():
@@ -121,6 +124,6 @@ def _check_classes(root: Path, files: Sequence[Path], others: Sequence[Path]) ->
         kinds = Counter(file.suffix.lower() or "no suffix" for file in others if file.parts[0] == place.name)
         what = ", ".join(f"{count} {suffix}" for suffix, count in sorted(kinds.items())) or "no other file"
         raise DataError(
-            f"the class directory {place} holds no image that is read (it holds: {what}), so that the classes after it "
-            "would get other labels: convert its files to PNG, or move the directory out of the data set"
+            f"the class directory {place} contains no readable images (it contains: {what}), which would change the "
+            "labels of the classes after it: convert its files to PNG, or move the directory out of the data set"
         )

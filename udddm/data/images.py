@@ -1,7 +1,7 @@
-"""What counts as an image, and sources that read many of them at once.
+"""The supported image types, and sources that read batches of images.
 
-An image is [C, H, W], uint8 in 0..255 or floats in [-1, 1]. Users' objects may also give [H, W] (one channel), uint8
-[H, W, C] and PIL images; `as_channels_first` brings them all to that form.
+An image is [C, H, W], uint8 in 0..255 or floats in [-1, 1]. Users' objects may also return [H, W] (one channel), uint8
+[H, W, C] and PIL images; `as_channels_first` converts them to [C, H, W].
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ Array = npt.NDArray[Any]
 Ids = npt.NDArray[np.int64]
 Labels = npt.NDArray[np.int64]
 
-COLORS = (1, 3, 4)  # gray, RGB, RGBA: the numbers of channels by which [H, W, C] is told from [C, H, W]
-# How far outside [-1, 1] a float may lie: bfloat16's next value after 1 is 1.0078. Such values are clamped.
+COLORS = (1, 3, 4)  # gray, RGB, RGBA: the numbers of channels that distinguish [H, W, C] from [C, H, W]
+# Floats may exceed [-1, 1] by this much, and are clamped: the next bfloat16 after 1 is 1.0078.
 TOLERANCE = 0.01
 
 
@@ -38,29 +38,31 @@ class MapDataset(Protocol):
 class BatchSource(ABC):
     """A map-style source that reads many samples in one call.
 
-    Subclass it where that is quicker than one at a time. `batch` must be safe to call from several threads.
-    A plain class with a method named `batch` does not count: in other libraries that name means other things.
+    Subclass it if that is faster than reading one sample at a time. `batch` must be thread-safe. Only subclasses are
+    read in batches: in other libraries, a method named `batch` has other meanings.
     """
 
     classes: int | None = None
-    """How many classes the labels 0..classes-1 stand for; None where there are no labels."""
+    """The number of classes; labels are 0..classes-1. None without labels."""
     class_names: Sequence[str] = ()
-    """What the classes are called, where that is known."""
+    """The names of the classes, if known."""
     earlier_labels: Labels | Literal["same"] | None = "same"
-    """Labels of all samples as earlier versions read them, where that was different: a run without classes that was
-    begun then is still recognized by them."""
+    """The labels of all samples as earlier versions read them, or "same". They identify the data of runs without
+    classes that earlier versions started."""
 
     @property
     def labels(self) -> Labels | None:
-        """The labels of all samples where they are at hand: a wrong one is then found before training starts."""
+        """The labels of all samples, int64 [N], or None. If available, they are validated before training starts."""
         return None
 
     @abstractmethod
-    def __len__(self) -> int: ...
+    def __len__(self) -> int:
+        """The number of samples N."""
 
     @abstractmethod
     def batch(self, ids: Ids) -> tuple[Array, Labels | None]:
-        """Samples `ids` (int64 [n]): images [n, C, H, W], uint8 or floats in [-1, 1]; labels int64 [n] or None."""
+        """Returns the samples `ids` (int64 [n]): images [n, C, H, W], uint8 or floats in [-1, 1], and labels, int64 [n]
+        or None."""
 
     def __getitem__(self, index: int, /) -> Any:
         """One image [C, H, W], or (image, label)."""
@@ -71,10 +73,15 @@ class BatchSource(ABC):
 
 
 class ArrayImages(BatchSource):
-    """Images in one array: [N, C, H, W], [N, H, W], or uint8 [N, H, W, C]; memory-mapped arrays stay on disk.
+    """Images in one array: [N, C, H, W], [N, H, W], or uint8 [N, H, W, C]. Memory-mapped arrays stay on disk.
 
-    `images` is uint8, or floats in [-1, 1]; `labels` integers [N] from 0 on; `classes` defaults to the greatest label
-    plus one; `name` is what error messages call the array. Raises DataError for any other shape or type.
+    Args:
+        images: uint8, or floats in [-1, 1].
+        labels: integers >= 0, [N], or None.
+        classes: the number of classes; default: the largest label plus one.
+        name: the name of the array in error messages.
+
+    Raises DataError for any other shape or type.
     """
 
     def __init__(self, images: Any, labels: Any = None, *, classes: int | None = None, name: str = "the array") -> None:
@@ -126,19 +133,21 @@ def require_map_style(source: object, name: str) -> None:
 
 
 def split_sample(sample: object, name: str) -> tuple[Any, Any]:
-    """(image, label) of what a user's `__getitem__` gave; the label is None where there is none."""
+    """Split the result of a user's `__getitem__` into (image, label). The label is None if there is none."""
     if isinstance(sample, Mapping):
         keys = ", ".join(map(repr, sample))
-        raise DataError(f"{name} is a mapping with the keys {keys}: __getitem__ must give an image or (image, label)")
+        raise DataError(f"{name} is a mapping with the keys {keys}: __getitem__ must return an image or (image, label)")
     if not isinstance(sample, Sequence) or isinstance(sample, str | bytes):
         return sample, None
-    if len(sample) not in (1, 2):  # (image,) is what torch's TensorDataset gives
-        raise DataError(f"{name} is a {type(sample).__name__} of {len(sample)}: give an image or a pair (image, label)")
+    if len(sample) not in (1, 2):  # torch's TensorDataset returns (image,)
+        raise DataError(
+            f"{name} is a {type(sample).__name__} of length {len(sample)}: return an image or a pair (image, label)"
+        )
     return sample[0], sample[1] if len(sample) == 2 else None
 
 
 def as_channels_first(image: object, name: str) -> Array:
-    """A user's image as an array [C, H, W], its type kept. Raises DataError, which calls the image `name`."""
+    """Convert a user's image to an array [C, H, W] of the same type. `name` is for error messages (DataError)."""
     if isinstance(image, torch.Tensor):
         image = image.detach().cpu()
         image = (image.float() if image.dtype == torch.bfloat16 else image).numpy()
@@ -153,12 +162,12 @@ def as_channels_first(image: object, name: str) -> Array:
 
 
 def scaled(rows: Array, ids: Ids) -> npt.NDArray[np.float32]:
-    """Rows [n, C, H, W] as new float32 in [-1, 1]: uint8 -> value / 127.5 - 1; floats are checked and kept.
+    """Convert `rows` [n, C, H, W] to a new float32 array in [-1, 1]. uint8 becomes value / 127.5 - 1.
 
-    Raises DataError naming the sample (one of `ids`, int64 [n]) that holds NaN, infinity or a value out of range.
+    Raises DataError, which names the sample (one of `ids`, int64 [n]), for NaN, infinity or a float out of range.
     """
     check_type(rows.dtype, "the batch")
-    out = np.empty(rows.shape, dtype=np.float32)  # C order, whatever the strides of `rows`
+    out = np.empty(rows.shape, dtype=np.float32)  # C order, for any strides of `rows`
     with np.errstate(over="ignore"):  # a float64 beyond float32 becomes infinite, which is reported below
         np.copyto(out, rows, casting="same_kind")
     if rows.dtype == np.uint8:
@@ -173,9 +182,10 @@ def scaled(rows: Array, ids: Ids) -> npt.NDArray[np.float32]:
         worst = int(np.argmin(((flat >= -1 - TOLERANCE) & (flat <= 1 + TOLERANCE)).all(axis=1)))
         first, last = float(flat[worst].min()), float(flat[worst].max())
         if not np.isfinite([first, last]).all():
-            raise DataError(f"sample {ids[worst]} holds NaN or infinite values: remove or repair it")
+            raise DataError(f"sample {ids[worst]} contains NaN or infinite values: remove or repair it")
         raise DataError(
-            f"sample {ids[worst]} lies in [{first:g}, {last:g}]: scale float images to [-1, 1], or give uint8 in 0..255"
+            f"sample {ids[worst]} has values in [{first:g}, {last:g}]: scale float images to [-1, 1], or give "
+            "uint8 in 0..255"
         )
     if low < -1 or high > 1:
         np.clip(out, -1, 1, out=out)
@@ -185,36 +195,36 @@ def scaled(rows: Array, ids: Ids) -> npt.NDArray[np.float32]:
 def check_type(dtype: np.dtype[Any], name: str) -> None:
     """Raise DataError unless `dtype` is uint8 or a float of up to 8 bytes."""
     if dtype != np.uint8 and not (dtype.kind == "f" and dtype.itemsize <= 8):
-        raise DataError(f"{name} holds {dtype}: give uint8 in 0..255 or floats in [-1, 1]")
+        raise DataError(f"{name} has dtype {dtype}: give uint8 in 0..255 or floats in [-1, 1]")
 
 
 def check_labels(labels: Any, length: int, classes: int | None, name: str) -> Labels:
-    """Labels as int64 [length], each in 0..classes-1. Raises DataError, which calls what they belong to `name`."""
+    """Returns labels as int64 [length], each in 0..classes-1. Raises DataError for the labels of `name`."""
     array = np.asarray(labels)
     if array.shape != (length,):
         raise DataError(
             f"the labels of {name} have shape {list(array.shape)}, but there are {length} images: give [{length}]"
         )
     if array.dtype.kind not in "iu":
-        raise DataError(f"the labels of {name} are {array.dtype}: give integers from 0 on")
+        raise DataError(f"the labels of {name} have dtype {array.dtype}: give integers >= 0")
     if array.max() > np.iinfo(np.int64).max or array.min() < 0 or (classes is not None and array.max() >= classes):
-        upper = "on" if classes is None else f"to {classes - 1}"
-        raise DataError(f"the labels of {name} lie in {array.min()}..{array.max()}: give integers from 0 {upper}")
+        allowed = ">= 0" if classes is None else f"from 0 to {classes - 1}"
+        raise DataError(f"the labels of {name} are in {array.min()}..{array.max()}: give integers {allowed}")
     return array.astype(np.int64)
 
 
 def format_shape(shape: Sequence[int]) -> str:
-    """[C, H, W] as people write it: 3x32x32."""
+    """Format a shape, such as 3x32x32."""
     return "x".join(str(side) for side in shape)
 
 
 def _is_channels_last(shape: Sequence[int], dtype: np.dtype[Any], name: str) -> bool:
-    """Whether an image of three dimensions is [H, W, C]. Raises DataError where that would be a guess.
+    """Whether a three-dimensional image is [H, W, C]. Raises DataError if that is ambiguous.
 
-    [16, 4, 4] is a latent of 16 channels rather than an image four pixels wide.
+    [16, 4, 4] is a latent with 16 channels, not an image with a width of four pixels.
     """
     first, middle, last = shape
-    doubtful = last == 2 and first not in COLORS and middle > 2  # gray and alpha, or two channels of a microscope
+    doubtful = last == 2 and first not in COLORS and middle > 2  # gray and alpha, or two channels of a microscope image
     doubtful |= last in COLORS and first in COLORS and first == middle != last  # [4, 4, 3]
     if doubtful:
         raise DataError(
@@ -228,7 +238,7 @@ def _is_channels_last(shape: Sequence[int], dtype: np.dtype[Any], name: str) -> 
 
 
 def _check_layout(shape: Sequence[int], name: str) -> None:
-    """Raise DataError for an array that looks like a single image, or has its samples along the last axis."""
+    """Raise DataError for an array that looks like a single image, or that has the samples along the last axis."""
     if len(shape) == 3 and shape[2] <= 4 and shape[1] > shape[2]:
         raise DataError(
             f"{name} has shape {list(shape)}, which looks like one image [H, W, C]: give images as [N, C, H, W] or "
@@ -237,7 +247,7 @@ def _check_layout(shape: Sequence[int], name: str) -> None:
     if len(shape) == 4 and shape[1] not in COLORS and shape[3] > max(shape[0], 4 * shape[2]):
         raise DataError(
             f"{name} has shape {list(shape)}, which looks like samples along the last axis: give images as "
-            "[N, C, H, W] or uint8 [N, H, W, C], such as by numpy.moveaxis(images, -1, 0)"
+            "[N, C, H, W] or uint8 [N, H, W, C], for example with numpy.moveaxis(images, -1, 0)"
         )
 
 

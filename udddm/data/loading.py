@@ -1,4 +1,4 @@
-"""From the `data` section of a configuration to a data set."""
+"""Loads the data set of the configuration section `data`."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ _ALWAYS = {
     "fashion-mnist": ExpectConfig(samples=60_000, shape=(1, 28, 28), classes=10),
     "cifar10": ExpectConfig(samples=50_000, shape=(3, 32, 32), classes=10),
 }
-"""What the data sets that are known by name hold."""
+"""The contents of the built-in data sets."""
 
 
 def expected(config: DataConfig) -> ExpectConfig | None:
-    """What the data hold as far as it is known without them: `data.expect`, or that of a data set known by name."""
+    """The expected contents, known without reading the data: `data.expect`, or those of a built-in data set."""
     return config.expect or _ALWAYS.get(config.name)
 
 
 def load_dataset(config: DataConfig) -> MapDataset:
-    """The data set that `config` names: a map-style object of images or (image, label) pairs.
+    """Load the data set that `config` names: a map-style object of images or (image, label) pairs.
 
     Wrap it in ImageDataset to read batches. Raises DataError for an unknown name, a setting that the data set does not
-    take, and for data that are missing, damaged or other than `config.expect`.
+    support, and data that are missing, corrupt or different from `config.expect`.
     """
     dataset = _open(config)
     if config.expect is not None:
@@ -53,7 +53,7 @@ def _check(dataset: MapDataset, name: str, expect: ExpectConfig) -> None:
     images = ImageDataset(dataset)
     differing = []
     if len(images) != expect.samples:
-        differing.append(f"it holds {len(images)} samples, not {expect.samples}")
+        differing.append(f"it has {len(images)} samples, not {expect.samples}")
     if images.shape != expect.shape:
         differing.append(f"its images are {format_shape(images.shape)}, not {format_shape(expect.shape)}")
     if expect.classes is not None and not images.labelled:
@@ -62,8 +62,7 @@ def _check(dataset: MapDataset, name: str, expect: ExpectConfig) -> None:
         differing.append(f"it has {images.classes} classes, not {expect.classes}")
     if differing:
         raise DataError(
-            f"the data set {name} is not what data.expect says: {'; '.join(differing)}. "
-            "Correct data.path, or set data.expect to what you mean to train on"
+            f"the data set {name} does not match data.expect: {'; '.join(differing)}. Correct data.path or data.expect"
         )
 
 
@@ -73,7 +72,7 @@ def _open(config: DataConfig) -> MapDataset:
         return _from_factory(config.name, config.arguments)
     if config.name not in BUILT_IN:
         match = difflib.get_close_matches(config.name, BUILT_IN, 1, 0.5)
-        hint = f"did you mean {match[0]}? There are" if match else "there are"
+        hint = f"did you mean {match[0]}? The choices are" if match else "the choices are"
         raise DataError(f"unknown data set {config.name!r}; {hint} {', '.join(BUILT_IN)}, and package.module:function")
     _refuse(
         config,
@@ -85,16 +84,16 @@ def _open(config: DataConfig) -> MapDataset:
 
 
 def _refuse(config: DataConfig, **settings: object) -> None:
-    """A setting that would be ignored is a mistake worth telling."""
+    """Raise DataError for a setting that the data set would ignore."""
     for key, value in settings.items():
         if value is not None:
-            cure = "put it under data.arguments" if ":" in config.name else f"remove data.{key}"
-            raise DataError(f"data.{key} has no meaning for the data set {config.name}: {cure}")
+            remedy = "move it to data.arguments" if ":" in config.name else f"remove data.{key}"
+            raise DataError(f"data.{key} does not apply to the data set {config.name}: {remedy}")
 
 
 def _path(config: DataConfig) -> str:
     if not config.path:
-        raise DataError(f"the data set {config.name!r} needs data.path: where its images are")
+        raise DataError(f"the data set {config.name!r} needs data.path, the location of its images")
     return config.path
 
 
@@ -107,10 +106,10 @@ def _from_factory(name: str, arguments: dict[str, Any]) -> MapDataset:
     try:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
-        raise DataError(f"data set {name!r} cannot be called with data.arguments: {error}") from error
+        raise DataError(f"data set {name!r} does not accept data.arguments: {error}") from error
     except ValueError:
-        pass  # a function written in C need not tell its signature
+        pass  # a function written in C may have no signature
     dataset = factory(**arguments)
-    require_map_style(dataset, f"what {name} returned")
+    require_map_style(dataset, f"the return value of {name}")
     result: MapDataset = dataset
     return result

@@ -1,7 +1,7 @@
-"""One reading of image files: what a viewer shows of a PIL image, as gray or RGB with 8 bits a channel.
+"""Pixels of PIL images as a viewer shows them: gray or RGB, 8 bits per channel.
 
-The folder data set and PIL images that a user's own data set returns both come through here, so that the same file
-gives the same pixels either way. Pillow is not imported before it is needed.
+Both the folder data set and PIL images from a user's data set are converted here, so a file gives the same pixels
+either way. Pillow is imported only when needed.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ GRAY_MODES = ("1", "L", "LA", "La")  # PIL's modes without color and with at mos
 
 _ORIENTATION = 0x0112
 _LATE_CHUNKS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
-"""Chunks of a PNG that can hold an orientation."""
+"""PNG chunks that may contain an orientation."""
 
 
 def check_depth(image: Any, name: str) -> None:
-    """Raise DataError for a PIL image of more than 8 bits a channel, of which PIL would drop the lower bits.
+    """Raise DataError for a PIL image with more than 8 bits per channel, whose lower bits PIL would drop.
 
-    PIL opens 16-bit RGB in mode RGB; only before the pixels are decoded does the image tell what the file holds.
+    PIL opens 16-bit RGB in mode RGB. The bit depth of the file is visible only before the pixels are decoded.
     """
     mode = image.mode
     deep = mode == "F" or mode.startswith("I")
@@ -34,25 +34,25 @@ def check_depth(image: Any, name: str) -> None:
         deep |= any(re.search(r";16[BLN]", part) is not None for part in parameters if isinstance(part, str))
         deep |= isinstance(largest, int) and largest > 255
     if deep:
-        raise DataError(f"{name} has more than 8 bits a channel (PIL mode {mode}): convert it to 8 bits")
+        raise DataError(f"{name} has more than 8 bits per channel (PIL mode {mode}): convert it to 8 bits")
 
 
 def orientation(image: Any) -> int:
-    """EXIF's orientation, 1 to 8; 1 where there is none or the EXIF data are damaged, as in a viewer."""
+    """The EXIF orientation, 1 to 8. It is 1 if there is none or the EXIF data are corrupt, as in a viewer."""
     try:
         found = image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # a damaged block raises SyntaxError, struct.error, KeyError and others
+    except Exception:  # a corrupt block raises SyntaxError, struct.error, KeyError and others
         return 1
     return found if isinstance(found, int) and 1 <= found <= 8 else 1
 
 
 def shown_size(image: Any, file: IO[bytes]) -> tuple[int, int]:
-    """Width and height as shown, of an image whose pixels are not decoded yet. `file` is what it was opened from."""
+    """Width and height as shown, of an image whose pixels are not decoded yet. It was opened from `file`."""
     width, height = image.size
     if width == height:
         return width, height
     if image.format == "PNG" and not {"exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp"} & set(image.info):
-        # Pillow decodes all pixels to look for EXIF data after them, which would make a large folder slow to open.
+        # Pillow decodes all pixels to find EXIF data after them, which is slow for a large folder.
         position = file.tell()
         late = _has_late_chunk(file)
         file.seek(position)
@@ -62,7 +62,7 @@ def shown_size(image: Any, file: IO[bytes]) -> tuple[int, int]:
 
 
 def _has_late_chunk(file: IO[bytes]) -> bool:
-    """Whether a PNG has text or EXIF data after its pixels."""
+    """Whether a PNG file has text or EXIF data after its pixels."""
     file.seek(8)
     pixels = False
     while len(header := file.read(8)) == 8:
@@ -77,16 +77,17 @@ def _has_late_chunk(file: IO[bytes]) -> bool:
 
 
 def is_gray(image: Any) -> bool:
+    """Whether a PIL image has no color."""
     return image.mode in GRAY_MODES
 
 
 def shown(image: Any, *, gray: bool, name: str) -> Any:
-    """A PIL image as a viewer shows it, in mode L or RGB: turned as EXIF says, transparent parts on white.
+    """A PIL image as a viewer shows it, in mode L or RGB: rotated according to EXIF, with transparent parts on white.
 
-    Raises DataError for more than 8 bits a channel.
+    Raises DataError for more than 8 bits per channel.
     """
     check_depth(image, name)
-    image.load()  # Pillow turns a TIFF itself, and finds EXIF data behind the pixels of a PNG, no earlier than here
+    image.load()  # only now does Pillow rotate a TIFF, and find EXIF data after the pixels of a PNG
     turned = _turned(image, orientation(image))
     if turned.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in turned.info:
         turned = _on_white(turned)
@@ -124,6 +125,6 @@ def _on_white(image: Any) -> Any:
 
 
 def pixels(image: Any) -> npt.NDArray[np.uint8]:
-    """A PIL image of mode L or RGB as [C, H, W]."""
+    """The pixels of a PIL image of mode L or RGB, uint8 [C, H, W]."""
     array = np.asarray(image, dtype=np.uint8)
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

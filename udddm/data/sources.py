@@ -1,4 +1,4 @@
-"""The data sets that are known by name: digits, Fashion-MNIST and CIFAR-10, each its training split.
+"""The built-in data sets: digits, and the training splits of Fashion-MNIST and CIFAR-10.
 
 `digits.npz`, next to this file, is the test set of "Optical Recognition of Handwritten Digits" (E. Alpaydin and C.
 Kaynak, UCI Machine Learning Repository, 1998, https://doi.org/10.24432/C50P49; license CC BY 4.0), in the order and
@@ -29,7 +29,7 @@ DIGITS = Path(__file__).with_name("digits.npz")
 
 
 def digits() -> ArrayImages:
-    """UCI's 8x8 digits: float32 [1797, 1, 8, 8], their values 0..16 as value / 8 - 1; labels 0..9."""
+    """UCI's 8x8 digits: float32 [1797, 1, 8, 8], the values 0..16 mapped to value / 8 - 1; labels 0..9."""
     with np.load(DIGITS) as stored:
         images, labels = stored["images"], stored["labels"]
     return ArrayImages(images[:, None].astype(np.float32) / 8 - 1, labels.astype(np.int64), classes=10, name="digits")
@@ -45,7 +45,7 @@ class Remote:
 
 @dataclass(frozen=True)
 class IdxFile:
-    """One gzipped IDX file: the array it must hold, the CRC-32 of its contents and where the official one is."""
+    """A gzipped IDX file: the shape of its array, the CRC-32 of its contents, and the location of the official file."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,7 +54,7 @@ class IdxFile:
 
 
 _FASHION_MIRROR = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # where the package dataset-fashion-mnist puts it
+FASHION_DEBIAN = Path("/usr/share/datasets/fashion-mnist")  # installed by the package dataset-fashion-mnist
 FASHION_IMAGES = IdxFile(
     "train-images-idx3-ubyte.gz",
     (60_000, 28, 28),
@@ -78,9 +78,9 @@ def fashion_mnist(
 ) -> ArrayImages:
     """Fashion-MNIST (Xiao et al. 2017): uint8 [60000, 1, 28, 28], labels 0..9.
 
-    Read from the directory `path`; without one from the Debian package dataset-fashion-mnist where it is installed,
-    else from the cache, which is filled by a download of 26 MB. Raises DataError for a missing or damaged file, one of
-    another data set (MNIST's have the same names and shapes), or a failed download.
+    Read from the directory `path`. Without it, read from the Debian package dataset-fashion-mnist if installed, or
+    otherwise from the cache, after a download of 26 MB. Raises DataError for a missing or corrupt file, a file of
+    another data set (those of MNIST have the same names and shapes), or a failed download.
     """
     if path is None and all((system / file.name).is_file() for file in (images, labels)):
         path = system
@@ -92,15 +92,17 @@ def fashion_mnist(
     return ArrayImages(pixels[:, None], targets, classes=10, name=f"Fashion-MNIST in {path}")
 
 
-# Debian repacks the gzip files without the name and time in their headers, so the official MD5 of the compressed file
-# does not hold there; that of the contents does.
+# Debian repacks the gzip files without name and time in the headers, which changes the MD5 of the compressed files.
+# Therefore the checksum of the contents is compared.
 def _read_idx(path: Path, expected: IdxFile) -> Bytes:
     content = _gunzip(path)
     array = _parse_idx(content, path)
     if array.shape != expected.shape:
-        raise DataError(f"{path} holds an array of shape {list(array.shape)}, not {list(expected.shape)}")
+        raise DataError(f"{path} contains an array of shape {list(array.shape)}, not {list(expected.shape)}")
     if zlib.crc32(content) != expected.crc32:
-        raise DataError(f"{path} has the right shape but not the right contents: is it another data set's (MNIST)?")
+        raise DataError(
+            f"{path} has the right shape but the wrong contents: does it belong to another data set (MNIST)?"
+        )
     return array
 
 
@@ -111,13 +113,14 @@ def _gunzip(path: Path) -> bytes:
     except FileNotFoundError as error:
         raise DataError(f"{path} does not exist: data.path must be the directory with the gzipped IDX files") from error
     except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as a gzip file: {error}") from error
+        raise DataError(f"cannot read {path} as a gzip file: {error}") from error
 
 
 def _parse_idx(content: bytes, path: Path) -> Bytes:
-    """IDX: two zero bytes, a type code (8 is uint8), the number of dimensions, each as big-endian uint32, the data."""
+    """Parse IDX: two zero bytes, a type code (8 is uint8), the number of dimensions, each dimension as big-endian
+    uint32, and the data."""
     if len(content) < 4 or content[:3] != b"\0\0\x08" or content[3] == 0:
-        raise DataError(f"{path} is no IDX file of uint8: it begins with {content[:4].hex(' ') or 'nothing'}")
+        raise DataError(f"{path} is not an IDX file of uint8: it starts with {content[:4].hex(' ') or 'nothing'}")
     start = 4 + 4 * content[3]
     if len(content) < start:
         raise DataError(f"{path} ends within its IDX header")
@@ -127,7 +130,9 @@ def _parse_idx(content: bytes, path: Path) -> Bytes:
     for side in shape:
         expected *= side
     if len(data) != expected:
-        raise DataError(f"{path} holds {len(data)} bytes, but its header announces {list(shape)}: {expected} bytes")
+        raise DataError(
+            f"{path} contains {len(data)} bytes of data, but its header announces {list(shape)}: {expected} bytes"
+        )
     return data.reshape(shape)
 
 
@@ -141,8 +146,8 @@ def cifar10(path: Path | None = None, *, remote: Remote = CIFAR10, records: int 
     """CIFAR-10 (Krizhevsky 2009), the binary version: uint8 [50000, 3, 32, 32], labels 0..9.
 
     `path` is the archive cifar-10-binary.tar.gz, whose MD5 must be that of `remote`, or its unpacked directory
-    cifar-10-batches-bin; without one the archive is downloaded to the cache (170 MB). Each of the five batches holds
-    `records` images. Raises DataError for a missing or damaged file or a failed download.
+    cifar-10-batches-bin. Without it, the archive is downloaded to the cache (170 MB). Each of the five batches has
+    `records` images. Raises DataError for a missing or corrupt file or a failed download.
     """
     if path is None:
         path = fetch(remote.url, cache_directory() / "cifar-10-binary.tar.gz", remote.md5)
@@ -164,13 +169,13 @@ def _cifar10_directory(path: Path, records: int) -> Iterator[tuple[str, bytes]]:
     for name in CIFAR10_BATCHES:
         file = path / name
         if not file.is_file():
-            raise DataError(f"{file} does not exist: {path} is no complete {CIFAR10_FOLDER}")
+            raise DataError(f"{file} does not exist: {path} is not a complete {CIFAR10_FOLDER}")
         _check_batch_size(file.stat().st_size, str(file), records)
         yield str(file), file.read_bytes()
 
 
 def _cifar10_archive(path: Path, records: int) -> Iterator[tuple[str, bytes]]:
-    """The batches in order, read in memory: no name in the archive ever becomes a path on the disk."""
+    """Yields the batches in order, read into memory. Names in the archive are never used as paths on the disk."""
     found = {}
     wanted = {f"{CIFAR10_FOLDER}/{name}": name for name in CIFAR10_BATCHES}
     try:
@@ -184,10 +189,12 @@ def _cifar10_archive(path: Path, records: int) -> Iterator[tuple[str, bytes]]:
                 assert file is not None  # a regular file always has contents
                 found[name] = file.read()
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise DataError(f"{path} cannot be read as a gzipped tar archive: {error}") from error
+        raise DataError(f"cannot read {path} as a gzipped tar archive: {error}") from error
     for name in CIFAR10_BATCHES:
         if name not in found:
-            raise DataError(f"{path} does not hold {CIFAR10_FOLDER}/{name}: it is not the binary version of CIFAR-10")
+            raise DataError(
+                f"{path} does not contain {CIFAR10_FOLDER}/{name}: it is not the binary version of CIFAR-10"
+            )
         yield f"{name} in {path}", found.pop(name)
 
 
@@ -197,7 +204,7 @@ def _check_batch_size(size: int, name: str, records: int) -> None:
 
 
 def _parse_cifar10(content: bytes, name: str, records: int) -> Bytes:
-    _check_batch_size(len(content), name, records)  # again: a truncated archive may give less than it announces
+    _check_batch_size(len(content), name, records)  # again: a truncated archive may contain less than it announces
     rows = np.frombuffer(content, dtype=np.uint8).reshape(-1, _RECORD)
     worst = int(rows[:, 0].argmax())
     if rows[worst, 0] > 9:

@@ -1,1 +1,1 @@
-"""How good samples are: Frechet distance, KID, Inception Score, precision and recall, in any feature space."""
+"""Sample quality metrics: Frechet distance, KID, Inception Score, precision and recall, in any feature space."""

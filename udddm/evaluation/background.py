@@ -1,4 +1,4 @@
-"""Evaluation during training: samples are made between two steps; everything else runs in a background thread."""
+"""Evaluation during training: samples are drawn between two steps, and scored in a background thread."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from udddm.log import log
 
 
 class BackgroundEvaluation:
-    """Writes scores to `<run>/evaluation.jsonl`, one line per step, and to the run's messages.
+    """Writes scores to `<run>/evaluation.jsonl`, one line per step, and to the log.
 
-    Raises ConfigError for a feature network that cannot be loaded.
+    Raises ConfigError if the feature network cannot be loaded.
     """
 
     def __init__(self, config: EvaluateConfig, dataset: ImageDataset, device: torch.device, run_dir: Path):
@@ -30,13 +30,16 @@ class BackgroundEvaluation:
         self._network, self._metrics = load_features(config.features, device), config.metrics
         self._dataset, self._path = dataset, run_dir / "evaluation.jsonl"
         self._reference: Reference | None = None
-        # Without it, a new thread's device is the first.
+        # A new thread's current device is the first GPU unless it is set.
         choose = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self._pool = ThreadPoolExecutor(1, "evaluation", initializer=choose)
         self._pending: list[Future[None]] = []
 
     def submit(self, step: int, images: torch.Tensor, evaluations: int) -> None:
-        """Queue an evaluation and return. Raises the error of an earlier one that failed."""
+        """Queue an evaluation of `images` [N, C, H, W], drawn with `evaluations` network evaluations, and return.
+
+        Raises the error of an earlier evaluation that failed.
+        """
         for done in [future for future in self._pending if future.done()]:
             self._pending.remove(done)
             done.result()
@@ -58,7 +61,7 @@ class BackgroundEvaluation:
             log.info(note)
 
     def close(self) -> None:
-        """Wait for the evaluations that are queued. Raises the error of one that failed."""
+        """Wait for the queued evaluations. Raises the error of one that failed."""
         self._pool.shutdown()
         for future in self._pending:
             future.result()

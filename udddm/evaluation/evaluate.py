@@ -1,4 +1,4 @@
-"""Scores of samples against a data set, whose own statistics are computed once and kept."""
+"""Scores of samples against a data set. The statistics of the data set are computed once and cached."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from udddm.files import atomic_write, make_directory
 T = TypeVar("T")
 BATCH = 256
 STANDARD = 50_000
-"""Images on which published FIDs stand: fewer give higher ones."""
+"""The number of images that published FIDs use. Fewer images give a higher FID."""
 
 
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
-    """`items`, made in a background thread while the caller works on the ones before."""
+    """Yields `items`, produced up to `depth` ahead in a background thread."""
     iterator, end = iter(items), object()
     with ThreadPoolExecutor(1, "prefetch") as pool:
         waiting = [pool.submit(next, iterator, end) for _ in range(depth)]
@@ -46,7 +46,7 @@ def _read(dataset: ImageDataset) -> Iterator[torch.Tensor]:
 
 
 def dataset_hash(dataset: ImageDataset) -> str:
-    """SHA-256 of every image of the data set, in order."""
+    """The first 16 hexadecimal digits of the SHA-256 of all images of the data set, in order."""
     found = hashlib.sha256(repr((len(dataset), dataset.shape)).encode())
     for images in prefetch(_read(dataset)):
         found.update(images.numpy().tobytes())
@@ -54,7 +54,7 @@ def dataset_hash(dataset: ImageDataset) -> str:
 
 
 def reference(dataset: ImageDataset, network: FeatureNetwork, cache: Path | None = None) -> Reference:
-    """The statistics of all of `dataset`, from the cache where it has those of the same images and network."""
+    """The statistics of all of `dataset`, read from the cache if it has them for the same images and network."""
     directory = cache or cache_directory() / "evaluation"
     path = directory / f"{dataset_hash(dataset)}-{network.fingerprint(dataset.shape)}.npz"
     if path.exists():
@@ -62,7 +62,7 @@ def reference(dataset: ImageDataset, network: FeatureNetwork, cache: Path | None
             with path.open("rb") as source, np.load(source) as saved:
                 return Reference(saved["mean"], saved["covariance"], saved["probe"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            path.unlink(missing_ok=True)  # not complete: computed again
+            path.unlink(missing_ok=True)  # incomplete: recomputed below
     features, _ = extract(network, prefetch(_read(dataset)))
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[-KERNEL:].numpy()
     found = Reference(*metrics.moments(features), features[drawn])
@@ -78,15 +78,24 @@ def reference(dataset: ImageDataset, network: FeatureNetwork, cache: Path | None
 def score(
     features: Rows, logits: Rows | None, real: Reference, name: str, chosen: Sequence[str] = tuple(METRICS.members)
 ) -> dict[str, Any]:
-    """The figures of samples with these features. `name` is the feature network's: FID is only Inception's. `chosen`
-    names the metrics (`evaluate.metrics`)."""
+    """Compute the metrics `chosen` (`evaluate.metrics`) of samples.
+
+    Args:
+        features: features of the samples, [N, D].
+        logits: logits of the samples, [N, K], or None.
+        real: statistics of the data set in the same feature space.
+        name: name of the feature network. The Frechet distance is called FID only for Inception.
+        chosen: names of the metrics.
+
+    Raises ConfigError if a metric does not return a mapping.
+    """
     found: dict[str, Any] = {"n": len(features)}
     given = MetricInput(features, logits, real, "fid" if name == INCEPTION else "fd")
     for metric in chosen:
         figures = METRICS.build(metric, {}, given)
         if not isinstance(figures, Mapping):
             raise ConfigError(
-                f"the metric {metric} returned a {type(figures).__name__}; return a dict of figures by name"
+                f"the metric {metric} returned a {type(figures).__name__}; return a dict from names to numbers"
             )
         found |= {key: value.item() if hasattr(value, "item") else value for key, value in figures.items()}
     return found
@@ -94,37 +103,41 @@ def score(
 
 @dataclass(frozen=True)
 class Scores:
-    """What `evaluate` found. A figure is None where its metric was not chosen or does not apply."""
+    """The result of `evaluate`. A score is None if its metric was not selected or does not apply."""
 
     n: int
-    """Images that were scored."""
+    """Number of images that were scored."""
     fid: float | None = None
     """Frechet distance in Inception's feature space."""
     fd: float | None = None
     """Frechet distance in any other feature space."""
     kid: float | None = None
+    """Kernel distance; KID in Inception's feature space."""
     kid_deviation: float | None = None
-    """Standard deviation of the kernel distance over its random subsets."""
+    """Standard deviation of the kernel distance over random subsets."""
     precision: float | None = None
-    """Share of the samples within the data's manifold."""
+    """Fraction of the samples that lie within the data's manifold."""
     recall: float | None = None
-    """Share of the data within the samples' manifold."""
+    """Fraction of the data that lies within the samples' manifold."""
     spread: float | None = None
-    """Total variance of the samples' features over that of the data's."""
+    """Total variance of the samples' features, divided by that of the data's features."""
     collapsed: bool | None = None
     """Whether nearly all samples are alike."""
     inception_score: float | None = None
+    """Inception Score, if the feature network has logits."""
     inception_score_deviation: float | None = None
+    """Standard deviation of the Inception Score over its splits."""
     other: Mapping[str, Any] = field(default_factory=dict)
-    """Figures of metrics of your own."""
+    """Scores of custom metrics, by name."""
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Scores:
+        """The inverse of `to_dict`."""
         known = {key: value for key, value in values.items() if key in cls.__dataclass_fields__}
         return cls(**known, other={key: value for key, value in values.items() if key not in known})
 
     def to_dict(self) -> dict[str, Any]:
-        """The figures that there are, by name."""
+        """The scores that are not None, by name."""
         found = {key: value for key, value in asdict(self).items() if key != "other" and value is not None}
         return {**found, **self.other}
 
@@ -144,21 +157,30 @@ def evaluate(
 ) -> Scores:
     """Score `images` [N, C, H, W] in [-1, 1] against `dataset`, as `udddm-evaluate --samples` does.
 
-    `features` is inception, a TorchScript file, or package.module:function; `metrics` are names, or functions of your
-    own (docs/extending.md). Raises ConfigError for a feature network or metric that cannot be loaded, and DataError for
-    images of another shape than the data set's.
+    Args:
+        images: two or more samples.
+        dataset: a map-style data set.
+        features: inception, a TorchScript file, or package.module:function.
+        metrics: names of metrics, or functions (docs/extending.md).
+        device: auto, cpu or cuda.
+        cache: directory for the data set's statistics. None: the user's cache directory.
+
+    Raises ConfigError if a feature network or metric cannot be loaded, and DataError if the shape of the images differs
+    from the data set's.
     """
     chosen = _metric_names(metrics)
     real, rows = ImageDataset(dataset), torch.as_tensor(images)
     if tuple(rows.shape[1:]) != real.shape or len(rows) < 2:
-        raise DataError(f"the images are {list(rows.shape)}: wanted two or more [N, {', '.join(map(str, real.shape))}]")
+        raise DataError(
+            f"images of shape {list(rows.shape)}: expected two or more [N, {', '.join(map(str, real.shape))}]"
+        )
     network = load_features(features, choose_device(device))
     extracted = extract(network, torch.split(rows, BATCH))
     return Scores.from_dict(score(*extracted, reference(real, network, cache), network.name, chosen))
 
 
 def _metric_names(metrics: Sequence[str | Callable[..., Any]]) -> list[str]:
-    """The names of metrics, before anything is computed. Raises ConfigError."""
+    """The names of metrics, each of which is imported. Raises ConfigError."""
     if isinstance(metrics, str) or not isinstance(metrics, Sequence):
         raise ConfigError(f"metrics: give a list of names or functions, such as ['frechet'], not {metrics!r}")
     names = [name_of(metric, "metrics") for metric in metrics]
@@ -168,7 +190,7 @@ def _metric_names(metrics: Sequence[str | Callable[..., Any]]) -> list[str]:
 
 
 def summarize(scores: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over repetitions as `key`, and standard deviations as `key_over_seeds` where there are several."""
+    """Means over repetitions as `key`, and standard deviations as `key_over_seeds` if there are several."""
     found: dict[str, Any] = {}
     for key, first in scores[0].items():
         values = [one[key] for one in scores]
@@ -182,19 +204,19 @@ def summarize(scores: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def notes(found: dict[str, Any]) -> list[str]:
-    """Remarks that belong to these figures wherever they are quoted."""
+    """Notes to print with these scores."""
     lines = []
     if found["n"] < STANDARD and "fid" in found:
-        lines.append(f"NOTE: {found['n']} images. FID falls with their number: published figures stand on {STANDARD:,}")
+        lines.append(f"NOTE: {found['n']} images. FID decreases with their number; published FIDs use {STANDARD:,}")
     if found.get("collapsed"):
         lines.append(
-            f"NOTE: COLLAPSED. The samples vary {found['spread']:.3f} times as much as the data: nearly all are alike"
+            f"NOTE: COLLAPSED. The samples' variance is {found['spread']:.3f} times the data's: nearly all are alike"
         )
     return lines
 
 
 def figures(found: Mapping[str, Any]) -> list[str]:
-    """The figures of metrics of your own, as `name value`."""
+    """The scores of custom metrics, as `name value`."""
     own = {key: value for key, value in found.items() if key not in Scores.__dataclass_fields__}
     shown = {key: value for key, value in own.items() if not key.endswith("_over_seeds")}
     return [f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()]

@@ -1,4 +1,4 @@
-"""Feature networks: the standard Inception network, a TorchScript file, or a function of the user's."""
+"""Feature networks: the standard Inception network, a TorchScript file, or a user's function."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ INCEPTION = "inception"
 
 
 class FeatureNetwork:
-    """Images [B, C, H, W] float32 in [-1, 1] -> features [B, D], and logits [B, K] where the network has them.
+    """Maps images [B, C, H, W], float32 in [-1, 1], to features [B, D], and logits [B, K] if the network has them.
 
-    `call` gives either the features or (features, logits).
+    `call` returns either features or (features, logits).
     """
 
     def __init__(self, name: str, call: Callable[[torch.Tensor], Any], device: torch.device, weights: str = ""):
@@ -33,20 +33,23 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[Rows, Rows | None]:
-        """Raises ConfigError when what comes out is not [B, D]."""
+        """Raises ConfigError if the features or logits are not [B, D]."""
         found = self._call(images.to(self.device, torch.float32).clamp(-1, 1))
         features, logits = found if isinstance(found, (tuple, list)) else (found, None)
         for what, rows in (("features", features), ("logits", logits)):
             if rows is not None and (not isinstance(rows, torch.Tensor) or rows.ndim != 2 or len(rows) != len(images)):
                 shape = list(rows.shape) if isinstance(rows, torch.Tensor) else type(rows).__name__
                 raise ConfigError(
-                    f"the feature network {self.name} gave {what} {shape} for {len(images)} images: wanted [B, D]"
+                    f"the feature network {self.name} returned {what} {shape} for {len(images)} images: expected [B, D]"
                 )
         return _host(features), None if logits is None else _host(logits)
 
     def fingerprint(self, shape: tuple[int, int, int]) -> str:
-        """A hash that differs for another network or other weights: of the weights where they are known, which is the
-        same on every device; otherwise of what the network answers to fixed images."""
+        """A hash that identifies the network and its weights, for images of `shape` (C, H, W).
+
+        It covers the weights if they are known, and is then the same on every device. Otherwise, it covers the features
+        of fixed images.
+        """
         if self._weights:
             return hashlib.sha256(f"{self._weights} {shape}".encode()).hexdigest()[:16]
         generator = torch.Generator().manual_seed(0)
@@ -60,9 +63,9 @@ def _host(rows: torch.Tensor) -> Rows:
 
 
 def load_features(name: str, device: torch.device) -> FeatureNetwork:
-    """`inception`, a TorchScript file, or `package.module:function` that takes the images.
+    """Load `inception`, a TorchScript file, or `package.module:function`, which is called with images [B, C, H, W].
 
-    Raises ConfigError for one that cannot be loaded, naming what to install or correct.
+    Raises ConfigError if it cannot be loaded; the message names what to install or correct.
     """
     if name == INCEPTION:
         network = _inception(device)
@@ -70,7 +73,7 @@ def load_features(name: str, device: torch.device) -> FeatureNetwork:
     if Path(name).suffix in (".pt", ".pth", ".ts", ".jit"):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript itself is deprecated, and common
+                warnings.simplefilter("ignore", DeprecationWarning)  # TorchScript is deprecated, but still common
                 module = torch.jit.load(str(expanded(name)), map_location=device).eval()  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
@@ -84,7 +87,7 @@ def load_features(name: str, device: torch.device) -> FeatureNetwork:
 
 
 def _hash(tensors: Iterable[torch.Tensor]) -> str:
-    """SHA-256 of tensors' bytes."""
+    """SHA-256 of the bytes of tensors, in hexadecimal."""
     found = hashlib.sha256()
     for tensor in tensors:
         found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
@@ -92,22 +95,22 @@ def _hash(tensors: Iterable[torch.Tensor]) -> str:
 
 
 def check_channels(name: str, channels: int) -> None:
-    """Raise ConfigError for images that the feature network `name` cannot see as they are."""
+    """Raise ConfigError if the feature network `name` does not take images with this number of channels."""
     if name == INCEPTION and channels not in (1, 3):
         raise ConfigError(
             f"feature network {INCEPTION}: it takes gray and RGB images, but these have {channels} channels. Decode "
-            "latents first and score the images, or name a feature network of your own (package.module:function)"
+            "latents first and score the images, or use a custom feature network (package.module:function)"
         )
 
 
 def _inception(device: torch.device) -> nn.Module:
-    """The network of the TensorFlow FID code, as torch-fidelity ported it: 2,048 features, 1,008 logits."""
+    """The Inception network of the TensorFlow FID code, ported by torch-fidelity: 2,048 features, 1,008 logits."""
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except ImportError as error:
         raise ConfigError(
-            "the Inception network comes with torch-fidelity, which is not installed: pip install 'udddm[inception]', "
-            "or name another feature network (--features FILE.pt or package.module:function)"
+            "the Inception network needs torch-fidelity, which is not installed: pip install 'udddm[inception]', "
+            "or choose another feature network (--features FILE.pt or package.module:function)"
         ) from error
     network: nn.Module = FeatureExtractorInceptionV3("inception-v3-compat", ["2048", "logits_unbiased"])
     return network.to(device).eval()

@@ -1,4 +1,4 @@
-"""Distances between two sets of features [N, D], float64 on the host. Features are rows."""
+"""Distances between two sets of features [N, D], computed in float64 on the host."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ Features = npt.NDArray[np.floating[Any]]
 Array = npt.NDArray[np.float64]
 
 MANIFOLD = 2000
-"""Images of either side on which precision and recall are computed."""
+"""The number of images, of the data and of the samples, used for precision and recall."""
 KERNEL = 10_000
-"""Images of the data set that KID draws its subsets from."""
+"""The number of images of the data set that KID draws its subsets from."""
 COLLAPSED = 0.05
-"""Samples whose features vary by less than this share of what the data's vary are nearly all alike: a collapse."""
+"""Below this ratio of the samples' variance to the data's, nearly all samples are alike: the model has collapsed."""
 
 
 def moments(features: Features) -> tuple[Array, Array]:
-    """Mean [D] and covariance [D, D] (unbiased)."""
+    """Mean [D] and unbiased covariance [D, D] of features [N, D]."""
     rows = np.asarray(features, np.float64)
     return rows.mean(0), np.atleast_2d(np.cov(rows, rowvar=False))
 
@@ -29,7 +29,8 @@ def moments(features: Features) -> tuple[Array, Array]:
 def frechet(a: tuple[Array, Array], b: tuple[Array, Array]) -> float:
     """||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017). On Inception features this is FID.
 
-    The trace of the root is the sum of the roots of the eigenvalues of C_a C_b, which are real and not negative.
+    The trace of the square root is the sum of the square roots of the eigenvalues of C_a C_b, which are real and
+    nonnegative.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a, b
     roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
@@ -39,7 +40,7 @@ def frechet(a: tuple[Array, Array], b: tuple[Array, Array]) -> float:
 def kernel_distance(
     real: Features, fake: Features, *, subsets: int = 100, size: int = 1000, seed: int = 0
 ) -> tuple[float, float]:
-    """Mean and deviation over random subsets of the unbiased MMD^2 with kernel (x.y / D + 1)^3.
+    """Mean and standard deviation, over random subsets, of the unbiased MMD^2 with kernel (x.y / D + 1)^3.
 
     On Inception features this is KID (Binkowski et al. 2018).
     """
@@ -49,7 +50,7 @@ def kernel_distance(
 
     def kernel(x: Array, y: Array) -> Array:
         root: Array = x @ y.T / dimension + 1
-        return root * root * root  # `** 3` is a power of floats: many times slower
+        return root * root * root  # `** 3` calls pow, which is many times slower
 
     found = []
     for _ in range(subsets):
@@ -61,7 +62,10 @@ def kernel_distance(
 
 
 def inception_score(logits: Features, splits: int = 10) -> tuple[float, float]:
-    """exp(mean KL(p(y|x) || p(y))) of `splits` equal parts: mean and deviation (Salimans et al. 2016)."""
+    """Mean and standard deviation of exp(mean KL(p(y|x) || p(y))) over `splits` equal parts (Salimans et al. 2016).
+
+    `logits` are [N, K].
+    """
     scores = []
     for part in np.array_split(np.asarray(logits, np.float64), splits):
         shifted = part - part.max(1, keepdims=True)
@@ -72,9 +76,10 @@ def inception_score(logits: Features, splits: int = 10) -> tuple[float, float]:
 
 
 def precision_recall(real: Features, fake: Features, k: int = 3) -> tuple[float, float]:
-    """The share of samples within the data's manifold, and of the data within the samples' (Kynkaanniemi et al. 2019).
+    """The fraction of samples within the data's manifold, and of the data within the samples' manifold.
 
-    A set's manifold is the union of balls around its points that reach their `k`-th nearest neighbour.
+    The manifold of a set is the union of balls around its points; each reaches the point's `k`-th nearest neighbor
+    (Kynkaanniemi et al. 2019).
     """
     a, b = (torch.from_numpy(np.ascontiguousarray(rows)).double() for rows in (real, fake))
 
@@ -90,62 +95,66 @@ def precision_recall(real: Features, fake: Features, k: int = 3) -> tuple[float,
 
 
 def spread(real: tuple[Array, Array], fake: tuple[Array, Array]) -> float:
-    """The samples' total variance over the data's; below `COLLAPSED` the samples are nearly all alike."""
+    """The total variance of the samples divided by the data's. Below `COLLAPSED`, nearly all samples are alike."""
     return float(np.trace(fake[1]) / max(float(np.trace(real[1])), 1e-12))
 
 
 @dataclass(frozen=True)
 class Reference:
-    """A data set in a feature space."""
+    """Statistics of a data set in a feature space."""
 
     mean: Array
+    """[D]."""
     covariance: Array
+    """[D, D]."""
     probe: Features
-    """[at most KERNEL, D]: features of images drawn at random, the last MANIFOLD of them for precision and recall."""
+    """[at most KERNEL, D]: features of random images. The last MANIFOLD of them are used for precision and recall."""
 
     @property
     def moments(self) -> tuple[Array, Array]:
+        """(mean, covariance)."""
         return self.mean, self.covariance
 
 
 @dataclass(frozen=True)
 class MetricInput:
-    """What a metric is given: `metric(given)` returns its figures by name."""
+    """The input of a metric: `metric(given)` returns a mapping from names to numbers."""
 
     features: Features
-    """[N, D]: of the samples."""
+    """Features of the samples, [N, D]."""
     logits: Features | None
-    """[N, K]: of the samples, where the feature network has them."""
+    """Logits of the samples, [N, K], or None if the feature network has none."""
     real: Reference
+    """Statistics of the data set."""
     distance: str
-    """What the Frechet distance is called in this feature space: fid or fd."""
+    """The name of the Frechet distance in this feature space: fid or fd."""
 
 
 def frechet_metric(given: MetricInput) -> dict[str, Any]:
-    """`evaluate.metrics`: frechet."""
+    """The metric frechet: Frechet distance to the data set (`frechet`)."""
     return {given.distance: frechet(moments(given.features), given.real.moments)}
 
 
 def kid_metric(given: MetricInput) -> dict[str, Any]:
-    """`evaluate.metrics`: kid."""
+    """The metric kid: kernel distance to the data set (`kernel_distance`)."""
     kid, deviation = kernel_distance(given.real.probe, given.features)
     return {"kid": kid, "kid_deviation": deviation}
 
 
 def precision_recall_metric(given: MetricInput) -> dict[str, Any]:
-    """`evaluate.metrics`: precision-recall."""
+    """The metric precision-recall (`precision_recall`)."""
     precision, recall = precision_recall(given.real.probe[-MANIFOLD:], given.features[:MANIFOLD])
     return {"precision": precision, "recall": recall}
 
 
 def spread_metric(given: MetricInput) -> dict[str, Any]:
-    """`evaluate.metrics`: spread, and whether the samples have collapsed."""
+    """The metric spread, and whether the samples have collapsed (`spread`)."""
     found = spread(given.real.moments, moments(given.features))
     return {"spread": found, "collapsed": bool(found < COLLAPSED)}
 
 
 def inception_score_metric(given: MetricInput) -> dict[str, Any]:
-    """`evaluate.metrics`: inception-score, where the feature network has logits."""
+    """The metric inception-score (`inception_score`). Empty if the feature network has no logits."""
     if given.logits is None:
         return {}
     found, deviation = inception_score(given.logits)

@@ -1,1 +1,1 @@
-"""The training loop."""
+"""The training loop: inputs, steps, progress reports, and one rank's part of a run."""

@@ -16,7 +16,7 @@ from udddm.order import Order
 
 @dataclass
 class StepInput:
-    """What one rank trains on in a step, or in one of its micro-batches, apart from the x0-state."""
+    """The inputs of one rank for a step, or for one of its micro-batches, except the x0-state."""
 
     images: torch.Tensor
     """[b, C, H, W] float32 in [-1, 1]."""
@@ -25,25 +25,26 @@ class StepInput:
     weights: torch.Tensor
     """[b]: 1 / (samples of the step over all ranks) for samples, 0 for padding."""
     visits: Visits
+    """What to train on each image: noise level, noise, target and loss weight."""
 
 
 @dataclass(frozen=True)
 class InputBuilder:
-    """Builds one rank's inputs of any step, on the host: a function of the step alone."""
+    """Builds one rank's inputs for any step, on the host. The result depends only on the step."""
 
     order: Order
     lanes: range
     dataset: ImageDataset
     objective: Objective
     device: torch.device
-    """Where they are used: page-locked memory is taken for CUDA."""
+    """The device that uses the inputs. For CUDA they are built in page-locked memory."""
     labels: LabelDropout | None
-    """Which visits keep their label; None: the network takes none."""
+    """Selects the visits that keep their label. None if the network takes no labels."""
     parts: int = 1
-    """Equal micro-batches that a step is cut into."""
+    """The number of equal micro-batches per step."""
 
     def build(self, global_step: int) -> list[StepInput]:
-        """One input per micro-batch. Raises what the data set raises."""
+        """Returns one input per micro-batch. Raises the errors of the data set."""
         epoch, step = divmod(global_step, self.order.steps_per_epoch)
         batch = self.order.batch_of(self.lanes, epoch, step)
         images, labels = self.dataset.batch(batch.ids)
@@ -65,7 +66,7 @@ class InputBuilder:
 
 
 class Prefetch:
-    """Inputs of consecutive steps from `step` on, built `depth` steps ahead in a background thread."""
+    """Inputs of consecutive steps starting at `step`, built `depth` steps ahead in a background thread."""
 
     def __init__(self, builder: InputBuilder, *, step: int, depth: int):
         self._builder, self._next = builder, step
@@ -79,8 +80,8 @@ class Prefetch:
         self._next += 1
 
     def next(self) -> list[StepInput]:
-        """The next step's micro-batches, on the device once its stream reaches their copies. Raises what the data set
-        raised."""
+        """Returns the next step's micro-batches. Copies to a GPU are asynchronous, on the current stream. Raises the
+        errors of the data set."""
         made, device = self._pending.popleft().result(), self._builder.device
         self._submit()
         if device.type == "cuda":
@@ -92,4 +93,5 @@ class Prefetch:
         return made
 
     def close(self) -> None:
+        """Stop the background thread and drop the inputs that are pending."""
         self._pool.shutdown(cancel_futures=True)

@@ -1,4 +1,4 @@
-"""Reports of a run: a progress bar or plain lines, metrics.jsonl, TensorBoard."""
+"""Progress reports of a run: a progress bar or plain lines, metrics.jsonl, and TensorBoard."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class _Writer(Protocol):
 
 
 def _tensorboard(directory: Path, purge_step: int) -> _Writer | None:
-    """A writer of event files, or None where TensorBoard is not installed, which the log then mentions."""
+    """A writer of event files, or None, with a log message, if TensorBoard is not installed."""
     if importlib.util.find_spec("tensorboard") is None:
-        log.info("metrics go to metrics.jsonl only: for TensorBoard, pip install 'udddm[tensorboard]'")
+        log.info("metrics are written to metrics.jsonl only; for TensorBoard, pip install 'udddm[tensorboard]'")
         return None
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # tensorboard's own imports
+        warnings.simplefilter("ignore")  # from the imports of tensorboard
         logging.getLogger("tensorboard").setLevel(logging.ERROR)
         from torch.utils.tensorboard import SummaryWriter
 
@@ -38,7 +38,7 @@ def _tensorboard(directory: Path, purge_step: int) -> _Writer | None:
 
 
 class Line:
-    """Progress on stderr: a bar on a terminal, a plain line every few seconds elsewhere."""
+    """Progress on stderr: a bar on a terminal, otherwise a plain line every `PLAIN_EVERY` seconds."""
 
     PLAIN_EVERY = 10.0  # seconds between plain lines
 
@@ -56,7 +56,7 @@ class Line:
             self._bar.update(step - self._bar.n)
 
     def show(self, step: int, total: int, values: dict[str, float]) -> None:
-        """The rates, the store's counters and the ETA at a step."""
+        """Show the rates, the store's counters and the ETA at a step."""
         if step == self._shown:
             return
         self._shown = step
@@ -65,7 +65,7 @@ class Line:
             "images/s": f"{values['images_per_second']:.0f}",
             "store wait": f"{values['store_wait_fraction']:.1%}",
         }
-        if values["store_megabytes_per_second"]:  # a store that moves nothing has no queue
+        if values["store_megabytes_per_second"]:  # a store that transfers nothing has no queue
             shown["queue"] = f"{values['store_queue_depth']:.1f}"
             shown["MB/s"] = f"{values['store_megabytes_per_second']:.0f}"
             shown["retries"] = f"{values['store_retries']:.0f}"
@@ -86,9 +86,9 @@ class Line:
 
 
 class Progress:
-    """Reports on training from step `start` of `total`. `write` records metrics; `close` finishes the bar.
+    """Reports training progress from step `start` to `total`. `write` records metrics; `close` finishes the bar.
 
-    With `on_metrics`, which then receives them too, nothing is shown here.
+    If `on_metrics` is given, it receives the step, the total and the metrics, and nothing is shown here.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class Progress:
         self._line = Line()
 
     def _keep_until(self, step: int) -> None:
-        """Drop the lines of steps that a killed run took after the checkpoint, which are repeated now."""
+        """Drop the lines of steps after the checkpoint, which a killed run took and which are now repeated."""
         if not self._path.exists():
             return
         kept = []
@@ -119,7 +119,7 @@ class Progress:
             self._line.advance(self._step, self._total)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Record values at a step: the rates, the store's counters and the ETA are also shown."""
+        """Record the metrics of a step, and show the rates, the store's counters and the ETA."""
         with self._path.open("a") as file:
             file.write(json.dumps({"step": step, **values}) + "\n")
         if self._tensorboard is not None:

@@ -1,4 +1,4 @@
-"""One rank's part of a run, from the data set to the result."""
+"""One rank's part of a run, from loading the data set to the result."""
 
 from __future__ import annotations
 
@@ -31,7 +31,11 @@ from udddm.training.trainer import Trainer
 def train_rank(
     config: RunConfig, dataset: MapDataset | None, where: str | Path, ranks: Ranks, listener: Listener | None = None
 ) -> dict[str, Any]:
-    """Train this rank's part of the run in `where`, after the ranks have joined. Returns the run's result."""
+    """Train this rank's part of the run in `where`, a directory or URL, after the ranks have joined.
+
+    Returns the contents of the run's result.json. Raises ConfigError, DataError, StoreError or CheckpointError on every
+    rank if any rank cannot start, and the errors of `Trainer.train`.
+    """
     refused = (ConfigError, DataError, StoreError, CheckpointError, OSError)
     run = ranks.run_on_all(lambda: open_run(where), refused)
 
@@ -63,13 +67,16 @@ def train_rank(
             directory = local_path(url)
             if directory is not None:
                 ranks.check_shared(directory, "the x0-state's directory")
-            else:  # every rank must reach it, with its machine's credentials
+            else:  # every rank must be able to reach it with the credentials of its machine
                 ranks.run_on_all(lambda: open_object_store(url).exists("zarr.json"), refused)
         return _train(config, images, run, ranks, listener)
 
 
 def check_factories(config: RunConfig, shape: tuple[int, int, int]) -> None:
-    """Load what the configuration names. Raises ConfigError, before the run directory records a wrong choice."""
+    """Import the members that the configuration names and validate their settings.
+
+    Raises ConfigError. This runs before the run directory records the configuration. `shape` is (C, H, W).
+    """
     for registry, name, settings in (
         (STORES, config.store.kind, config.store.settings),
         (NETWORKS, config.network.name, config.network.settings),
@@ -104,7 +111,7 @@ def _train(
 
 
 def describe(trainer: Trainer) -> list[str]:
-    """The first lines of a run: what runs where, and why."""
+    """The first log lines of a run: versions, device, engine, data, objective, store and run directory."""
     config, images, ranks = trainer.config, trainer.dataset, trainer.ranks
     device = ranks.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"

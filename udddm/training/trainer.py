@@ -1,4 +1,4 @@
-"""The training loop. One step, from its inputs to the state that is written back, is `Trainer.train_step`."""
+"""The training loop. `Trainer.train_step` is one step, from its inputs to the state that is written back."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from udddm.training.progress import Progress
 
 
 class Trainer:
-    """A run on one rank: built from a configuration and a data set, resumed from the newest valid checkpoint."""
+    """Trains a run on one rank. `train` resumes from the newest valid checkpoint, if there is one."""
 
     def __init__(
         self, config: RunConfig, dataset: ImageDataset, run: Run, ranks: Ranks, listener: Listener | None = None
@@ -64,7 +64,7 @@ class Trainer:
         self.store = store.build(run.store_context(layout, config.store))
         self.checkpoints = run.checkpoints()
         self.evaluation: BackgroundEvaluation | None = None
-        if config.evaluate.every_steps:  # on one rank; where it cannot be had, all must know
+        if config.evaluate.every_steps:  # it runs on one rank, but every rank must learn if it cannot start
             self.evaluation = ranks.run_on_all(
                 lambda: (
                     BackgroundEvaluation(config.evaluate, dataset, ranks.device, run.path)
@@ -82,10 +82,13 @@ class Trainer:
     # One step.
 
     def train_step(self, inputs: Prefetch) -> torch.Tensor:
-        """Train on the next samples and move their x0-states on. Returns this rank's share of the loss, on device."""
+        """Train on the samples of the next step and write their new x0-states.
+
+        Returns this rank's part of the loss as a scalar on the device; the sum over ranks is the loss of the step.
+        """
         parts = inputs.next()
         states = self.store.read().chunk(len(parts))
-        if self.config.network.dropout:  # the only generator in use; everything else is a function of its position
+        if self.config.network.dropout:  # the only use of a generator with a state; all else is a function of position
             torch.manual_seed(rng.key(self.config.seed, Stream.DROPOUT, self.step, self.ranks.rank) >> 1)
         total, new_states = torch.zeros((), device=self.ranks.device), []
         for part, state in zip(parts, states, strict=True):
@@ -110,9 +113,9 @@ class Trainer:
     # The run.
 
     def train(self) -> dict[str, Any]:
-        """Train to the end and return what `result.json` says.
+        """Train to the end and return the contents of `result.json`.
 
-        Raises Interrupted after SIGTERM or SIGINT, Diverged, StoreError, CheckpointError, DataError; the newest
+        Raises Interrupted after SIGTERM or SIGINT, Diverged, StoreError, CheckpointError or DataError. The newest
         checkpoint is intact in every case.
         """
         with ExitStack() as stack:
@@ -137,7 +140,7 @@ class Trainer:
         return result
 
     def begin(self) -> Prefetch:
-        """Resume, or start, and begin to prefetch what the coming steps need."""
+        """Resume or start the run, and start prefetching the inputs of the coming steps."""
         self._resume()
         labels = objectives.LabelDropout.of(self.config) if self.config.network.classes else None
         parts = self.config.train.grad_accumulation
@@ -162,11 +165,11 @@ class Trainer:
             stop = vote.cast(self._signal or (self.listener.stop_signal() if self.listener else 0))
             saves = self.step % config.checkpoint.every_steps == 0 or last or bool(stop)
             averages = bool(self.powers) and (self.step % config.train.power_ema_every_steps == 0 or last)
-            if saves or averages:  # the losses say nothing about what the last step made of the weights
+            if saves or averages:  # the losses do not show whether the last update left the weights finite
                 finite = math.isfinite(self.ranks.sum(losses + weights.not_finite(self.engine, self.emas)))
                 if not finite:
                     raise Diverged(self._diverged("the loss, a weight, one of Adam's moments or an average"))
-            if averages:  # before the checkpoint: a run that resumes from it has them
+            if averages:  # before the checkpoint, so that a run that resumes from it has them
                 posthoc_ema.write(self.run.path, self.step, self.powers, self.engine)
             if saves:
                 self.save()
@@ -184,7 +187,7 @@ class Trainer:
         self, progress: Progress | None, losses: torch.Tensor, window: tuple[float, int, StoreCounters]
     ) -> tuple[float, int, StoreCounters]:
         since, first, before = window
-        loss = self.ranks.sum(losses) / (self.step - first)  # waits for the device: once every log_every_steps
+        loss = self.ranks.sum(losses) / (self.step - first)  # waits for the device, once per log_every_steps
         if not math.isfinite(loss):
             raise Diverged(self._diverged("the loss"))
         self.store.counters.kept = int(self._kept_rows)
@@ -222,20 +225,20 @@ class Trainer:
 
     def _diverged(self, what: str) -> str:
         advice = (
-            "a lower train.learning_rate, train.grad_clip or another train.precision needs a new run: another --run-dir"
+            "to lower train.learning_rate, set train.grad_clip or change train.precision, start a new run (--run-dir)"
         )
         if self._newest is None:
-            return f"{what} is not finite after step {self.step}, and there is no checkpoint yet: {advice}"
+            return f"{what} is not finite after step {self.step}, and there is no checkpoint yet; {advice}"
         newest = self.checkpoints.name(self._newest)
         return (
-            f"{what} is not finite after step {self.step}. The newest checkpoint is kept and is from step "
-            f"{step_of(self._newest)}; the same command resumes from it, which helps if the machine was at fault. Else "
-            f"{advice}, with train.init_from={newest} to begin with that checkpoint's weights"
+            f"{what} is not finite after step {self.step}. The newest checkpoint, from step "
+            f"{step_of(self._newest)}, is intact; the same command resumes from it, which helps if the hardware was at "
+            f"fault. Otherwise, {advice}, with train.init_from={newest} to start from the weights of that checkpoint"
         )
 
     def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """SIGTERM and SIGINT ask for a checkpoint and a stop after the step in progress."""
-        if self._signal is not None:  # a second signal stops at once
+        """Handle SIGTERM and SIGINT: write a checkpoint and stop after the current step."""
+        if self._signal is not None:  # a second signal stops immediately
             raise KeyboardInterrupt
         self._signal = signum
 
@@ -255,8 +258,11 @@ class Trainer:
         return path
 
     def _kept(self) -> list[int]:
-        """The steps of the checkpoints that there are, as rank zero sees them: another machine's listing of a
-        shared directory may be a minute old, and would drop generations that the newest checkpoint refers to."""
+        """The steps of the existing checkpoints, as seen by rank zero.
+
+        Another machine's listing of a shared directory may be a minute old; the store would then delete generations
+        that the newest checkpoint refers to.
+        """
         assert self.ranks.is_rank_zero
         return [step_of(p) for p in self.checkpoints.all()]
 
@@ -294,7 +300,7 @@ class Trainer:
                         "name one of them in train.init_from"
                     )
                 if self.ranks.is_rank_zero:
-                    log.info(f"beginning from the weights in {initial}")
+                    log.info(f"starting from the weights in {initial}")
             self.store.start(0, 0, None)
             return
         path = self._newest = self.checkpoints.directory / name
@@ -305,7 +311,7 @@ class Trainer:
         weights.load(path, self.engine, self.emas)
         snapshot = Snapshot(path / "state", self.run.state, self.store.repair)
         if snapshot.order.fingerprint() != self.order.fingerprint() or snapshot.shape != self.dataset.shape:
-            raise StoreError(f"the x0-state in {path} was made with another order or image shape")
+            raise StoreError(f"the x0-state in {path} was written with a different order or image shape")
         self.store.start(*divmod(self.step, self.order.steps_per_epoch), snapshot)
         if self.ranks.is_rank_zero:
             for line in self.checkpoints.discard_after(self.step):
@@ -315,8 +321,10 @@ class Trainer:
     # Samples and the result.
 
     def _samples(self, count: int) -> torch.Tensor:
-        """`count` images of the first EMA (the weights, where there is none), [count, C, H, W] clamped to [-1, 1],
-        on the host of the first rank; each rank makes its share. Elsewhere nothing."""
+        """Sample `count` images with the first EMA, or with the weights if there is no EMA. Ranks share the work.
+
+        Returns them on rank zero as [count, C, H, W] in [-1, 1] on the host, and an empty tensor on other ranks.
+        """
         network = networks.for_run(self.config, self.dataset.shape)
         pieces = self.emas[0].weights if self.emas else self.engine.weights()
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""udddm-evaluate: the yardstick's own figures, what is cached, and what is refused."""
+"""udddm-evaluate: agreement with the yardstick, caching, and errors."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def samples(path: Path, count: int = 700, dtype: type = np.float32) -> Path:
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.uint8])
-def test_figures_are_those_of_the_yardstick_on_the_same_file(tmp_path: Path, dtype: type) -> None:
+def test_scores_equal_those_of_the_yardstick_on_the_same_file(tmp_path: Path, dtype: type) -> None:
     import yardstick
 
     path = samples(tmp_path / "s.npy", dtype=dtype)
@@ -73,7 +73,7 @@ def test_figures_are_those_of_the_yardstick_on_the_same_file(tmp_path: Path, dty
     assert 1 < ours["inception_score"] < 10
 
 
-def test_a_model_is_scored_over_seeds_and_a_collapse_is_told(
+def test_a_model_is_scored_over_seeds_and_a_collapse_is_reported(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     api.train(resolve(TINY), run_dir=tmp_path / "run", device="cpu")
@@ -102,8 +102,8 @@ def test_a_model_is_scored_over_seeds_and_a_collapse_is_told(
     assert alike["collapsed"] and "COLLAPSED" in capsys.readouterr().out
 
 
-def test_the_statistics_are_made_when_no_rank_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of a large data set take longer than a collective may."""
+def test_statistics_are_computed_after_the_last_collective(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The statistics of a large data set take longer than the timeout of a collective."""
     api.train(resolve(TINY), run_dir=tmp_path / "run", device="cpu")
     calls: list[str] = []
 
@@ -118,7 +118,7 @@ def test_the_statistics_are_made_when_no_rank_waits(tmp_path: Path, monkeypatch:
     assert calls.count("exchange") > 2 and calls.index("statistics") == len(calls) - 1
 
 
-def test_a_model_goes_to_the_device_of_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_is_loaded_on_the_device_of_its_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     api.train(resolve(TINY), run_dir=tmp_path / "run", device="cpu")
     load_model = udddm.load_model
     model = load_model(tmp_path / "run", device=torch.device("meta"))
@@ -127,7 +127,7 @@ def test_a_model_goes_to_the_device_of_its_rank(tmp_path: Path, monkeypatch: pyt
     noted = lambda *a, **k: [devices.append(k["device"]), load_model(*a, **k)][1]  # noqa: E731
     monkeypatch.setattr("udddm.runs.model.load_model", noted)
     evaluated(tmp_path, "--checkpoint", str(tmp_path / "run"), "--features", "features:digits", "--count", "60")
-    assert devices == [torch.device("cpu")]  # not the name of a kind, which would be the first of them
+    assert devices == [torch.device("cpu")]  # not "cuda", which would be the first GPU
 
 
 def test_samples_are_scored_from_python(tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_samples_are_scored_from_python(tmp_path: Path) -> None:
         udddm.evaluate(np.zeros((5, 1, 9, 9)), dataset, features="features:digits")
 
 
-def test_a_guided_model_is_scored_as_it_samples(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_guidance_is_the_same_in_evaluation_and_sampling(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labelled = {**TINY["network"], "classes": 10, "label_dropout": 0.3}
     run, out = tmp_path / "run", tmp_path / "samples"
     api.train(resolve({**TINY, "network": labelled}), run_dir=run, device="cpu")
@@ -168,7 +168,7 @@ def mean_and_deviation(images: torch.Tensor) -> torch.Tensor:
     return torch.stack([flat.mean(1), flat.std(1)], 1)
 
 
-def test_statistics_are_kept_for_the_same_images_and_network_only(tmp_path: Path) -> None:
+def test_statistics_are_cached_per_images_and_network(tmp_path: Path) -> None:
     images = np.random.default_rng(0).uniform(-1, 1, (300, 1, 6, 6)).astype(np.float32)
     calls = 0
 
@@ -181,7 +181,7 @@ def test_statistics_are_kept_for_the_same_images_and_network_only(tmp_path: Path
     first = evaluate.reference(ImageDataset(images), network, tmp_path)
     assert calls == 304
     again = evaluate.reference(ImageDataset(images), network, tmp_path)
-    assert calls == 308  # four to tell the network by
+    assert calls == 308  # four for the fingerprint of the network
     for name in ("mean", "covariance", "probe"):
         assert np.array_equal(getattr(first, name), getattr(again, name))
     changed = images.copy()
@@ -216,7 +216,7 @@ def test_torchscript_files_are_feature_networks(tmp_path: Path) -> None:
         (["--features", "sincere"], "package.module:function"),
     ],
 )
-def test_a_wrong_feature_network_is_told(
+def test_a_wrong_feature_network_is_reported(
     tmp_path: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = samples(tmp_path / "s.npy", 50)
@@ -224,7 +224,7 @@ def test_a_wrong_feature_network_is_told(
     assert words in capsys.readouterr().err
 
 
-def test_wrong_samples_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_samples_are_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "s.npy"
 
     def refused(array: np.ndarray) -> str:

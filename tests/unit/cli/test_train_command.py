@@ -47,7 +47,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
 
 
 def test_help_names_every_member_of_the_plug_points(capsys: pytest.CaptureFixture[str]) -> None:
-    """The help is text: to read the tables it would have to import what the configuration imports."""
+    """The help is fixed text, because reading the tables would import the configuration."""
     from udddm.config.plugins import ENGINES, LAUNCHERS, SAMPLERS, STORES
 
     for command, tables in (
@@ -61,7 +61,7 @@ def test_help_names_every_member_of_the_plug_points(capsys: pytest.CaptureFixtur
         assert {name for table in tables for name in table.members} <= words
 
 
-def test_a_damaged_chunk_has_an_option_by_both_its_names() -> None:
+def test_on_corruption_is_accepted_by_both_of_its_names() -> None:
     from udddm.cli.train import _parser
 
     for name in ("--on-corruption", "--on-damage"):
@@ -99,7 +99,7 @@ def test_bad_configuration_names_the_key(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_config_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unreadable_configuration_is_reported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_command(["--config", str(tmp_path / "none.yaml")]) == USAGE
     (tmp_path / "list.yaml").write_text("- 1\n")
     assert train_command(["--config", str(tmp_path / "list.yaml")]) == USAGE
@@ -112,14 +112,14 @@ def test_a_config_that_cannot_be_read(tmp_path: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize("preset", sorted(p.name for p in CONFIGS.glob("*.yaml")))
-def test_every_preset_is_valid_and_says_what_it_needs(preset: str) -> None:
+def test_every_preset_is_valid_and_lists_its_requirements(preset: str) -> None:
     from udddm.config import load_config
 
     load_config(CONFIGS / preset)
-    assert "What it needs" in (CONFIGS / preset).read_text()
+    assert "\n# Needs: " in (CONFIGS / preset).read_text()
 
 
-def test_the_papers_presets_are_the_papers() -> None:
+def test_presets_of_the_paper_have_the_values_of_the_paper() -> None:
     from udddm.config import load_config
 
     for name, blocks in (("vp", 3), ("ve", 3), ("vp-deep", 6), ("ve-deep", 6)):
@@ -150,7 +150,7 @@ def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     assert not directory.exists()
 
 
-def test_ranks_that_do_not_divide_the_lanes(
+def test_ranks_that_do_not_divide_the_lanes_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
@@ -159,7 +159,7 @@ def test_ranks_that_do_not_divide_the_lanes(
     assert "2 and 4" in capsys.readouterr().err
 
 
-def test_a_run_leaves_all_that_is_promised(run: Path) -> None:
+def test_a_run_writes_all_documented_files(run: Path) -> None:
     import json
 
     result = json.loads((run / "result.json").read_text())
@@ -178,18 +178,18 @@ def test_a_run_leaves_all_that_is_promised(run: Path) -> None:
     assert {"model.safetensors", "ema-0.9.safetensors", "optimizer.safetensors", "config.json"} <= set(names)
 
 
-def test_a_finished_run_says_so(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train_command(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(run), *TINY]) == 0
     assert "is finished" in capsys.readouterr().err
 
 
-def test_a_run_directory_of_another_configuration(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_directory_of_another_configuration_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(run), *TINY, "--set=seed=5"]
     assert train_command(arguments) == USAGE
     assert "seed: 0 -> 5" in capsys.readouterr().err
 
 
-def test_samples_depend_on_their_seed_alone(run: Path, tmp_path: Path) -> None:
+def test_samples_depend_only_on_their_seed(run: Path, tmp_path: Path) -> None:
     assert (
         sample_command(["--checkpoint", str(run), "--seeds", "0-9", "--out", str(tmp_path / "a"), "--device=cpu"]) == 0
     )
@@ -213,7 +213,7 @@ def test_samplers_and_averages_differ(run: Path, tmp_path: Path, arguments: list
     assert same == ("algorithm-2" in arguments)
 
 
-def test_sampling_from_what_is_no_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_sampling_without_a_run_is_an_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sample_command(["--checkpoint", str(tmp_path / "none")]) == FAILED
     assert sample_command(["--checkpoint", str(tmp_path)]) == FAILED
     assert sample_command(["--checkpoint", str(run), "--ema", "0.5"]) == FAILED
@@ -243,7 +243,7 @@ def test_a_data_set_without_labels_cannot_train_a_conditional_network(
     assert "no labels" in capsys.readouterr().err
 
 
-def test_samples_that_do_not_fit_leave_the_earlier_ones(
+def test_samples_that_do_not_fit_on_the_disk_keep_the_previous_file(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["--checkpoint", str(run), "--out", str(tmp_path), "--device", "cpu", "--seeds"]
@@ -260,7 +260,7 @@ def test_samples_that_do_not_fit_leave_the_earlier_ones(
 
 
 @pytest.mark.parametrize("reader", ["goes", "was never there"])
-def test_a_run_outlives_whoever_reads_its_messages(reader: str, tmp_path: Path) -> None:
+def test_a_run_survives_the_loss_of_its_stderr(reader: str, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "udddm", "train", "--run-dir", str(tmp_path / "run"), *TINY]
     if reader == "goes":
         process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)

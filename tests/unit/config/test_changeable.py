@@ -1,4 +1,4 @@
-"""What may change between two starts of a run: the marked keys, and no others."""
+"""Only the marked keys may change between two starts of a run."""
 
 from __future__ import annotations
 
@@ -11,12 +11,15 @@ from udddm.config import RunConfig, load_config
 
 CHANGEABLE = {
     "data.path",
+    "data.missing_chunks",
     "data.expect",
     "store",
     "train.grad_accumulation",
     "train.power_ema_every_steps",
     "train.torch_threads",
     "train.compile",
+    "train.tf32",
+    "train.deterministic",
     "engine",
     "checkpoint",
     "sample",
@@ -26,7 +29,7 @@ CHANGEABLE = {
 }
 
 
-def test_the_marked_keys_are_these() -> None:
+def test_the_changeable_keys_are_listed() -> None:
     assert RunConfig.changeable() == CHANGEABLE
 
 
@@ -41,7 +44,7 @@ def leaves(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def changed(config: RunConfig, key: str) -> RunConfig:
-    """A copy in which `key` has a value that it cannot have elsewhere. Nothing is validated."""
+    """Returns a copy in which `key` has an otherwise impossible value, without validation."""
     names = key.split(".")
     sections: list[Any] = [config]
     for name in names[:-1]:

@@ -1,4 +1,4 @@
-"""Factories that are passed from Python get a name that another process can import."""
+"""Factories passed from Python get a name that another process can import."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_a_class_of_a_script_that_cannot_be_imported_keeps_its_module(tmp_path: 
     assert named_in(tmp_path / "my-script.py", "-c", SCRIPT) == "__main__:Mine"
 
 
-def test_what_has_no_name_is_refused() -> None:
+def test_factories_without_an_importable_name_are_refused() -> None:
     with pytest.raises(ConfigError, match="defined at the top level of a module"):
         name_of(lambda: None, "store")
 

@@ -1,4 +1,4 @@
-"""Plug points: members by name, old names, factories of one's own, and their settings."""
+"""Plug points: members by name, old names, custom factories, and their settings."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ REGISTRIES = [value for value in vars(plugins).values() if isinstance(value, Reg
 @pytest.mark.parametrize(
     ("name", "suggested"), [("plian", "plain"), ("creatd", "created"), ("simpel", "plain"), ("maed", "made")]
 )
-def test_an_unknown_name_is_answered_with_the_nearest_and_all_there_are(name: str, suggested: str) -> None:
+def test_an_unknown_name_is_reported_with_the_closest_and_all_names(name: str, suggested: str) -> None:
     expected = (
         rf"unknown shape '{name}'; did you mean {suggested}\? "
-        "There are plain, made, created, wrong, and package.module:function"
+        "The choices are plain, made, created, wrong, and package.module:function"
     )
     with pytest.raises(ValueError, match=expected):
         SHAPES.check(name)
@@ -68,12 +68,14 @@ def test_an_unknown_name_is_answered_with_the_nearest_and_all_there_are(name: st
         SHAPES.load(name)
 
 
-def test_a_name_like_no_other_is_answered_with_all_there_are() -> None:
-    with pytest.raises(ValueError, match=r"unknown shape 'zzz'; there are plain, made, created, wrong, and package"):
+def test_a_name_without_a_close_match_is_reported_with_all_names() -> None:
+    with pytest.raises(
+        ValueError, match=r"unknown shape 'zzz'; the choices are plain, made, created, wrong, and package"
+    ):
         SHAPES.check("zzz")
 
 
-def test_an_old_name_is_kept_as_todays() -> None:
+def test_an_old_name_becomes_the_current_one() -> None:
     assert SHAPES.check("simple") == "plain"
     assert SHAPES.load("simple") is plain
 
@@ -121,7 +123,7 @@ def test_a_function_and_a_class_are_called_with_the_context_and_a_create_before_
     assert isinstance(created, Created) and created.context is context and created.size == 3
 
 
-def test_a_factory_of_ones_own_is_built_by_its_import_path() -> None:
+def test_a_custom_factory_is_built_by_its_import_path() -> None:
     assert SHAPES.check(f"{HERE}:plain") == f"{HERE}:plain"
     assert SHAPES.build(f"{HERE}:Created", {"size": 2}, None).size == 2
     assert SHAPES.build(f"{HERE}:plain", {}, 5) == ("plain", 5)
@@ -157,12 +159,12 @@ def test_a_malformed_import_path_is_refused(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "missing"), [("no_such_package:f", "no_such_package"), ("udddm.no_such.one:f", "udddm.no_such")]
 )
-def test_a_missing_module_is_named_with_what_to_do(name: str, missing: str) -> None:
-    with pytest.raises(ConfigError, match=rf"there is no module {missing}: install it, or name its folder in PYTHON"):
+def test_a_missing_module_is_named_with_a_remedy(name: str, missing: str) -> None:
+    with pytest.raises(ConfigError, match=rf"there is no module {missing}: install it, or add its folder to PYTHON"):
         load_plugin(name, "shape")
 
 
-def test_a_module_that_fails_to_import_another_is_told_from_one_that_is_missing(
+def test_a_failing_import_inside_a_module_is_distinguished_from_a_missing_module(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "plugin_without_its_needs.py").write_text("import no_such_package\n")
@@ -173,7 +175,7 @@ def test_a_module_that_fails_to_import_another_is_told_from_one_that_is_missing(
             load_plugin(f"{module}:f", "shape")
 
 
-def test_an_attribute_that_is_missing_or_no_function_is_named() -> None:
+def test_an_attribute_that_is_missing_or_not_callable_is_named() -> None:
     with pytest.raises(ConfigError, match=rf"the module {HERE} has no Creatd; did you mean Created\?"):
         load_plugin(f"{HERE}:Creatd", "shape")
     with pytest.raises(ConfigError, match=r"NOT_A_FUNCTION' is a int, not a function"):
@@ -182,7 +184,7 @@ def test_an_attribute_that_is_missing_or_no_function_is_named() -> None:
         SHAPES.load("wrong")
 
 
-def test_a_factory_from_python_is_named_by_where_it_is_defined() -> None:
+def test_a_factory_from_python_is_named_by_its_module() -> None:
     assert name_of(plain, "shape") == f"{HERE}:plain" and name_of("made", "shape") == "made"
     assert load_plugin(name_of(Created, "shape"), "shape") is Created
 

@@ -23,7 +23,7 @@ def test_there_are_eight_plug_points_with_members() -> None:
     assert len(REGISTRIES) == 8 and all(registry.members for registry in REGISTRIES)
 
 
-def test_old_names_lead_to_members() -> None:
+def test_old_names_map_to_members() -> None:
     for registry in REGISTRIES:
         for old, new in registry.renamed.items():
             assert old not in registry.members and new in registry.members

@@ -1,4 +1,4 @@
-"""Old names of keys: read as today's, with a warning; where both are given, the old one is reported."""
+"""Old names of keys are accepted with a warning. If both names are given, the old one is reported."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def nested(key: str, value: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("old", list(RENAMED))
-def test_an_old_key_is_read_as_todays_in_a_file_and_in_an_override(old: str) -> None:
+def test_an_old_key_is_accepted_in_a_file_and_in_an_override(old: str) -> None:
     new = current_key(old)
     value = resolve({}).model_dump()
     for part in new.split("."):
@@ -46,7 +46,7 @@ def test_keys_within_a_renamed_section_are_renamed_too() -> None:
     assert found == {"objective": {"ict": {"s0": 20}}} and len(replaced) == 2
 
 
-def test_a_tree_is_left_as_it_was() -> None:
+def test_renaming_does_not_modify_its_input() -> None:
     tree = {"network": {"width": 8}, "process": {"kind": "vp"}}
     modernize(tree)
     assert tree == {"network": {"width": 8}, "process": {"kind": "vp"}}
@@ -84,9 +84,7 @@ def test_a_tree_is_left_as_it_was() -> None:
         ),
     ],
 )
-def test_values_of_old_and_new_names_are_merged_the_last_one_winning(
-    preset: str, overrides: list[str], tmp_path: Path
-) -> None:
+def test_the_last_of_an_old_and_a_new_name_wins(preset: str, overrides: list[str], tmp_path: Path) -> None:
     (tmp_path / "preset.yaml").write_text(preset)
     wanted = {
         "schedule": {"kind": "vp", "timesteps": 50, "rho": 5.0},
@@ -105,7 +103,7 @@ def test_values_of_old_and_new_names_are_merged_the_last_one_winning(
         ({"objective": {"ict": {"s0": 10}, "consistency": {"last": 20}}}, "objective.consistency: unknown key"),
     ],
 )
-def test_where_both_names_are_given_the_old_one_is_reported(tree: dict[str, Any], reported: str) -> None:
+def test_if_both_names_are_given_the_old_one_is_reported(tree: dict[str, Any], reported: str) -> None:
     with pytest.raises(ConfigError, match=reported) as caught:
         resolve(tree)
     assert len(str(caught.value).splitlines()) == 2
@@ -116,14 +114,14 @@ def test_a_source_with_old_names_is_reported_once(tmp_path: Path, warnings: Call
     path.write_text("process: {kind: vp}\nnetwork: {width: 16, blocks: 1}\ntrain: {steps: 3, clip: 1.0}\n")
     load_config(path, ["train.decay=cosine", "network={width: 8}"])
     assert warnings() == [
-        f"{path} uses old names, which are still read: process is now schedule; network.width is now "
+        f"{path} uses old names, which are still accepted: process is now schedule; network.width is now "
         "network.base_channels; network.blocks is now network.blocks_per_level; train.clip is now train.grad_clip",
-        "--set train.decay=cosine uses old names, which are still read: train.decay is now train.lr_schedule",
-        "--set network={width: 8} uses old names, which are still read: network.width is now network.base_channels",
+        "--set train.decay=cosine uses old names, which are still accepted: train.decay is now train.lr_schedule",
+        "--set network={width: 8} uses old names, which are still accepted: network.width is now network.base_channels",
     ]
 
 
-def test_todays_names_are_read_without_a_warning(warnings: Callable[[], list[str]]) -> None:
+def test_current_names_are_read_without_a_warning(warnings: Callable[[], list[str]]) -> None:
     resolve(RunConfig().model_dump(mode="json"))
     load_config(None, ["schedule.kind=vp", "network={base_channels: 8}"])
     assert warnings() == []

@@ -1,4 +1,4 @@
-"""Every key of a configuration that may name code or a file is known to `udddm.config.trust`."""
+"""`udddm.config.trust` covers every key of a configuration that may name code or a file."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from udddm.errors import ConfigError
 SECTIONS = ("data", "network", "schedule", "objective", "store", "engine", "sample", "evaluate")
 
 
-def test_no_plug_point_is_left_out() -> None:
+def test_every_plug_point_is_covered() -> None:
     registries = {each.key: each for each in vars(plugins).values() if isinstance(each, Registry)}
-    del registries[LAUNCHERS.key]  # an argument of the command line: no configuration names one
+    del registries[LAUNCHERS.key]  # selected on the command line, not in the configuration
     assert registries == NAMED
 
 
-def test_nothing_in_a_configuration_of_the_package_s_members_needs_trust() -> None:
+def test_built_in_members_need_no_trust() -> None:
     assert reaching(load_config(None, ["objective.name=consistency"]), SECTIONS) == []
 
 
 @pytest.mark.parametrize("key", NAMED)
-def test_a_name_that_imports_is_found_and_shown_with_its_key(key: str) -> None:
+def test_an_import_path_is_reported_with_its_key(key: str) -> None:
     value = "evil:make" if key != METRICS.key else "[frechet, evil:make]"
     config = load_config(None, [f"{key}={value}"])
     section = key.partition(".")[0]
@@ -36,12 +36,12 @@ def test_a_name_that_imports_is_found_and_shown_with_its_key(key: str) -> None:
         check_trusted(config, SECTIONS, "theirs", [])
 
 
-def test_a_module_of_the_package_is_no_exception() -> None:
+def test_modules_of_the_package_are_no_exception() -> None:
     config = load_config(None, ["network.name=udddm.networks.unet:build"])
     assert reaching(config, MODEL) == ["network.name=udddm.networks.unet:build"]
 
 
-def test_data_and_features_are_files_or_code() -> None:
+def test_data_and_features_that_are_files_or_code_are_reported() -> None:
     given = ["data={name: 'a:b', path: x.npy, arguments: {q: 1}}", "evaluate.features=x.pt"]
     found = reaching(load_config(None, given), SECTIONS)
     assert found == ["data.name=a:b", "data.arguments.q=1", "data.path=x.npy", "evaluate.features=x.pt"]

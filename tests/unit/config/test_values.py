@@ -1,4 +1,4 @@
-"""What a value in a preset or an override means, and what is refused instead of being guessed."""
+"""The meaning of values in presets and overrides, and ambiguous values, which are refused."""
 
 import json
 from pathlib import Path
@@ -41,7 +41,7 @@ def preset(path: Path, text: str = PRESET) -> Path:
         "[a",
     ],
 )
-def test_text_is_taken_as_it_was_given(text: str) -> None:
+def test_text_is_read_literally(text: str) -> None:
     assert load_config(None, [f"data.path={text}"]).data.path == text
 
 
@@ -72,10 +72,10 @@ def test_null_and_quotes_of_an_override() -> None:
         ("[1e-4, a, {b: 010}]", [1e-4, "a", {"b": 10}]),
     ],
 )
-def test_arguments_are_numbers_only_where_they_look_like_one(tmp_path: Path, text: str, value: Any) -> None:
+def test_values_of_free_mappings_are_numbers_only_if_unambiguous(tmp_path: Path, text: str, value: Any) -> None:
     found = load_config(None, ["data.name=a:b", f"data.arguments.x={text}"]).data.arguments["x"]
     assert (found, type(found)) == (value, type(value))
-    if "#" not in text and "@" not in text:  # which YAML itself reads in another way, in a file
+    if "#" not in text and "@" not in text:  # which YAML itself interprets in a file
         path = preset(tmp_path, f"data: {{name: 'a:b', arguments: {{x: {text}}}}}\n")
         assert load_config(path).data.arguments["x"] == value
 
@@ -116,7 +116,7 @@ def test_numbers_in_a_preset(tmp_path: Path) -> None:
     assert (config.train.ema_warmup, config.train.compile, config.data.path) == (True, False, "2024-01-01")
 
 
-def test_a_resolved_configuration_is_read_as_it_was_written(tmp_path: Path) -> None:
+def test_a_resolved_configuration_survives_a_round_trip(tmp_path: Path) -> None:
     config = load_config(None, ["data.name=a:b", "data.arguments.x='1e-4'", "data.arguments.y=no", "data.path=5"])
     config = config.model_copy(update={"data": config.data.model_copy(update={"path": "12"})})
     written = preset(tmp_path, as_yaml(config.model_dump(mode="json"), flow=False))
@@ -133,14 +133,14 @@ def test_a_resolved_configuration_is_read_as_it_was_written(tmp_path: Path) -> N
         ),
     ],
 )
-def test_a_key_that_is_given_twice_names_both_lines(tmp_path: Path, text: str, message: str) -> None:
+def test_a_duplicate_key_is_reported_with_both_lines(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^\S*preset\.yaml: {message}"):
         load_config(preset(tmp_path, text))
     with pytest.raises(ConfigError, match=r"steps is given twice, in lines 1 and 1"):
         load_config(None, ["train={steps: 1, steps: 2}"])
 
 
-def test_anchors_and_merges_are_still_read(tmp_path: Path) -> None:
+def test_anchors_and_merges_are_supported(tmp_path: Path) -> None:
     text = "train: &t {steps: 4, batch_size: 16}\ndata: {name: 'a:b', arguments: {<<: *t, steps: 5}}\n"
     assert load_config(preset(tmp_path, text)).data.arguments == {"steps": 5, "batch_size": 16}
 
@@ -149,7 +149,7 @@ def test_a_preset_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
     assert load_config(preset(tmp_path, "\ufeff" + PRESET)).train.batch_size == 16
 
 
-def test_an_override_of_a_section_keeps_the_rest_of_it(tmp_path: Path) -> None:
+def test_an_override_of_a_section_keeps_its_other_keys(tmp_path: Path) -> None:
     config = load_config(preset(tmp_path), ["train={steps: 5, clip: 2}"])
     assert (config.train.steps, config.train.batch_size, config.train.grad_clip) == (5, 16, 2)
     config = load_config(preset(tmp_path), ["train={epochs: 5}"])
@@ -163,11 +163,11 @@ def test_an_override_of_a_free_mapping_replaces_it() -> None:
     assert config.data.arguments == {"y": 2}
 
 
-def test_a_broken_list_is_told() -> None:
+def test_an_invalid_list_is_reported() -> None:
     with pytest.raises(ConfigError, match=r"--set train\.ema=\[0\.9 is not valid YAML"):
         load_config(None, ["train.ema=[0.9"])
 
 
-def test_json_of_deepspeed_is_a_value() -> None:
+def test_a_deepspeed_configuration_in_json_is_a_value() -> None:
     value = {"optimizer": {"params": {"eps": 1e-8, "lr": "auto"}}, "steps_per_print": 10**16}
     assert load_config(None, [f"engine.deepspeed={json.dumps(value)}"]).engine.deepspeed == value

@@ -1,4 +1,4 @@
-"""Arrays as other programs write them, and what is refused because it could only be guessed."""
+"""Arrays as other programs write them, and ambiguous arrays, which are refused."""
 
 from pathlib import Path
 from typing import Any
@@ -35,36 +35,36 @@ def test_labels_are_found_by_their_usual_names(tmp_path: Path, first: str, secon
     assert labels is not None and labels.tolist() == LABELS.tolist()
 
 
-def test_arrays_that_are_passed_over_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_ignored_arrays_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     np.savez(tmp_path / "a.npz", x_train=PIXELS, y_train=LABELS, x_test=PIXELS, y_test=LABELS)
     open_array(str(tmp_path / "a.npz"))
-    assert "images are x_train, labels are y_train; passed over: x_test, y_test" in caplog.text
+    assert "images are x_train, labels are y_train; ignored: x_test, y_test" in caplog.text
     np.savez(tmp_path / "b.npz", images=PIXELS, mask=LABELS)
     open_array(str(tmp_path / "b.npz"))
-    assert "labels are not there; passed over: mask" in caplog.text
+    assert "labels are missing; ignored: mask" in caplog.text
 
 
-def test_a_run_that_was_begun_before_labels_were_found_is_recognized(tmp_path: Path) -> None:
+def test_a_run_from_before_labels_were_found_is_recognized(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", images=PIXELS, y=LABELS)
     before = ImageDataset(ArrayImages(PIXELS)).fingerprint()
     check_unchanged(before, ImageDataset(open_array(str(tmp_path / "a.npz"))).fingerprint())
 
 
 @pytest.mark.parametrize("labels", [LABELS + 1, LABELS + 6, LABELS * 2])
-def test_labels_beyond_network_classes_are_refused_at_once(labels: np.ndarray) -> None:
+def test_labels_beyond_network_classes_are_refused_before_training(labels: np.ndarray) -> None:
     span = rf"{labels.min()}\.\.{labels.max()}"
-    with pytest.raises(ConfigError, match=rf"network\.classes is 4, whose labels are 0\.\.3, but .* lie in {span}"):
+    with pytest.raises(ConfigError, match=rf"network\.classes is 4, whose labels are 0\.\.3, but .* in {span}"):
         ImageDataset(ArrayImages(PIXELS, labels)).check_classes(4)
     ImageDataset(ArrayImages(PIXELS, LABELS)).check_classes(4)
     ImageDataset(ArrayImages(PIXELS, LABELS)).check_classes(10)
 
 
-def test_labels_of_a_users_own_data_set_are_checked_as_they_are_read() -> None:
+def test_labels_of_a_custom_data_set_are_checked_when_read() -> None:
     own = [(PIXELS[i], int(LABELS[i]) + 1) for i in range(40)]
     dataset = ImageDataset(own)
     dataset.check_classes(4)
     dataset.batch(np.array([0, 1, 2]))
-    with pytest.raises(DataError, match=r"sample 3 lie in 4\.\.4: give integers from 0 to 3"):
+    with pytest.raises(DataError, match=r"sample 3 are in 4\.\.4: give integers from 0 to 3"):
         dataset.batch(np.arange(4))
 
 
@@ -78,13 +78,13 @@ def broken_zarr(path: Path, *missing: str, labels: Any = LABELS + 1, images: Any
 
 
 @pytest.mark.parametrize("name", ["images/c/1/0/0/0", "labels/c/2"])
-def test_a_missing_chunk_of_zarr_data_is_no_black_image(tmp_path: Path, name: str) -> None:
+def test_a_missing_chunk_of_zarr_data_is_not_a_black_image(tmp_path: Path, name: str) -> None:
     broken_zarr(tmp_path / "d.zarr", name)
     with pytest.raises(DataError, match=rf"chunk {name.split('/', 1)[1]} is missing.*data\.missing_chunks"):
         ImageDataset(open_array(str(tmp_path / "d.zarr"))).batch(np.arange(40))
 
 
-def test_black_images_that_are_stored_are_read(tmp_path: Path) -> None:
+def test_stored_black_images_are_read(tmp_path: Path) -> None:
     images = np.maximum(PIXELS, 1)
     images[3:8] = 0
     broken_zarr(tmp_path / "d.zarr", images=images)
@@ -92,8 +92,8 @@ def test_black_images_that_are_stored_are_read(tmp_path: Path) -> None:
     np.testing.assert_array_equal(found, images.transpose(0, 3, 1, 2))
 
 
-def test_chunks_that_zarr_left_out_can_be_asked_for(tmp_path: Path) -> None:
-    labels = np.sort(LABELS)  # the first chunk holds zeros alone, which Zarr does not write
+def test_chunks_that_zarr_omitted_can_be_read_as_the_fill_value(tmp_path: Path) -> None:
+    labels = np.sort(LABELS)  # the first chunk contains only zeros, so Zarr does not write it
     broken_zarr(tmp_path / "d.zarr", labels=labels)
     config = DataConfig(name="array", path=str(tmp_path / "d.zarr"))
     with pytest.raises(DataError, match="chunk c/0 is missing"):
@@ -106,7 +106,7 @@ def test_chunks_that_zarr_left_out_can_be_asked_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "shape", [(40, 8, 8, 2), (40, 4, 4, 3), (8, 8, 3), (8, 8, 1), (32, 32, 3, 500), (3, 32, 32, 500), (28, 28, 1, 90)]
 )
-def test_a_layout_that_would_be_a_guess_is_refused(shape: tuple[int, ...], dtype: type) -> None:
+def test_an_ambiguous_layout_is_refused(shape: tuple[int, ...], dtype: type) -> None:
     with pytest.raises(DataError, match=r"shape \[.*give images as \["):
         ArrayImages(np.zeros(shape, dtype))
 
@@ -123,5 +123,5 @@ def test_a_layout_that_would_be_a_guess_is_refused(shape: tuple[int, ...], dtype
         ((2, 64, 48, 3), (3, 64, 48)),
     ],
 )
-def test_layouts_that_are_clear_are_read(shape: tuple[int, ...], image: tuple[int, ...]) -> None:
+def test_unambiguous_layouts_are_read(shape: tuple[int, ...], image: tuple[int, ...]) -> None:
     assert ImageDataset(np.zeros(shape, np.uint8)).shape == image

@@ -1,4 +1,4 @@
-"""Stored arrays: each kind of file, at local paths and URLs, gives the same images; damage is told."""
+"""Stored arrays: every format, at local paths and URLs, gives the same images; corruption is reported."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -45,7 +45,7 @@ def write_npz(url: str, images: Any, labels: Any = None) -> None:
 
 
 def write_zarr(url: str, images: Any, labels: Any = None) -> None:
-    url = url.removeprefix("file://")  # zarr would not make the directory
+    url = url.removeprefix("file://")  # zarr would not create the directory
     if labels is None:
         zarr.create_array(url, data=images, chunks=(7, *images.shape[1:]))
         return
@@ -63,7 +63,7 @@ def read(url: str, ids: Any = slice(None)) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("suffix", KINDS)
-def test_every_kind_at_every_place_gives_the_same_images(place: str, suffix: str) -> None:
+def test_every_format_at_every_location_gives_the_same_images(place: str, suffix: str) -> None:
     url = f"{place}/images{suffix}"
     KINDS[suffix](url, PIXELS)
     shuffled = np.array([29, 3, 3, 0, 14, 7])
@@ -74,7 +74,7 @@ def test_every_kind_at_every_place_gives_the_same_images(place: str, suffix: str
 
 
 @pytest.mark.parametrize("suffix", [".npz", ".zarr"])
-def test_labels_lie_beside_the_images(place: str, suffix: str) -> None:
+def test_labels_are_read_with_the_images(place: str, suffix: str) -> None:
     url = f"{place}/images{suffix}"
     KINDS[suffix](url, PIXELS, LABELS)
     dataset = ImageDataset(open_array(url))
@@ -96,17 +96,17 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("suffix", KINDS)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_layouts(tmp_path: Path, layout: str, suffix: str) -> None:
+def test_every_layout_becomes_channels_first(tmp_path: Path, layout: str, suffix: str) -> None:
     images, expected = LAYOUTS[layout]
     KINDS[suffix](str(tmp_path / f"images{suffix}"), images)
     assert torch.equal(read(str(tmp_path / f"images{suffix}")), expected)
 
 
 @pytest.mark.parametrize("suffix", KINDS)
-def test_what_is_no_image_array_is_refused(tmp_path: Path, suffix: str) -> None:
+def test_arrays_that_are_not_images_are_refused(tmp_path: Path, suffix: str) -> None:
     for number, (images, message) in enumerate(
         [
-            (np.zeros((4, 3, 6, 5), np.int32), "holds int32: give uint8"),
+            (np.zeros((4, 3, 6, 5), np.int32), "has dtype int32: give uint8"),
             (np.zeros((4, 3)), r"has shape \[4, 3\]"),
             (np.zeros((4, 6, 5, 3), np.float32), r"give float images as \[C, H, W\]"),
         ]
@@ -133,12 +133,12 @@ def test_the_only_array_may_have_any_name(tmp_path: Path) -> None:
     assert torch.equal(read(str(tmp_path / "one.npz")), EXPECTED)
     assert torch.equal(read(str(tmp_path / "group")), EXPECTED)
     for name, found in (("two.npz", "a, b"), ("none.npz", "none")):
-        with pytest.raises(DataError, match=f"one named 'images'; it holds: {found}"):
+        with pytest.raises(DataError, match=f"one named 'images'; it has: {found}"):
             open_array(str(tmp_path / name))
 
 
 @pytest.mark.parametrize("suffix", KINDS)
-def test_nothing_there_is_told(place: str, suffix: str) -> None:
+def test_a_missing_array_is_reported(place: str, suffix: str) -> None:
     with pytest.raises(DataError, match=f"missing{suffix}"):
         open_array(f"{place}/missing{suffix}")
 
@@ -152,26 +152,26 @@ def test_truncated_files_are_named(place: str, suffix: str, keep: int) -> None:
         content = file.read()
     with fsspec.open(url, "wb") as file:
         file.write(content[:keep])
-    with pytest.raises(DataError, match=f"images{suffix} cannot be read as a {suffix} file"):
+    with pytest.raises(DataError, match=f"cannot read .*images{suffix} as a {suffix} file"):
         open_array(url)
 
 
 def test_pickles_are_refused(tmp_path: Path) -> None:
     url = str(tmp_path / "images.npy")
     write_npy(url, np.array([PIXELS[0], "object"], dtype=object))
-    with pytest.raises(DataError, match=r"cannot be read as a \.npy file"):
+    with pytest.raises(DataError, match=r"cannot read .* as a \.npy file"):
         open_array(url)
 
 
-def test_a_file_of_the_other_kind_is_told(place: str) -> None:
+def test_a_file_of_another_format_is_reported(place: str) -> None:
     write_npz(f"{place}/a.npy", PIXELS)
     write_npy(f"{place}/b.npz", PIXELS)
     for name in ("a.npy", "b.npz"):
-        with pytest.raises(DataError, match=f"{name} cannot be read"):
+        with pytest.raises(DataError, match=f"cannot read .*{name}"):
             open_array(f"{place}/{name}")
 
 
-def test_an_unknown_protocol_is_told() -> None:
+def test_an_unknown_protocol_is_reported() -> None:
     for suffix in KINDS:
         with pytest.raises(DataError, match="nosuch://"):
             open_array(f"nosuch://bucket/images{suffix}")
@@ -182,11 +182,11 @@ def test_a_local_npy_file_stays_on_disk(tmp_path: Path) -> None:
     assert isinstance(open_array(str(tmp_path / "images.npy"))._images, np.memmap)
 
 
-def test_zarr_reads_only_the_chunks_asked_for_and_names_a_damaged_one(tmp_path: Path) -> None:
+def test_zarr_reads_only_the_requested_chunks_and_names_a_corrupt_one(tmp_path: Path) -> None:
     write_zarr(str(tmp_path / "images.zarr"), PIXELS)
     chunks = sorted(file for file in (tmp_path / "images.zarr" / "c").rglob("*") if file.is_file())
     chunks[-1].write_bytes(b"damaged")
     dataset = ImageDataset(open_array(str(tmp_path / "images.zarr")))
     assert torch.equal(dataset.batch(np.arange(28))[0], EXPECTED[:28])
-    with pytest.raises(DataError, match=r"samples 3\.\.29 of .*images\.zarr cannot be read"):
+    with pytest.raises(DataError, match=r"cannot read samples 3\.\.29 of .*images\.zarr"):
         dataset.batch(np.array([29, 3]))

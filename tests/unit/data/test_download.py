@@ -1,4 +1,4 @@
-"""Downloads against a local server: whole and verified, or an error and nothing left behind."""
+"""Downloads from a local server: complete and verified, or an error without leftovers."""
 
 import hashlib
 import http.server
@@ -52,14 +52,14 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", ["/file", "/unannounced"])
-def test_a_download_arrives_whole(server: str, tmp_path: Path, path: str) -> None:
+def test_a_download_is_complete(server: str, tmp_path: Path, path: str) -> None:
     destination = tmp_path / "new" / "file.gz"
     assert fetch(server + path, destination, MD5) == destination
     assert destination.read_bytes() == CONTENT
     assert list(destination.parent.iterdir()) == [destination]
 
 
-def test_what_is_there_is_not_downloaded_again_unless_damaged(server: str, tmp_path: Path) -> None:
+def test_an_existing_file_is_downloaded_again_only_if_corrupt(server: str, tmp_path: Path) -> None:
     destination = tmp_path / "file.gz"
     for before, requests in ((CONTENT, 0), (CONTENT[:-1], 1)):
         destination.write_bytes(before)
@@ -71,14 +71,14 @@ def test_what_is_there_is_not_downloaded_again_unless_damaged(server: str, tmp_p
 @pytest.mark.parametrize(
     ("path", "md5", "message"),
     [
-        ("/file", "0" * 32, f"came with the MD5 {MD5} instead of {'0' * 32}"),
-        ("/cut", MD5, f"broke off after {len(CONTENT) // 2} of {len(CONTENT)} bytes: try again"),
-        ("/404", MD5, "the server answered 404"),
-        ("/500", MD5, "the server answered 500"),
+        ("/file", "0" * 32, f"has the MD5 {MD5} instead of {'0' * 32}"),
+        ("/cut", MD5, f"ended after {len(CONTENT) // 2} of {len(CONTENT)} bytes: try again"),
+        ("/404", MD5, "the server responded with 404"),
+        ("/500", MD5, "the server responded with 500"),
         ("/silent", MD5, "timed out"),
     ],
 )
-def test_a_failed_download_is_told_and_leaves_nothing(
+def test_a_failed_download_is_reported_and_leaves_no_file(
     server: str, tmp_path: Path, path: str, md5: str, message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as caught:
@@ -87,14 +87,14 @@ def test_a_failed_download_is_told_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_download_keeps_what_was_there(server: str, tmp_path: Path) -> None:
+def test_a_failed_download_keeps_the_existing_file(server: str, tmp_path: Path) -> None:
     (tmp_path / "file.gz").write_bytes(b"older")
     with pytest.raises(DataError):
         fetch(f"{server}/cut", tmp_path / "file.gz", MD5)
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"older"]
 
 
-def test_an_interrupt_leaves_nothing(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_download_leaves_no_file(server: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def interrupt(*arguments: object) -> str:
         raise KeyboardInterrupt
 
@@ -104,20 +104,20 @@ def test_an_interrupt_leaves_nothing(server: str, tmp_path: Path, monkeypatch: p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_server_out_of_reach_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_server_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with pytest.raises(DataError, match=r"downloading http://127\.0\.0\.1:1/x failed: .*by hand and set data\.path"):
+    with pytest.raises(DataError, match=r"downloading http://127\.0\.0\.1:1/x failed: .*manually and set data\.path"):
         fetch("http://127.0.0.1:1/x", tmp_path / "x", MD5)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_cannot_be_made_is_told(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     with pytest.raises(DataError, match=r"cannot write to .*set XDG_CACHE_HOME"):
         fetch("http://127.0.0.1:1/x", tmp_path / "file" / "x", MD5)
 
 
-def test_several_processes_may_fetch_one_file(server: str, tmp_path: Path) -> None:
+def test_several_processes_can_download_the_same_file(server: str, tmp_path: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(lambda _: fetch(f"{server}/file", tmp_path / "file.gz", MD5), range(4)))
     assert [file.read_bytes() for file in tmp_path.iterdir()] == [CONTENT]

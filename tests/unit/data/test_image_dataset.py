@@ -1,4 +1,4 @@
-"""ImageDataset: every accepted form of an image arrives as the same float32 tensor, and mistakes name the sample."""
+"""ImageDataset: every supported form of an image gives the same float32 tensor, and errors name the sample."""
 
 import json
 import threading
@@ -25,7 +25,7 @@ def ids(*numbers: int) -> np.ndarray:
 
 
 class Wrapped:
-    """A user's data set: each image in the form that `form` gives it."""
+    """A user's data set, whose images are converted by `form`."""
 
     def __init__(self, form: Any = lambda image: image, labels: Any = None, images: Any = PIXELS) -> None:
         self.form, self.labels, self.images = form, labels, images
@@ -118,7 +118,7 @@ def test_an_array_or_tensor_is_a_data_set() -> None:
 
 
 @given(st.lists(st.integers(0, 19), max_size=30))
-def test_vectorised_and_single_reads_agree(numbers: list[int]) -> None:
+def test_batch_and_single_reads_agree(numbers: list[int]) -> None:
     labels = np.arange(20) % 7
     single, whole = ImageDataset(Wrapped(labels=labels)), ImageDataset(ArrayImages(PIXELS, labels))
     for dataset in (single, whole):
@@ -142,7 +142,7 @@ def test_read_only_arrays_are_read_quietly() -> None:
 
 
 @pytest.mark.parametrize("wrong", [(-1,), (20,), (0, 25)])
-def test_an_id_out_of_range_never_wraps(wrong: tuple[int, ...]) -> None:
+def test_an_id_out_of_range_does_not_wrap_around(wrong: tuple[int, ...]) -> None:
     with pytest.raises(IndexError, match="of a data set of 20 samples"):
         ImageDataset(PIXELS).batch(ids(*wrong))
 
@@ -155,18 +155,18 @@ def replaced(index: int, value: Any) -> list[Any]:
 
 MISTAKES = {
     "uneven shapes": (np.zeros((3, 6, 4), np.uint8), "sample 7 is 3x6x4, but sample 0 is 3x6x5"),
-    "NaN": (np.full((3, 6, 5), np.nan, np.float32), "sample 7 holds NaN or infinite"),
-    "infinity": (np.full((3, 6, 5), np.inf, np.float32), "sample 7 holds NaN or infinite"),
-    "0..255 as floats": (np.full((3, 6, 5), 255.0), r"sample 7 lies in \[255, 255\]: scale float images to \[-1, 1\]"),
-    "integers": (np.zeros((3, 6, 5), np.int64), "sample 7 holds int64: give uint8"),
-    "booleans": (np.zeros((3, 6, 5), bool), "sample 7 holds bool: give uint8"),
-    "complex": (np.zeros((3, 6, 5), complex), "sample 7 holds complex128: give uint8"),
+    "NaN": (np.full((3, 6, 5), np.nan, np.float32), "sample 7 contains NaN or infinite"),
+    "infinity": (np.full((3, 6, 5), np.inf, np.float32), "sample 7 contains NaN or infinite"),
+    "0..255 as floats": (np.full((3, 6, 5), 255.0), r"sample 7 has values in \[255, 255\]: scale float images"),
+    "integers": (np.zeros((3, 6, 5), np.int64), "sample 7 has dtype int64: give uint8"),
+    "booleans": (np.zeros((3, 6, 5), bool), "sample 7 has dtype bool: give uint8"),
+    "complex": (np.zeros((3, 6, 5), complex), "sample 7 has dtype complex128: give uint8"),
     "float [H, W, C]": (np.zeros((6, 5, 3)), r"sample 7 has shape \[6, 5, 3\]: give float images as \[C, H, W\]"),
     "four dimensions": (np.zeros((1, 3, 6, 5)), r"sample 7 has shape \[1, 3, 6, 5\]"),
     "a string": ("cat.png", "sample 7 is a str: give a torch tensor"),
     "nothing": (None, "sample 7 is a NoneType: give a torch tensor"),
     "a mapping": ({"image": 1, "label": 2}, "sample 7 is a mapping with the keys 'image', 'label'"),
-    "three things": ((1, 2, 3), "sample 7 is a tuple of 3"),
+    "three things": ((1, 2, 3), "sample 7 is a tuple of length 3"),
     "a label": ((PIXELS[7], 1), "sample 7 has a label, but sample 0 has none"),
 }
 
@@ -195,10 +195,10 @@ def test_rounding_beyond_one_is_clamped() -> None:
 
 LABELS = {
     "missing": (None, "sample 7 has no label"),
-    "float": (1.0, "labels of sample 7 are float64"),
-    "text": ("cat", "labels of sample 7 are <U3"),
-    "negative": (-1, r"labels of sample 7 lie in -1..-1"),
-    "too great": (10, "labels of sample 7 lie in 10..10: give integers from 0 to 9"),
+    "float": (1.0, "labels of sample 7 have dtype float64"),
+    "text": ("cat", "labels of sample 7 have dtype <U3"),
+    "negative": (-1, r"labels of sample 7 are in -1..-1"),
+    "too great": (10, "labels of sample 7 are in 10..10: give integers from 0 to 9"),
     "one-hot": (np.eye(10)[3], r"label of sample 7 has shape \[10\]"),
 }
 
@@ -229,8 +229,8 @@ def test_classes_come_from_a_number_or_a_list_of_names() -> None:
     ("labels", "message"),
     [
         (np.zeros(5, np.int64), r"shape \[5\], but there are 20 images"),
-        (np.zeros(20), "are float64"),
-        (np.full(20, -1), "lie in -1..-1"),
+        (np.zeros(20), "have dtype float64"),
+        (np.full(20, -1), "are in -1..-1"),
         (np.full(20, 4), "give integers from 0 to 3"),
     ],
 )
@@ -248,15 +248,15 @@ def test_wrong_labels_of_an_array(labels: Any, message: str) -> None:
         (iter([1]), "without __len__ and __getitem__"),
         (5, "is a int without"),
         (np.zeros((3, 4)), r"has shape \[3, 4\]"),
-        (np.zeros((3, 4, 5), np.int32), "holds int32"),
+        (np.zeros((3, 4, 5), np.int32), "has dtype int32"),
     ],
 )
-def test_what_is_no_data_set_is_refused(source: Any, message: str) -> None:
+def test_objects_that_are_not_data_sets_are_refused(source: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         ImageDataset(source)
 
 
-def test_a_method_named_batch_is_no_fast_path() -> None:
+def test_a_method_named_batch_is_not_called() -> None:
     class Other(Wrapped):
         def batch(self, batch_size: int) -> None:
             raise AssertionError("this method means something else")
@@ -264,7 +264,7 @@ def test_a_method_named_batch_is_no_fast_path() -> None:
     assert torch.equal(ImageDataset(Other()).batch(ids(2))[0], EXPECTED[[2]])
 
 
-def test_a_batch_source_with_wrong_rows_is_caught() -> None:
+def test_a_batch_source_with_wrong_rows_is_refused() -> None:
     class Short(BatchSource):
         def __len__(self) -> int:
             return 4
@@ -272,7 +272,7 @@ def test_a_batch_source_with_wrong_rows_is_caught() -> None:
         def batch(self, ids: np.ndarray) -> Any:
             return PIXELS[:1], None
 
-    with pytest.raises(DataError, match=r"a batch of 2 images of 3x6x5 came with shape \[1, 3, 6, 5\]"):
+    with pytest.raises(DataError, match=r"a batch of 2 images of 3x6x5 has shape \[1, 3, 6, 5\]"):
         ImageDataset(Short()).batch(ids(0, 1))
 
 
@@ -315,7 +315,7 @@ def test_fingerprint_is_the_same_for_every_form_and_survives_json() -> None:
 
 
 @pytest.mark.parametrize("index", [0, 19])
-def test_fingerprint_notices_the_ends(index: int) -> None:
+def test_the_fingerprint_covers_the_first_and_last_sample(index: int) -> None:
     changed = PIXELS.copy()
     changed[index, 0, 0, 0] ^= 1
     with pytest.raises(DataError, match="contents of its samples differ"):
@@ -325,25 +325,25 @@ def test_fingerprint_notices_the_ends(index: int) -> None:
 @pytest.mark.parametrize(
     ("current", "message"),
     [
-        (PIXELS[:10], "it had 20 samples and now has 10; bring"),
-        (PIXELS[:, :1], "its images were 3x6x5 and now are 1x6x5; bring"),
-        (PIXELS[:4, :, :4], "it had 20 samples and now has 4; its images were 3x6x5 and now are 3x4x5; bring"),
+        (PIXELS[:10], "it had 20 samples and now has 10; restore"),
+        (PIXELS[:, :1], "its images were 3x6x5 and now are 1x6x5; restore"),
+        (PIXELS[:4, :, :4], "it had 20 samples and now has 4; its images were 3x6x5 and now are 3x4x5; restore"),
         (PIXELS[::-1], "order"),
     ],
 )
-def test_what_changed_is_told(current: Any, message: str) -> None:
+def test_a_changed_data_set_is_described(current: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         check_unchanged(ImageDataset(PIXELS).fingerprint(), ImageDataset(current).fingerprint())
 
 
-def test_changed_labels_are_noticed() -> None:
+def test_changed_labels_change_the_fingerprint() -> None:
     marks = [ImageDataset(ArrayImages(PIXELS, labels)).fingerprint() for labels in (None, [0] * 20, [1] * 20)]
     for before, now in ((0, 1), (1, 2)):
         with pytest.raises(DataError, match="labels"):
             check_unchanged(marks[before], marks[now])
 
 
-def test_random_transforms_have_no_digest_and_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_random_transforms_have_no_digest_and_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     dataset = ImageDataset(Wrapped(lambda image: image + RNG.integers(0, 9, image.shape, dtype=np.uint8)))
     mark = dataset.fingerprint()
     assert mark["digest"] is None
@@ -351,7 +351,7 @@ def test_random_transforms_have_no_digest_and_are_told(caplog: pytest.LogCapture
     check_unchanged(mark, dataset.fingerprint())
 
 
-def test_images_that_look_scaled_to_zero_one_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_images_that_seem_scaled_to_zero_one_cause_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     ImageDataset(EXPECTED).fingerprint()
     assert not caplog.records
     ImageDataset(EXPECTED / 2 + 0.5).fingerprint()

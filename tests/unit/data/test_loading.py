@@ -1,4 +1,4 @@
-"""From the configuration to a data set: built-in names, users' factories, and mistakes in both."""
+"""Loading the data set of a configuration: built-in names, users' factories, and errors in both."""
 
 import subprocess
 import sys
@@ -70,9 +70,7 @@ def test_a_users_function_is_called_with_the_arguments(module: str) -> None:
         (".relative:f", "write package.module:function"),
     ],
 )
-def test_the_name_of_a_factory_that_cannot_be_loaded_is_a_wrong_configuration(
-    module: str, name: str, message: str
-) -> None:
+def test_a_factory_that_cannot_be_loaded_is_a_configuration_error(module: str, name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(name)
 
@@ -80,9 +78,9 @@ def test_the_name_of_a_factory_that_cannot_be_loaded_is_a_wrong_configuration(
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("their_data:build", {"m": 1}, "cannot be called with data.arguments: got an unexpected keyword argument 'm'"),
-        ("their_data:stream", {}, "what their_data:stream returned is a list_iterator without __len__"),
-        ("their_data:mapping", {}, "what their_data:mapping returned is a dict"),
+        ("their_data:build", {"m": 1}, "does not accept data.arguments: got an unexpected keyword argument 'm'"),
+        ("their_data:stream", {}, "the return value of their_data:stream is a list_iterator without __len__"),
+        ("their_data:mapping", {}, "the return value of their_data:mapping is a dict"),
     ],
 )
 def test_a_wrong_factory_is_reported(module: str, name: str, arguments: dict[str, Any], message: str) -> None:
@@ -90,7 +88,7 @@ def test_a_wrong_factory_is_reported(module: str, name: str, arguments: dict[str
         load(name, arguments=arguments)
 
 
-def test_an_error_inside_a_factory_is_the_users_own(module: str) -> None:
+def test_an_error_inside_a_factory_keeps_its_type(module: str) -> None:
     with pytest.raises(RuntimeError, match="the disk is on fire"):
         load("their_data:fail")
 
@@ -111,11 +109,11 @@ def test_an_unknown_name_gets_a_suggestion(name: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings", "message"),
     [
-        ("digits", {"path": "x"}, "data.path has no meaning for the data set digits: remove data.path"),
-        ("digits", {"size": 8}, "data.size has no meaning"),
-        ("cifar10", {"size": 8}, "data.size has no meaning"),
-        ("array", {"path": "x.npy", "arguments": {"a": 1}}, "data.arguments has no meaning"),
-        ("a.b:c", {"path": "x"}, "data.path has no meaning for the data set a.b:c: put it under data.arguments"),
+        ("digits", {"path": "x"}, "data.path does not apply to the data set digits: remove data.path"),
+        ("digits", {"size": 8}, "data.size does not apply"),
+        ("cifar10", {"size": 8}, "data.size does not apply"),
+        ("array", {"path": "x.npy", "arguments": {"a": 1}}, "data.arguments does not apply"),
+        ("a.b:c", {"path": "x"}, "data.path does not apply to the data set a.b:c: move it to data.arguments"),
         ("folder", {}, "needs data.path"),
         ("array", {}, "needs data.path"),
     ],
@@ -133,7 +131,7 @@ def test_a_torch_data_set_is_map_style() -> None:
     assert labels is not None and labels.tolist() == [4, 1]
 
 
-def test_importing_the_package_is_light() -> None:
+def test_importing_the_data_package_is_fast() -> None:
     heavy = "{'zarr', 'PIL', 'torchvision', 'fsspec'}"
     code = f"import sys, udddm.data; print(sorted({heavy} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -149,13 +147,13 @@ def arrays(path: Path, labels: list[int] | None = None) -> str:
 @pytest.mark.parametrize(
     ("labels", "expect", "message"),
     [
-        (None, {"samples": 5, "shape": (1, 4, 4)}, "holds 4 samples, not 5"),
+        (None, {"samples": 5, "shape": (1, 4, 4)}, "has 4 samples, not 5"),
         (None, {"samples": 4, "shape": (3, 4, 4)}, "images are 1x4x4, not 3x4x4"),
         (None, {"samples": 4, "shape": (1, 4, 4), "classes": 2}, "no labels, not 2 classes"),
         ([0, 1, 2, 0], {"samples": 4, "shape": (1, 4, 4), "classes": 2}, "has 3 classes, not 2"),
     ],
 )
-def test_data_other_than_expected_are_refused_naming_both(
+def test_unexpected_data_are_refused_with_both_values(
     tmp_path: Path, labels: list[int] | None, expect: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(DataError, match=f"data.expect.*{message}.*data.path"):
@@ -163,17 +161,17 @@ def test_data_other_than_expected_are_refused_naming_both(
 
 
 @pytest.mark.parametrize(("labels", "classes"), [(None, None), ([0, 1, 2, 0], None), ([0, 1, 2, 0], 3)])
-def test_data_as_expected_are_loaded(tmp_path: Path, labels: list[int] | None, classes: int | None) -> None:
+def test_expected_data_are_loaded(tmp_path: Path, labels: list[int] | None, classes: int | None) -> None:
     expect = ExpectConfig(samples=4, shape=(1, 4, 4), classes=classes)
     assert len(load("array", path=arrays(tmp_path, labels), expect=expect)) == 4
 
 
-def test_what_is_expected_decides_nothing_about_a_run() -> None:
+def test_data_expect_is_not_in_the_fingerprint() -> None:
     expect = ExpectConfig(samples=4, shape=(1, 4, 4))
     assert RunConfig(data=DataConfig(expect=expect)).fingerprint() == RunConfig().fingerprint()
 
 
-def test_what_is_known_of_the_digits_without_them_is_true() -> None:
+def test_the_expected_contents_of_the_digits_are_correct() -> None:
     known, images = expected(DataConfig(name="digits")), ImageDataset(load("digits"))
     assert known == ExpectConfig(samples=len(images), shape=images.shape, classes=images.classes)
     assert expected(DataConfig(name="folder", path="x")) is None

@@ -1,4 +1,4 @@
-"""What is read of files as other programs write them, and what is refused because it could only be guessed."""
+"""Image files and folders as other programs write them, and ambiguous ones, which are refused."""
 
 import json
 import os
@@ -45,12 +45,12 @@ UNTURN = {
     7: lambda a: np.rot90(a, 2).transpose(1, 0, 2),
     8: lambda a: np.rot90(a, -1),
 }
-"""How a picture is stored under each of EXIF's orientations."""
+"""The transformation that stores an image with each EXIF orientation."""
 
 
 @pytest.mark.parametrize("turn", UNTURN)
 @pytest.mark.parametrize("suffix", ["png", "webp"])
-def test_photographs_stored_sideways_are_turned(tmp_path: Path, turn: int, suffix: str) -> None:
+def test_images_are_rotated_according_to_exif(tmp_path: Path, turn: int, suffix: str) -> None:
     exif, upright = Image.Exif(), photo(6, 10, 3)
     exif[0x0112] = turn
     save_image(tmp_path / "f" / f"a.{suffix}", np.ascontiguousarray(UNTURN[turn](upright)), exif=exif, lossless=True)
@@ -61,7 +61,7 @@ def test_photographs_stored_sideways_are_turned(tmp_path: Path, turn: int, suffi
     assert torch.equal(from_python, images)
 
 
-def test_an_orientation_after_the_pixels_of_a_png_counts(tmp_path: Path) -> None:
+def test_an_orientation_after_the_pixels_of_a_png_is_applied(tmp_path: Path) -> None:
     exif, upright = Image.Exif(), photo(6, 10, 3)
     exif[0x0112] = 6
     save_image(tmp_path / "a.png", np.ascontiguousarray(np.rot90(upright)))
@@ -73,7 +73,7 @@ def test_an_orientation_after_the_pixels_of_a_png_counts(tmp_path: Path) -> None
     assert torch.equal(images[0], images[1])
 
 
-def test_damaged_exif_data_leave_an_image_as_it_is_stored(tmp_path: Path) -> None:
+def test_corrupt_exif_data_are_ignored(tmp_path: Path) -> None:
     pixels = photo(6, 10, 3)
     save_image(tmp_path / "a.png", pixels, exif=b"Exif\0\0MM\0*\0\0")
     save_image(tmp_path / "b.png", pixels)
@@ -112,9 +112,9 @@ def deep_png(path: Path, color: tuple[int, ...], kind: int) -> None:
 
 
 @pytest.mark.parametrize(("color", "kind"), [((4000, 3000, 200), 2), ((4000, 3000, 200, 65535), 6), ((4000, 65535), 4)])
-def test_sixteen_bits_a_channel_are_refused_in_color_too(tmp_path: Path, color: tuple[int, ...], kind: int) -> None:
+def test_sixteen_bits_per_channel_are_refused_in_color(tmp_path: Path, color: tuple[int, ...], kind: int) -> None:
     deep_png(tmp_path / "deep.png", color, kind)
-    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits a channel.*convert it to 8 bits"):
+    with pytest.raises(DataError, match=r"deep\.png has more than 8 bits per channel.*convert it to 8 bits"):
         FolderImages(tmp_path)
     with Image.open(tmp_path / "deep.png") as deep, pytest.raises(DataError, match="sample 0 has more than 8 bits"):
         ImageDataset([deep])
@@ -135,7 +135,7 @@ def test_files_of_other_formats_are_counted(tmp_path: Path, caplog: pytest.LogCa
     save_image(tmp_path / "g.JFIF", photo(8, 8, 3), format="JPEG")
     (tmp_path / "notes.txt").write_text("no image")
     assert len(FolderImages(tmp_path)) == 1
-    assert "5 files are passed over: 1 .gif, 1 .jfif, 1 .ppm, 1 .tif, 1 .tiff" in caplog.text
+    assert "5 files are ignored: 1 .gif, 1 .jfif, 1 .ppm, 1 .tif, 1 .tiff" in caplog.text
     assert ".txt" not in caplog.text
 
 
@@ -147,10 +147,10 @@ def classes(root: Path, *names: str) -> None:
 def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
     classes(tmp_path, "bee", "cat")
     (tmp_path / "ant").mkdir()
-    with pytest.raises(DataError, match=r"class directory .*ant holds no image"):
+    with pytest.raises(DataError, match=r"class directory .*ant contains no readable images"):
         FolderImages(tmp_path)
     save_image(tmp_path / "ant" / "0.tif", photo(8, 8, 3))
-    with pytest.raises(DataError, match=r"class directory .*ant holds no image that is read \(it holds: 1 .tif\)"):
+    with pytest.raises(DataError, match=r"class directory .*ant contains no readable images \(it contains: 1 .tif\)"):
         FolderImages(tmp_path)
     (tmp_path / "ant").rename(tmp_path / ".ant")
     assert FolderImages(tmp_path).class_names == ["bee", "cat"]
@@ -159,7 +159,7 @@ def test_a_class_without_images_is_refused(tmp_path: Path) -> None:
 def test_a_class_that_is_a_link_to_another_is_refused(tmp_path: Path) -> None:
     classes(tmp_path, "bee", "cat")
     (tmp_path / "wasp").symlink_to(tmp_path / "bee")
-    with pytest.raises(DataError, match=r"class directory .*wasp holds no image"):
+    with pytest.raises(DataError, match=r"class directory .*wasp contains no readable images"):
         FolderImages(tmp_path)
 
 
@@ -198,11 +198,11 @@ def test_labels_come_from_dataset_json(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ('{"labels": [["00000/img00000000.png", 1]]}', r"no label for 00000/img00000001\.png and 2 other files"),
-        ('{"labels": [["00000/img00000000.png", 0.5]]}', "the label of 00000/img00000000.png is 0.5: give integers"),
-        ('{"labels": [["00000/img00000000.png", [0, 1]]]}', "give integers from 0 on"),
-        ('{"labels": [["00000/img00000000.png"]]}', "is no pair"),
+        ('{"labels": [["00000/img00000000.png", 0.5]]}', "label of 00000/img00000000.png is 0.5: labels are integers"),
+        ('{"labels": [["00000/img00000000.png", [0, 1]]]}', "labels are integers >= 0"),
+        ('{"labels": [["00000/img00000000.png"]]}', "is not a pair"),
         ('{"labels": {}}', "must be a list"),
-        ('{"labels": ', "cannot be read"),
+        ('{"labels": ', "Expecting value"),
     ],
 )
 def test_a_wrong_dataset_json_is_refused(tmp_path: Path, text: str, message: str) -> None:
@@ -214,7 +214,7 @@ def test_a_wrong_dataset_json_is_refused(tmp_path: Path, text: str, message: str
 
 @pytest.mark.parametrize("step", [1, 1000], ids=["EDM", "FFHQ"])
 @pytest.mark.parametrize("index", [True, False])
-def test_numbered_parts_are_no_classes(tmp_path: Path, step: int, index: bool) -> None:
+def test_numbered_directories_are_not_classes(tmp_path: Path, step: int, index: bool) -> None:
     for i in (0, 999, 1000, 2001):
         save_image(tmp_path / f"{i // 1000 * step:05d}" / f"{i:05d}.png", photo(8, 8, 3))
     if index:
@@ -222,7 +222,7 @@ def test_numbered_parts_are_no_classes(tmp_path: Path, step: int, index: bool) -
     assert not ImageDataset(FolderImages(tmp_path)).labelled
 
 
-def test_a_run_without_classes_resumes_on_a_folder_whose_parts_were_taken_for_classes(tmp_path: Path) -> None:
+def test_a_run_without_classes_resumes_on_a_folder_with_numbered_directories(tmp_path: Path) -> None:
     data = tmp_path / "data"
     for i in (0, 999, 1000):
         save_image(data / f"{i // 1000:05d}" / f"{i:05d}.png", photo(8, 8, 3))
@@ -239,13 +239,13 @@ def test_a_run_without_classes_resumes_on_a_folder_whose_parts_were_taken_for_cl
         check_or_record(tmp_path / "labelled", with_classes, ImageDataset(now))
 
 
-def test_a_zip_file_is_to_be_unpacked(tmp_path: Path) -> None:
+def test_a_zip_file_is_refused_with_a_hint_to_unpack_it(tmp_path: Path) -> None:
     (tmp_path / "data.zip").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"data\.zip is a file, not a folder: unpack it"):
         FolderImages(tmp_path / "data.zip")
 
 
-def test_class_names_are_kept_with_the_run(tmp_path: Path) -> None:
+def test_class_names_are_recorded_with_the_run(tmp_path: Path) -> None:
     classes(tmp_path, "ant", "bee")
     recorded = ImageDataset(FolderImages(tmp_path)).fingerprint()
     assert recorded["class_names"] == ["ant", "bee"]

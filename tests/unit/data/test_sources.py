@@ -1,4 +1,4 @@
-"""Digits, Fashion-MNIST and CIFAR-10: the right arrays, and damaged files told apart from them."""
+"""Digits, Fashion-MNIST and CIFAR-10: the right arrays, and errors for corrupt files."""
 
 import gzip
 import hashlib
@@ -31,7 +31,7 @@ from udddm.errors import DataError
 RNG = np.random.default_rng(0)
 
 
-def test_digits_are_those_of_scikit_learn_scaled_from_their_sixteen_steps() -> None:
+def test_digits_equal_those_of_scikit_learn() -> None:
     bunch = pytest.importorskip("sklearn.datasets").load_digits()
     dataset = ImageDataset(load_dataset(DataConfig(name="digits")))
     images, labels = dataset.batch(np.arange(1797))
@@ -51,13 +51,13 @@ def test_digits_have_the_fingerprint_of_runs_that_read_them_from_scikit_learn() 
 @pytest.mark.skipif(
     not (FASHION_DEBIAN / FASHION_IMAGES.name).is_file(), reason="needs the Debian package dataset-fashion-mnist"
 )
-def test_debians_fashion_mnist_is_the_official_one() -> None:
+def test_fashion_mnist_of_debian_is_the_official_one() -> None:
     dataset = ImageDataset(load_dataset(DataConfig(name="fashion-mnist")))
     assert (len(dataset), dataset.shape, dataset.classes) == (60_000, (1, 28, 28), 10)
     images, labels = dataset.batch(np.arange(60_000))
     assert (images.min(), images.max()) == (-1, 1)
     assert labels is not None and np.bincount(labels).tolist() == [6000] * 10
-    # The mean that the data set's users normalise by is 0.2860 of 255.
+    # The mean commonly used to normalize this data set is 0.2860 of 255.
     assert float(images.mean()) == pytest.approx(2 * 0.2860 - 1, abs=2e-4)
 
 
@@ -102,24 +102,24 @@ def test_fashion_mnist_is_read_from_the_path_the_system_or_the_cache(
 
 
 DAMAGED: dict[str, tuple[bytes, str]] = {
-    "no gzip": (b"hello", "cannot be read as a gzip file"),
-    "truncated gzip": (PACKED_IMAGES[:-20], "cannot be read as a gzip file"),
+    "no gzip": (b"hello", "as a gzip file"),
+    "truncated gzip": (PACKED_IMAGES[:-20], "as a gzip file"),
     "flipped bit": (
         PACKED_IMAGES[:-6] + bytes([PACKED_IMAGES[-6] ^ 1]) + PACKED_IMAGES[-5:],
-        "cannot be read as a gzip",
+        "as a gzip",
     ),
-    "empty": (gzip.compress(b""), "no IDX file of uint8: it begins with nothing"),
-    "floats": (gzip.compress(b"\0\0\x0d\x03" + idx(IMAGES)[4:]), "no IDX file of uint8: it begins with 00 00 0d 03"),
+    "empty": (gzip.compress(b""), "not an IDX file of uint8: it starts with nothing"),
+    "floats": (gzip.compress(b"\0\0\x0d\x03" + idx(IMAGES)[4:]), "not an IDX file of uint8: it starts with 00 00 0d"),
     "short header": (gzip.compress(idx(IMAGES)[:9]), "ends within its IDX header"),
-    "short data": (gzip.compress(idx(IMAGES)[:-1]), r"holds 239 bytes, but its header announces \[12, 5, 4\]: 240"),
-    "long data": (gzip.compress(idx(IMAGES) + b"\0"), "holds 241 bytes"),
-    "other shape": (gzip.compress(idx(IMAGES[:, :4])), r"holds an array of shape \[12, 4, 4\], not \[12, 5, 4\]"),
-    "other data set": (gzip.compress(idx(255 - IMAGES)), "not the right contents: is it another data set's"),
+    "short data": (gzip.compress(idx(IMAGES)[:-1]), r"contains 239 bytes of data, but .* \[12, 5, 4\]: 240"),
+    "long data": (gzip.compress(idx(IMAGES) + b"\0"), "contains 241 bytes"),
+    "other shape": (gzip.compress(idx(IMAGES[:, :4])), r"contains an array of shape \[12, 4, 4\], not \[12, 5, 4\]"),
+    "other data set": (gzip.compress(idx(255 - IMAGES)), "the wrong contents: does it belong to another data set"),
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGED)
-def test_a_damaged_idx_file_is_named(tmp_path: Path, damage: str) -> None:
+def test_a_corrupt_idx_file_is_named(tmp_path: Path, damage: str) -> None:
     content, message = DAMAGED[damage]
     (tmp_path / "images.gz").write_bytes(content)
     (tmp_path / "labels.gz").write_bytes(PACKED_LABELS)
@@ -148,7 +148,7 @@ def batches() -> dict[str, bytes]:
 
 
 def pack(path: Path, members: dict[str, Any]) -> Remote:
-    """An archive of members given as contents, or as (type, link target)."""
+    """An archive of members, each given as contents or as (type, link target)."""
     with tarfile.open(path, "w:gz") as archive:
         for name, content in members.items():
             info = tarfile.TarInfo(name)
@@ -188,7 +188,7 @@ def test_cifar10_from_its_directory(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"data_batch_3\.bin has 5 bytes, but a CIFAR-10 batch has 6146"):
         cifar10(tmp_path, records=2)
     (tmp_path / "data_batch_3.bin").unlink()
-    with pytest.raises(DataError, match=r"data_batch_3\.bin does not exist: .* is no complete cifar-10-batches-bin"):
+    with pytest.raises(DataError, match=r"data_batch_3\.bin does not exist: .* is not a complete cifar-10-batches-bin"):
         cifar10(tmp_path, records=2)
 
 
@@ -199,7 +199,7 @@ def test_cifar10_from_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     check_small_cifar(ImageDataset(cifar10(remote=remote, records=2)))
 
 
-def test_a_wrong_archive_is_told_with_both_checksums_and_a_cure(tmp_path: Path) -> None:
+def test_a_wrong_archive_is_reported_with_both_checksums_and_a_remedy(tmp_path: Path) -> None:
     remote = pack(tmp_path / "cifar.tar.gz", members())
     with pytest.raises(
         DataError, match=f"has the MD5 {remote.md5}, but .* has c32a1d4ab5d03f1284b67883e8d87530: .*unpack"
@@ -210,10 +210,10 @@ def test_a_wrong_archive_is_told_with_both_checksums_and_a_cure(tmp_path: Path) 
 ARCHIVES: dict[str, tuple[dict[str, Any], str]] = {
     "python version": (
         {"cifar-10-batches-py/data_batch_1": b"x"},
-        "does not hold .*data_batch_1.bin: .* binary version",
+        "does not contain .*data_batch_1.bin: .* binary version",
     ),
-    "missing batch": ({k: v for k, v in members().items() if "batch_4" not in k}, r"does not hold .*data_batch_4\.bin"),
-    "elsewhere": (members("../../evil/"), "does not hold"),
+    "missing batch": ({k: v for k, v in members().items() if "batch_4" not in k}, r"not contain .*data_batch_4\.bin"),
+    "elsewhere": (members("../../evil/"), "does not contain"),
     "link": (
         {**members(), f"{CIFAR10_FOLDER}/data_batch_2.bin": (tarfile.SYMTYPE, "/etc/passwd")},
         r"data_batch_2\.bin",
@@ -227,7 +227,7 @@ ARCHIVES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", ARCHIVES)
-def test_an_archive_of_wrong_structure_is_told(tmp_path: Path, case: str) -> None:
+def test_an_archive_of_wrong_structure_is_reported(tmp_path: Path, case: str) -> None:
     contents, message = ARCHIVES[case]
     remote = pack(tmp_path / "cifar.tar.gz", contents)
     with pytest.raises(DataError, match=message):
@@ -235,7 +235,7 @@ def test_an_archive_of_wrong_structure_is_told(tmp_path: Path, case: str) -> Non
 
 
 @pytest.mark.parametrize("keep", [0, 100, 15_000, -1])
-def test_a_truncated_archive_is_told_even_if_its_checksum_is_expected(tmp_path: Path, keep: int) -> None:
+def test_a_truncated_archive_is_reported_even_if_its_checksum_matches(tmp_path: Path, keep: int) -> None:
     path = tmp_path / "cifar.tar.gz"
     pack(path, members())
     path.write_bytes(path.read_bytes()[:keep])
@@ -244,11 +244,11 @@ def test_a_truncated_archive_is_told_even_if_its_checksum_is_expected(tmp_path: 
         dataset = cifar10(path, remote=remote, records=2)
     except DataError as error:
         assert str(path) in str(error)
-    else:  # what was cut off came after the last batch
+    else:  # the truncation is after the last batch
         assert keep == -1
         check_small_cifar(ImageDataset(dataset))
 
 
-def test_a_missing_archive_is_told(tmp_path: Path) -> None:
+def test_a_missing_archive_is_reported(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere does not exist: give cifar-10-binary\.tar\.gz or the directory"):
         cifar10(tmp_path / "nowhere")

@@ -1,4 +1,4 @@
-"""The measures against torchmetrics' on the same features, and against their definitions."""
+"""Metrics compared with torchmetrics on the same features, and with their definitions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from udddm.evaluation import metrics
 
 
 class Network(nn.Module):
-    """A feature network as torchmetrics takes them; `num_features` is what it asks for."""
+    """A feature network for torchmetrics, which needs `num_features`."""
 
     num_features = 12
 
@@ -36,7 +36,7 @@ def rows(images: torch.Tensor) -> np.ndarray:
         return Network()(images).numpy()
 
 
-def test_frechet_distance_is_that_of_torchmetrics(two: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_frechet_distance_equals_torchmetrics(two: tuple[torch.Tensor, torch.Tensor]) -> None:
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     metric = FrechetInceptionDistance(feature=Network()).set_dtype(torch.float64)
@@ -48,7 +48,7 @@ def test_frechet_distance_is_that_of_torchmetrics(two: tuple[torch.Tensor, torch
 
 
 @pytest.mark.filterwarnings("ignore:Metric `Kernel:UserWarning")
-def test_kernel_distance_is_that_of_torchmetrics(two: tuple[torch.Tensor, torch.Tensor]) -> None:
+def test_kernel_distance_equals_torchmetrics(two: tuple[torch.Tensor, torch.Tensor]) -> None:
     from torchmetrics.image.kid import KernelInceptionDistance
 
     metric = KernelInceptionDistance(feature=Network(), subsets=1, subset_size=500)
@@ -58,14 +58,14 @@ def test_kernel_distance_is_that_of_torchmetrics(two: tuple[torch.Tensor, torch.
     assert ours == pytest.approx(float(metric.compute()[0]), abs=1e-3)
 
 
-def test_inception_score_of_certain_and_of_indifferent_answers() -> None:
+def test_inception_score_of_certain_and_of_uniform_predictions() -> None:
     certain = 50 * np.eye(10)[np.arange(1000) % 10]
     assert metrics.inception_score(certain)[0] == pytest.approx(10, rel=1e-6)
     assert metrics.inception_score(np.zeros((1000, 10)))[0] == pytest.approx(1, rel=1e-9)
     assert metrics.inception_score(np.tile(certain[:1], (100, 1)))[0] == pytest.approx(1, rel=1e-9)
 
 
-def test_precision_and_recall_by_their_definition() -> None:
+def test_precision_and_recall_follow_their_definition() -> None:
     g = np.random.default_rng(0)
     real, fake = g.normal(size=(60, 3)), 0.3 * g.normal(size=(50, 3))
 
@@ -84,7 +84,7 @@ def test_precision_and_recall_by_their_definition() -> None:
     assert precision > recall  # a shrunken set is precise and covers little
 
 
-def test_a_collapse_is_told_from_variety() -> None:
+def test_a_collapse_is_distinguished_from_variety() -> None:
     g = np.random.default_rng(0)
     real = metrics.moments(g.normal(size=(500, 4)))
     assert metrics.spread(real, metrics.moments(g.normal(size=(500, 4)))) == pytest.approx(1, abs=0.2)

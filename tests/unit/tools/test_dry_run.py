@@ -141,7 +141,7 @@ def test_a_dry_run_reads_the_data_at_the_given_path(tmp_path: Path) -> None:
     assert (
         "64 images 1x8x8 (loaded)" in dry_run.plan(load_config(None, [*TINY, where.replace("SAMPLES", "64")]), "cpu")[0]
     )
-    with pytest.raises(DataError, match="holds 64 samples, not 65"):
+    with pytest.raises(DataError, match="has 64 samples, not 65"):
         dry_run.plan(load_config(None, [*TINY, where.replace("SAMPLES", "65")]), "cpu")
     with pytest.raises(ConfigError, match="no labels"):
         dry_run.plan(load_config(None, [*TINY, where.replace("SAMPLES", "64"), "network.classes=3"]), "cpu")

@@ -1,4 +1,4 @@
-"""The trainer, engine and API on tiny runs: precisions, ranks, labels, users' own data sets, and what is refused."""
+"""The trainer, engine and API on tiny runs: precisions, ranks, labels, users' data sets, and errors."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def tiny(**sections: Any) -> RunConfig:
 
 
 class Squares:
-    """A user's data set: labelled gray squares, as float images."""
+    """A user's data set: gray squares as float images, with labels."""
 
     def __init__(self, length: int = 70, shade: float = 0.5):
         self.length, self.shade = length, shade
@@ -78,8 +78,8 @@ def test_every_precision_trains_and_keeps_float32_weights(precision: str, tmp_pa
     assert ("scaler" in Saved(directory, "optimizer")) == (precision == "fp16")
 
 
-def test_a_run_begins_with_another_runs_average(tmp_path: Path) -> None:
-    """Weights and averages; where it is resumed, what it began with is of no account any more."""
+def test_init_from_loads_the_first_average_of_another_run(tmp_path: Path) -> None:
+    """Both weights and averages are loaded. A resumed run no longer reads the other run."""
     first, second = tmp_path / "first", tmp_path / "second"
     train(tiny(), first)
     config = tiny(train={"init_from": str(first), "learning_rate": 1e-12, "ema": [0.5, 0.9]})
@@ -95,7 +95,7 @@ def test_a_run_begins_with_another_runs_average(tmp_path: Path) -> None:
     assert train(config, second)["weights_sha256"] == result["weights_sha256"]
 
 
-def test_a_run_does_not_begin_with_another_network(tmp_path: Path) -> None:
+def test_init_from_refuses_a_different_network(tmp_path: Path) -> None:
     train(tiny(), tmp_path / "first")
     config = tiny(network={"base_channels": 16}, train={"init_from": str(tmp_path / "first")})
     with pytest.raises(CheckpointError, match="belongs to a different network"):
@@ -104,8 +104,8 @@ def test_a_run_does_not_begin_with_another_network(tmp_path: Path) -> None:
         train(tiny(train={"init_from": str(tmp_path / "nowhere")}), tmp_path / "third")
 
 
-def test_a_run_of_an_older_version_resumes(tmp_path: Path) -> None:
-    """Its run.json lacks the settings that came later: it did as their defaults do."""
+def test_a_run_of_an_older_version_resumes_with_defaults_for_new_settings(tmp_path: Path) -> None:
+    """Its run.json lacks settings that were added later, whose defaults describe it."""
     result = train(tiny(), tmp_path)
     path = tmp_path / "run.json"
     recorded = json.loads(path.read_text())
@@ -117,8 +117,8 @@ def test_a_run_of_an_older_version_resumes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_a_run_in_two_parts_is_the_run_in_one(precision: str, tmp_path: Path) -> None:
-    """Stop by an exception from the data set, then go on: the fingerprints are the undisturbed run's."""
+def test_an_interrupted_run_has_the_fingerprints_of_an_uninterrupted_run(precision: str, tmp_path: Path) -> None:
+    """An exception in the data set stops the run. After resuming, fingerprints equal those of an undisturbed run."""
 
     class Failing(Squares):
         reads = 0
@@ -172,19 +172,19 @@ def test_a_changed_data_set_is_refused(tmp_path: Path) -> None:
     train(config, tmp_path)
 
 
-def test_too_few_samples_for_the_lanes(tmp_path: Path) -> None:
+def test_fewer_samples_than_lanes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"order\.lanes"):
         train(tiny(), tmp_path, Squares(5))
 
 
-def test_an_empty_data_set(tmp_path: Path) -> None:
+def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="empty"):
         udddm.train(tiny(), Squares(0), run_dir=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run").exists()
 
 
 def finite(run: Path) -> list[str]:
-    """The checkpoints of a run, all of whose values are finite."""
+    """The names of the checkpoints of a run. Asserts that all their values are finite."""
     found = sorted((run / "checkpoints").glob("step-*"))
     for path in found:
         for kind in ("model", "ema-0.9", "optimizer"):
@@ -192,7 +192,7 @@ def finite(run: Path) -> list[str]:
     return [path.name for path in found]
 
 
-def test_a_diverged_run_says_so_and_keeps_its_checkpoint(tmp_path: Path) -> None:
+def test_a_diverged_run_raises_and_keeps_its_checkpoint(tmp_path: Path) -> None:
     with pytest.raises(Diverged, match="learning_rate"):
         train(tiny(train={"learning_rate": 1e18, "steps": 60}, checkpoint={"every_steps": 1}), tmp_path)
     assert not (tmp_path / "result.json").exists()
@@ -201,10 +201,10 @@ def test_a_diverged_run_says_so_and_keeps_its_checkpoint(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("what", ["gradient", "moment", "average"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_no_checkpoint_holds_what_is_not_finite(
+def test_no_checkpoint_contains_values_that_are_not_finite(
     what: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of the last step before a checkpoint, whose loss was finite: a fault of the machine, which a restart cures."""
+    """A hardware fault in the last step before a checkpoint, whose loss is still finite. A restart fixes it."""
     step = TorchEngine._step
     taken = 0
 
@@ -229,7 +229,7 @@ def test_no_checkpoint_holds_what_is_not_finite(
     monkeypatch.setattr(TorchEngine, "_step", faulty)
     settings = tiny(train={"steps": 9})
     kept = tmp_path / "run" / "checkpoints" / "step-00000003"
-    said = rf"after step 6\. .* from step 3; .*needs a new run: another --run-dir, with train.init_from={kept} "
+    said = rf"after step 6\. .* from step 3; .*start a new run .--run-dir., with train.init_from={kept} "
     with pytest.raises(Diverged, match=said):
         train(settings, tmp_path / "run")
     assert finite(tmp_path / "run") == [kept.name]
@@ -239,14 +239,14 @@ def test_no_checkpoint_holds_what_is_not_finite(
         assert again[key] == undisturbed[key], key
 
 
-def test_without_a_checkpoint_none_is_named(tmp_path: Path) -> None:
-    with pytest.raises(Diverged, match="there is no checkpoint yet: a lower train"):
+def test_divergence_before_the_first_checkpoint_names_no_checkpoint(tmp_path: Path) -> None:
+    with pytest.raises(Diverged, match="there is no checkpoint yet; to lower train"):
         train(tiny(train={"learning_rate": 1e30, "steps": 60}, checkpoint={"every_steps": 50}), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["gpu", "pinned"])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "uint8"])
-def test_a_row_that_is_not_finite_leaves_its_state_as_it_was(kind: str, dtype: str, tmp_path: Path) -> None:
+def test_a_row_that_is_not_finite_keeps_its_previous_state(kind: str, dtype: str, tmp_path: Path) -> None:
     config = tiny(store={"kind": kind, "dtype": dtype}, order={"lanes": 1}, log_every_steps=1)
     dataset = ImageDataset(Squares(64))
     trainer = Trainer(config, dataset, Run(tmp_path), Ranks(0, 1, torch.device("cpu")))
@@ -278,7 +278,7 @@ def test_a_row_that_is_not_finite_leaves_its_state_as_it_was(kind: str, dtype: s
     trainer.store.close()
 
 
-def test_one_run_at_a_time_in_a_directory(tmp_path: Path) -> None:
+def test_a_run_directory_is_locked(tmp_path: Path) -> None:
     from udddm.runs.run import locked
 
     with locked(tmp_path), pytest.raises(ConfigError, match="another process"):

@@ -1,4 +1,4 @@
-"""Launchers: what starts the processes of a run, by name (`--backend`)."""
+"""Launchers, which start the processes of a run, selected by name (`--backend`)."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def inside_ray_job() -> bool:
 
 
 def choose(backend: str, job: Job) -> tuple[str, str] | None:
-    """The name of the launcher that `backend` (auto or a launcher's name) selects here, and the reason.
+    """Resolve `backend` (auto, or the name of a launcher) to the name of a launcher, and the reason for the choice.
 
-    None if nothing needs to be launched: this process is the run, or one rank of it that torchrun, Slurm or another
-    launcher started and restarts.
+    Returns None if nothing needs to be launched: this process is the only rank, or one of the ranks that torchrun,
+    Slurm or another launcher started.
     """
     ranked = "WORLD_SIZE" in os.environ and "RANK" in os.environ
     if backend == "auto" and not ranked and inside_ray_job():
@@ -36,8 +36,10 @@ def choose(backend: str, job: Job) -> tuple[str, str] | None:
 
 
 def launch(job: Job, backend: str = "auto") -> TrainResult:
-    """Run a job by the launcher that `backend` selects. Raises the error that ended it, or ConfigError before
-    anything starts."""
+    """Run a job with the launcher that `backend` selects.
+
+    Raises ConfigError before anything starts, or the error that ended the job.
+    """
     world = os.environ.get("WORLD_SIZE")  # set by another launcher
     engines.find(job.config).check(job.config, int(world) if world else job.resolve_num_workers(job.workers[1]))
     chosen = choose(backend, job)
@@ -47,7 +49,7 @@ def launch(job: Job, backend: str = "auto") -> TrainResult:
     launcher = LAUNCHERS.load(name)()
     if not isinstance(launcher, Launcher):
         raise ConfigError(
-            f"--backend {name}: it returned a {type(launcher).__name__}; name a class or function that returns a "
+            f"--backend {name}: it returned a {type(launcher).__name__}; give a class or function that returns a "
             "udddm.backends.launchers.Launcher"
         )
     log.info("backend: %s (%s)", name, why)

@@ -1,9 +1,9 @@
-"""The contract of a launcher: it starts the processes of a run and watches them.
+"""The interface of a launcher, which starts the processes of a run and monitors them.
 
-A launcher runs one *attempt* at a job with a given number of workers, to its end; `supervise` decides what follows a
-failed attempt. Errors that another attempt would only repeat (a configuration, the data, a diverged loss) are raised at
-once. A worker that was killed, a node that is gone or a collective that hung costs one of `max_failures`, and the next
-attempt resumes from the newest valid checkpoint, with as many workers as are available then.
+A launcher runs one *attempt* at a job to completion, with a given number of workers. `supervise` decides what follows a
+failed attempt. Errors that another attempt would only repeat (in the configuration or the data, or a diverged loss) are
+raised immediately. A killed worker, a lost node or a hung collective counts as one of `max_failures`; the next attempt
+resumes from the newest valid checkpoint, with as many workers as are available by then.
 """
 
 from __future__ import annotations
@@ -29,23 +29,30 @@ from udddm.order import check_world
 from udddm.training.rank import train_rank
 
 NON_RETRYABLE = (ConfigError, DataError, Diverged, Interrupted)
-"""Errors that another attempt would only repeat, or that must not be repeated."""
+"""Errors that another attempt would only repeat, and a requested stop, which must not be retried."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What a launcher runs: a run, and how many workers it may have."""
+    """A run, and the limits within which a launcher runs it."""
 
     config: RunConfig
     run_dir: str | Path
+    """Directory or URL of the run."""
     dataset: MapDataset | Callable[[], MapDataset] | None = None
+    """A data set, a function that returns one, or None to load `config.data`."""
     device: str = "auto"
+    """auto, cpu or cuda."""
     workers: tuple[int, int] = (1, 1)
+    """The minimum and maximum number of workers."""
     max_failures: int = 0
+    """Restarts after a lost or hung worker."""
     timeout: float = TIMEOUT
+    """Seconds after which a collective counts as hung."""
     versions: dict[str, str] = field(default_factory=lambda: versions())
+    """The driver's versions, which every worker must have."""
     log_level: int = field(default_factory=log.getEffectiveLevel)
-    """The driver's level of the logger `udddm`, which new worker processes take over."""
+    """The driver's level of the logger `udddm`, which new worker processes adopt."""
 
     def resolve_num_workers(self, available: int) -> int:
         """The largest requested number of workers that divides the lanes and is available. Raises ConfigError."""
@@ -57,13 +64,13 @@ class Job:
         if not any(lanes % workers == 0 for workers in range(low, high + 1)):
             check_world(lanes, high)
         raise ConfigError(
-            f"--workers {low if low == high else f'{low}:{high}'}: there is room for {available} "
-            f"worker{'' if available == 1 else 's'} here; ask for fewer, or add machines"
+            f"--workers {low if low == high else f'{low}:{high}'}: {available} "
+            f"worker{'' if available == 1 else 's'} can start here; request fewer, or add machines"
         )
 
 
 def versions() -> dict[str, str]:
-    """What must be the same on a driver and its workers."""
+    """Versions that must be equal on a driver and its workers."""
     import torch
 
     import udddm
@@ -72,39 +79,43 @@ def versions() -> dict[str, str]:
 
 
 def check_versions(expected: dict[str, str]) -> None:
-    """Raises ConfigError naming what differs from the driver's versions."""
+    """Raise ConfigError, which names the differences, unless this process has the driver's versions."""
     differing = [f"{name} {versions()[name]} (driver: {v})" for name, v in expected.items() if versions()[name] != v]
     if differing:
         raise ConfigError(
-            f"this worker ({platform.node()}) has other versions than the driver: {', '.join(differing)}; "
-            "install the same environment everywhere"
+            f"this worker ({platform.node()}) has different versions than the driver: {', '.join(differing)}; "
+            "install the same environment on all machines"
         )
 
 
 class Launcher(ABC):
-    """`--backend` names a class or function that returns one when called without arguments."""
+    """A launcher. `--backend` names a class or function that is called without arguments and returns one."""
 
     @abstractmethod
     def available_workers(self, job: Job) -> int:
-        """The number of workers that could start now. May wait for machines. Raises ConfigError."""
+        """Returns the number of workers that can start now. May wait for machines. Raises ConfigError."""
 
     @abstractmethod
     def run_attempt(self, job: Job, workers: int) -> dict[str, Any]:
-        """Run the job to its end with this number of workers, and return rank zero's result.
+        """Run the job to completion with this number of workers, and return rank zero's result.
 
         Every worker sets the variables that torchrun sets (RANK, WORLD_SIZE, LOCAL_RANK, and MASTER_ADDR and
-        MASTER_PORT, or `UDDDM_RENDEZVOUS` on one machine) and calls `run_rank`; one in a new process first calls
-        `start_logging`. Raises what a rank raised, or WorkerLost.
+        MASTER_PORT, or `UDDDM_RENDEZVOUS` on one machine) and calls `run_rank`. A worker in a new process calls
+        `start_logging` first. Raises the error of a rank, or WorkerLost.
         """
 
 
 def start_logging(job: Job) -> None:
-    """Print this worker process's messages as the driver's are printed."""
+    """Configure logging in a worker process as in the driver."""
     install(force=True, level=job.log_level)
 
 
 def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
-    """Join the ranks that the environment describes, do this rank's part, and return its result."""
+    """Join the ranks that the environment describes, train this rank's part of the run, and return its result.
+
+    Raises RankError if another rank is gone or does not respond within `job.timeout` seconds, ConfigError for different
+    versions than the driver's, and the errors of training.
+    """
     check_versions(job.versions)
     needs_group = engines.find(job.config).needs_process_group
     ranks = join(job.device, job.config.order.lanes, group=needs_group, timeout=job.timeout)
@@ -115,14 +126,14 @@ def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
         return train_rank(job.config, made, job.run_dir, ranks, listener)  # type: ignore[arg-type]
     except RuntimeError as error:
         if ranks.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
-            raise RankError(f"another rank is gone or did not answer in {job.timeout:.0f} s: {error}") from error
+            raise RankError(f"another rank is gone, or did not respond within {job.timeout:.0f} s: {error}") from error
         raise
     finally:
         ranks.close()
 
 
 def picklable(error: BaseException) -> BaseException:
-    """The error, or a RankError with its message if it cannot be pickled."""
+    """Returns the error, or a RankError with its message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
     except Exception:
@@ -131,7 +142,7 @@ def picklable(error: BaseException) -> BaseException:
 
 
 def root_cause(errors: list[BaseException]) -> BaseException:
-    """The one of the ranks' errors that caused the others."""
+    """Returns the error that most likely caused the others."""
 
     def order(error: BaseException) -> int:
         if isinstance(error, RankError):
@@ -144,7 +155,7 @@ def root_cause(errors: list[BaseException]) -> BaseException:
 
 
 def supervise(launcher: Launcher, job: Job) -> dict[str, Any]:
-    """Run attempts until the job is done or has failed more than `max_failures` times. Raises the last error."""
+    """Run attempts until one succeeds or more than `max_failures` have failed. Raises the last error."""
     failures = 0
     while True:
         workers = job.resolve_num_workers(launcher.available_workers(job))
@@ -156,7 +167,7 @@ def supervise(launcher: Launcher, job: Job) -> dict[str, Any]:
             failures += 1
             if failures > job.max_failures:
                 if job.max_failures:
-                    error.add_note(f"that was failure {failures}; --max-failures is {job.max_failures}")
+                    error.add_note(f"this was failure {failures}; --max-failures is {job.max_failures}")
                 raise
-            log.warning("failure %d of %d that are allowed: %s", failures, job.max_failures, error)
+            log.warning("failure %d of at most %d: %s", failures, job.max_failures, error)
             log.info("restarting from the newest valid checkpoint")

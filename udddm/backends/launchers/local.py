@@ -1,4 +1,4 @@
-"""Several ranks on this machine: child processes that find each other through a file."""
+"""Several ranks on this machine, as child processes that rendezvous through a file."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from udddm.backends.launchers.base import Job, Launcher, picklable, root_cause, 
 from udddm.errors import ConfigError, RankError, WorkerLost
 
 GRACE = 20.0
-"""Seconds that the other ranks are given to end after one has failed."""
+"""Seconds that the other ranks get to exit after one has failed."""
 
 
 _UNGUARDED = 77
-"""Exit code of a worker whose script starts workers when it is imported."""
+"""Exit code of a worker whose script starts workers at import."""
 
 
 def _end_with(parent: BaseProcess) -> None:
@@ -36,7 +36,7 @@ def _end_with(parent: BaseProcess) -> None:
 
 
 def _child(job: Job, rank: int, world: int, rendezvous: str, outcome: Connection) -> None:
-    os.setpgid(0, 0)  # Ctrl-C reaches the parent, which passes it on once
+    os.setpgid(0, 0)  # Ctrl-C then reaches only the parent, which forwards it once
     parent = multiprocessing.parent_process()
     assert isinstance(parent, BaseProcess)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -55,28 +55,30 @@ def _child(job: Job, rank: int, world: int, rendezvous: str, outcome: Connection
 
 
 def _check_startable(job: Job) -> None:
-    """Raise ConfigError where workers, which import the script again and receive the job, could not start.
+    """Raise ConfigError if workers could not start: they import the script and unpickle the job.
 
-    A worker that gets here while it imports the script ends with the code by which its parent knows.
+    If this is called in a worker that is importing the script, the worker exits with a code that its parent recognizes.
     """
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(_UNGUARDED)
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script is not None and not Path(script).exists():
         raise ConfigError(
-            f"workers import the program that starts them, but {script} is not a file: save it as a script and run "
-            "that, or use the command udddm-train"
+            f"workers import the program that starts them, but {script} is not a file: save the program as a "
+            "script and run it, or use the command udddm-train"
         )
     try:
         pickle.dumps(job)
-    except Exception as error:  # what cannot be pickled raises PicklingError, TypeError, AttributeError and others
+    except Exception as error:  # pickling fails with PicklingError, TypeError, AttributeError and others
         raise ConfigError(
-            f"the data set cannot be sent to a worker ({error}): give a function at the top level of a module that "
-            "makes it, which every worker calls"
+            f"the data set cannot be sent to a worker ({error}): pass a function at the top level of a module that "
+            "returns it, which every worker calls"
         ) from None
 
 
 class Processes(Launcher):
+    """Workers as child processes of this one (`--backend local`)."""
+
     def available_workers(self, job: Job) -> int:
         if job.device == "cpu":
             return max(job.workers)
@@ -103,7 +105,7 @@ class Processes(Launcher):
                     children.append(child)
                 with _forwarded(children):
                     outcomes = _collect(pipes, children)
-                    for child in children:  # their outcomes are here; only their exit is awaited
+                    for child in children:  # the outcomes have arrived; wait for the exit only
                         child.join(GRACE)
             finally:
                 if previous is None:
@@ -121,7 +123,7 @@ class Processes(Launcher):
 
 
 def _collect(pipes: list[Connection], children: Sequence[BaseProcess]) -> list[Any]:
-    """Every rank's result or error. After the first error the others get `GRACE` seconds, then they are killed."""
+    """Every rank's result or error. After the first error, the other ranks are killed after `GRACE` seconds."""
     outcomes: list[Any] = [None] * len(pipes)
     open_pipes = dict(zip(pipes, range(len(pipes)), strict=True))
     deadline: float | None = None
@@ -131,7 +133,9 @@ def _collect(pipes: list[Connection], children: Sequence[BaseProcess]) -> list[A
         if not ready:
             for rank in open_pipes.values():
                 children[rank].kill()
-                outcomes[rank] = RankError(f"rank {rank} did not end within {GRACE:.0f} s after another had failed")
+                outcomes[rank] = RankError(
+                    f"rank {rank} did not exit within {GRACE:.0f} s after the failure of another rank"
+                )
             break
         for pipe in ready:
             assert isinstance(pipe, Connection)
@@ -141,7 +145,7 @@ def _collect(pipes: list[Connection], children: Sequence[BaseProcess]) -> list[A
             except EOFError:
                 children[rank].join()
                 code = children[rank].exitcode or 0
-                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
                 outcomes[rank] = _unguarded() if code == _UNGUARDED else WorkerLost(f"rank {rank} {how}")
             if isinstance(outcomes[rank], BaseException) and deadline is None:
                 deadline = time.monotonic() + GRACE
@@ -150,13 +154,13 @@ def _collect(pipes: list[Connection], children: Sequence[BaseProcess]) -> list[A
 
 def _unguarded() -> ConfigError:
     return ConfigError(
-        "udddm.train with several workers must not run when the script is imported, as every worker does: put the call "
-        'under `if __name__ == "__main__":`'
+        "udddm.train with several workers must not run at import, because every worker imports the script: move the "
+        'call under `if __name__ == "__main__":`'
     )
 
 
 def _forwarded(children: Sequence[BaseProcess]) -> AbstractContextManager[None]:
-    """SIGTERM and SIGINT go to the ranks, which agree on a step, checkpoint and stop."""
+    """Forward SIGTERM and SIGINT to the ranks, which agree on a step, write a checkpoint and stop."""
 
     def pass_on(signum: int, frame: object) -> None:
         for child in children:

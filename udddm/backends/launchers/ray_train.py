@@ -1,8 +1,8 @@
-"""Ray Train: workers on a Ray cluster, or on one that is started here.
+"""Ray Train: workers on an existing Ray cluster, or on a local one that is started here.
 
-Training runs in `run_rank`, as everywhere. A small actor, the mailbox, carries messages between it and the driver: a
-request to stop, metrics, and each rank's result or error, so that the driver ends as the run did. Restarts are
-`supervise`'s and not Ray's: the next attempt may have another number of workers.
+Training runs in `run_rank`, as with every launcher. A small actor, the mailbox, carries messages between the workers
+and the driver: stop requests, metrics, and each rank's result or error, which the driver returns or raises. `supervise`
+restarts a run, not Ray, because the next attempt may have a different number of workers.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ from udddm.storage import local_path
 from udddm.training.progress import Line
 
 RUNS = "UDDDM_RUNS"
-"""Environment variable: the folder of a Ray job's relative run directories. Default: ~/udddm-runs."""
+"""Environment variable: the parent directory of relative run directories in a Ray job. Default: ~/udddm-runs."""
 QUIET = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
-    "RAY_TRAIN_METRICS_ENABLED": "0",  # of Ray Train's controller; ours are set by `_Watch.on_metrics`
-    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # a process for what SIGTERM and `supervise` do
+    "RAY_TRAIN_METRICS_ENABLED": "0",  # those of Ray Train's controller; `_Watch.on_metrics` exports ours
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # an extra process; SIGTERM and `supervise` handle preemption
     "RAY_TRAIN_V2_ENABLED": "1",
 }
 
@@ -50,12 +50,12 @@ def _ray() -> Any:
         import ray.train
         import ray.train.torch
     except ImportError as error:
-        raise ConfigError(f"--backend ray: Ray cannot be imported ({error}); pip install 'udddm[ray]'") from error
+        raise ConfigError(f"--backend ray: importing Ray failed ({error}); pip install 'udddm[ray]'") from error
     return ray
 
 
 def _check_answers(address: str) -> None:
-    """Raise ConfigError when nobody listens at `host:port`: Ray would wait for minutes."""
+    """Raise ConfigError if nothing listens at `host:port`, for which Ray would wait several minutes."""
     host, separator, port = address.rpartition(":")
     if not separator or "/" in host or not port.isdigit():
         return
@@ -63,13 +63,13 @@ def _check_answers(address: str) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise ConfigError(
-            f"RAY_ADDRESS={address}: no Ray cluster answers there ({error}); start it, or unset RAY_ADDRESS, and one "
-            "is started here"
+            f"RAY_ADDRESS={address}: no Ray cluster responds there ({error}); start it, or unset RAY_ADDRESS to "
+            "start a local cluster"
         ) from error
 
 
 class Mailbox:
-    """The actor. Methods are remote; nobody has to ask twice for what is not there yet."""
+    """The mailbox actor. `stopped` and `latest` return when there is something to report, so callers need not poll."""
 
     def __init__(self) -> None:
         self._stop, self._stopping = 0, asyncio.Event()
@@ -81,7 +81,7 @@ class Mailbox:
         self._stopping.set()
 
     async def stopped(self) -> int:
-        """The signal, once somebody asks to stop."""
+        """Waits for a stop request, and returns its signal."""
         await self._stopping.wait()
         return self._stop
 
@@ -90,7 +90,7 @@ class Mailbox:
         self._news.set()
 
     async def latest(self) -> tuple[int, int, dict[str, float]]:
-        """The newest metrics, once there are any that were not given before."""
+        """Waits for metrics that were not returned before, and returns the newest."""
         await self._news.wait()
         self._news.clear()
         return self._latest
@@ -103,7 +103,7 @@ class Mailbox:
 
 
 class _Watch(Listener):
-    """A worker's side: waits for the mailbox in the background, so that a step never does."""
+    """The worker's end of the mailbox. It waits for stop requests in a thread, so that no step waits for them."""
 
     def __init__(self, ray: Any, mailbox: Any, rank: int):
         self._ray, self._mailbox, self._signal = ray, mailbox, 0
@@ -112,7 +112,7 @@ class _Watch(Listener):
             threading.Thread(target=self._wait, name="stop request", daemon=True).start()
 
     def _wait(self) -> None:
-        with contextlib.suppress(Exception):  # the mailbox is gone: the job ends, or has ended
+        with contextlib.suppress(Exception):  # the mailbox is gone: the job is ending
             self._signal = self._ray.get(self._mailbox.stopped.remote())
 
     def stop_signal(self) -> int:
@@ -127,7 +127,7 @@ class _Watch(Listener):
 
 
 def _worker(settings: dict[str, Any]) -> None:
-    """What Ray Train runs on every worker."""
+    """The function that Ray Train runs on every worker."""
     import ray
     import ray.util.metrics
 
@@ -146,19 +146,21 @@ def _worker(settings: dict[str, Any]) -> None:
 
 
 class RayTrain(Launcher):
+    """Workers of Ray Train (`--backend ray`)."""
+
     def __init__(self) -> None:
         self._ray = _ray()
         if not self._ray.is_initialized():
             given = os.environ.get("RAY_ADDRESS", "")
             local = not given and not inside_ray_job()
             _check_answers(given)
-            # Ray would else look for a cluster on this machine, and wait for one that has crashed.
+            # Without an address, Ray looks for a cluster on this machine, and waits even for one that has crashed.
             self._ray.init(address="local" if local else None, log_to_driver=True, logging_level="ERROR")
-            which = "a cluster of its own (RAY_ADDRESS=auto joins one that runs here)" if local else "the cluster"
+            which = "a new local cluster (RAY_ADDRESS=auto joins an existing one)" if local else "the cluster"
             log.info(f"Ray {self._ray.__version__}: {which} at {self._ray.get_runtime_context().gcs_address}")
 
     def _resources(self, job: Job) -> dict[str, float]:
-        """Of one worker. A GPU each where the cluster has any and the CPU was not asked for."""
+        """The resources of one worker: one GPU if the cluster has any and the device is not cpu."""
         if job.device == "cuda" or (job.device == "auto" and self._ray.cluster_resources().get("GPU", 0) > 0):
             nodes = [n["Resources"] for n in self._ray.nodes() if n["Alive"]]
             return {"GPU": 1.0, "CPU": cpus_per_gpu(nodes)}
@@ -169,7 +171,11 @@ class RayTrain(Launcher):
         return sum(int(min(node.get(kind, 0) // amount for kind, amount in wanted.items())) for node in nodes)
 
     def available_workers(self, job: Job) -> int:
-        """Waits up to `timeout` seconds for an autoscaler, or a node that comes back; not for what can never be."""
+        """Returns the number of workers that fit into the cluster.
+
+        If they are fewer than requested, waits up to `timeout` seconds for the autoscaler or for a node to return. A
+        local cluster cannot grow, so there is no wait. Raises ConfigError if too few workers fit.
+        """
         wanted, least = self._resources(job), job.workers[0]
         available = self._fit(wanted)
         if available < least and (inside_ray_job() or os.environ.get("RAY_ADDRESS")):
@@ -177,8 +183,7 @@ class RayTrain(Launcher):
 
             request_resources(bundles=[wanted] * least)
             log.info(
-                f"the cluster has room for {available} of {least} workers of {wanted}; "
-                f"waiting up to {job.timeout:.0f} s"
+                f"{available} of {least} workers with {wanted} fit into the cluster; waiting up to {job.timeout:.0f} s"
             )
             deadline = time.monotonic() + job.timeout
             while available < least and time.monotonic() < deadline:
@@ -187,8 +192,8 @@ class RayTrain(Launcher):
         if available < least:
             total = {k: v for k, v in self._ray.cluster_resources().items() if k in ("CPU", "GPU")}
             raise ConfigError(
-                f"--workers {least}: each worker needs {wanted}, and the cluster has {total}, room for {available}; "
-                "ask for fewer workers, or start the cluster with more"
+                f"--workers {least}: each worker needs {wanted}, and the cluster has {total}, enough for {available}; "
+                "request fewer workers, or add resources to the cluster"
             )
         return available
 
@@ -221,12 +226,12 @@ class RayTrain(Launcher):
             try:
                 trainer.fit()
             except BaseException as error:
-                lost.append(_brief(error))  # not the error: its trace keeps Ray's controller alive
+                lost.append(_brief(error))  # not the error itself, whose traceback keeps Ray's controller alive
 
         thread = threading.Thread(target=fit, name="ray train", daemon=True)
         thread.start()
         self._watch(mailbox, thread)
-        gc.collect()  # a trace that is left would keep the controller alive, and the workers' places taken
+        gc.collect()  # a leftover traceback would keep the controller alive and the workers' resources reserved
         outcomes = self._ray.get(mailbox.outcomes.remote())
         self._ray.kill(mailbox)
         errors = [o for o in outcomes.values() if isinstance(o, BaseException)]
@@ -239,11 +244,11 @@ class RayTrain(Launcher):
         return result
 
     def _watch(self, mailbox: Any, thread: threading.Thread) -> None:
-        """Show progress, and pass SIGTERM and SIGINT on to the mailbox, until the thread ends."""
+        """Show progress and forward SIGTERM and SIGINT to the mailbox, until the thread ends."""
         received: list[int] = []
 
         def on_signal(signum: int, frame: object) -> None:
-            if received:  # a second signal stops at once
+            if received:  # a second signal stops immediately
                 raise KeyboardInterrupt
             received.append(signum)
 
@@ -260,17 +265,20 @@ class RayTrain(Launcher):
 
 
 def cpus_per_gpu(nodes: Sequence[Mapping[str, float]]) -> float:
-    """The CPUs that a worker with one GPU may ask for: its share of the node that has the fewest per GPU.
+    """The CPUs that a worker with one GPU requests: the smallest number of CPUs per GPU of any node.
 
-    Ray sets OMP_NUM_THREADS to what a worker asked for, so with one CPU its host work would run on one thread.
+    Ray sets OMP_NUM_THREADS to a worker's number of CPUs, so with one CPU its host work would run on one thread.
     """
     shares = [node.get("CPU", 0) // node["GPU"] for node in nodes if node.get("GPU", 0) >= 1]
     return max(1.0, min(shares, default=1.0))
 
 
 def job_directory(where: str | Path) -> str | Path:
-    """A URL as it is, or an absolute run directory. In a Ray job the working directory is a copy that goes with the
-    job, so a relative one is put under `UDDDM_RUNS`."""
+    """Returns a URL unchanged, and a run directory as an absolute path.
+
+    In a Ray job, the working directory is a copy that is deleted with the job, so a relative run directory is placed
+    below `UDDDM_RUNS`.
+    """
     run = local_path(where)
     if run is None:
         return where
@@ -280,12 +288,12 @@ def job_directory(where: str | Path) -> str | Path:
 
 
 def _ray_storage(run: str | Path) -> Path:
-    """Where Ray keeps a few bytes about a run of its own."""
+    """The directory for the few bytes that Ray Train itself stores per run."""
     local = local_path(run)
     return scratch() / "ray" if local is None else local.with_name(f".{local.name}.ray")
 
 
 def _brief(error: BaseException) -> str:
-    """The first line that says something of Ray's long account of a failure."""
+    """The first three nonempty lines of Ray's long error message, at most 500 characters."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3])[:500] or type(error).__name__
