@@ -228,7 +228,7 @@ def test_no_checkpoint_contains_values_that_are_not_finite(
     monkeypatch.setattr(TorchEngine, "optimizer_step", faulty)
     settings = tiny(train={"steps": 9})
     kept = tmp_path / "run" / "checkpoints" / "step-00000003"
-    said = rf"after step 6\. .* from step 3; .*start a new run .--run-dir., with train.init_from={kept} "
+    said = rf"after step 6\. .* from step 3, .*start a new run .--run-dir., with train.init_from={kept} "
     with pytest.raises(Diverged, match=said):
         train(settings, tmp_path / "run")
     assert finite(tmp_path / "run") == [kept.name]
