@@ -31,7 +31,7 @@ def report(book: Books, runs: Path, out: Path) -> None:
 
 
 def _speeds(found: dict[str, Row]) -> None:
-    print("| same network, one run | images/s | over iCT | over rounds | whole run |\n|---|---|---|---|---|")
+    print("| same network, one run | images/s | over iCT | over rounds | entire run |\n|---|---|---|---|---|")
     for name, row in found.items():
         low, high = row["over_ict_range"]
         ratios = f"{row['over_ict']:.2f} | {low:.2f} to {high:.2f} | {row['run_over_ict']:.2f}"

@@ -76,7 +76,7 @@ def test_an_intact_store_verifies(run: Path, capsys: pytest.CaptureFixture[str])
     before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     code, out, _ = store(capsys, "verify", str(run))
     assert code == 0
-    assert "whole" in out
+    assert "valid" in out
     assert "2 checkpoints" in out
     assert {p: p.read_bytes() for p in run.rglob("*") if p.is_file()} == before  # nothing is written
 

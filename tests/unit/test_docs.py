@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from udddm.cli.main import COMMANDS
 from udddm.config import RunConfig
-from udddm.config.renamed import current_key
+from udddm.config.renamed import RENAMED, current_key
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -72,7 +72,9 @@ def test_files_exist(page: Path) -> None:
 
 @PAGE
 def test_configuration_keys_exist(page: Path) -> None:
-    text = OLD_KEYS.sub("", page.read_text())
+    lines = page.read_text().splitlines()
+    # A table of renamed keys begins its rows with the old ones.
+    text = "\n".join(line for line in lines if not any(line.startswith(f"| `{old}`") for old in RENAMED))
     given = [key for span in spans(text) for key in KEY.findall(span) if not key.endswith((".py", ".md", ".json"))]
     given += [key for code in [*blocks(text), *spans(text)] for key in re.findall(r"--set ([a-z_.0-9]+)=", code)]
     named = [key for key in given if key.partition(".")[0] in SECTIONS]

@@ -131,18 +131,18 @@ def test_a_custom_factory_is_built_by_its_import_path() -> None:
 
 def test_every_refused_setting_is_named_by_its_key() -> None:
     with pytest.raises(ConfigError) as caught:
-        SHAPES.build("created", {"size": 0, "names": ["a", 3], "colour": "red"}, None)
+        SHAPES.build("created", {"size": 0, "names": ["a", 3], "color": "red"}, None)
     first, *lines = str(caught.value).splitlines()
     assert first == "the shape created:"
-    keys = ["section.settings.size", "section.settings.names.1", "section.settings.colour"]
+    keys = ["section.settings.size", "section.settings.names.1", "section.settings.color"]
     assert [line.strip().split(": ")[0] for line in lines] == keys
     with pytest.raises(ConfigError, match=r"section.settings.size: Field required"):
         SHAPES.build("created", {}, None)
 
 
 def test_settings_for_a_member_without_any_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"section.settings: the shape plain takes no settings; remove size, colour"):
-        SHAPES.build("plain", {"size": 1, "colour": "red"}, None)
+    with pytest.raises(ConfigError, match=r"section.settings: the shape plain takes no settings; remove size, color"):
+        SHAPES.build("plain", {"size": 1, "color": "red"}, None)
 
 
 def test_settings_must_be_described_by_a_pydantic_model() -> None:

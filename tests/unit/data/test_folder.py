@@ -65,8 +65,8 @@ def test_files_elsewhere_leave_the_folder_without_labels(tmp_path: Path, other: 
 def test_gray_stays_gray_only_if_all_are(tmp_path: Path) -> None:
     gray = save(tmp_path / "1.png", picture(4, 4))
     assert torch.equal(everything(tmp_path), expected(gray))
-    colour = save(tmp_path / "2.png", picture(4, 4, 3))
-    assert torch.equal(everything(tmp_path), expected(gray[..., None].repeat(3, axis=2), colour))
+    color = save(tmp_path / "2.png", picture(4, 4, 3))
+    assert torch.equal(everything(tmp_path), expected(gray[..., None].repeat(3, axis=2), color))
 
 
 def test_an_opaque_alpha_channel_is_dropped(tmp_path: Path) -> None:

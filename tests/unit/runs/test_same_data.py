@@ -54,7 +54,7 @@ def fingerprints(*arrays: np.ndarray) -> list[dict[str, object]]:
     [
         (PIXELS[:44], r"rank 1 \(b\) has samples 44, but rank 0 \(a\) has 64"),
         (PIXELS[:, :1], r"rank 1 \(b\) has images of shape \[1, 8, 8\], but rank 0 \(a\) has \[3, 8, 8\]"),
-        (PIXELS[::-1].copy(), r"rank 1 \(b\) and rank 0 \(a\) read data sets of 64 samples that differ"),
+        (PIXELS[::-1].copy(), r"rank 1 \(b\) and rank 0 \(a\) read different data sets of 64 samples"),
     ],
 )
 def test_ranks_with_other_data_are_named(other: np.ndarray, message: str) -> None:
@@ -85,7 +85,7 @@ def test_a_run_is_not_scored_against_data_that_it_was_not_trained_on(
         np.save(tmp_path / f"{name}.npy", pixels)
         path = tmp_path / f"{name}.npy"
         assert evaluate_command.main([*score, "--set", "data.name=array", "--set", f"data.path={path}"]) == 0
-        assert ("scored against other data" in capsys.readouterr().err) == (name == "other")
+        assert ("scoring against a data set that is not" in capsys.readouterr().err) == (name == "other")
 
 
 def test_a_view_leaves_out_an_image_of_other_data(
@@ -93,7 +93,7 @@ def test_a_view_leaves_out_an_image_of_other_data(
 ) -> None:
     assert store_command.main(["view", str(trained), "--sample", "5", "--out", str(tmp_path / "v.png")]) == 0
     said = capsys.readouterr()
-    assert "the image is left out: the data set is not the one" in said.err
+    assert "the image is omitted: the data set is not the one" in said.err
     assert "the image" not in said.out
 
 

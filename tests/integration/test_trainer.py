@@ -15,7 +15,6 @@ import torch
 import udddm
 from udddm import ConfigError, RunConfig, TrainResult
 from udddm.backends.distributed.ranks import Ranks
-from udddm.backends.engines import EngineContext
 from udddm.backends.engines.ddp import TorchEngine
 from udddm.config import resolve
 from udddm.data import ImageDataset
@@ -205,7 +204,7 @@ def test_no_checkpoint_contains_values_that_are_not_finite(
     what: str, value: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A hardware fault in the last step before a checkpoint, whose loss is still finite. A restart fixes it."""
-    step = TorchEngine._step
+    step = TorchEngine.optimizer_step
     taken = 0
 
     def faulty(engine: TorchEngine) -> None:
@@ -226,10 +225,10 @@ def test_no_checkpoint_contains_values_that_are_not_finite(
                 next(iter(average.weights.values())).view(-1)[0] = value
 
         monkeypatch.setattr(EMA, "update", overwritten)
-    monkeypatch.setattr(TorchEngine, "_step", faulty)
+    monkeypatch.setattr(TorchEngine, "optimizer_step", faulty)
     settings = tiny(train={"steps": 9})
     kept = tmp_path / "run" / "checkpoints" / "step-00000003"
-    said = rf"after step 6\. .* from step 3; .*start a new run .--run-dir., with train.init_from={kept} "
+    said = rf"after step 6\. .* from step 3, .*start a new run .--run-dir., with train.init_from={kept} "
     with pytest.raises(Diverged, match=said):
         train(settings, tmp_path / "run")
     assert finite(tmp_path / "run") == [kept.name]
@@ -283,35 +282,3 @@ def test_a_run_directory_is_locked(tmp_path: Path) -> None:
 
     with locked(tmp_path), pytest.raises(ConfigError, match="another process"):
         train(tiny(), tmp_path)
-
-
-def test_the_learning_rate_schedule() -> None:
-    def engine(**settings: Any) -> TorchEngine:
-        config = resolve({"train": {"steps": 100, "learning_rate": 1.0, **settings}})
-        return TorchEngine(EngineContext(torch.nn.Linear(2, 2), config, Ranks(0, 1, torch.device("cpu")), 100))
-
-    constant, cosine, linear = engine(), engine(lr_schedule="cosine", warmup_steps=10), engine(lr_schedule="linear")
-    assert {constant.learning_rate(s) for s in range(100)} == {1.0}
-    assert cosine.learning_rate(0) == pytest.approx(0.1) and cosine.learning_rate(9) == pytest.approx(1.0)
-    assert cosine.learning_rate(55) == pytest.approx(0.5) and cosine.learning_rate(99) < 0.001
-    assert linear.learning_rate(50) == pytest.approx(0.5)
-
-
-def test_optimizer_state_survives_a_round_trip() -> None:
-    ranks = Ranks(0, 1, torch.device("cpu"))
-    config = resolve({"train": {"steps": 10}})
-
-    def step(engine: TorchEngine, number: int) -> None:
-        torch.manual_seed(number)
-        engine.backward_and_step(engine.module(torch.randn(4, 3)).square().mean(), number)
-
-    torch.manual_seed(0)
-    first = TorchEngine(EngineContext(torch.nn.Linear(3, 2), config, ranks, 10))
-    for number in range(3):
-        step(first, number)
-    second = TorchEngine(EngineContext(torch.nn.Linear(3, 2), config, ranks, 10))
-    moments = {f"{key}/{n}": m for key, pieces in first.moments().items() for n, m in pieces.items()}
-    second.load(first.weights(), moments | first.scalars())
-    for engine in (first, second):
-        step(engine, 3)
-    assert all(torch.equal(a, b) for a, b in zip(first.weights().values(), second.weights().values(), strict=True))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ from udddm.backends.distributed.ranks import Ranks
 from udddm.cli.evaluate import main
 from udddm.cli.sample import main as sample_command
 from udddm.config import resolve
-from udddm.data import ImageDataset
 from udddm.data.sources import digits
 from udddm.evaluation import evaluate
-from udddm.evaluation.features import FeatureNetwork, load_features
 
-YARDSTICK = Path(__file__).parents[3] / "benchmarks" / "yardstick"
+YARDSTICK = Path(__file__).parents[2] / "benchmarks" / "yardstick"
 TINY: dict[str, Any] = {
     "data": {"name": "digits"},
     "schedule": {"kind": "ve", "sigma_min": 0.05, "sigma_max": 30.0},
@@ -161,51 +158,6 @@ def test_guidance_is_the_same_in_evaluation_and_sampling(tmp_path: Path, capsys:
     api.train(resolve(TINY), run_dir=tmp_path / "plain", device="cpu")
     assert main(["--checkpoint", str(tmp_path / "plain"), *arguments[2:], "--guidance", "3", "--device", "cpu"]) == 2
     assert "--guidance 3: the network takes no labels" in capsys.readouterr().err
-
-
-def mean_and_deviation(images: torch.Tensor) -> torch.Tensor:
-    flat = images.flatten(1)
-    return torch.stack([flat.mean(1), flat.std(1)], 1)
-
-
-def test_statistics_are_cached_per_images_and_network(tmp_path: Path) -> None:
-    images = np.random.default_rng(0).uniform(-1, 1, (300, 1, 6, 6)).astype(np.float32)
-    calls = 0
-
-    def counted(batch: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += len(batch)
-        return mean_and_deviation(batch)
-
-    network = FeatureNetwork("counted", counted, torch.device("cpu"))
-    first = evaluate.reference(ImageDataset(images), network, tmp_path)
-    assert calls == 304
-    again = evaluate.reference(ImageDataset(images), network, tmp_path)
-    assert calls == 308  # four for the fingerprint of the network
-    for name in ("mean", "covariance", "probe"):
-        assert np.array_equal(getattr(first, name), getattr(again, name))
-    changed = images.copy()
-    changed[123, 0, 0, 0] *= 0.5  # one pixel of one image
-    evaluate.reference(ImageDataset(changed), network, tmp_path)
-    assert calls == 612
-    other = FeatureNetwork("counted", lambda batch: 2 * mean_and_deviation(batch), torch.device("cpu"))
-    assert np.allclose(evaluate.reference(ImageDataset(images), other, tmp_path).mean, 2 * first.mean)
-    kept = sorted(tmp_path.iterdir())
-    assert len(kept) == 3
-    for path in kept:
-        path.write_bytes(path.read_bytes()[:100])  # half written
-    assert np.array_equal(evaluate.reference(ImageDataset(images), network, tmp_path).mean, first.mean)
-
-
-def test_torchscript_files_are_feature_networks(tmp_path: Path) -> None:
-    module = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 5))
-    path = tmp_path / "network.pt"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        torch.jit.trace(module, torch.zeros(1, 1, 8, 8)).save(str(path))
-    network = load_features(str(path), torch.device("cpu"))
-    features, logits = network(torch.zeros(7, 1, 8, 8))
-    assert features.shape == (7, 5) and logits is None
 
 
 @pytest.mark.parametrize(
