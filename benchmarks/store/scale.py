@@ -352,7 +352,7 @@ def row(each: Outcome) -> str:
 
 
 HEADING = (
-    f"{'':27} {'epoch':>8} {'window':>7} {'':8} {'an':>7} "
+    f"{'':27} {'epoch':>8} {'window':>7} {'':8} {'per':>7} "
     f"{'total per s':>15} {'most per prefix':>15} {'MB/s':>15}\n"
     f"{'':21} {'ranks':>5} {'s':>8} {'s':>7} {'wait':>8} {'epoch s':>7} "
     + " ".join(f"{name:>7}" for name in ("gets", "puts", "gets", "puts", "read", "written", "refused"))

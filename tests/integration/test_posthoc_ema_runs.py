@@ -128,7 +128,7 @@ def test_the_commands_accept_an_ema_length_or_name(run: Path, tmp_path: Path, mo
         drawn[name] = np.load(tmp_path / "samples.npy")
     assert np.array_equal(drawn["--ema-length=0.07"], api.sample(load_model(run, ema_length=0.07), range(4)))
     assert len({image.tobytes() for image in drawn.values()}) == 3
-    monkeypatch.syspath_prepend(str(Path(__file__).parents[3] / "benchmarks" / "yardstick"))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "yardstick"))
     figures = []
     for name in ("--ema-length=0.07", "--ema=none"):
         scoring = ["--features=features:digits", "--count=40", f"--cache={tmp_path}", f"--json={tmp_path / 'f.json'}"]
