@@ -24,6 +24,11 @@ OLD_NAMES = [
     "checkpoint.every_steps=10",
     "log_every_steps=5",
     "sample={every_steps: 0, final: 0}",
+    # A section given by --set was replaced then, and is merged with the preset now.
+    "network.patch=1",
+    "process.sigma_data=0.5",
+    "train.betas=[0.9, 0.999]",
+    "train.warmup_steps=0",
 ]
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -42,8 +42,8 @@ SETTINGS = [
     "sample.every_steps=0",
     "store.kind=zarr",
 ]
-MODULE = "from pathlib import Path\nfrom sklearn.datasets import load_digits\nPath(__file__ + '.ran').touch()\n"
-MODULE += "def images(): return load_digits().images[:, None].astype('float32') / 8 - 1\n"
+MODULE = "from pathlib import Path\nfrom udddm.data.sources import digits\nPath(__file__ + '.ran').touch()\n"
+MODULE += "def images(): return digits()\n"
 MODULE += "def features(batch): return batch.flatten(1)[:, :8]\n"
 
 

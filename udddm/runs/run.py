@@ -139,7 +139,7 @@ def check_or_record(run_dir: Path, config: RunConfig, dataset: ImageDataset) -> 
         if begun.fingerprint() != config.fingerprint():
             decisive = [
                 line
-                for line in differences(recorded["config"], resolved)
+                for line in differences(begun.model_dump(mode="json"), resolved)
                 if line.split(":")[0] not in RunConfig.changeable() and line.split(".")[0] not in RunConfig.changeable()
             ]
             raise ConfigError(
