@@ -18,7 +18,7 @@ from udddm.config import RunConfig
 from udddm.config.plugins import name_of
 from udddm.data import MapDataset
 from udddm.errors import ConfigError
-from udddm.runs.model import Model, load_model
+from udddm.runs.model import Model, SampleOptions, load_model
 from udddm.runs.result import TrainResult
 from udddm.urls import secret_in
 
@@ -171,29 +171,11 @@ def _range_of_workers(workers: object) -> tuple[int, int]:
 
 
 def sample(
-    model: Model | str | Path,
-    seeds: Sequence[int],
-    *,
-    steps: int = 1,
-    sampler: Factory = "renoise",
-    settings: Mapping[str, Any] | None = None,
-    labels: Sequence[int] | None = None,
-    guidance: float = 1.0,
-    batch: int = 250,
-    trust: bool = False,
+    model: Model | str | Path, seeds: Sequence[int], *, trust: bool = False, **options: Unpack[SampleOptions]
 ) -> npt.NDArray[np.float32]:
-    """Sample images [N, C, H, W] in [-1, 1], one per seed.
+    """`Model.sample` of a model, or of the run, checkpoint or release at a path or URL.
 
-    `model` is a Model, or the path or URL of a run, checkpoint or release, which `load_model` loads. The other
-    arguments and the errors are those of `Model.sample`.
+    `options` are the other arguments of `Model.sample`; `trust` is that of `load_model`.
     """
     loaded = model if isinstance(model, Model) else load_model(model, trust=trust)
-    return loaded.sample(
-        seeds,
-        steps=steps,
-        sampler=sampler,
-        settings=settings,
-        labels=labels,
-        guidance=guidance,
-        batch=batch,
-    )
+    return loaded.sample(seeds, **options)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,17 @@ from udddm.runs.remote import open_copy
 from udddm.runs.run import Run
 from udddm.runs.weights import Saved
 from udddm.storage import local_path
+
+
+class SampleOptions(TypedDict, total=False):
+    """The arguments of `Model.sample` apart from the seeds."""
+
+    steps: int
+    sampler: str | Callable[..., Any]
+    settings: Mapping[str, Any] | None
+    labels: Sequence[int] | None
+    guidance: float
+    batch: int
 
 
 @dataclass(frozen=True)
