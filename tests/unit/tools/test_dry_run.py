@@ -48,7 +48,7 @@ def test_every_preset_is_planned_without_its_data_as_its_header_says(
 
     data = expected(config.data)
     assert data is not None
-    stated = re.search(r"x0-state ([\d.]+) (kB|MB|GB) in fp16", header)
+    stated = re.search(r"x0-state (?:has )?([\d.]+) (kB|MB|GB) in fp16", header)
     assert stated, header
     assert data.samples * np.prod(data.shape) * 2 == pytest.approx(float(stated[1]) * BYTES[stated[2]], rel=5e-3)
     found = re.search(r"network: ([\d,]+) parameters", lines)
