@@ -97,7 +97,7 @@ def disturb(
         os.kill(victim, signal.SIGKILL)
         steps.append(newest_step(run))
     job.end()
-    logged = sum("of at most" in line for line in job.log)
+    logged = sum(" allowed: " in line for line in job.log)
     print(f"  {run.name}: killed at checkpoints {steps}, {logged} failures logged", flush=True)
     return steps
 

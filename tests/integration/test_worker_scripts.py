@@ -28,9 +28,9 @@ def run(dataset):
 @pytest.mark.parametrize(
     ("call", "stdin", "message"),
     [
-        ("run(Data())", False, 'put the call under `if __name__ == "__main__":`'),
+        ("run(Data())", False, 'move the call under `if __name__ == "__main__":`'),
         ('if __name__ == "__main__":\n    run(Data(lambda x: x))', False, "the data set cannot be sent to a worker"),
-        ('if __name__ == "__main__":\n    run(Data())', True, "save it as a script"),
+        ('if __name__ == "__main__":\n    run(Data())', True, "save the program as a script"),
     ],
     ids=["no guard", "lambda", "stdin"],
 )

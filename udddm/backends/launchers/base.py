@@ -169,5 +169,5 @@ def supervise(launcher: Launcher, job: Job) -> dict[str, Any]:
                 if job.max_failures:
                     error.add_note(f"this was failure {failures}; --max-failures is {job.max_failures}")
                 raise
-            log.warning("failure %d of at most %d: %s", failures, job.max_failures, error)
+            log.warning("failure %d of %d allowed: %s", failures, job.max_failures, error)
             log.info("restarting from the newest valid checkpoint")
