@@ -68,7 +68,7 @@ def test_info_describes_a_store(run: Path, capsys: pytest.CaptureFixture[str]) -
         assert own[0] == 0
         assert "gen-000003: complete" in own[1]
     else:
-        assert "only in the checkpoints" in out
+        assert "and in the checkpoints" in out
         assert "all rows" in out
 
 
