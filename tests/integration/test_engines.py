@@ -74,7 +74,7 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         pytest.param("zero0", marks=pytest.mark.slow),
         pytest.param("zero1", marks=pytest.mark.slow),
-        "zero2",
+        pytest.param("zero2", marks=pytest.mark.slow),
         "zero3",
         pytest.param("zero2-offload", marks=pytest.mark.slow),
     ],
@@ -83,7 +83,7 @@ def test_every_stage_gives_the_weights_ema_and_moments_of_torch(name: str, refer
     assert difference(train(tmp_path / name, name, 2), reference) < 1e-6
 
 
-@pytest.mark.parametrize("name", ["torch", "zero2"])
+@pytest.mark.parametrize("name", [pytest.param("torch", marks=pytest.mark.slow), "zero2"])
 def test_accumulation_gives_the_same_weights(name: str, reference: Path, tmp_path: Path) -> None:
     assert difference(train(tmp_path / name, name, 2, grad_accumulation=4), reference) < 1e-6
 
@@ -93,7 +93,10 @@ def test_another_number_of_ranks_gives_the_same_weights(workers: int, reference:
     assert difference(train(tmp_path / "run", "torch", workers), reference) < 1e-6
 
 
-@pytest.mark.parametrize(("first", "then"), [(("zero3", 2), ("torch", 1)), (("torch", 1), ("zero3", 2))])
+@pytest.mark.parametrize(
+    ("first", "then"),
+    [(("zero3", 2), ("torch", 1)), pytest.param(("torch", 1), ("zero3", 2), marks=pytest.mark.slow)],
+)
 def test_a_run_may_change_its_engine_and_ranks_when_it_resumes(
     first: tuple[str, int], then: tuple[str, int], reference: Path, tmp_path: Path
 ) -> None:
@@ -107,9 +110,8 @@ def test_a_run_may_change_its_engine_and_ranks_when_it_resumes(
     assert difference(run, reference) < 1e-6
 
 
-@pytest.mark.parametrize(
-    "name", ["torch", *(pytest.param(f"zero{stage}", marks=pytest.mark.slow) for stage in range(4))]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["torch", *(f"zero{stage}" for stage in range(4))])
 def test_four_ranks_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
     """With more than two ranks, the order of sums affects the bits: it must be the same from the first step on."""
     run = train(tmp_path / "run", name, 4)
@@ -122,6 +124,7 @@ def test_four_ranks_resume_bit_for_bit(name: str, tmp_path: Path) -> None:
         assert resumed[f"{kind}_sha256"] == undisturbed[f"{kind}_sha256"]
 
 
+@pytest.mark.slow
 def test_checkpoints_pass_through_every_engine_bit_for_bit(reference: Path, tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

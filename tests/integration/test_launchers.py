@@ -95,6 +95,7 @@ def test_a_killed_rank_counts_as_one_failure(rank: int, undisturbed: dict[str, s
     assert fingerprints(run.run) == undisturbed
 
 
+@pytest.mark.slow
 def test_a_hung_rank_counts_as_one_failure(undisturbed: dict[str, str], tmp_path: Path) -> None:
     run = Started(tmp_path / "run", "--workers", "2", "--max-failures", "1", "--timeout", "5").at_step(20)
     os.kill(run.children()[1], signal.SIGSTOP)
@@ -256,7 +257,7 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("logger", ["as it is", "silenced"])
+@pytest.mark.parametrize("logger", [pytest.param("as it is", marks=pytest.mark.slow), "silenced"])
 def test_workers_log_unless_the_program_silenced_them(logger: str, tmp_path: Path) -> None:
     """A worker is a new process, which receives only the level of the program's logging."""
     program = tmp_path / "program.py"

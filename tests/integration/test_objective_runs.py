@@ -33,7 +33,13 @@ SMALL: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("settings", [*DROPPING.values(), {"name": "edm"}], ids=[*DROPPING, "edm"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[pytest.mark.slow] if name in ("ect in chains", "long chain") else [])
+        for name, settings in {**DROPPING, "edm": {"name": "edm"}}.items()
+    ],
+)
 def test_the_network_is_compiled_once_per_pass_without_graph_breaks(settings: dict[str, Any]) -> None:
     """For any number of rows that need a teacher, and any epochs, levels and classes."""
     graphs: list[object] = []
