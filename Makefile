@@ -28,9 +28,9 @@ demo: $(DEMO_READY)
 	@echo "The picture: runs/demo/samples.png, 100 digits, one network evaluation each."
 	@echo "Try next, four evaluations each: $(BIN)/udddm sample --checkpoint runs/demo --steps 4 --out runs/demo-4"
 
-# The default tests: unit and integration.
+# The default tests, integration and unit: in this order, so that no long file is left for the end.
 test: $(READY)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder -m "not slow"
 
 # The tests of one module at a time: about a minute.
 test-unit: $(READY)
