@@ -9,9 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 import time
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -42,7 +40,7 @@ def atomic_save(path: Path, save: Callable[[Path], object], *, shared: bool = Fa
 
     Set `shared` if other processes may write the same file at the same time. Raises OSError.
     """
-    name = f"{path.name}.{uuid.uuid4().hex}.partial" if shared else f"{path.name}.partial"
+    name = f"{path.name}.{os.urandom(16).hex()}.partial" if shared else f"{path.name}.partial"
     with complete_file(path.with_name(name), save) as temporary:
         temporary.replace(path)
     sync_directory(path.parent)
@@ -195,6 +193,8 @@ def home_cache() -> Path:
             return found
     except (RuntimeError, OSError):
         pass
+    import tempfile  # here, because every command imports this module
+
     found = Path(tempfile.gettempdir()) / f"udddm-{os.getuid()}"
     found.mkdir(mode=0o700, exist_ok=True)
     if found.is_symlink() or found.stat().st_uid != os.getuid():

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from udddm import __version__, log
+from udddm import __version__
 from udddm.errors import ConfigError, Interrupted, UdddmError
 from udddm.files import expanded
 
@@ -34,6 +34,8 @@ def reported(body: Callable[[], int]) -> int:
     Exit codes: 0 for success, 1 for failure, 2 for an error in the arguments or the configuration, 128 + n if signal n
     stopped the run after a checkpoint. Other exceptions keep their traceback.
     """
+    from udddm import log
+
     log.install(force=True)
     try:
         return body()
