@@ -1,4 +1,4 @@
-"""Imports point down: every room of the package imports only from lower layers, including in functions."""
+"""Imports point down: every component of the package imports only from lower layers, including in functions."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ LAYERS = {
     11: ("__main__",),
 }
 """The layers shown in docs/architecture.md. Rooms of layer 1 may import from those listed before them."""
-LAYER = {room: layer for layer, rooms in LAYERS.items() for room in rooms}
+LAYER = {component: layer for layer, components in LAYERS.items() for component in components}
 FIRST = list(LAYERS[1])
 
 
-def room_of(parts: tuple[str, ...]) -> str:
-    """The room of a module: its top-level name, or its subfolder of `backends`."""
+def component_of(parts: tuple[str, ...]) -> str:
+    """The component of a module: its top-level name, or its subfolder of `backends`."""
     if parts[:1] == ("backends",) and len(parts) > 1:
         return "/".join(parts[:2])
     return parts[0] if parts else ""
@@ -72,19 +72,19 @@ def imported(tree: ast.AST) -> list[tuple[int, tuple[str, ...]]]:
 
 
 def test_every_module_is_in_a_layer() -> None:
-    rooms = {room_of(parts) for parts in MODULES} - {"", "backends"}
-    assert rooms == set(LAYER)
+    components = {component_of(parts) for parts in MODULES} - {"", "backends"}
+    assert components == set(LAYER)
     assert len({parts[0] for parts in MODULES if parts}) <= 24
 
 
 def test_imports_point_down() -> None:
     wrong = []
     for parts, path in MODULES.items():
-        here = room_of(parts)
+        here = component_of(parts)
         if not here or here == "backends":
             continue
         for line, target in imported(ast.parse(path.read_text())):
-            there = room_of(target)
+            there = component_of(target)
             if there in ("", here, "backends"):
                 continue
             within_first = LAYER[here] == LAYER[there] == 1 and FIRST.index(there) < FIRST.index(here)
