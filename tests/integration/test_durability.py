@@ -53,7 +53,7 @@ class Event(NamedTuple):
     old: Path | None = None
 
 
-@pytest.fixture(scope="module", params=["gpu", "zarr"])
+@pytest.fixture(scope="module", params=[pytest.param("gpu", marks=pytest.mark.slow), "zarr"])
 def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event]]:
     """A run directory two levels below an existing one, and the events of a run of 40 steps that was resumed from step
     30."""

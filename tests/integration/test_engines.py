@@ -260,6 +260,7 @@ def test_bf16_keeps_unrounded_master_weights(tmp_path: Path) -> None:
         assert max(float((saved[n] - p.detach()).abs().max()) for n, p in initial.items()) < 1e-9
 
 
+@pytest.mark.slow
 def test_a_sharded_run_starts_from_an_ema_of_another_engine(reference: Path, tmp_path: Path) -> None:
     run = train(tmp_path / "run", "zero1", 2, precision="bf16", learning_rate=1e-12, init_from=str(reference))
     begun = Saved(reference / "checkpoints" / "step-00000008", "ema-0.9")

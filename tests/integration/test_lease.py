@@ -126,7 +126,7 @@ def test_a_lease_is_taken_over_once_seen_unchanged_for_long_enough(objects: Obje
     second.release()
 
 
-@pytest.mark.parametrize("clock", [-YEAR, 0, YEAR])
+@pytest.mark.parametrize("clock", [-YEAR, pytest.param(0, marks=pytest.mark.slow), YEAR])
 def test_a_renewed_lease_is_not_taken_over(place: str, clock: float) -> None:
     over = threading.Event()
 
