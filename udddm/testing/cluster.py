@@ -62,6 +62,7 @@ class Cluster:
     def add_node(self, cpus: int) -> None:
         """Add a node, as processes of this machine."""
         command = [str(BIN / "ray"), "start", "--block", f"--address={self.address}", f"--num-cpus={cpus}"]
+        command += [f"--dashboard-agent-listen-port={free_port()}"]
         # A separate directory, else it would empty the one in which the jobs on the head run.
         command += [f"--temp-dir={tempfile.mkdtemp(prefix='ray-', dir=self.short)}"]
         with (self.directory.parent / f"node-{len(self.nodes)}.log").open("wb") as log:
@@ -111,10 +112,12 @@ class Cluster:
         return sorted(found)
 
     def end(self) -> None:
-        """Kill the remaining processes."""
-        for pid in self._processes():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        """Kill all processes, also those that a process starts meanwhile."""
+        while found := self._processes():
+            for pid in found:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            time.sleep(0.05)
 
 
 def free_port() -> int:
@@ -147,6 +150,7 @@ def running(place: Path, cpus: int, **variables: str) -> Iterator[Cluster]:
     cluster = Cluster(environment, work, f"127.0.0.1:{port}", short)
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}"]
     command += [f"--temp-dir={short / 'head'}"]
+    command += [f"--dashboard-agent-listen-port={free_port()}"]  # without it, a second cluster's agent has no port
     command += ["--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard}"]
     with (place / "head.log").open("wb") as log:
         process = subprocess.Popen(command, env=head, stdout=log, stderr=log, cwd=place)
@@ -159,11 +163,9 @@ def running(place: Path, cpus: int, **variables: str) -> Iterator[Cluster]:
                 time.sleep(0.5)
             yield cluster
         finally:
-            process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(10)
-            cluster.end()
+            process.kill()  # at once, because nothing of it need survive; a stop by SIGTERM takes ten seconds
             process.wait()
+            cluster.end()
             for node in cluster.nodes:
                 node.wait()
             shutil.rmtree(short, ignore_errors=True)
