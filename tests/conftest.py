@@ -1,8 +1,10 @@
-"""The S3 server of the tests, and the environment for its clients."""
+"""The S3 server of the tests, the environment for its clients, and what new processes start with."""
 
 from __future__ import annotations
 
 import logging
+import multiprocessing
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +16,9 @@ from udddm.testing.s3 import S3Server
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes says more of the machine than of us
 settings.load_profile("untimed")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes run at once; their threads would only wait in turns
+# A process that is forked from the fork server has these imports, which take seconds, already.
+multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.utils.tensorboard", "udddm.testing.ranks"])
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +37,15 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     for name, value in s3_server.environment().items():
         monkeypatch.setenv(name, value)
     return s3_server
+
+
+@pytest.fixture(scope="module")
+def forked_workers() -> Iterator[None]:
+    """The workers of `udddm.train` are forked from the fork server in place of spawned, so that they start at once."""
+    forks = multiprocessing.get_context("forkserver")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing, "get_context", lambda method=None: forks)
+        yield
 
 
 @pytest.fixture(autouse=True)

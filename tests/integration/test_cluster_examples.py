@@ -36,7 +36,7 @@ if [ "$1" = show ]; then echo 127.0.0.1; else echo "$@" >> {log}; fi
 SETTINGS = [
     "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], "
     "dropout: 0, condition: none}",
-    "train={steps: 200, batch_size: 64, learning_rate: 0.001, ema: [0.9]}",
+    "train={steps: 80, batch_size: 64, learning_rate: 0.001, ema: [0.9]}",
     "checkpoint.every_steps=10",
     "sample={every_steps: 0, final: 0}",
 ]
@@ -81,7 +81,7 @@ def test_the_slurm_script_stops_requeues_and_resumes(slurm: dict[str, str], tmp_
     second = subprocess.run(command, env=slurm, stderr=subprocess.PIPE, text=True, timeout=120)
     assert second.returncode == 0, second.stderr
     assert "2 ranks" in second.stderr and "resuming from step-" in second.stderr
-    assert json.loads((run / "result.json").read_text())["steps"] == 200
+    assert json.loads((run / "result.json").read_text())["steps"] == 80
 
 
 def test_the_slurm_script_requeues_a_preempted_job(slurm: dict[str, str], tmp_path: Path) -> None:

@@ -47,9 +47,16 @@ class TestDeviceStore(InMemoryFiles):
 
 
 class TestPinnedStore(InMemoryFiles):
+    dtypes = ("fp32", "uint8")
+
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
         table = MemoryTable(StateLayout(order, lanes, shape, encoding, DEVICE))
         return PinnedStore(StateLayout(order, lanes, shape, encoding, DEVICE), table)
+
+
+@pytest.mark.slow
+class TestPinnedStoreFully(TestPinnedStore):
+    dtypes = StoreConformance.dtypes
 
 
 class TestZarrStore(InMemoryFiles):

@@ -4,45 +4,55 @@ contents are synced before a file gets its final name, and every directory after
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
 import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 
+from udddm.cli.train import main as train_command
 from udddm.files import atomic_write, make_directory, write_json
 
-RECORD = """
-import json, os, sys, threading
-events, lock = [], threading.Lock()
-def recorded(name, call, paths):
-    def traced(*arguments, **options):
-        found = [os.path.abspath(p) for p in paths(*arguments)]
-        result = call(*arguments, **options)  # when it has succeeded
-        with lock:
-            events.append([name, *found])
-        return result
-    return traced
-os.fsync = recorded("fsync", os.fsync, lambda fd, *_: [os.readlink(f"/proc/self/fd/{fd}")])
-os.mkdir = recorded("mkdir", os.mkdir, lambda path, *_: [path])
-os.rename = recorded("rename", os.rename, lambda old, new: [old, new])
-os.replace = recorded("rename", os.replace, lambda old, new: [old, new])
-from udddm.cli.train import main
-code = main(sys.argv[2:])
-open(sys.argv[1], "w").write(json.dumps(events))
-sys.exit(code)
-"""
+
+def record(events_file: Path, cache: Path, arguments: list[str]) -> None:
+    """Run the command and write its file system calls. It runs in a new process, forked from the fork server."""
+    events, lock = [], threading.Lock()
+
+    def recorded(name: str, call: Any, paths: Callable[..., list[Any]]) -> Any:
+        def traced(*arguments: Any, **options: Any) -> Any:
+            found = [os.path.abspath(p) for p in paths(*arguments)]  # noqa: PTH100
+            result = call(*arguments, **options)  # when it has succeeded
+            with lock:
+                events.append([name, *found])
+            return result
+
+        return traced
+
+    os.fsync = recorded("fsync", os.fsync, lambda fd, *_: [os.readlink(f"/proc/self/fd/{fd}")])  # noqa: PTH115
+    os.mkdir = recorded("mkdir", os.mkdir, lambda path, *_: [path])
+    os.rename = recorded("rename", os.rename, lambda old, new: [old, new])
+    os.replace = recorded("rename", os.replace, lambda old, new: [old, new])
+    os.environ["UDDDM_CACHE"] = str(cache)
+    sys.path.insert(0, str(events_file.parent))
+    code = train_command(arguments)
+    events_file.write_text(json.dumps(events))
+    sys.exit(code)
+
+
 SETTINGS = (
     "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], condition: none}",
     "order={lanes: 2, chunk: 64, window: 2}",
-    "train={steps: 40, batch_size: 128, ema: [0.9], power_ema: [0.1], power_ema_every_steps: 20}",
-    "checkpoint={every_steps: 10, keep: 2}",
-    "sample={every_steps: 20, final: 8}",
-    "evaluate={every_steps: 20, count: 8, features: 'features:flat'}",
-    "log_every_steps=10",
+    "train={steps: 24, batch_size: 128, ema: [0.9], power_ema: [0.1], power_ema_every_steps: 12}",
+    "checkpoint={every_steps: 8, keep: 2}",
+    "sample={every_steps: 12, final: 8}",
+    "evaluate={every_steps: 12, count: 8, features: 'features:flat'}",
+    "log_every_steps=8",
 )
 
 
@@ -54,23 +64,32 @@ class Event(NamedTuple):
 
 
 @pytest.fixture(scope="module", params=[pytest.param("gpu", marks=pytest.mark.slow), "zarr"])
-def recorded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Event]]:
-    """A run directory two levels below an existing one, and the events of a run of 40 steps that was resumed from step
-    30."""
-    place = tmp_path_factory.mktemp("durability")
+def recorded(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Path, list[Event]]]:
+    """A run directory two levels below an existing one, and the events of a run of 24 steps that was resumed from step
+    16. In memory if there is such a file system, because a synced write to disk takes milliseconds."""
+    shared = Path("/dev/shm")
+    with tempfile.TemporaryDirectory(dir=shared if shared.is_dir() else tmp_path_factory.mktemp("durability")) as name:
+        yield record_two_starts(Path(name), request.param)
+
+
+def record_two_starts(place: Path, store: str) -> tuple[Path, list[Event]]:
     (place / "features.py").write_text("def flat(batch):\n    return batch.flatten(1)[:, :8]\n")
     run, events = place / "runs" / "one", []
-    paths = os.pathsep.join([str(place), str(Path(__file__).parents[2])])
     for resumed in (False, True):
-        if resumed:  # as after a kill between the checkpoints of steps 30 and 40
+        if resumed:  # as after a kill between the checkpoints of steps 16 and 24
             (run / "result.json").unlink()
-            shutil.rmtree(run / "checkpoints" / "step-00000040")
-        arguments = ["--run-dir", str(run), "--device", "cpu", "--store", request.param]
+            shutil.rmtree(run / "checkpoints" / "step-00000024")
+        arguments = ["--run-dir", str(run), "--device", "cpu", "--store", store]
         for setting in SETTINGS:
             arguments += ["--set", setting]
-        command = [sys.executable, "-c", RECORD, str(place / "events.json"), *arguments]
-        environment = {**os.environ, "PYTHONPATH": paths, "UDDDM_CACHE": str(place / "cache")}
-        subprocess.run(command, check=True, env=environment, timeout=200)
+        process = multiprocessing.get_context("forkserver").Process(
+            target=record, args=(place / "events.json", place / "cache", arguments)
+        )
+        process.start()
+        process.join(200)
+        assert process.exitcode == 0
         for kind, *named in json.loads((place / "events.json").read_text()):
             events.append(Event(kind, Path(named[-1]), Path(named[0]) if len(named) > 1 else None))
     return run, [event for event in events if place in event.path.parents or event.path == place]
@@ -110,13 +129,13 @@ def test_a_directory_is_synced_after_every_new_name_in_it(recorded: tuple[Path, 
         if named and "tensorboard" not in event.path.parts:
             assert synced_after(events, number, event.path.parent), event
             checked.add(event.path)
-    assert {run.parent, run, run / "checkpoints", run / "checkpoints" / "step-00000040", run / "ema"} <= checked
+    assert {run.parent, run, run / "checkpoints", run / "checkpoints" / "step-00000024", run / "ema"} <= checked
     assert (run / "state" in checked) == (run / "state").exists()
 
 
 def test_a_checkpoints_files_are_durable_before_it_is_visible(recorded: tuple[Path, list[Event]]) -> None:
     run, events = recorded
-    final = run / "checkpoints" / "step-00000040"
+    final = run / "checkpoints" / "step-00000024"
     shown, hidden = next((number, e.old) for number, e in enumerate(events) if e.kind == "rename" and e.path == final)
     assert hidden is not None
     came = [e for e in events[:shown] if e.kind == "rename" and hidden in e.path.parents]

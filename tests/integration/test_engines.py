@@ -21,6 +21,7 @@ from udddm.config import resolve
 from udddm.runs.weights import Saved, share_out
 from udddm.testing.ranks import Copy, on_ranks
 
+pytestmark = pytest.mark.usefixtures("forked_workers")
 SHAPE = (1, 8, 8)
 NETWORK = {
     "base_channels": 8,
@@ -64,7 +65,7 @@ def train(run: Path, name: str, workers: int, **settings: Any) -> Path:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def reference(forked_workers: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The torch engine on two ranks."""
     return train(tmp_path_factory.mktemp("engines") / "torch", "torch", 2)
 

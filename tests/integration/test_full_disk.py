@@ -47,7 +47,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 TINY = [
     "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.0, condition: none}",
     "order={lanes: 4, chunk: 64, window: 2}",
-    "train={steps: 50, batch_size: 128, learning_rate: 0.001, ema: [0.99]}",
+    "train={steps: 32, batch_size: 128, learning_rate: 0.001, ema: [0.99]}",
     "checkpoint.every_steps=6",
     "sample.every_steps=0",
     "log_every_steps=10",

@@ -26,33 +26,58 @@ from udddm.errors import DataError, Interrupted, RankError, WorkerLost
 SETTINGS = [
     "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], "
     "dropout: 0.1, condition: none}",
-    "train={steps: 120, batch_size: 64, learning_rate: 0.001, ema: [0.9]}",
+    "train={steps: 80, batch_size: 64, learning_rate: 0.001, ema: [0.9]}",
     "checkpoint.every_steps=5",
     "sample={every_steps: 0, final: 7}",
     "log_every_steps=5",
 ]
 
 
-def command(run: Path, *more: str) -> list[str]:
-    given = [sys.executable, "-m", "udddm", "train", "--run-dir", str(run), "--device", "cpu", "--store", "zarr"]
+# The command, with ranks that are forked from a process that has imported PyTorch, so that they start at once and
+# together, also after a failure; and with little time for a hung rank to exit.
+FORKED = """
+import multiprocessing, sys
+
+if __name__ == "__main__":
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(["torch._dynamo", "torch.utils.tensorboard", "udddm.testing.ranks"])
+    multiprocessing.get_context = lambda method=None: forks
+    from udddm.backends.launchers import local
+    from udddm.cli.main import main
+    local.GRACE = 1.0
+    sys.exit(main())
+"""
+
+
+def command(run: Path, *more: str, program: tuple[str, ...] = ("-m", "udddm")) -> list[str]:
+    given = [sys.executable, *program, "train", "--run-dir", str(run), "--device", "cpu", "--store", "zarr"]
     for setting in SETTINGS:
         given += ["--set", setting]
     return [*given, *more]
 
 
+def below(pid: int, part: bytes) -> list[int]:
+    """The children of a process whose command line contains `part`."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        for child in (task / "children").read_text().split():
+            if part in Path(f"/proc/{child}/cmdline").read_bytes():
+                found.append(int(child))
+    return sorted(found)
+
+
 class Started:
-    def __init__(self, run: Path, *more: str):
-        self.run = run
-        self.process = subprocess.Popen(command(run, *more), stderr=subprocess.PIPE, text=True)
+    def __init__(self, run: Path, *more: str, forked: bool = False):
+        self.run, self.forked = run, forked
+        program = ("-c", FORKED) if forked else ("-m", "udddm")
+        self.process = subprocess.Popen(command(run, *more, program=program), stderr=subprocess.PIPE, text=True)
 
     def children(self) -> list[int]:
         """The process ids of the ranks, by rank."""
-        found = []
-        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
-            for pid in (task / "children").read_text().split():
-                if b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    found.append(int(pid))
-        return sorted(found)
+        if not self.forked:
+            return below(self.process.pid, b"spawn_main")
+        [server] = below(self.process.pid, b"forkserver")
+        return below(server, b"")
 
     def at_step(self, step: int) -> Started:
         deadline = time.monotonic() + 100
@@ -79,7 +104,7 @@ def fingerprints(run: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     run = tmp_path_factory.mktemp("launch") / "run"
-    code, said = Started(run, "--workers", "2").end()
+    code, said = Started(run, "--workers", "2", forked=True).end()
     assert code == 0, said
     assert np.load(run / "samples.npy").shape == (7, 1, 8, 8)
     return fingerprints(run)
@@ -87,7 +112,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_counts_as_one_failure(rank: int, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    run = Started(tmp_path / "run", "--workers", "2", "--max-failures", "1").at_step(20)
+    run = Started(tmp_path / "run", "--workers", "2", "--max-failures", "1", forked=True).at_step(20)
     os.kill(run.children()[rank], signal.SIGKILL)
     code, said = run.end()
     assert code == 0, said
@@ -95,12 +120,13 @@ def test_a_killed_rank_counts_as_one_failure(rank: int, undisturbed: dict[str, s
     assert fingerprints(run.run) == undisturbed
 
 
-@pytest.mark.slow
 def test_a_hung_rank_counts_as_one_failure(undisturbed: dict[str, str], tmp_path: Path) -> None:
-    run = Started(tmp_path / "run", "--workers", "2", "--max-failures", "1", "--timeout", "5").at_step(20)
+    more = ("--workers", "2", "--max-failures", "3", "--timeout", "4")  # a slow disk may also take four seconds
+    run = Started(tmp_path / "run", *more, forked=True).at_step(20)
     os.kill(run.children()[1], signal.SIGSTOP)
     code, said = run.end()
     assert code == 0, said
+    assert "failure 1 of 3" in said and "resuming from step-" in said
     assert fingerprints(run.run) == undisturbed
 
 
@@ -121,7 +147,8 @@ def test_too_many_failures_end_the_run_and_the_same_command_resumes(
 def test_sigterm_checkpoints_at_a_step_that_all_ranks_agree_on(
     target: str, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
-    run = Started(tmp_path / "run", "--workers", "2", "--max-failures", "3", "--set", "checkpoint.every_steps=50")
+    more = ("--workers", "2", "--max-failures", "3", "--set", "checkpoint.every_steps=50")
+    run = Started(tmp_path / "run", *more, forked=True)
     deadline = time.monotonic() + 100
     while not (run.run / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -218,7 +245,7 @@ class Squares:
         return np.full((1, 6, 6), index / 70, np.float32)
 
 
-def test_a_data_set_factory_runs_in_the_workers(tmp_path: Path) -> None:
+def test_a_data_set_factory_runs_in_the_workers(forked_workers: None, tmp_path: Path) -> None:
     """A function is called in every worker; an object is pickled and sent to the workers."""
     config = resolve(
         {

@@ -98,7 +98,7 @@ def test_a_run_resumes_bit_for_bit_with_its_emas(run: Path, tmp_path: Path) -> N
     assert files(tmp_path / "ema") == files(run / "ema")
 
 
-def test_two_ranks_save_unsharded_emas(tmp_path: Path) -> None:
+def test_two_ranks_save_unsharded_emas(forked_workers: None, tmp_path: Path) -> None:
     """In a single file, although each rank writes a share of the checkpoint's files."""
     api.train(config(0.05, 0.1, every=4, steps=6), run_dir=tmp_path, device="cpu", workers=2)
     found = posthoc_ema.stored(tmp_path / "ema")

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 import uuid
@@ -22,6 +21,7 @@ import udddm
 from udddm.backends.distributed.ranks import Ranks
 from udddm.cli.sample import main as sample_command
 from udddm.cli.store import main as store_command
+from udddm.cli.train import main as train_command
 from udddm.config import RunConfig, load_config
 from udddm.errors import CheckpointError, ConfigError, StoreError
 from udddm.runs import remote
@@ -74,13 +74,27 @@ class Machine:
         own = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": "0", "OMP_NUM_THREADS": "1"}
         own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), remote.SCRATCH: str(disk)}
         environment = {k: v for k, v in {**os.environ, **own}.items() if k not in without}
-        command = [sys.executable, "-m", "udddm", "train", f"--run-dir={url}", "--store=zarr", "--device=cpu", *more]
-        command += [f"--set={setting}" for setting in SETTINGS]
-        self.process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, cwd=disk)
+        arguments = [f"--run-dir={url}", "--store=zarr", "--device=cpu", *more, *(f"--set={each}" for each in SETTINGS)]
+        self.stderr = disk / "stderr"
+        self.process = multiprocessing.get_context("forkserver").Process(
+            target=command, args=(arguments, environment, self.stderr)
+        )
+        self.process.start()
 
-    def end(self) -> tuple[int, str]:
-        said = self.process.communicate(timeout=120)[1]
-        return self.process.returncode, said
+    def end(self) -> tuple[int | None, str]:
+        self.process.join(120)
+        return self.process.exitcode, self.stderr.read_text()
+
+
+def command(arguments: list[str], environment: dict[str, str], stderr: Path) -> None:
+    """`udddm-train` in a process that was forked from the fork server, which has other variables."""
+    os.environ.clear()
+    os.environ.update(environment)
+    os.chdir(stderr.parent)
+    with stderr.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(1)
+    sys.exit(train_command(arguments))
 
 
 def machines(place: Path, url: str, *more: str) -> list[Machine]:
@@ -88,7 +102,9 @@ def machines(place: Path, url: str, *more: str) -> list[Machine]:
     return [Machine(rank, port, place, url, *more) for rank in range(2)]
 
 
-def test_two_machines_without_a_shared_disk_are_lost_and_replaced(url: str, tmp_path: Path) -> None:
+def test_two_machines_without_a_shared_disk_are_lost_and_replaced(
+    url: str, forked_workers: None, tmp_path: Path
+) -> None:
     """Both are killed while training, and the next two start with empty disks. The result equals that of two processes
     with a run directory."""
     udddm.train(config(), run_dir=tmp_path / "run", device="cpu", workers=2)
@@ -96,13 +112,13 @@ def test_two_machines_without_a_shared_disk_are_lost_and_replaced(url: str, tmp_
     first = machines(tmp_path, url)
     deadline = time.monotonic() + 120
     while not objects.exists("checkpoints/step-00000012/manifest.json"):
-        if any(m.process.poll() is not None for m in first) or time.monotonic() > deadline:
+        if any(not m.process.is_alive() for m in first) or time.monotonic() > deadline:
             for machine in first:
                 machine.process.kill()
             raise AssertionError([m.end() for m in first])
         time.sleep(0.05)
     for machine in first:
-        machine.process.send_signal(signal.SIGKILL)
+        machine.process.kill()
         machine.end()
     assert not objects.exists("result.json")
     second = [machine.end() for machine in machines(tmp_path, url)]
@@ -118,28 +134,29 @@ def test_two_machines_without_a_shared_disk_are_lost_and_replaced(url: str, tmp_
 
 def test_the_tools_read_a_run_at_a_url(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for where in (url, str(tmp_path / "run")):
-        udddm.train(config(), run_dir=where, device="cpu")
-    for place in (url, f"{url}/checkpoints/step-00000060"):
+        udddm.train(config("train.steps=30"), run_dir=where, device="cpu")
+    for place in (url, f"{url}/checkpoints/step-00000030"):
         out = tmp_path / "samples"
         assert sample_command(["--checkpoint", place, "--seeds", "0-5", "--device", "cpu", "--out", str(out)]) == 0
         assert np.array_equal(np.load(out / "samples.npy"), udddm.sample(tmp_path / "run", list(range(6))))
     capsys.readouterr()
     assert store_command(["info", url]) == 0
     said = capsys.readouterr().out
-    assert "1797 of 1x8x8" in said and "step-00000060: epoch 4" in said
+    assert "1797 of 1x8x8" in said and "step-00000030: epoch 2" in said
     assert store_command(["verify", url]) == 0
     assert "2 checkpoints are valid" in capsys.readouterr().out
     assert store_command(["gc", url]) == 0
-    open_object_store(url).delete("checkpoints/step-00000060/position.json")
+    open_object_store(url).delete("checkpoints/step-00000030/position.json")
     assert store_command(["verify", url]) == 1
-    assert "step-00000060/position.json is missing" in capsys.readouterr().out
+    assert "step-00000030/position.json is missing" in capsys.readouterr().out
 
 
 def test_a_finished_run_is_reported_and_another_configuration_is_refused(files: str) -> None:
-    first = udddm.train(config(), run_dir=files, device="cpu")
-    assert udddm.train(config(), run_dir=files, device="cpu") == first
+    short = "train.steps=12"
+    first = udddm.train(config(short), run_dir=files, device="cpu")
+    assert udddm.train(config(short), run_dir=files, device="cpu") == first
     with pytest.raises(ConfigError, match=r"train.learning_rate: 0.001 -> 0.5"):
-        udddm.train(config("train.learning_rate=0.5"), run_dir=files, device="cpu")
+        udddm.train(config(short, "train.learning_rate=0.5"), run_dir=files, device="cpu")
 
 
 def test_a_checkpoint_is_uploaded_after_the_metrics_of_earlier_steps(
@@ -155,11 +172,11 @@ def test_a_checkpoint_is_uploaded_after_the_metrics_of_earlier_steps(
     with monkeypatch.context() as patched:
         patched.setattr(RemoteCheckpoints, "write", lost)
         with pytest.raises(KeyboardInterrupt):
-            udddm.train(config(), run_dir=files, device="cpu")
+            udddm.train(config("train.steps=20"), run_dir=files, device="cpu")
     assert open_object_store(files).exists("checkpoints/step-00000006/manifest.json")
-    udddm.train(config(), run_dir=files, device="cpu")
+    udddm.train(config("train.steps=20"), run_dir=files, device="cpu")
     steps = [json.loads(line)["step"] for line in open_object_store(files).get("metrics.jsonl").splitlines()]
-    assert steps == list(range(5, 61, 5))
+    assert steps == [5, 10, 15, 20]
 
 
 def pixels(batch: torch.Tensor) -> torch.Tensor:
@@ -211,17 +228,17 @@ def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch,
 
 def test_files_that_a_live_run_deletes_meanwhile_are_not_reported_as_damage(files: str) -> None:
     """`verify`, `info` and `view` have copies of the checkpoints that they listed; the run has continued since."""
-    udddm.train(config(), run_dir=files, device="cpu")
+    udddm.train(config("train.steps=30"), run_dir=files, device="cpu")
     place = inspect.find(files)
-    assert [path.name for path in place.checkpoints] == ["step-00000054", "step-00000060"]
+    assert [path.name for path in place.checkpoints] == ["step-00000024", "step-00000030"]
     kept, state = open_run(files).checkpoints(), open_object_store(f"{files}/state")
     kept._remove(kept.all()[0])
     for lane in range(8):  # in the order of the store: records first
-        state.delete(f"gen-000003/complete/lane-{lane:04d}.json")
-    state.delete("gen-000003")
+        state.delete(f"gen-000001/complete/lane-{lane:04d}.json")
+    state.delete("gen-000001")
     assert inspect.verify(place)[1] == []
-    state.delete("gen-000004/complete/lane-0002.json")
-    assert ["step-00000060" in problem for problem in inspect.verify(place)[1]] == [True]
+    state.delete("gen-000002/complete/lane-0002.json")
+    assert ["step-00000030" in problem for problem in inspect.verify(place)[1]] == [True]
     assert place.run is not None
     for path in (place.run.path / "checkpoints").iterdir():
         shutil.rmtree(path / "state")

@@ -121,7 +121,6 @@ class Run:
 def one_thread() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("OMP_NUM_THREADS", "1")
-        FORKS.set_forkserver_preload(["udddm.api", "torch.utils.tensorboard"])
         yield
 
 

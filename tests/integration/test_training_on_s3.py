@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
-import subprocess
 import sys
 import time
 import uuid
@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import udddm
+from udddm.cli.train import main as train_command
 from udddm.config import RunConfig, load_config
 from udddm.testing.faults import FaultProxy
 from udddm.testing.s3 import BUCKET, S3Server
@@ -43,26 +44,33 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return train(tmp_path_factory.mktemp("memory") / "run", "gpu")
 
 
+def command(arguments: list[str], environment: dict[str, str], threads: int, log: Path) -> None:
+    """`udddm-train` in a process that was forked from the fork server, which has other variables."""
+    os.environ.clear()
+    os.environ.update(environment)
+    with log.open("ab") as file:
+        os.dup2(file.fileno(), 2)
+    torch.set_num_threads(threads)
+    sys.exit(train_command(arguments))
+
+
 def killed(run: Path, url: str, environment: dict[str, str], checkpoint: str) -> None:
     """Start or resume the run in another process and kill it once a checkpoint is there."""
-    command = [sys.executable, "-m", "udddm", "train", f"--run-dir={run}", "--store=zarr", f"--store-url={url}"]
-    command += ["--device=cpu", *(f"--set={override}" for override in OVERRIDES)]
-    threads = str(torch.get_num_threads())  # their number determines the order of summation
-    with (run.parent / "log").open("ab") as log:
-        process = subprocess.Popen(
-            command,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, **environment, "OMP_NUM_THREADS": threads},
-        )
+    arguments = [f"--run-dir={run}", "--store=zarr", f"--store-url={url}"]
+    arguments += ["--device=cpu", *(f"--set={override}" for override in OVERRIDES)]
+    threads = torch.get_num_threads()  # their number determines the order of summation
+    process = multiprocessing.get_context("forkserver").Process(
+        target=command, args=(arguments, {**os.environ, **environment}, threads, run.parent / "log")
+    )
+    process.start()
     try:
         deadline = time.monotonic() + 120
         while not (run / "checkpoints" / checkpoint).exists():
-            assert process.poll() is None and time.monotonic() < deadline, (run.parent / "log").read_text()
+            assert process.is_alive() and time.monotonic() < deadline, (run.parent / "log").read_text()
             time.sleep(0.01)
     finally:
         process.kill()
-        process.wait()
+        process.join()
     assert not (run / "result.json").exists(), "killed too late to be a useful test"
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import torch
@@ -17,7 +18,11 @@ from udddm.config import RunConfig
 from udddm.runs import weights
 
 
-def _rank(rank: int, world: int, meeting: str, work: Callable[[Ranks], None], device: str) -> None:
+def _rank(
+    rank: int, world: int, meeting: str, work: Callable[[Ranks], None], device: str, environment: dict[str, str]
+) -> None:
+    os.environ.clear()  # a fork server has the variables of the time when it started
+    os.environ.update(environment)
     os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank), RENDEZVOUS: meeting})
     torch.set_num_threads(1)
     ranks = join(device, group=True, timeout=200)
@@ -28,12 +33,17 @@ def _rank(rank: int, world: int, meeting: str, work: Callable[[Ranks], None], de
 
 
 def on_ranks(world: int, place: Path, work: Callable[[Ranks], None], device: str = "cpu") -> None:
-    """Run `work`, which must be picklable, in `world` new processes. Raises RuntimeError if one of them fails."""
-    spawn = multiprocessing.get_context("spawn")
-    processes = [
-        spawn.Process(target=_rank, args=(rank, world, str(place / f"meet-{world}"), work, device))
-        for rank in range(world)
-    ]
+    """Run `work`, which must be picklable, in `world` new processes. Raises RuntimeError if one of them fails.
+
+    On the CPU they are forked from multiprocessing's fork server. After
+    `multiprocessing.set_forkserver_preload(["udddm.testing.ranks"])` they start without importing PyTorch again.
+    """
+    context = multiprocessing.get_context("forkserver" if device == "cpu" else "spawn")
+    environment = dict(os.environ)
+    processes: list[BaseProcess] = []
+    for rank in range(world):
+        arguments = (rank, world, str(place / f"meet-{world}"), work, device, environment)
+        processes.append(context.Process(target=_rank, args=arguments))  # type: ignore[attr-defined]
     for process in processes:
         process.start()
     for rank, process in enumerate(processes):
