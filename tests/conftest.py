@@ -18,7 +18,9 @@ settings.register_profile("untimed", deadline=None)  # how long an example takes
 settings.load_profile("untimed")
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes run at once; their threads would only wait in turns
 # A process that is forked from the fork server has these imports, which take seconds, already.
-multiprocessing.set_forkserver_preload(["torch._dynamo", "torch.utils.tensorboard", "udddm.testing.ranks"])
+multiprocessing.set_forkserver_preload(
+    ["pytest", "torch._dynamo", "torch.utils.tensorboard", "udddm.testing.ranks", "deepspeed"]
+)
 
 
 @pytest.fixture(scope="session")

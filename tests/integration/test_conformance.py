@@ -48,6 +48,7 @@ class TestDeviceStore(InMemoryFiles):
 
 class TestPinnedStore(InMemoryFiles):
     dtypes = ("fp32", "uint8")
+    examples = 8
 
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
         table = MemoryTable(StateLayout(order, lanes, shape, encoding, DEVICE))
@@ -57,11 +58,19 @@ class TestPinnedStore(InMemoryFiles):
 @pytest.mark.slow
 class TestPinnedStoreFully(TestPinnedStore):
     dtypes = StoreConformance.dtypes
+    examples = StoreConformance.examples
 
 
 class TestZarrStore(InMemoryFiles):
+    examples = 8
+
     def make(self, order: Order, lanes: range, shape: tuple[int, ...], encoding: Encoding, directory: Path) -> X0Store:
         return ZarrStore(StateLayout(order, lanes, shape, encoding, DEVICE), directory / "state", default=True)
+
+
+@pytest.mark.slow
+class TestZarrStoreFully(TestZarrStore):
+    examples = StoreConformance.examples
 
 
 class TestCompressedStore(InMemoryFiles):

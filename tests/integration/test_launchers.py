@@ -4,13 +4,15 @@ run, or a clear error."""
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -19,7 +21,9 @@ import torch
 import udddm
 from udddm import ConfigError
 from udddm.backends.distributed.ranks import RENDEZVOUS, Ranks, Vote, _gpu
+from udddm.backends.launchers import local
 from udddm.backends.launchers.base import Job, check_versions, picklable, root_cause, versions
+from udddm.cli.train import main as train_command
 from udddm.config import resolve
 from udddm.errors import DataError, Interrupted, RankError, WorkerLost
 
@@ -33,67 +37,85 @@ SETTINGS = [
 ]
 
 
-# The command, with ranks that are forked from a process that has imported PyTorch, so that they start at once and
-# together, also after a failure; and with little time for a hung rank to exit.
-FORKED = """
-import multiprocessing, sys
-
-if __name__ == "__main__":
-    forks = multiprocessing.get_context("forkserver")
-    forks.set_forkserver_preload(["torch._dynamo", "torch.utils.tensorboard", "udddm.testing.ranks"])
-    multiprocessing.get_context = lambda method=None: forks
-    from udddm.backends.launchers import local
-    from udddm.cli.main import main
-    local.GRACE = 1.0
-    sys.exit(main())
-"""
-
-
-def command(run: Path, *more: str, program: tuple[str, ...] = ("-m", "udddm")) -> list[str]:
-    given = [sys.executable, *program, "train", "--run-dir", str(run), "--device", "cpu", "--store", "zarr"]
+def command(run: Path, *more: str) -> list[str]:
+    given = [sys.executable, "-m", "udddm", "train", "--run-dir", str(run), "--device", "cpu", "--store", "zarr"]
     for setting in SETTINGS:
         given += ["--set", setting]
     return [*given, *more]
 
 
-def below(pid: int, part: bytes) -> list[int]:
-    """The children of a process whose command line contains `part`."""
-    found = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text().split():
-            if part in Path(f"/proc/{child}/cmdline").read_bytes():
-                found.append(int(child))
-    return sorted(found)
-
-
 class Started:
-    def __init__(self, run: Path, *more: str, forked: bool = False):
-        self.run, self.forked = run, forked
-        program = ("-c", FORKED) if forked else ("-m", "udddm")
-        self.process = subprocess.Popen(command(run, *more, program=program), stderr=subprocess.PIPE, text=True)
+    """The command in a new process."""
 
-    def children(self) -> list[int]:
+    def __init__(self, run: Path, *more: str):
+        self.run = run
+        self.process = subprocess.Popen(command(run, *more), stderr=subprocess.PIPE, text=True)
+
+    def children(self, part: bytes = b"spawn_main") -> list[int]:
         """The process ids of the ranks, by rank."""
-        if not self.forked:
-            return below(self.process.pid, b"spawn_main")
-        [server] = below(self.process.pid, b"forkserver")
-        return below(server, b"")
+        found = []
+        for task in Path(f"/proc/{self.process.pid}/task").iterdir():
+            for pid in (task / "children").read_text().split():
+                if part in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    found.append(int(pid))
+        return sorted(found)
 
-    def at_step(self, step: int) -> Started:
+    def alive(self) -> bool:
+        return self.process.poll() is None
+
+    def at_step(self, step: int) -> Self:
         deadline = time.monotonic() + 100
         while not (self.run / "checkpoints" / f"step-{step:08d}").exists():
-            assert self.process.poll() is None and time.monotonic() < deadline, self.said()
+            assert self.alive() and time.monotonic() < deadline, self.said()
             time.sleep(0.005)
         return self
 
     def said(self) -> str:
-        if self.process.poll() is None:
+        if self.alive():
             self.process.kill()
         return self.process.communicate()[1]
 
-    def end(self) -> tuple[int, str]:
+    def end(self) -> tuple[int | None, str]:
         _, said = self.process.communicate(timeout=120)
         return self.process.returncode, said
+
+
+def drive(arguments: list[str], stderr: Path) -> None:
+    with stderr.open("wb") as file:
+        os.dup2(file.fileno(), 2)
+    forks = multiprocessing.get_context("fork")
+    multiprocessing.get_context = lambda method=None: forks  # type: ignore[assignment]
+    local.GRACE = 1.0  # seconds for a hung rank to exit
+    sys.exit(train_command(arguments))
+
+
+class Forked(Started):
+    """The command in a process that is forked from the fork server, and its ranks from it. All start at once, also
+    after a failure, because they have imported PyTorch."""
+
+    def __init__(self, run: Path, *more: str):
+        self.run, self.stderr = run, run.with_name(f"stderr-{uuid.uuid4().hex}")
+        self.stderr.touch()
+        self.process = multiprocessing.get_context(
+            "forkserver"
+        ).Process(  # type: ignore[assignment]
+            target=drive, args=(command(run, *more)[4:], self.stderr)
+        )
+        self.process.start()  # type: ignore[attr-defined]
+
+    def children(self, part: bytes = b"") -> list[int]:
+        return super().children(part)
+
+    def alive(self) -> bool:
+        return bool(self.process.is_alive())  # type: ignore[attr-defined]
+
+    def said(self) -> str:
+        self.process.kill()
+        return self.end()[1]
+
+    def end(self) -> tuple[int | None, str]:
+        self.process.join(120)  # type: ignore[attr-defined]
+        return self.process.exitcode, self.stderr.read_text()  # type: ignore[attr-defined]
 
 
 def fingerprints(run: Path) -> dict[str, str]:
@@ -104,7 +126,7 @@ def fingerprints(run: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     run = tmp_path_factory.mktemp("launch") / "run"
-    code, said = Started(run, "--workers", "2", forked=True).end()
+    code, said = Forked(run, "--workers", "2").end()
     assert code == 0, said
     assert np.load(run / "samples.npy").shape == (7, 1, 8, 8)
     return fingerprints(run)
@@ -112,7 +134,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_killed_rank_counts_as_one_failure(rank: int, undisturbed: dict[str, str], tmp_path: Path) -> None:
-    run = Started(tmp_path / "run", "--workers", "2", "--max-failures", "1", forked=True).at_step(20)
+    run = Forked(tmp_path / "run", "--workers", "2", "--max-failures", "1").at_step(20)
     os.kill(run.children()[rank], signal.SIGKILL)
     code, said = run.end()
     assert code == 0, said
@@ -122,7 +144,7 @@ def test_a_killed_rank_counts_as_one_failure(rank: int, undisturbed: dict[str, s
 
 def test_a_hung_rank_counts_as_one_failure(undisturbed: dict[str, str], tmp_path: Path) -> None:
     more = ("--workers", "2", "--max-failures", "3", "--timeout", "4")  # a slow disk may also take four seconds
-    run = Started(tmp_path / "run", *more, forked=True).at_step(20)
+    run = Forked(tmp_path / "run", *more).at_step(20)
     os.kill(run.children()[1], signal.SIGSTOP)
     code, said = run.end()
     assert code == 0, said
@@ -148,7 +170,7 @@ def test_sigterm_checkpoints_at_a_step_that_all_ranks_agree_on(
     target: str, undisturbed: dict[str, str], tmp_path: Path
 ) -> None:
     more = ("--workers", "2", "--max-failures", "3", "--set", "checkpoint.every_steps=50")
-    run = Started(tmp_path / "run", *more, forked=True)
+    run = Forked(tmp_path / "run", *more)
     deadline = time.monotonic() + 100
     while not (run.run / "metrics.jsonl").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
@@ -158,7 +180,7 @@ def test_sigterm_checkpoints_at_a_step_that_all_ranks_agree_on(
     assert "stopped by SIGTERM after step" in said
     [newest] = sorted((run.run / "checkpoints").iterdir())[-1:]
     assert f"step {int(newest.name[5:])};" in said
-    code, said = Started(tmp_path / "run", "--workers", "2", "--set", "checkpoint.every_steps=50").end()
+    code, said = Forked(tmp_path / "run", *more).end()
     assert code == 0, said
     assert fingerprints(run.run) == undisturbed
 
