@@ -26,23 +26,36 @@ from udddm.errors import WorkerLost
 class Torchrun(Launcher):
     """Starts the ranks with `torchrun --standalone`."""
 
+    def __init__(self) -> None:
+        self._torchrun: subprocess.Popen[bytes] | None = None
+
     def available_workers(self, job: Job) -> int:
         """One worker per GPU of this machine, or the requested maximum on a CPU."""
         if job.device != "cpu" and torch.cuda.is_available():
             return torch.cuda.device_count()
         return max(job.workers)
 
+    def stop(self, signum: int) -> None:
+        """torchrun passes the signal on to the ranks, which write a checkpoint."""
+        if self._torchrun is not None:
+            self._torchrun.send_signal(signum)
+
     def run_attempt(self, job: Job, workers: int) -> dict[str, Any]:
         with tempfile.TemporaryDirectory(prefix="udddm-torchrun-") as place:
             (Path(place) / "job").write_bytes(pickle.dumps(job))
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={workers}"]
-            finished = subprocess.run([*command, __file__, place], check=False)
+            self._torchrun = subprocess.Popen([*command, __file__, place])
+            try:
+                code = self._torchrun.wait()
+            except KeyboardInterrupt:  # a second signal
+                self._torchrun.terminate()
+                raise
             outcomes = [pickle.loads(path.read_bytes()) for path in sorted(Path(place).glob("rank-*"))]
         errors = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
         if errors:
             raise root_cause(errors)
-        if finished.returncode or not outcomes:
-            raise WorkerLost(f"torchrun ended with exit code {finished.returncode}, and no rank reported an error")
+        if code or not outcomes:
+            raise WorkerLost(f"torchrun ended with exit code {code}, and no rank reported an error")
         result: dict[str, Any] = outcomes[0]
         return result
 

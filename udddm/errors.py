@@ -68,12 +68,14 @@ class Diverged(UdddmError, RuntimeError):
 class Interrupted(UdddmError, RuntimeError):
     """Training stopped after writing a checkpoint, as requested by a signal.
 
+    `step` is None if the workers had not started or had already finished training, so that there was nothing to write.
     `exit_code` is 128 plus the number of the signal, as in shells.
     """
 
-    def __init__(self, signum: int, step: int):
+    def __init__(self, signum: int, step: int | None = None):
         self.signum, self.step, self.exit_code = signum, step, 128 + signum
-        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step}; the same command resumes")
+        when = "" if step is None else f" after step {step}"
+        super().__init__(f"stopped by {signal.Signals(signum).name}{when}; the same command resumes")
 
-    def __reduce__(self) -> tuple[type[Interrupted], tuple[int, int]]:
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[int, int | None]]:
         return Interrupted, (self.signum, self.step)

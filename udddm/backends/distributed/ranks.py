@@ -34,6 +34,8 @@ class Ranks:
     world_size: int
     device: torch.device
     local_rank: int = 0
+    launched: bool = False
+    """Whether a launcher started this process, and decides when it stops."""
 
     @property
     def is_local_rank_zero(self) -> bool:
@@ -203,4 +205,4 @@ def join(device: str = "auto", lanes: int | None = None, *, group: bool = False,
             dist.init_process_group(backend, init_method=method, rank=rank, world_size=world, timeout=limit)
         else:
             dist.init_process_group(backend, timeout=limit)
-    return Ranks(rank, world, chosen, local_rank)
+    return Ranks(rank, world, chosen, local_rank, launched="RANK" in os.environ)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from udddm.backends import engines
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import TIMEOUT, join
+from udddm.backends.distributed.signals import StopRequest, handled
 from udddm.config import RunConfig
 from udddm.data import MapDataset
 from udddm.errors import ConfigError, DataError, Diverged, Interrupted, RankError, UdddmError, WorkerLost
@@ -104,6 +105,14 @@ class Launcher(ABC):
         `start_logging` first. Raises the error of a rank, or WorkerLost.
         """
 
+    def stop(self, signum: int) -> None:
+        """Pass a request to stop on to the workers, which write a checkpoint and raise Interrupted.
+
+        Called at most once, in a signal handler in the main thread, possibly before or between attempts. An attempt
+        that fails afterwards is not repeated. By default, this stops immediately.
+        """
+        raise KeyboardInterrupt(signum)
+
 
 def start_logging(job: Job) -> None:
     """Configure logging in a worker process as in the driver."""
@@ -155,19 +164,29 @@ def root_cause(errors: list[BaseException]) -> BaseException:
 
 
 def supervise(launcher: Launcher, job: Job) -> dict[str, Any]:
-    """Run attempts until one succeeds or more than `max_failures` have failed. Raises the last error."""
-    failures = 0
-    while True:
-        workers = job.resolve_num_workers(launcher.available_workers(job))
-        try:
-            return launcher.run_attempt(job, workers)
-        except NON_RETRYABLE:
-            raise
-        except Exception as error:
-            failures += 1
-            if failures > job.max_failures:
-                if job.max_failures:
-                    error.add_note(f"this was failure {failures}; --max-failures is {job.max_failures}")
+    """Run attempts until one succeeds or more than `max_failures` have failed. Raises the last error.
+
+    Raises Interrupted if a signal asked to stop: a worker that the signal ends before it trains is not a failure.
+    """
+    failures, stop = 0, StopRequest(launcher.stop)
+    with handled(stop):
+        while True:
+            workers = job.resolve_num_workers(launcher.available_workers(job))
+            if stop.signum:
+                raise Interrupted(stop.signum)
+            try:
+                return launcher.run_attempt(job, workers)
+            except NON_RETRYABLE:
                 raise
-            log.warning("failure %d of %d allowed: %s", failures, job.max_failures, error)
-            log.info("restarting from the newest valid checkpoint")
+            except Exception as error:
+                if stop.signum:
+                    if isinstance(error, (WorkerLost, RankError)):
+                        raise Interrupted(stop.signum) from error
+                    raise
+                failures += 1
+                if failures > job.max_failures:
+                    if job.max_failures:
+                        error.add_note(f"this was failure {failures}; --max-failures is {job.max_failures}")
+                    raise
+                log.warning("failure %d of %d allowed: %s", failures, job.max_failures, error)
+                log.info("restarting from the newest valid checkpoint")

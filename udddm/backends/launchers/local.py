@@ -10,21 +10,23 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from udddm.backends.distributed.ranks import RENDEZVOUS
-from udddm.backends.distributed.signals import handled
 from udddm.backends.launchers.base import Job, Launcher, picklable, root_cause, run_rank, start_logging
-from udddm.errors import ConfigError, RankError, WorkerLost
+from udddm.errors import ConfigError, Interrupted, RankError, WorkerLost
+from udddm.storage.threads import abandoned
 
 GRACE = 20.0
 """Seconds that the other ranks get to exit after one has failed."""
-
+STOPPING_GRACE = 5.0
+"""The same after a stop request: without the lost rank, the others cannot write a checkpoint."""
 
 _UNGUARDED = 77
 """Exit code of a worker whose script starts workers at import."""
@@ -46,12 +48,15 @@ def _child(job: Job, rank: int, world: int, rendezvous: str, outcome: Connection
     os.environ[RENDEZVOUS] = rendezvous
     start_logging(job)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
         outcome.send(run_rank(job, None))
     except KeyboardInterrupt:
         os._exit(130)
     except BaseException as error:
         outcome.send(picklable(error))
     outcome.close()
+    if abandoned():
+        os._exit(0)
 
 
 def _check_startable(job: Job) -> None:
@@ -79,6 +84,17 @@ def _check_startable(job: Job) -> None:
 class Processes(Launcher):
     """Workers as child processes of this one (`--backend local`)."""
 
+    def __init__(self) -> None:
+        self._children: list[BaseProcess] = []
+        self._stopping = 0
+
+    def stop(self, signum: int) -> None:
+        """Send the signal to the ranks. Those that already train agree on a step; the others end."""
+        self._stopping = signum
+        for child in self._children:
+            if child.is_alive() and child.pid is not None:
+                os.kill(child.pid, signum)
+
     def available_workers(self, job: Job) -> int:
         if job.device == "cpu":
             return max(job.workers)
@@ -91,22 +107,25 @@ class Processes(Launcher):
         spawn = multiprocessing.get_context("spawn")
         threads = str(max(1, (os.cpu_count() or 1) // workers))
         with tempfile.TemporaryDirectory(prefix="udddm-") as place:
-            pipes, children = [], []
+            pipes: list[Connection] = []
+            children = self._children = []
             previous = os.environ.get("OMP_NUM_THREADS")
             os.environ.setdefault("OMP_NUM_THREADS", threads)  # read when the children import torch
             try:
-                for rank in range(workers):
-                    ours, theirs = spawn.Pipe(duplex=False)
-                    arguments = (job, rank, workers, str(Path(place) / "rendezvous"), theirs)
-                    child = spawn.Process(target=_child, args=arguments, name=f"rank {rank}")
-                    child.start()
-                    theirs.close()
-                    pipes.append(ours)
-                    children.append(child)
-                with _forwarded(children):
-                    outcomes = _collect(pipes, children)
-                    for child in children:  # the outcomes have arrived; wait for the exit only
-                        child.join(GRACE)
+                with _sigint_blocked():
+                    for rank in range(workers):
+                        ours, theirs = spawn.Pipe(duplex=False)
+                        arguments = (job, rank, workers, str(Path(place) / "rendezvous"), theirs)
+                        started = spawn.Process(target=_child, args=arguments, name=f"rank {rank}")
+                        started.start()
+                        theirs.close()
+                        pipes.append(ours)
+                        children.append(started)
+                if self._stopping:  # the ranks that started before the request have not received it
+                    raise Interrupted(self._stopping)
+                outcomes = _collect(pipes, children, lambda: bool(self._stopping))
+                for child in children:  # the outcomes have arrived; wait for the exit only
+                    child.join(GRACE)
             finally:
                 if previous is None:
                     os.environ.pop("OMP_NUM_THREADS", None)
@@ -122,8 +141,25 @@ class Processes(Launcher):
         return result
 
 
-def _collect(pipes: list[Connection], children: Sequence[BaseProcess]) -> list[Any]:
-    """Every rank's result or error. After the first error, the other ranks are killed after `GRACE` seconds."""
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Block SIGINT, also in the processes that start meanwhile, until they unblock it.
+
+    Ctrl-C reaches new processes as well, and would end each with a traceback while it imports its modules.
+    """
+    resource_tracker.ensure_running()  # starting it changes the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _collect(
+    pipes: list[Connection], children: Sequence[BaseProcess], stopping: Callable[[], bool] = lambda: False
+) -> list[Any]:
+    """Every rank's result or error. After the first error, the other ranks are killed after `GRACE` seconds, or
+    `STOPPING_GRACE` if it is a lost rank while `stopping()`."""
     outcomes: list[Any] = [None] * len(pipes)
     open_pipes = dict(zip(pipes, range(len(pipes)), strict=True))
     deadline: float | None = None
@@ -148,7 +184,8 @@ def _collect(pipes: list[Connection], children: Sequence[BaseProcess]) -> list[A
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
                 outcomes[rank] = _unguarded() if code == _UNGUARDED else WorkerLost(f"rank {rank} {how}")
             if isinstance(outcomes[rank], BaseException) and deadline is None:
-                deadline = time.monotonic() + GRACE
+                lost = isinstance(outcomes[rank], WorkerLost) and stopping()
+                deadline = time.monotonic() + (STOPPING_GRACE if lost else GRACE)
     return outcomes
 
 
@@ -157,14 +194,3 @@ def _unguarded() -> ConfigError:
         "udddm.train with several workers must not run at import, because every worker imports the script: move the "
         'call under `if __name__ == "__main__":`'
     )
-
-
-def _forwarded(children: Sequence[BaseProcess]) -> AbstractContextManager[None]:
-    """Forward SIGTERM and SIGINT to the ranks, which agree on a step, write a checkpoint and stop."""
-
-    def pass_on(signum: int, frame: object) -> None:
-        for child in children:
-            if child.is_alive() and child.pid is not None:
-                os.kill(child.pid, signum)
-
-    return handled(pass_on)

@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from udddm.backends.distributed.listener import Listener
-from udddm.backends.distributed.signals import handled
 from udddm.backends.launchers import inside_ray_job
 from udddm.backends.launchers.base import Job, Launcher, picklable, root_cause, run_rank, start_logging
-from udddm.errors import ConfigError, UdddmError, WorkerLost
+from udddm.errors import ConfigError, Interrupted, UdddmError, WorkerLost
 from udddm.files import expanded
 from udddm.log import log
 from udddm.runs.remote import scratch
@@ -149,6 +148,7 @@ class RayTrain(Launcher):
     """Workers of Ray Train (`--backend ray`)."""
 
     def __init__(self) -> None:
+        self._stopping = 0
         self._ray = _ray()
         if not self._ray.is_initialized():
             given = os.environ.get("RAY_ADDRESS", "")
@@ -158,6 +158,9 @@ class RayTrain(Launcher):
             self._ray.init(address="local" if local else None, log_to_driver=True, logging_level="ERROR")
             which = "a new local cluster (RAY_ADDRESS=auto joins an existing one)" if local else "the cluster"
             log.info(f"Ray {self._ray.__version__}: {which} at {self._ray.get_runtime_context().gcs_address}")
+
+    def stop(self, signum: int) -> None:
+        self._stopping = signum  # not sent from here: a signal may interrupt another call of Ray
 
     def _resources(self, job: Job) -> dict[str, float]:
         """The resources of one worker: one GPU if the cluster has any and the device is not cpu."""
@@ -187,6 +190,8 @@ class RayTrain(Launcher):
             )
             deadline = time.monotonic() + job.timeout
             while available < least and time.monotonic() < deadline:
+                if self._stopping:
+                    raise Interrupted(self._stopping)
                 time.sleep(1)
                 available = self._fit(wanted)
         if available < least:
@@ -244,20 +249,13 @@ class RayTrain(Launcher):
         return result
 
     def _watch(self, mailbox: Any, thread: threading.Thread) -> None:
-        """Show progress and forward SIGTERM and SIGINT to the mailbox, until the thread ends."""
-        received: list[int] = []
-
-        def on_signal(signum: int, frame: object) -> None:
-            if received:  # a second signal stops immediately
-                raise KeyboardInterrupt
-            received.append(signum)
-
+        """Show progress and forward a request to stop to the mailbox, until the thread ends."""
         line, forwarded, news = Line(), False, mailbox.latest.remote()
-        with contextlib.closing(line), handled(on_signal):
+        with contextlib.closing(line):
             while thread.is_alive():
                 thread.join(0.5)
-                if received and not forwarded:
-                    self._ray.get(mailbox.stop.remote(received[0]))
+                if self._stopping and not forwarded:
+                    self._ray.get(mailbox.stop.remote(self._stopping))
                     forwarded = True
                 if self._ray.wait([news], timeout=0)[0]:
                     line.show(*self._ray.get(news))
