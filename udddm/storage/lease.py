@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from udddm.errors import StoreError
 from udddm.storage.base import ObjectStore, PermanentStorageError
 from udddm.storage.guard import Guard
+from udddm.storage.threads import start_thread
 
 if TYPE_CHECKING:
     pass
@@ -201,8 +202,7 @@ class Lease(Guard):
         self._begin(self._watch_until_released)
 
     def _begin(self, body: Callable[[], None]) -> None:
-        self._thread = threading.Thread(target=body, name="x0-state-lease", daemon=True)
-        self._thread.start()
+        self._thread = start_thread(body, "x0-state-lease")
 
     @property
     def id(self) -> str:

@@ -34,6 +34,7 @@ import torch
 from udddm.errors import StoreError
 from udddm.order import Batch
 from udddm.storage.guard import Guard
+from udddm.storage.threads import start_thread
 from udddm.store.autotune import Autotune, Limits
 from udddm.store.base import StateSource, X0Store
 from udddm.store.encoding import Rows
@@ -130,12 +131,9 @@ class HostStore(X0Store):
         self.table.open(epoch, step, source)
         for lane in self.lanes:
             self._resume_lane(lane, source)
-        self._threads = [
-            threading.Thread(target=self._guarded, args=(partial(self._on_device, body),), name=name, daemon=True)
-            for name, body in (("x0-state-gather", self._gather), ("x0-state-scatter", self._scatter))
-        ]
-        for thread in self._threads:
-            thread.start()
+        for name, body in (("x0-state-gather", self._gather), ("x0-state-scatter", self._scatter)):
+            guarded = partial(self._guarded, partial(self._on_device, body))
+            self._threads.append(start_thread(guarded, name))
 
     def read(self) -> torch.Tensor:
         began, counters, queued = time.perf_counter(), self.counters, self._ready.qsize()

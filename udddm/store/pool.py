@@ -8,6 +8,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from udddm.errors import StoreError
+from udddm.storage.threads import start_thread
+
 
 class Pool:
     """Runs at most `limit` tasks at once. A task starts only after all tasks submitted before it have started.
@@ -36,6 +39,7 @@ class Pool:
             self._employ()
 
     def submit(self, task: Callable[..., None], *arguments: Any) -> None:
+        """Raises StoreError if not a single thread can start."""
         with self._changed:
             if not self._closed:
                 self._tasks.append(partial(task, *arguments))
@@ -53,10 +57,12 @@ class Pool:
     def _employ(self) -> None:
         wanted = min(self._limit, self._running + len(self._tasks))
         while len(self._threads) < wanted:
-            name = f"{self._name}-{len(self._threads)}"
-            thread = threading.Thread(target=self._work, name=name, daemon=True)
-            self._threads.append(thread)
-            thread.start()
+            try:
+                self._threads.append(start_thread(self._work, f"{self._name}-{len(self._threads)}"))
+            except StoreError:
+                if not self._threads:
+                    raise
+                break  # with fewer threads
         self._changed.notify_all()
 
     def _work(self) -> None:
