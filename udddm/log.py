@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import sys
 import threading
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 log = logging.getLogger("udddm")
@@ -25,6 +26,26 @@ def tqdm() -> Any:
     if not isinstance(getattr(bar, "_lock", None), _LOCK):  # tqdm's default lock is shared between processes
         bar.set_lock(threading.RLock())
     return bar
+
+
+class Dispensable:
+    """Output that training can do without, such as metrics or pictures of samples.
+
+    A full disk, for example, is reported once, and training continues.
+    """
+
+    def __init__(self, what: str):
+        self._what, self.failed = what, False
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Turn the first OSError into a warning, and ignore the others."""
+        try:
+            yield
+        except OSError as error:
+            if not self.failed:
+                log.warning(f"cannot write {self._what}: {error}. Training continues without it")
+            self.failed = True
 
 
 class StderrHandler(logging.Handler):

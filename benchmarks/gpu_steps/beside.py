@@ -50,7 +50,8 @@ def scoring(bench: Bench) -> None:
             background.submit(1, images, 1)
         else:
             bench.report(**beside_training(bench, background, images))
-        background.close()
+        assert background.wait(600)
+        background.cancel()
         scores[name] = json.loads((place / "evaluation.jsonl").read_text().splitlines()[-1])
     synchronize(ranks.device)
     figures = {key: [scores["alone"][key], scores["beside"][key]] for key in ("fd", "kid", "recall", "precision")}

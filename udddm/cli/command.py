@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import errno
+import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -28,39 +31,76 @@ MOST = 10_000_000
 """The maximum number of seeds in one command."""
 
 
-def reported(body: Callable[[], int]) -> int:
+def reported(body: Callable[[], int], *, clean_up: bool = True) -> int:
     """Run a command, and turn errors that are meant for the user into one message and an exit code.
 
     Exit codes: 0 for success, 1 for failure, 2 for an error in the arguments or the configuration, 128 + n if signal n
-    stopped the run after a checkpoint. Other exceptions keep their traceback.
+    stopped the command. Other exceptions keep their traceback. With `clean_up`, SIGTERM and SIGHUP raise
+    KeyboardInterrupt, so that temporary files are removed.
     """
     from udddm import log
 
     log.install(force=True)
     try:
-        return body()
+        with _stopping() if clean_up else nullcontext():
+            code = body()
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return USAGE
+        code = _say(f"error: {error}", USAGE)
     except Interrupted as error:
-        print(str(error), file=sys.stderr)
-        return error.exit_code
+        code = _say(str(error), error.exit_code)
     except UdddmError as error:
-        print("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), file=sys.stderr)
-        return FAILED
+        code = _say("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), FAILED)
     except OSError as error:
         if error.errno not in _DISK:
             raise
         where = f" ({error.filename})" if error.filename else ""
-        print(
-            f"error: {error.strerror}{where}. Checkpoints and earlier files are intact. Free disk space or "
-            "restore access, then run the same command again",
-            file=sys.stderr,
-        )
-        return FAILED
-    except KeyboardInterrupt:
-        print("stopped immediately; the last checkpoint is intact, and the same command resumes", file=sys.stderr)
-        return 130
+        advice = "Free disk space or restore access, then run the same command again"
+        code = _say(f"error: {error.strerror}{where}. Checkpoints and earlier files are intact. {advice}", FAILED)
+    except KeyboardInterrupt as error:
+        signum = error.args[0] if error.args else signal.SIGINT
+        resumes = "" if clean_up else "; the last checkpoint is intact, and the same command resumes"
+        code = _say(f"stopped immediately{resumes}", 128 + signum)
+    _exit_if_abandoned(code)
+    return code
+
+
+def _say(text: str, code: int) -> int:
+    """Print an error. Returns `code` even if nothing reads the message."""
+    if sys.stderr is not None:
+        with suppress(OSError, ValueError):
+            print(text, file=sys.stderr, flush=True)
+    return code
+
+
+@contextmanager
+def _stopping() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP raise KeyboardInterrupt in the main thread."""
+
+    def stop(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt(signum)
+
+    previous: dict[int, Any] = {}
+    with suppress(ValueError):  # not in the main thread
+        for signum in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(signum) == signal.SIG_DFL:
+                previous[signum] = signal.signal(signum, stop)
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
+
+
+def _exit_if_abandoned(code: int) -> None:
+    """End the process now if a thread still waits for a data set or a feature network that does not return."""
+    from udddm.storage import threads
+
+    if threads.abandoned():
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                with suppress(OSError, ValueError):
+                    stream.flush()
+        os._exit(code)
 
 
 def path(text: str) -> Path:

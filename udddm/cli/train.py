@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 0
 
-    return reported(body)
+    return reported(body, clean_up=False)  # the run decides when to stop
 
 
 if __name__ == "__main__":

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
-from concurrent.futures import Future, ThreadPoolExecutor
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, Future, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from udddm.config import EvaluateConfig
+from udddm.backends.distributed.ranks import Ranks
+from udddm.config import EvaluateConfig, RunConfig
 from udddm.data import ImageDataset
+from udddm.errors import ConfigError, DataError
 from udddm.evaluation import evaluate
 from udddm.evaluation.features import check_channels, extract, load_features
 from udddm.evaluation.metrics import Reference
 from udddm.files import write_text
-from udddm.log import log
+from udddm.log import Dispensable, log
+from udddm.storage.threads import Worker
+
+WAITING = 8
+"""The maximum number of evaluations that wait for their turn."""
+WAITING_BYTES = 256 << 20
+"""The maximum size of the images of waiting evaluations. A single one may be larger."""
+PATIENCE = 5.0
+"""Seconds that `cancel` waits for the evaluation in progress."""
 
 
 class BackgroundEvaluation:
@@ -32,36 +44,140 @@ class BackgroundEvaluation:
         self._reference: Reference | None = None
         # A new thread's current device is the first GPU unless it is set.
         choose = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
-        self._pool = ThreadPoolExecutor(1, "evaluation", initializer=choose)
-        self._pending: list[Future[None]] = []
+        self._worker = Worker("evaluation", choose)
+        self._pending: dict[Future[None], tuple[int, int]] = {}  # the step, and the bytes of its images
+        self._cancelled = threading.Event()
+        self._skipped = 0
+        self._output = Dispensable("evaluation.jsonl")
+        self._unwritten: list[dict[str, Any]] = []
 
-    def submit(self, step: int, images: torch.Tensor, evaluations: int) -> None:
-        """Queue an evaluation of `images` [N, C, H, W], drawn with `evaluations` network evaluations, and return.
+    def accepts(self, step: int) -> bool:
+        """Whether another evaluation may be queued. If not, the step is skipped, with a message at the first time.
 
         Raises the error of an earlier evaluation that failed.
         """
+        self._raise_failure()
+        waiting = [size for future, (_, size) in self._pending.items() if not future.running()]
+        if len(waiting) < WAITING and (len(waiting) < 2 or sum(waiting) < WAITING_BYTES):
+            return True
+        self._skipped += 1
+        if self._skipped == 1:
+            log.warning(
+                f"step {step} is not scored, because {len(waiting)} earlier evaluations are waiting: scoring is slower "
+                "than training. Raise evaluate.every_steps or lower evaluate.count. Only the total of further skipped "
+                "evaluations is reported, at the end"
+            )
+        return False
+
+    def submit(self, step: int, images: torch.Tensor, evaluations: int) -> None:
+        """Queue an evaluation of `images` [N, C, H, W], drawn with `evaluations` network evaluations, and return."""
+        future = self._worker.submit(partial(self._score, step, images, evaluations))
+        self._pending[future] = (step, images.nbytes)
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to `seconds` for the queued evaluations. Returns whether all of them are done.
+
+        Raises the error of one that failed.
+        """
+        wait(self._pending, seconds)
+        self._raise_failure()
+        return not self._pending
+
+    def cancel(self) -> None:
+        """Drop the evaluations that are waiting, and stop the one in progress after its current batch.
+
+        Returns after at most `PATIENCE` seconds. Does nothing if all evaluations are done.
+        """
+        self._cancelled.set()
+        self._worker.close(PATIENCE)
+        unscored = sorted(step for future, (step, _) in self._pending.items() if not _succeeded(future))
+        if unscored:
+            log.warning(f"not scored, because training ends: step {', '.join(map(str, unscored))}")
+        if self._skipped:
+            log.warning(f"{self._skipped} evaluations were skipped, because scoring was slower than training")
+
+    def _raise_failure(self) -> None:
         for done in [future for future in self._pending if future.done()]:
-            self._pending.remove(done)
+            del self._pending[done]
             done.result()
-        self._pending.append(self._pool.submit(self._score, step, images, evaluations))
+
+    def _check(self) -> None:
+        if self._cancelled.is_set():
+            raise CancelledError
 
     def _score(self, step: int, images: torch.Tensor, evaluations: int) -> None:
         if self._reference is None:
-            self._reference = evaluate.reference(self._dataset, self._network)
-        rows = extract(self._network, torch.split(images, evaluate.BATCH))
+            self._reference = evaluate.reference(self._dataset, self._network, check=self._check)
+        rows = extract(self._network, self._batches(images))
         found: dict[str, Any] = {"step": step, "evaluations": evaluations}
         found |= evaluate.score(*rows, self._reference, self._network.name, self._metrics)
-        lines = [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
-        same = (step, evaluations)  # written before the run was resumed from an earlier step
-        kept = [line for line in lines if (line["step"], line["evaluations"]) != same]
-        write_text(self._path, "".join(json.dumps(line) + "\n" for line in [*kept, found]))
+        self._write(found)
         shown = (f"{name} {found[name]:.4g}" for name in ("fid", "fd", "kid", "recall", "spread") if name in found)
         log.info(f"step {step}: {found['n']} images scored: {', '.join(shown) or 'see evaluation.jsonl'}")
         for note in evaluate.notes(found):
             log.info(note)
 
-    def close(self) -> None:
-        """Wait for the queued evaluations. Raises the error of one that failed."""
-        self._pool.shutdown()
-        for future in self._pending:
-            future.result()
+    def _batches(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
+        for batch in torch.split(images, evaluate.BATCH):
+            self._check()
+            yield batch
+
+    def _write(self, found: dict[str, Any]) -> None:
+        """Add a line, and those that could not be written before."""
+        self._unwritten.append(found)
+        with self._output.attempt():
+            lines = [json.loads(line) for line in self._path.read_text().splitlines()] if self._path.exists() else []
+            new = {(line["step"], line["evaluations"]) for line in self._unwritten}
+            # A line of the same step was written before the run was resumed from an earlier step.
+            kept = [line for line in lines if (line["step"], line["evaluations"]) not in new]
+            write_text(self._path, "".join(json.dumps(line) + "\n" for line in [*kept, *self._unwritten]))
+            self._unwritten.clear()
+
+
+class RunEvaluation:
+    """The evaluation of a run on all its ranks, which draw the samples together. Rank zero scores them.
+
+    Every rank must call every method. Raises the errors of `BackgroundEvaluation` on rank zero, RankError on the
+    others.
+    """
+
+    def __init__(self, config: RunConfig, dataset: ImageDataset, ranks: Ranks, run_dir: Path):
+        self._every, self._count = config.evaluate.every_steps, config.evaluate.count
+        self._evaluations, self._ranks = config.sample.steps, ranks
+        self._scores: BackgroundEvaluation | None = ranks.run_on_all(
+            lambda: (
+                BackgroundEvaluation(config.evaluate, dataset, ranks.device, run_dir) if ranks.is_rank_zero else None
+            ),
+            (ConfigError, DataError),
+        )
+
+    def after_step(self, step: int, draw: Callable[[int], torch.Tensor], *, last: bool) -> None:
+        """Queue an evaluation of `draw(count)` if it is due. The last step is scored even if too many are waiting."""
+        if step % self._every:
+            return
+        if self._ranks.run_on_rank_zero(lambda: self._accepts(step, last), (Exception,)):
+            images = draw(self._count)
+            if self._scores is not None:
+                self._scores.submit(step, images, self._evaluations)
+
+    def _accepts(self, step: int, last: bool) -> bool:
+        return last or (self._scores is not None and self._scores.accepts(step))
+
+    def finish(self, stop_signal: Callable[[], int]) -> int:
+        """Wait for the queued evaluations. Returns a signal that ended the wait, or 0.
+
+        No collective takes long, whatever the evaluations take.
+        """
+        scores = self._scores
+        while not self._ranks.run_on_rank_zero(lambda: scores is None or scores.wait(1.0), (Exception,)):
+            if stop := max(self._ranks.gather(stop_signal())):
+                return stop
+        return 0
+
+    def cancel(self) -> None:
+        if self._scores is not None:
+            self._scores.cancel()
+
+
+def _succeeded(future: Future[None]) -> bool:
+    return future.done() and not future.cancelled() and future.exception() is None

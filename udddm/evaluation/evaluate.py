@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -23,9 +23,13 @@ from udddm.evaluation import metrics
 from udddm.evaluation.features import INCEPTION, FeatureNetwork, Rows, extract, load_features
 from udddm.evaluation.metrics import KERNEL, MetricInput, Reference
 from udddm.files import atomic_write, make_directory
+from udddm.log import log
+from udddm.storage.threads import Worker
 
 T = TypeVar("T")
 BATCH = 256
+PATIENCE = 2.0
+"""Seconds that `prefetch` waits for an unfinished item when it is closed."""
 STANDARD = 50_000
 """The number of images that published FIDs use. Fewer images give a higher FID."""
 
@@ -33,45 +37,62 @@ STANDARD = 50_000
 def prefetch(items: Iterable[T], depth: int = 2) -> Iterator[T]:
     """Yields `items`, produced up to `depth` ahead in a background thread."""
     iterator, end = iter(items), object()
-    with ThreadPoolExecutor(1, "prefetch") as pool:
-        waiting = [pool.submit(next, iterator, end) for _ in range(depth)]
+    following = partial(next, iterator, end)
+    worker = Worker("prefetch")
+    try:
+        waiting = [worker.submit(following) for _ in range(depth)]
         while (item := waiting.pop(0).result()) is not end:
-            waiting.append(pool.submit(next, iterator, end))
-            yield item  # type: ignore[misc]
+            waiting.append(worker.submit(following))
+            yield item
+    finally:
+        worker.close(PATIENCE)
 
 
-def _read(dataset: ImageDataset) -> Iterator[torch.Tensor]:
+def _read(dataset: ImageDataset, check: Callable[[], None]) -> Iterator[torch.Tensor]:
     for first in range(0, len(dataset), BATCH):
+        check()
         yield dataset.batch(np.arange(first, min(first + BATCH, len(dataset))))[0]
 
 
-def dataset_hash(dataset: ImageDataset) -> str:
+def _proceed() -> None:
+    """The default of `check` below."""
+
+
+def dataset_hash(dataset: ImageDataset, check: Callable[[], None] = _proceed) -> str:
     """The first 16 hexadecimal digits of the SHA-256 of all images of the data set, in order."""
     found = hashlib.sha256(repr((len(dataset), dataset.shape)).encode())
-    for images in prefetch(_read(dataset)):
+    for images in prefetch(_read(dataset, check)):
         found.update(images.numpy().tobytes())
     return found.hexdigest()[:16]
 
 
-def reference(dataset: ImageDataset, network: FeatureNetwork, cache: Path | None = None) -> Reference:
-    """The statistics of all of `dataset`, read from the cache if it has them for the same images and network."""
+def reference(
+    dataset: ImageDataset, network: FeatureNetwork, cache: Path | None = None, check: Callable[[], None] = _proceed
+) -> Reference:
+    """The statistics of all of `dataset`, read from the cache if it has them for the same images and network.
+
+    `check` is called before each batch is read, in another thread. It may raise an error to end the computation.
+    """
     directory = cache or cache_directory() / "evaluation"
-    path = directory / f"{dataset_hash(dataset)}-{network.fingerprint(dataset.shape)}.npz"
+    path = directory / f"{dataset_hash(dataset, check)}-{network.fingerprint(dataset.shape)}.npz"
     if path.exists():
         try:
             with path.open("rb") as source, np.load(source) as saved:
                 return Reference(saved["mean"], saved["covariance"], saved["probe"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             path.unlink(missing_ok=True)  # incomplete: recomputed below
-    features, _ = extract(network, prefetch(_read(dataset)))
+    features, _ = extract(network, prefetch(_read(dataset, check)))
     drawn = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[-KERNEL:].numpy()
     found = Reference(*metrics.moments(features), features[drawn])
 
     def write(file: BinaryIO) -> None:
         np.savez(file, mean=found.mean, covariance=found.covariance, probe=found.probe)
 
-    make_directory(directory)
-    atomic_write(path, write, shared=True)
+    try:
+        make_directory(directory)
+        atomic_write(path, write, shared=True)
+    except OSError as error:  # a full or read-only disk
+        log.warning(f"the statistics of the data set are not cached: {error}")
     return found
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -12,6 +13,10 @@ from udddm.data.dataset import ImageDataset
 from udddm.objectives import LabelDropout
 from udddm.objectives.base import Objective, Visits
 from udddm.order import Order
+from udddm.storage.threads import Worker
+
+PATIENCE = 2.0
+"""Seconds that `Prefetch.close` waits for the data set, which may never answer."""
 
 
 @dataclass
@@ -70,14 +75,18 @@ class Prefetch:
 
     def __init__(self, builder: InputBuilder, *, step: int, depth: int):
         self._builder, self._next = builder, step
-        self._pool = ThreadPoolExecutor(1, "data")
+        self._worker = Worker("data")
         self._pending: deque[Future[list[StepInput]]] = deque()
         for _ in range(depth):
             self._submit()
 
     def _submit(self) -> None:
-        self._pending.append(self._pool.submit(self._builder.build, self._next))
+        self._pending.append(self._worker.submit(partial(self._builder.build, self._next)))
         self._next += 1
+
+    def wait(self, seconds: float) -> bool:
+        """Wait up to `seconds` for the next inputs. Returns whether `next` returns or raises at once."""
+        return self._pending[0].done() or bool(wait([self._pending[0]], seconds).done)
 
     def next(self) -> list[StepInput]:
         """Returns the next step's micro-batches. Copies to a GPU are asynchronous, on the current stream. Raises the
@@ -94,4 +103,4 @@ class Prefetch:
 
     def close(self) -> None:
         """Stop the background thread and drop the inputs that are pending."""
-        self._pool.shutdown(cancel_futures=True)
+        self._worker.close(PATIENCE)

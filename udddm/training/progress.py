@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import logging
+import os
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from udddm.files import write_text
-from udddm.log import log, tqdm
-
-
-class _Writer(Protocol):
-    def add_scalar(self, tag: str, value: float, step: int) -> None: ...
-
-    def close(self) -> None: ...
-
-
-def _tensorboard(directory: Path, purge_step: int) -> _Writer | None:
-    """A writer of event files, or None, with a log message, if TensorBoard is not installed."""
-    if importlib.util.find_spec("tensorboard") is None:
-        log.info("metrics are written to metrics.jsonl only; for TensorBoard, pip install 'udddm[tensorboard]'")
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # from the imports of tensorboard
-        logging.getLogger("tensorboard").setLevel(logging.ERROR)
-        from torch.utils.tensorboard import SummaryWriter
-
-        writer: _Writer = SummaryWriter(str(directory), purge_step=purge_step)
-    return writer
+from udddm.log import Dispensable, log, tqdm
+from udddm.training.tensorboard import open_events
 
 
 class Line:
@@ -94,9 +73,10 @@ class Progress:
     def __init__(
         self, run: Path, start: int, total: int, on_metrics: Callable[[int, int, dict[str, float]], None] | None = None
     ):
-        self._path = run / "metrics.jsonl"
-        self._keep_until(start)
-        self._tensorboard = _tensorboard(run / "tensorboard", start + 1)
+        self._path, self._output = run / "metrics.jsonl", Dispensable("metrics.jsonl")
+        with self._output.attempt():
+            self._keep_until(start)
+        self._tensorboard = open_events(run / "tensorboard", start + 1)
         self._step, self._total, self._on_metrics = start, total, on_metrics
         self._line = Line()
 
@@ -120,15 +100,25 @@ class Progress:
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Record the metrics of a step, and show the rates, the store's counters and the ETA."""
-        with self._path.open("a") as file:
-            file.write(json.dumps({"step": step, **values}) + "\n")
+        with self._output.attempt():
+            self._append(json.dumps({"step": step, **values}) + "\n")
         if self._tensorboard is not None:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(name, value, step)
+            self._tensorboard.write(step, values)
         if self._on_metrics is None:
             self._line.show(step, self._total, values)
         else:
             self._on_metrics(step, self._total, values)
+
+    def _append(self, line: str) -> None:
+        """Append a line completely or not at all."""
+        size = self._path.stat().st_size if self._path.exists() else 0
+        try:
+            with self._path.open("a") as file:
+                file.write(line)
+        except OSError:
+            with suppress(OSError):
+                os.truncate(self._path, size)
+            raise
 
     def close(self) -> None:
         if self._tensorboard is not None:

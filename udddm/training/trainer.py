@@ -9,7 +9,6 @@ import time
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -19,16 +18,16 @@ from udddm import ema, image_grid, networks, objectives, rng, store
 from udddm.backends import engines
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import Ranks, Vote
-from udddm.backends.distributed.signals import handled
+from udddm.backends.distributed.signals import StopRequest, handled
 from udddm.config import RunConfig
 from udddm.data import ImageDataset
 from udddm.diffusion import schedule
 from udddm.diffusion.samplers import SamplingOptions
 from udddm.ema import PowerEMA
-from udddm.errors import CheckpointError, ConfigError, DataError, Diverged, Interrupted, StoreError
-from udddm.evaluation.background import BackgroundEvaluation
+from udddm.errors import CheckpointError, ConfigError, Diverged, Interrupted, StoreError
+from udddm.evaluation.background import RunEvaluation
 from udddm.files import write_array, write_json
-from udddm.log import log
+from udddm.log import Dispensable, log
 from udddm.objectives.loss import visit_loss
 from udddm.order import Order
 from udddm.rng import Stream
@@ -63,21 +62,13 @@ class Trainer:
         layout = StateLayout(self.order, self.lanes, shape, Encoding(config.store.dtype), ranks.device)
         self.store = store.build(run.store_context(layout, config.store))
         self.checkpoints = run.checkpoints()
-        self.evaluation: BackgroundEvaluation | None = None
-        if config.evaluate.every_steps:  # it runs on one rank, but every rank must learn if it cannot start
-            self.evaluation = ranks.run_on_all(
-                lambda: (
-                    BackgroundEvaluation(config.evaluate, dataset, ranks.device, run.path)
-                    if ranks.is_rank_zero
-                    else None
-                ),
-                (ConfigError, DataError),
-            )
+        self.evaluation = RunEvaluation(config, dataset, ranks, run.path) if config.evaluate.every_steps else None
         self.step = 0
         self._kept_rows = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._newest: Path | None = None
         """The newest checkpoint that this process wrote or resumed from."""
-        self._signal: int | None = None
+        self._stop = StopRequest(once=ranks.launched)
+        self._pictures = Dispensable("the pictures of samples")
 
     # One step.
 
@@ -115,22 +106,24 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Train to the end and return the contents of `result.json`.
 
-        Raises Interrupted after SIGTERM or SIGINT, Diverged, StoreError, CheckpointError or DataError. The newest
-        checkpoint is intact in every case.
+        Raises Interrupted after SIGTERM, SIGINT or SIGHUP, Diverged, StoreError, CheckpointError or DataError. The
+        newest checkpoint is intact in every case.
         """
         with ExitStack() as stack:
-            stack.enter_context(handled(self._on_signal))
+            stack.enter_context(handled(self._stop))
             stack.callback(self.store.close)
             inputs = self.begin()
             stack.callback(inputs.close)
             if self.evaluation is not None:
-                stack.callback(self.evaluation.close)
+                stack.callback(self.evaluation.cancel)
             progress = None
             if self.ranks.is_rank_zero:
                 on_metrics = self.listener.on_metrics if self.listener else None
                 progress = Progress(self.run.path, self.step, self.total_steps, on_metrics)
                 stack.callback(progress.close)
             self._loop(inputs, progress)
+            if self.evaluation is not None and (stop := self.evaluation.finish(self._stop_signal)):
+                raise Interrupted(stop, self.step)
             state = self.ranks.gather(self.store.sha256())
             reinitialized = self.ranks.gather(self.store.counters.reinitialized)
         result = self._result(state)
@@ -155,6 +148,7 @@ class Trainer:
         losses = torch.zeros((), device=self.ranks.device)
         vote = Vote(self.ranks)
         while self.step < self.total_steps:
+            self._await_inputs(inputs)
             losses += self.train_step(inputs)
             if progress is not None:
                 progress.advance()
@@ -162,26 +156,43 @@ class Trainer:
             if self.step % every == 0 or last:
                 window = self._report(progress, losses, window)
                 losses.zero_()
-            stop = vote.cast(self._signal or (self.listener.stop_signal() if self.listener else 0))
+            stop = vote.cast(self._stop_signal())
             saves = self.step % config.checkpoint.every_steps == 0 or last or bool(stop)
             averages = bool(self.powers) and (self.step % config.train.power_ema_every_steps == 0 or last)
-            if saves or averages:  # the losses do not show whether the last update left the weights finite
-                finite = math.isfinite(self.ranks.sum(losses + weights.not_finite(self.engine, self.emas)))
-                if not finite:
-                    raise Diverged(self._diverged("the loss, a weight, one of Adam's moments or an average"))
+            if saves or averages:
+                self._check_finite(losses)
             if averages:  # before the checkpoint, so that a run that resumes from it has them
                 posthoc_ema.write(self.run.path, self.step, self.powers, self.engine)
             if saves:
                 self.save()
             if config.sample.every_steps and self.step % config.sample.every_steps == 0:
                 self._sample_grid()
-            if config.evaluate.every_steps and self.step % config.evaluate.every_steps == 0:
-                images = self._samples(config.evaluate.count)
-                if self.evaluation is not None:
-                    self.evaluation.submit(self.step, images, config.sample.steps)
             if stop and not last:
                 raise Interrupted(stop, self.step)
+            if self.evaluation is not None:
+                self.evaluation.after_step(self.step, self._samples, last=last)
         vote.outcome()
+
+    def _stop_signal(self) -> int:
+        """The signal that asks this rank to stop, or 0."""
+        return self._stop.signum or (self.listener.stop_signal() if self.listener else 0)
+
+    def _await_inputs(self, inputs: Prefetch) -> None:
+        """Wait for the inputs of the next step. Stops if a signal arrives while the data set does not answer.
+
+        With several ranks, the others may have begun the step, so that no checkpoint is possible.
+        """
+        while self.ranks.world_size == 1 and not inputs.wait(1.0):
+            if stop := self._stop_signal():
+                if self.step and (self._newest is None or step_of(self._newest) != self.step):
+                    self._check_finite(torch.zeros((), device=self.ranks.device))
+                    self.save()
+                raise Interrupted(stop, self.step)
+
+    def _check_finite(self, losses: torch.Tensor) -> None:
+        """Raise Diverged unless losses, weights, moments and averages are finite; losses do not show the last update"""
+        if not math.isfinite(self.ranks.sum(losses + weights.not_finite(self.engine, self.emas))):
+            raise Diverged(self._diverged("the loss, a weight, one of Adam's moments or an average"))
 
     def _report(
         self, progress: Progress | None, losses: torch.Tensor, window: tuple[float, int, StoreCounters]
@@ -235,12 +246,6 @@ class Trainer:
             f"{step_of(self._newest)}, is intact; the same command resumes from it, which helps if the hardware was at "
             f"fault. Otherwise, {advice}, with train.init_from={newest} to start from the weights of that checkpoint"
         )
-
-    def _on_signal(self, signum: int, frame: FrameType | None) -> None:
-        """Handle SIGTERM and SIGINT: write a checkpoint and stop after the current step."""
-        if self._signal is not None:  # a second signal stops immediately
-            raise KeyboardInterrupt
-        self._signal = signum
 
     # Checkpoints.
 
@@ -343,8 +348,9 @@ class Trainer:
         directory = self.run.path / "samples"
         images = self._samples(64)
         if self.ranks.is_rank_zero:
-            directory.mkdir(exist_ok=True)
-            image_grid.save_image_grid(images, directory / f"step-{self.step:08d}.png")
+            with self._pictures.attempt():
+                directory.mkdir(exist_ok=True)
+                image_grid.save_image_grid(images, directory / f"step-{self.step:08d}.png")
 
     def _result(self, state: list[str]) -> dict[str, Any]:
         elapsed = time.perf_counter() - self._started

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 
+import udddm
 from udddm.training.progress import Progress
+from udddm.training.tensorboard import open_events
 
 
 def steps(run: Path) -> list[int]:
@@ -42,3 +48,93 @@ def test_progress_is_logged_at_the_last_step(tmp_path: Path, caplog: pytest.LogC
     progress.close()
     assert "step 4/4  loss 0.25  images/s 100  store wait 10.0%" in caplog.text
     assert "ETA 1:01" in caplog.text
+
+
+VALUES = {
+    "loss": 0.25,
+    "images_per_second": 100.0,
+    "store_wait_fraction": 0.1,
+    "store_megabytes_per_second": 0.0,
+    "eta_seconds": 61.0,
+}
+
+
+def test_a_full_disk_is_reported_once_and_its_line_is_complete_or_absent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress, full = Progress(tmp_path, 0, 100), [False]
+    opened = Path.open
+
+    class Filling:
+        """A file on a disk that becomes full in the middle of a line."""
+
+        def __init__(self, file: Any):
+            self.file = file
+
+        def __enter__(self) -> Filling:
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            self.file.close()
+
+        def write(self, text: str) -> None:
+            self.file.write(text[: len(text) // 2] if full[0] else text)
+            if full[0]:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "open", lambda path, mode="r", *more: Filling(opened(path, mode, *more)))
+    progress.write(1, VALUES)
+    full[0] = True
+    progress.write(2, VALUES)
+    progress.write(3, VALUES)
+    full[0] = False
+    progress.write(4, VALUES)
+    monkeypatch.undo()
+    assert steps(tmp_path) == [1, 4]
+    warned = [message for message in caplog.messages if "cannot write" in message]
+    assert warned == ["cannot write metrics.jsonl: [Errno 28] No space left on device. Training continues without it"]
+    progress.close()
+
+
+def test_tensorboard_reads_the_events_and_hides_those_of_steps_that_are_repeated(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    for start, last in ((0, 4), (2, 3)):
+        events = open_events(tmp_path, start + 1)
+        assert events is not None
+        for step in range(start + 1, last + 1):
+            events.write(step, {"loss": float(10 * start + step)})
+        events.close()
+    found = accumulator.EventAccumulator(str(tmp_path))
+    found.Reload()
+    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 23.0)]
+
+
+def test_a_full_disk_under_tensorboard_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    pytest.importorskip("tensorboard")
+    events = open_events(tmp_path, 1)
+    assert events is not None
+    with Path("/dev/full").open("wb") as full:
+        os.dup2(full.fileno(), events._file.fileno())
+    for step in range(1, 4):
+        events.write(step, {"loss": 1.0})
+    events.close()
+    assert [message.partition(":")[0] for message in caplog.messages] == ["cannot write TensorBoard's files"]
+
+
+def test_a_run_continues_without_tensorboard_and_pictures_if_they_cannot_be_written(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("tensorboard", "samples"):
+        (run / name).write_text("in the way")
+    config = {
+        "network": {"base_channels": 4, "channel_mult": [1], "blocks_per_level": 1, "attention_resolutions": []},
+        "train": {"steps": 4, "batch_size": 8},
+        "store": {"kind": "gpu"},
+        "sample": {"every_steps": 1},
+    }
+    data = np.zeros((16, 1, 8, 8), np.uint8)
+    assert udddm.train(config, data, run_dir=run, device="cpu")["steps"] == 4
+    warned = [message.partition(":")[0] for message in caplog.messages if message.startswith("cannot write")]
+    assert sorted(warned) == ["cannot write TensorBoard's files", "cannot write the pictures of samples"]
