@@ -142,7 +142,8 @@ class ImageDataset:
     def fingerprint(self) -> dict[str, Any]:
         """What a run records to detect changed data: `{"length": N, "shape": [C, H, W], "digest": sha256}`.
 
-        Also has `class_names` if they are known, and `earlier_digest` if earlier versions read different labels.
+        Also has `class_names` if they are known, `earlier_digest` if earlier versions read different labels, and
+        `content`, a digest of all samples, for an array of at most 1 GiB in memory or in a .npy file.
 
         The digest covers the images and labels of 16 evenly spaced samples, including the first and the last. It is
         cheap, and does not detect changes of other samples. It is None if reading a sample twice gives other images.
@@ -163,6 +164,8 @@ class ImageDataset:
         found = {"length": self._length, "shape": list(self.shape), "digest": digest}
         if self.class_names:
             found["class_names"] = self.class_names
+        if isinstance(self._source, BatchSource) and (content := self._source.content()):
+            found["content"] = content
         if isinstance(self._source, BatchSource) and not isinstance(self._source.earlier_labels, str):
             earlier = self._source.earlier_labels
             found["earlier_digest"] = _digest(images, None if earlier is None else earlier[probes])
@@ -224,13 +227,21 @@ def check_unchanged(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> 
     if names and names_now and names != names_now:  # runs of earlier versions did not record names
         changes.append(f"its classes were {_listed(names)} and now are {_listed(names_now)}")
     accepted = [current[key] for key in ("digest", "earlier_digest") if key in current]
-    if not changes and recorded.get("digest") not in accepted:
+    if not changes and (recorded.get("digest") not in accepted or _content_differs(recorded, current)):
         changes.append("the contents of its samples differ (images, labels, order, preprocessing or image decoder)")
     if changes:
         raise DataError(
             f"the data set is not the one this run was started with: {'; '.join(changes)}; "
             "restore the old data, or start a new run"
         )
+
+
+def _content_differs(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> bool:
+    """Whether both have a digest of all samples of the same type, and they differ. Earlier versions recorded none."""
+    (before, digest_before), (now, digest_now) = (
+        str(each.get("content", "")).split(":", 1) if each.get("content") else ("", "") for each in (recorded, current)
+    )
+    return bool(before) and before == now and digest_before != digest_now
 
 
 def _digest(images: torch.Tensor, labels: Labels | None) -> str:

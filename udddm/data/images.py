@@ -6,6 +6,7 @@ An image is [C, H, W], uint8 in 0..255 or floats in [-1, 1]. Users' objects may 
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,8 @@ Labels = npt.NDArray[np.int64]
 COLORS = (1, 3, 4)  # gray, RGB, RGBA: the numbers of channels that distinguish [H, W, C] from [C, H, W]
 # Floats may exceed [-1, 1] by this much, and are clamped: the next bfloat16 after 1 is 1.0078.
 TOLERANCE = 0.01
+LARGEST_CONTENT = 1 << 30
+"""Bytes of an array in memory or a memory-mapped file up to which all its samples are compared with a run's."""
 
 
 class MapDataset(Protocol):
@@ -58,6 +61,10 @@ class BatchSource(ABC):
     @abstractmethod
     def __len__(self) -> int:
         """The number of samples N."""
+
+    def content(self) -> str:
+        """A digest of all samples, `<type>:<digest>`, or "" if it takes too long. Unlike types are not compared."""
+        return ""
 
     @abstractmethod
     def batch(self, ids: Ids) -> tuple[Array, Labels | None]:
@@ -115,6 +122,18 @@ class ArrayImages(BatchSource):
         elif self._channels_last:
             rows = rows.transpose(0, 3, 1, 2)
         return rows, None if self._labels is None else self._labels[ids]
+
+    def content(self) -> str:
+        if not isinstance(self._images, np.ndarray) or self._images.nbytes > LARGEST_CONTENT:
+            return ""
+        integers = self._images.dtype == np.uint8
+        digest = hashlib.sha256()
+        for first in range(0, len(self), 1024):
+            rows, _ = self.batch(np.arange(first, min(first + 1024, len(self))))
+            digest.update(np.ascontiguousarray(rows if integers else rows.astype("<f4")).data)
+        if self._labels is not None:
+            digest.update(np.ascontiguousarray(self._labels, "<i8").data)
+        return f"{'uint8' if integers else 'float'}:{digest.hexdigest()}"
 
     def _rows(self, ids: Ids) -> Array:
         return np.asarray(self._images[ids])

@@ -10,7 +10,9 @@ import udddm
 from udddm.cli import evaluate as evaluate_command
 from udddm.cli import store as store_command
 from udddm.config import EvaluateConfig, RunConfig, resolve
-from udddm.data import ArrayImages, ImageDataset, check_agreement
+from udddm.data import ArrayImages, ImageDataset, check_agreement, check_unchanged
+from udddm.data import images as image_types
+from udddm.data.arrays import open_array
 from udddm.errors import ConfigError, DataError
 from udddm.evaluation.background import BackgroundEvaluation
 from udddm.evaluation.features import check_channels
@@ -125,3 +127,31 @@ def test_a_start_that_was_killed_between_its_first_files_goes_on(tmp_path: Path)
     (tmp_path / "config.yaml").unlink()  # run.json is the first
     check_or_record(tmp_path, small(), data)
     assert (tmp_path / "config.yaml").read_text() == written
+
+
+@pytest.mark.parametrize("kind", ["in memory", "memory-mapped"])
+def test_any_changed_sample_of_an_array_is_found(kind: str, tmp_path: Path) -> None:
+    def source(pixels: np.ndarray) -> ImageDataset:
+        if kind == "in memory":
+            return ImageDataset(pixels)
+        np.save(tmp_path / "pixels.npy", pixels)
+        return ImageDataset(open_array(str(tmp_path / "pixels.npy")))
+
+    changed = PIXELS.copy()
+    changed[2, 0, 0, 0] ^= 1  # not one of the 16 probes
+    recorded, now = source(PIXELS).fingerprint(), source(changed).fingerprint()
+    assert recorded["digest"] == now["digest"]
+    with pytest.raises(DataError, match="the contents of its samples differ"):
+        check_unchanged(recorded, now)
+    check_unchanged(recorded, source(PIXELS.copy()).fingerprint())
+    channels_last = source(PIXELS.transpose(0, 2, 3, 1)).fingerprint()
+    check_unchanged(recorded, channels_last)
+    earlier = {key: value for key, value in recorded.items() if key != "content"}
+    check_unchanged(earlier, now)
+
+
+def test_the_same_images_as_floats_are_compared_by_their_probes(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded = ImageDataset(PIXELS).fingerprint()
+    check_unchanged(recorded, ImageDataset(PIXELS.astype(np.float32) / 127.5 - 1).fingerprint())
+    monkeypatch.setattr(image_types, "LARGEST_CONTENT", 1000)
+    assert "content" not in ImageDataset(PIXELS).fingerprint()
