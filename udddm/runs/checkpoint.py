@@ -73,11 +73,16 @@ class Checkpoints:
         Raises CheckpointError if there are checkpoints but none is valid, or if one cannot be read.
         """
         found = self.all()
-        problems = []
-        for path in reversed(found):
+        problems: list[str] = []
+        left = list(found)
+        while left:
+            path = left.pop()
             problem = self.corruption(path)
             if problem is None:
                 return path
+            if path not in (current := self.all()) and current:  # a live run has deleted it: start over
+                found, left, problems = current, list(current), []
+                continue
             problems.append(problem)
             log.warning("checkpoint %s is not valid and is skipped: %s", path.name, problem)
         if found:

@@ -23,7 +23,7 @@ from udddm.diffusion.schedule import NoiseSchedule
 from udddm.errors import CheckpointError, ConfigError
 from udddm.runs import posthoc_ema
 from udddm.runs.checkpoint import NAME, load_config
-from udddm.runs.pretrained import checkpoint_files
+from udddm.runs.pretrained import read_checkpoint
 from udddm.runs.remote import open_copy
 from udddm.runs.run import Run
 from udddm.runs.weights import Saved
@@ -149,7 +149,8 @@ def load_model(
     """
     if ema is not None and ema_length is not None:
         raise ConfigError("ema selects an EMA that the run kept, ema_length computes a new one: give only one of them")
-    with checkpoint_files(checkpoint, ("config",) if ema_length is not None else ("config", "model", "ema")) as path:
+
+    def load(path: Path) -> Model:
         config, shape = load_config(path)
         if not trust:
             check_trusted(config, MODEL, str(checkpoint))
@@ -169,8 +170,10 @@ def load_model(
                     raise CheckpointError(
                         f"{checkpoint}: the weights of {name} are not all finite; use another checkpoint"
                     )
-    network.to(device if isinstance(device, torch.device) else choose_device(device)).eval()
-    return Model(network, schedule.build(config.schedule), config, shape)
+        network.to(device if isinstance(device, torch.device) else choose_device(device)).eval()
+        return Model(network, schedule.build(config.schedule), config, shape)
+
+    return read_checkpoint(checkpoint, load, ("config",) if ema_length is not None else ("config", "model", "ema"))
 
 
 def _run_of(where: str | Path) -> Run:

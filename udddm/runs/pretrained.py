@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from udddm.backends.engines.base import Engine
 from udddm.ema import Average
@@ -16,6 +16,10 @@ from udddm.runs.remote import open_copy
 from udddm.runs.run import Run
 from udddm.runs.weights import Saved
 from udddm.storage import local_path
+
+T = TypeVar("T")
+ATTEMPTS = 20
+"""Maximum number of checkpoints that are tried while a live run deletes them."""
 
 
 @contextmanager
@@ -40,6 +44,21 @@ def checkpoint_files(where: str | Path, wanted: tuple[str, ...] = ("config", "mo
     if one and (problem := checkpoints.corruption(path)):
         raise CheckpointError(f"checkpoint {where} is not valid: {problem}")
     yield path
+
+
+def read_checkpoint(
+    where: str | Path, action: Callable[[Path], T], wanted: tuple[str, ...] = ("config", "model", "ema")
+) -> T:
+    """`action` of the directory of `checkpoint_files`. Repeated with the next checkpoint if a live run deletes this one
+    while it is read. Raises the errors of `action`, CheckpointError, StoreError."""
+    for _ in range(ATTEMPTS):
+        with checkpoint_files(where, wanted) as path:
+            try:
+                return action(path)
+            except Exception:
+                if path.exists():
+                    raise
+    raise CheckpointError(f"a live run deletes the checkpoints of {where} before they are read: raise checkpoint.keep")
 
 
 def _local_checkpoint(where: Path) -> Path:
@@ -78,7 +97,8 @@ def begin_from(where: str | Path, engine: Engine, emas: Sequence[Average]) -> st
 
     Returns the checkpoint's name. Raises CheckpointError, StoreError, ConfigError.
     """
-    with checkpoint_files(where) as directory:
+
+    def load(directory: Path) -> str:
         trained, _ = load_config(directory)
         weights = Saved.average(directory, trained.train.averages, None)
         weights.check_network(engine.shapes)
@@ -87,3 +107,5 @@ def begin_from(where: str | Path, engine: Engine, emas: Sequence[Average]) -> st
             for name in engine.shapes:
                 engine.fill(average.weights, name, weights[name])
         return directory.resolve().name
+
+    return read_checkpoint(where, load)

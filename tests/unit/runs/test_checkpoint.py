@@ -18,7 +18,9 @@ from safetensors.torch import save_file
 from udddm.backends.distributed.ranks import Ranks
 from udddm.errors import CheckpointError
 from udddm.files import load_json
+from udddm.runs import checkpoint
 from udddm.runs.checkpoint import Checkpoints, corruption, step_of
+from udddm.runs.pretrained import read_checkpoint
 from udddm.runs.weights import Saved
 
 ALONE = Ranks(0, 1, torch.device("cpu"))
@@ -197,3 +199,41 @@ def test_a_missing_part_of_several_is_named(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(1)}, tmp_path / "model-00002-of-00003.safetensors")
     with pytest.raises(CheckpointError, match="1 of 3 files model-"):
         Saved(tmp_path, "model")
+
+
+def test_a_checkpoint_that_a_live_run_deletes_while_it_is_verified_is_replaced_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = Checkpoints(tmp_path)
+    run.write(1, ALONE, fill)
+    verify = checkpoint.corruption
+    steps = iter(range(2, 5))
+
+    def verified(path: Path) -> str | None:
+        if (step := next(steps, None)) is not None:  # the run writes another and deletes this one
+            run.write(step, ALONE, fill)
+            shutil.rmtree(path)
+        return verify(path)
+
+    monkeypatch.setattr(checkpoint, "corruption", verified)
+    found = Checkpoints(tmp_path).newest_valid()
+    assert found is not None and found.name == "step-00000004"
+    assert not caplog.messages
+
+
+def test_a_checkpoint_that_a_live_run_deletes_while_it_is_read_is_replaced_by_the_next(tmp_path: Path) -> None:
+    run, read = Checkpoints(tmp_path), []
+    run.write(1, ALONE, fill)
+
+    def action(path: Path) -> int:
+        read.append(path)
+        if len(read) < 4:
+            run.write(step_of(path) + 1, ALONE, fill)
+            shutil.rmtree(path)
+        return len(Saved(path, "model"))
+
+    assert read_checkpoint(tmp_path, action) == 1
+    assert [step_of(path) for path in read] == [1, 2, 3, 4]
+    (tmp_path / "checkpoints" / "step-00000004" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"no checkpoint in .* is valid"):
+        read_checkpoint(tmp_path, action)
