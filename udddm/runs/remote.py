@@ -31,7 +31,7 @@ from udddm.runs.run import AVERAGES, Run, locked
 from udddm.storage import local_path, open_object_store
 from udddm.storage.base import ObjectStore
 from udddm.storage.guard import Guard
-from udddm.storage.lease import Lease
+from udddm.storage.lease import Lease, process_table
 from udddm.store.zarr import LEASE_PATIENCE
 
 SCRATCH = "UDDDM_SCRATCH"
@@ -262,8 +262,20 @@ class RemoteRun(Run):
         if self._lease is None:
             self._lease = self.objects.guard = Lease(open_object_store(self.url), self.url)
         follow(self._lease, ranks)
+        self._separate(ranks)
         if ranks.is_local_rank_zero and not ranks.is_rank_zero:
             self.download()
+
+    def _separate(self, ranks: Ranks) -> None:
+        """Give each machine a separate local directory.
+
+        Machines that share a home directory may have the same name and id, as clones and containers have.
+        """
+        seen = ranks.gather((ranks.is_local_rank_zero, str(self.path), socket.gethostname(), process_table()))
+        leaders = [rank for rank, (leads, *_) in enumerate(seen) if leads]
+        mine = [rank for rank in leaders if rank <= ranks.rank and seen[rank][1:] == seen[ranks.rank][1:]]
+        if mine and any(seen[rank][1] == str(self.path) for rank in leaders if rank < mine[-1]):
+            self.path = self.path.with_name(f"{self.path.name}-rank-{mine[-1]}")
 
     def leave(self) -> None:
         if self._lease is not None:
