@@ -6,6 +6,8 @@ this module.
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -82,12 +84,48 @@ def make_directory(path: Path) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Sync the names in a directory to disk, so that they survive a power loss."""
+    """Sync the names in a directory to disk, so that they survive a power loss.
+
+    Some network file systems cannot do this, which is logged once.
+    """
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, errno.EINVAL):
+            raise
+        _warn_once(f"the file system of {path} cannot sync directories: a power loss may lose the newest files")
     finally:
         os.close(descriptor)
+
+
+UNSUPPORTED = (errno.ENOSYS, errno.EOPNOTSUPP)
+"""Errors of a file system that lacks an operation."""
+
+
+def lock_file(descriptor: int, *, wait: bool = False) -> bool:
+    """Lock an open file exclusively until it is closed. Returns False on a file system without locks.
+
+    Raises BlockingIOError if another process holds the lock, unless `wait` is set.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (*UNSUPPORTED, errno.ENOLCK):
+            raise
+        return False
+    return True
+
+
+_warned: set[str] = set()
+
+
+def _warn_once(text: str) -> None:
+    from udddm.log import log  # here, because every command imports this module
+
+    if text not in _warned:
+        _warned.add(text)
+        log.warning(text)
 
 
 _PAUSES = (0.2, 1.0, 3.0)

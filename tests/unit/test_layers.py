@@ -9,7 +9,7 @@ import udddm
 
 PACKAGE = Path(udddm.__file__).parent
 LAYERS = {
-    1: ("rng", "urls", "errors", "files", "log", "image_grid"),
+    1: ("rng", "urls", "errors", "log", "files", "image_grid"),
     2: ("config", "storage"),
     3: ("data", "diffusion", "order", "ema"),
     4: ("backends/distributed", "networks", "objectives"),

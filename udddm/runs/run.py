@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import uuid
 from collections.abc import Iterator
@@ -14,7 +13,8 @@ from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig, StoreConfig, as_yaml, resolve
 from udddm.data import ImageDataset, check_unchanged
 from udddm.errors import ConfigError
-from udddm.files import load_json, make_directory, write_json, write_text
+from udddm.files import load_json, lock_file, make_directory, write_json, write_text
+from udddm.log import log
 from udddm.runs.checkpoint import Checkpoints
 from udddm.storage.guard import Guard
 from udddm.store.base import StoreContext
@@ -32,6 +32,8 @@ class Run:
     def __init__(self, path: Path):
         self.path = path
         """A local directory. It is the run itself, or holds files to be uploaded to the run's URL."""
+        self.exclusive = True
+        """Whether `lock` keeps out other processes. False in a directory whose file system has no locks."""
 
     def __str__(self) -> str:
         return str(self.path)
@@ -64,7 +66,7 @@ class Run:
         `patience`: seconds to wait for another process to end, where waiting is possible; None: as long as a start
         waits.
         """
-        with locked(self.path):
+        with locked(self.path) as self.exclusive:
             yield
 
     @property
@@ -88,8 +90,12 @@ class Run:
 
 
 @contextmanager
-def locked(run_dir: Path) -> Iterator[None]:
-    """Create the directory and lock it. Raises ConfigError if it is not writable or another process holds the lock."""
+def locked(run_dir: Path) -> Iterator[bool]:
+    """Create the directory and lock it. Yields whether it is locked: on a file system without locks, it is used all the
+    same, with a warning.
+
+    Raises ConfigError if it is not writable or another process holds the lock.
+    """
     try:
         make_directory(run_dir)
         descriptor = os.open(run_dir / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -97,13 +103,15 @@ def locked(run_dir: Path) -> Iterator[None]:
         problem = f"cannot write to the run directory {run_dir}: {error}; choose another with --run-dir"
         raise ConfigError(problem) from error
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        exclusive = lock_file(descriptor)
     except BlockingIOError:
         os.close(descriptor)
         problem = f"another process is training in {run_dir}; wait for it or choose another --run-dir"
         raise ConfigError(problem) from None
+    if not exclusive:
+        log.warning(f"the file system of {run_dir} has no locks: make sure that no other process trains there")
     try:
-        yield
+        yield exclusive
     finally:
         os.close(descriptor)
 

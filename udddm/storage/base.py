@@ -56,8 +56,6 @@ class ObjectStore(ABC):
     """
 
     retry = Retry()
-    conditional = True
-    """Whether `compare_and_swap` succeeds for only one of several clients on different machines."""
 
     def __init__(self) -> None:
         self.retries = 0
@@ -94,6 +92,11 @@ class ObjectStore(ABC):
         if most is not None and len(data) > most:
             raise Oversized(f"it has {len(data)} bytes instead of {most}")
         path.write_bytes(data)
+
+    @property
+    def conditional(self) -> bool:
+        """Whether `compare_and_swap` succeeds for only one of several clients on different machines."""
+        return True
 
     @abstractmethod
     def uri(self, key: str) -> str:

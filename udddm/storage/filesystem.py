@@ -52,7 +52,11 @@ class FsspecObjectStore(ObjectStore):
             ) from None
         self._root = str(root).rstrip("/")
         self._url = url.rstrip("/")
-        self.conditional = scheme == "memory"
+        self._scheme = scheme
+
+    @property
+    def conditional(self) -> bool:
+        return self._scheme == "memory"
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}".rstrip("/")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import os
 import shutil
@@ -13,7 +12,7 @@ from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 
 from udddm.errors import StoreError
-from udddm.files import complete_file, make_directory, sync_directory
+from udddm.files import UNSUPPORTED, complete_file, lock_file, make_directory, sync_directory
 from udddm.storage.base import _RESUME, _TEMPORARY, ObjectStore
 
 
@@ -31,6 +30,7 @@ class LocalObjectStore(ObjectStore):
         self._unsynced: set[Path] = set()
         self._unsynced_lock = threading.Lock()
         self._syncing = threading.Lock()
+        self._has_locks: bool | None = None
 
     def _get(self, key: str) -> bytes:
         return (self.root / key).read_bytes()
@@ -49,8 +49,35 @@ class LocalObjectStore(ObjectStore):
                 os.link(temporary, self.root / key)  # unlike a rename, fails if the name exists
             except FileExistsError:
                 return False
+            except OSError as error:
+                if error.errno not in (*UNSUPPORTED, errno.EPERM):  # exFAT, CIFS and others have no hard links
+                    raise
+                return self._create(key, data)
         self._remember(key)
         return True
+
+    def _create(self, key: str, data: bytes) -> bool:
+        """`_put_if_absent` without hard links: a crash in between leaves an incomplete object."""
+        try:
+            with (self.root / key).open("xb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            return False
+        self._remember(key)
+        return True
+
+    @property
+    def conditional(self) -> bool:
+        """Whether the file system has locks, which `compare_and_swap` needs."""
+        if self._has_locks is None:
+            make_directory(self.root)
+            probe = self.root / f"locks-{os.getpid()}{_TEMPORARY}"
+            with probe.open("wb") as file:
+                self._has_locks = lock_file(file.fileno(), wait=True)
+            probe.unlink(missing_ok=True)
+        return self._has_locks
 
     def _remember(self, key: str) -> None:
         """Remember the directories from the root down to an object's own for the next `sync`."""
@@ -62,7 +89,7 @@ class LocalObjectStore(ObjectStore):
         if not path.exists():
             return False
         with path.with_name(f"{path.name}.lock{_TEMPORARY}").open("wb") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            lock_file(lock.fileno(), wait=True)  # without locks, only the holder renews its own lease
             try:
                 if path.read_bytes() != expected:
                     return False

@@ -40,7 +40,11 @@ class WrappedObjectStore(ObjectStore):
     def __init__(self, inner: ObjectStore):
         super().__init__()
         self.inner = inner
-        self.retry, self.conditional = inner.retry, inner.conditional
+        self.retry = inner.retry
+
+    @property
+    def conditional(self) -> bool:
+        return self.inner.conditional
 
     def _request(self, operation: Operation, key: str, sent: int, action: Callable[[], T]) -> T:
         """One attempt at a request with `sent` bytes of content. Returns the result of `action` or raises its error."""

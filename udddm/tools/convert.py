@@ -97,6 +97,11 @@ def collect(path: str, report: Callable[[str], None]) -> list[int]:
     with ExitStack() as held:
         # Without patience: a list of checkpoints from before a wait would lack those that were written during it.
         held.enter_context(run.lock(patience=0.0))
+        if not run.exclusive:
+            raise StoreError(
+                f"the file system of {path} has no locks, so that a live run cannot be detected: nothing was "
+                "deleted. Delete generations by hand"
+            )
         run.download()
         place = of_run(path, run)
         if place.generations is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -15,8 +16,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from udddm import files
 from udddm.errors import StoreError
+from udddm.runs.run import locked
+from udddm.storage.lease import Holder, Lease
 from udddm.storage.local import LocalObjectStore
+from udddm.tools.convert import collect
 
 KEYS = ("a", "b/a", "b/c/a", "b/c/d")
 
@@ -114,3 +119,63 @@ def test_a_sync_waits_for_another_threads_sync_of_the_same_names(
         first.result()
         assert {tmp_path, tmp_path / "a"} <= set(durable.result())
     assert not returned_early
+
+
+class Lacking:
+    """A file system without locks, hard links and syncs of directories, such as some network file systems."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        self.sync = os.fsync
+        monkeypatch.setattr(files.fcntl, "flock", self._refused(errno.ENOLCK))
+        monkeypatch.setattr(os, "link", self._refused(errno.EPERM))
+        monkeypatch.setattr(os, "fsync", self._fsync)
+
+    @staticmethod
+    def _refused(number: int) -> Callable[..., None]:
+        def call(*arguments: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    def _fsync(self, descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        self.sync(descriptor)
+
+
+def test_a_lease_on_a_file_system_without_locks_and_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Lacking(monkeypatch)
+    objects = LocalObjectStore(tmp_path)
+    first = Lease(objects, "first")
+    first.acquire()
+    with pytest.raises(StoreError, match="is being written by another run: first"):
+        Lease(LocalObjectStore(tmp_path), "second").acquire()
+    first._renew()
+    assert objects.get("lease.json").count(b'"renewal": 1') == 1
+    assert not objects.conditional
+    monkeypatch.setattr(Holder, "dead", True)
+    with pytest.raises(StoreError, match="has no conditional writes"):  # two runs could take it over at once
+        Lease(LocalObjectStore(tmp_path), "first").acquire()
+    first.release()
+
+
+def test_directories_that_cannot_be_synced_are_reported_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Lacking(monkeypatch)
+    for name in ("a", "b"):
+        files.write_text(tmp_path / name, name)
+    assert (tmp_path / "b").read_text() == "b"
+    assert [message for message in caplog.messages if "cannot sync directories" in message] == caplog.messages[:1]
+
+
+def test_a_run_directory_without_locks_is_used_with_a_warning_and_never_collected(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    Lacking(monkeypatch)
+    with locked(tmp_path / "run") as exclusive:
+        assert not exclusive
+    assert "has no locks: make sure that no other process trains there" in caplog.text
+    (tmp_path / "run" / "run.json").write_text('{"config": {}}')
+    with pytest.raises(StoreError, match="a live run cannot be detected: nothing was deleted"):
+        collect(str(tmp_path / "run"), print)
