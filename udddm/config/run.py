@@ -96,7 +96,8 @@ class NetworkConfig(Section):
     )
     blocks_per_level: Positive = Field(3, description="residual blocks per level")
     attention_resolutions: tuple[Positive, ...] = Field(
-        (16, 8), description="image sides in pixels at which attention is applied"
+        (16, 8),
+        description="image sides in pixels at which attention is applied; the default applies to the sides that exist",
     )
     head_dim: Positive = Field(64, description="channels per attention head")
     dropout: UnderOne = Field(0.3, description="dropout probability")

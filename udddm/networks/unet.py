@@ -65,7 +65,8 @@ class UNet(nn.Module):
     `max_frequency` is the highest frequency of the noise-level embedding, in radians per unit: 1 for levels in
     [0, 1000] (as in DDPM), and more for levels such as ln(sigma) / 4, which span a few units.
 
-    Raises ValueError if the shape is not three positive numbers, or if no stage has an attention resolution.
+    Raises ValueError if the shape is not three positive numbers, or if no stage has an attention resolution; the
+    default resolutions apply where there are such stages.
     """
 
     def __init__(self, config: NetworkConfig, shape: tuple[int, int, int], *, max_frequency: float = 1.0):
@@ -186,7 +187,8 @@ class UNet(nn.Module):
     def _attended_stages(self) -> set[int]:
         sides = [grid[0] for grid in self._grids]
         missing = sorted(set(self.config.attention_resolutions) - set(sides))
-        if missing:
+        default = self.config.attention_resolutions == NetworkConfig.model_fields["attention_resolutions"].default
+        if missing and not default:
             _, height, width = self.shape
             padded = f", padded to {sides[0]}x{self._grids[0][1]}" if any(self._padding) else ""
             raise ValueError(

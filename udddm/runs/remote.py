@@ -234,6 +234,9 @@ class RemoteRun(Run):
                 self.objects.download(key, self.path / key)
         return self.path / AVERAGES
 
+    def trained(self) -> bool:
+        return any(self.objects.exists(name) for name in ("checkpoints", AVERAGES))
+
     @contextmanager
     def lock(self, patience: float | None = None) -> Iterator[None]:
         with locked(self.path):

@@ -12,7 +12,7 @@ from typing import Any
 from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig, StoreConfig, as_yaml, resolve
 from udddm.data import ImageDataset, check_unchanged
-from udddm.errors import ConfigError
+from udddm.errors import ConfigError, DataError
 from udddm.files import load_json, lock_file, make_directory, write_json, write_text
 from udddm.log import log
 from udddm.runs.checkpoint import Checkpoints
@@ -58,6 +58,11 @@ class Run:
     def averages(self) -> Path:
         """A local directory with the run's saved EMAs (`AVERAGES`). Raises StoreError."""
         return self.path / AVERAGES
+
+    def trained(self) -> bool:
+        """Whether the run has a checkpoint or saved EMAs, which a start with another configuration would lose."""
+        kept = self.path / "checkpoints"
+        return self.averages().exists() or (kept.exists() and any(not p.name.startswith(".") for p in kept.iterdir()))
 
     @contextmanager
     def lock(self, patience: float | None = None) -> Iterator[None]:
@@ -122,6 +127,26 @@ def run_id(run_dir: Path) -> str:
     return str(load_json(path, "config").get("id", "")) if path.exists() else ""
 
 
+def _check(path: Path, config: RunConfig, dataset: ImageDataset) -> None:
+    """Raise ConfigError or DataError unless `run.json` is that of a run of this configuration and data set."""
+    recorded = load_json(path, "config", "dataset")
+    begun = resolve(recorded["config"], str(path))  # settings new since then had the default's behavior
+    if begun.fingerprint() != config.fingerprint():
+        decisive = [
+            line
+            for line in differences(begun.model_dump(mode="json"), config.model_dump(mode="json"))
+            if line.split(":")[0] not in RunConfig.changeable() and line.split(".")[0] not in RunConfig.changeable()
+        ]
+        raise ConfigError(
+            f"{path.parent} belongs to a run of another configuration ({'; '.join(decisive)}); "
+            "use that configuration to resume it, or another --run-dir"
+        )
+    current = dataset.fingerprint()
+    if config.network.classes:  # a run that learned other labels cannot go on with these
+        current.pop("earlier_digest", None)
+    check_unchanged(recorded["dataset"], current)
+
+
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:
     """The settings in which two configurations differ, as `key: old -> new`."""
     found = []
@@ -134,30 +159,23 @@ def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> l
     return found
 
 
-def check_or_record(run_dir: Path, config: RunConfig, dataset: ImageDataset) -> None:
+def check_or_record(run_dir: Path, config: RunConfig, dataset: ImageDataset, *, trained: bool = True) -> None:
     """Record the configuration and data set of a new run, or check that those of an existing run are unchanged.
 
-    Raises ConfigError if the directory belongs to another configuration, DataError if the data set changed.
+    A directory whose run has not `trained` yet, because its first start failed, takes another configuration or data
+    set. Raises ConfigError if the directory belongs to another configuration, DataError if the data set changed.
     """
     path = run_dir / "run.json"
     resolved = config.model_dump(mode="json")
     if path.exists():
-        recorded = load_json(path, "config", "dataset")
-        begun = resolve(recorded["config"], str(path))  # settings new since then had the default's behavior
-        if begun.fingerprint() != config.fingerprint():
-            decisive = [
-                line
-                for line in differences(begun.model_dump(mode="json"), resolved)
-                if line.split(":")[0] not in RunConfig.changeable() and line.split(".")[0] not in RunConfig.changeable()
-            ]
-            raise ConfigError(
-                f"{run_dir} belongs to a run of another configuration ({'; '.join(decisive)}); "
-                "use that configuration to resume it, or another --run-dir"
-            )
-        current = dataset.fingerprint()
-        if config.network.classes:  # a run that learned other labels cannot go on with these
-            current.pop("earlier_digest", None)
-        check_unchanged(recorded["dataset"], current)
+        try:
+            _check(path, config, dataset)
+        except (ConfigError, DataError) as error:
+            if trained:
+                raise
+            log.info(f"starting again in {run_dir}, which has no checkpoint yet: {error}")
+            write_json(path, {"id": run_id(run_dir), "config": resolved, "dataset": dataset.fingerprint()})
+            (run_dir / "config.yaml").unlink(missing_ok=True)
         if not (run_dir / "config.yaml").exists():  # the first start was killed between the two files
             write_text(run_dir / "config.yaml", as_yaml(resolved, flow=False))
         return

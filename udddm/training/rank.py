@@ -56,7 +56,7 @@ def train_rank(
         def take() -> None:
             held.enter_context(run.lock())
             run.download()
-            check_or_record(run.path, config, images)
+            check_or_record(run.path, config, images, trained=run.trained())
             run.upload()
 
         ranks.run_on_rank_zero(take, refused)

@@ -295,6 +295,12 @@ def test_build_does_not_change_the_global_generator() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_the_default_attention_resolutions_apply_where_there_are_such_stages() -> None:
+    with torch.device("meta"):
+        assert UNet(NetworkConfig(), (3, 32, 32))._attended_stages() == {1, 2}
+        assert UNet(NetworkConfig(), (1, 8, 8))._attended_stages() == {0}
+
+
 def test_the_error_for_an_attention_resolution_without_stage_names_the_sides() -> None:
     with pytest.raises(ValueError, match=r"no stage has side 16; images of 8x8 pixels give 2 stages with sides 8, 4"):
         UNet(small(attention_resolutions=(16, 4)), (1, 8, 8))

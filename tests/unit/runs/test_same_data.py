@@ -16,6 +16,7 @@ from udddm.data.arrays import open_array
 from udddm.errors import ConfigError, DataError
 from udddm.evaluation.background import BackgroundEvaluation
 from udddm.evaluation.features import check_channels
+from udddm.files import load_json
 from udddm.runs.pretrained import recorded_data
 from udddm.runs.run import OWN_FILES, check_or_record
 
@@ -155,3 +156,20 @@ def test_the_same_images_as_floats_are_compared_by_their_probes(monkeypatch: pyt
     check_unchanged(recorded, ImageDataset(PIXELS.astype(np.float32) / 127.5 - 1).fingerprint())
     monkeypatch.setattr(image_types, "LARGEST_CONTENT", 1000)
     assert "content" not in ImageDataset(PIXELS).fingerprint()
+
+
+def test_a_run_that_has_not_trained_yet_takes_a_corrected_configuration(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, settings = tmp_path / "run", small().model_dump(mode="json")
+    settings["network"]["attention_resolutions"] = [3]
+    with pytest.raises(ConfigError, match="no stage has side 3"):
+        udddm.train(settings, PIXELS[:32], run_dir=run, device="cpu")
+    first = load_json(run / "run.json")["id"]
+    caplog.set_level("INFO", "udddm")
+    udddm.train(small(), PIXELS, run_dir=run, device="cpu")
+    assert "which has no checkpoint yet: " in caplog.text and "attention_resolutions: [3] -> []" in caplog.text
+    assert load_json(run / "run.json")["id"] == first
+    assert "attention_resolutions: []" in (run / "config.yaml").read_text()
+    with pytest.raises(ConfigError, match="belongs to a run of another configuration"):
+        udddm.train(settings, PIXELS, run_dir=run, device="cpu")
