@@ -109,7 +109,10 @@ def train(
         max_failures=options.get("max_failures", 0),
         timeout=options.get("timeout", TIMEOUT),
     )
-    return launch(job, name_of(options.get("backend", "auto"), "backend"))
+    try:
+        return launch(job, name_of(options.get("backend", "auto"), "backend"))
+    except ConfigError as error:
+        raise error.with_traceback(None) from None  # a mistake in the call, whose line ends the traceback
 
 
 def _resolved(config: Any, overrides: Overrides, members: Mapping[str, Any]) -> RunConfig:

@@ -15,6 +15,7 @@ import numpy as np
 
 from udddm.errors import CheckpointError, StoreError
 from udddm.files import load_json, make_directory, write_array, write_json
+from udddm.log import log
 from udddm.order import Order
 from udddm.storage import open_object_store
 from udddm.storage.local import LocalObjectStore
@@ -164,6 +165,31 @@ class Snapshot:
                 f"{self.directory.parent} refers to; resume from a newer checkpoint or start a new run directory"
             )
         return self.generations.record(self.epoch, lane)
+
+    def follow(self, stored: Generations, run_id: str, lanes: range) -> None:
+        """Refer to `stored` from now on if it holds the same generations under another name: the store was moved or
+        copied together with the run, or is known by an alias.
+
+        `run_id` is the id of the run, which owns the store. Raises StoreError for other failures than missing objects.
+        """
+        if self.form != "reference" or self.location == stored.objects.uri("") or not run_id:
+            return
+        here = Generations(stored.objects, self.order, self.shape, self.encoding, self.generations.repair)
+        if stored.identity() == here.identity() and stored.owner() == run_id and self._all_in(here, lanes):
+            log.info(f"the x0-state of {self.location} is now at {stored.objects.uri('')}")
+            self.generations, self.location = here, stored.objects.uri("")
+
+    def _all_in(self, here: Generations, lanes: range) -> bool:
+        """Whether a store has the generation that this refers to, and the chunks of the next one."""
+        try:
+            for lane in lanes:
+                if self.epoch and here.record_checksum(self.epoch, lane) != self._lane(lane)["base"]:
+                    return False
+                for chunk, checksum in self.written(lane).items():
+                    here.read(self.epoch + 1, lane, chunk, checksum)
+        except StoreError:
+            return False
+        return True
 
     def in_flight(self, lane: int, window: int) -> Rows:
         """The visited rows of a window, in the order of their visits."""

@@ -47,10 +47,13 @@ class GenerationTable(ChunkTable):
     def open(self, epoch: int, step: int, source: StateSource | None) -> None:
         """Continue in place if `source` refers to this same store, else write the state of `source` to it."""
         stored = self.generations
-        at_home = (
-            isinstance(source, Snapshot) and source.form == "reference" and source.location == stored.objects.uri("")
-        )
+        at_home = self._holds(source)
         stored.create(self.run_id, own=at_home)
+        if isinstance(source, Snapshot) and not at_home:
+            source.follow(stored, self.run_id, self.lanes)
+            at_home = self._holds(source)
+            if not at_home:
+                self._check_readable(source)  # before generations are deleted
         in_place = at_home and source is not None and source.encoding.name == stored.encoding.name
         for old in stored.existing():
             if old > epoch + 1 or (not in_place and (old >= epoch or old not in self.retained)):
@@ -65,6 +68,25 @@ class GenerationTable(ChunkTable):
             self._written = {(epoch + 1, lane): source.written(lane) for lane in self.lanes}
         elif source is not None:
             self._import(epoch, step, source)
+
+    def _holds(self, source: StateSource | None) -> bool:
+        """Whether `source` refers to this store."""
+        here = self.generations.objects.uri("")
+        return isinstance(source, Snapshot) and source.form == "reference" and source.location == here
+
+    def _check_readable(self, source: Snapshot) -> None:
+        """Raise StoreError unless the generation that a checkpoint refers to exists."""
+        if source.form != "reference" or not source.epoch:
+            return
+        try:
+            for lane in self.lanes:
+                source.base(lane)
+        except StoreError as error:
+            raise StoreError(
+                f"{error}. The checkpoint {source.directory.parent} refers to the x0-state at {source.location}, and "
+                f"{self.generations.objects.uri('')} does not hold it. If the store was moved, give its new location "
+                "as store.url; nothing was deleted"
+            ) from error
 
     def _import(self, epoch: int, step: int, source: StateSource) -> None:
         """Write the state of another store as generation `epoch`, and the finished windows as the next generation."""

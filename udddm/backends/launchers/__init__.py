@@ -8,7 +8,6 @@ from udddm.backends import engines
 from udddm.backends.launchers.base import Job, Launcher, run_rank, start_logging, supervise
 from udddm.config.plugins import LAUNCHERS
 from udddm.errors import ConfigError
-from udddm.log import log
 from udddm.runs.result import TrainResult
 
 __all__ = ["Job", "Launcher", "choose", "inside_ray_job", "launch", "run_rank", "start_logging", "supervise"]
@@ -52,5 +51,4 @@ def launch(job: Job, backend: str = "auto") -> TrainResult:
             f"--backend {name}: it returned a {type(launcher).__name__}; give a class or function that returns a "
             "udddm.backends.launchers.Launcher"
         )
-    log.info("backend: %s (%s)", name, why)
-    return TrainResult.from_dict(supervise(launcher, job))
+    return TrainResult.from_dict(supervise(launcher, job, f"backend: {name} ({why})"))

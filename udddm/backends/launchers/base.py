@@ -163,9 +163,10 @@ def root_cause(errors: list[BaseException]) -> BaseException:
     return min(errors, key=order)
 
 
-def supervise(launcher: Launcher, job: Job) -> dict[str, Any]:
+def supervise(launcher: Launcher, job: Job, message: str = "") -> dict[str, Any]:
     """Run attempts until one succeeds or more than `max_failures` have failed. Raises the last error.
 
+    `message` is logged before the first attempt starts.
     Raises Interrupted if a signal asked to stop: a worker that the signal ends before it trains is not a failure.
     """
     failures, stop = 0, StopRequest(launcher.stop)
@@ -174,6 +175,8 @@ def supervise(launcher: Launcher, job: Job) -> dict[str, Any]:
             workers = job.resolve_num_workers(launcher.available_workers(job))
             if stop.signum:
                 raise Interrupted(stop.signum)
+            if message and not failures:
+                log.info(message)
             try:
                 return launcher.run_attempt(job, workers)
             except NON_RETRYABLE:

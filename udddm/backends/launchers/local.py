@@ -96,6 +96,7 @@ class Processes(Launcher):
                 os.kill(child.pid, signum)
 
     def available_workers(self, job: Job) -> int:
+        _check_startable(job)
         if job.device == "cpu":
             return max(job.workers)
         import torch
@@ -103,7 +104,6 @@ class Processes(Launcher):
         return torch.cuda.device_count() if torch.cuda.is_available() else max(job.workers)
 
     def run_attempt(self, job: Job, workers: int) -> dict[str, Any]:
-        _check_startable(job)
         spawn = multiprocessing.get_context("spawn")
         threads = str(max(1, (os.cpu_count() or 1) // workers))
         with tempfile.TemporaryDirectory(prefix="udddm-") as place:
