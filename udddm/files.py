@@ -94,7 +94,9 @@ def sync_directory(path: Path) -> None:
     except OSError as error:
         if error.errno not in (*UNSUPPORTED, errno.EINVAL):
             raise
-        _warn_once(f"the file system of {path} cannot sync directories: a power loss may lose the newest files")
+        from udddm.log import warn_once  # here, because every command imports this module
+
+        warn_once(f"the file system of {path} cannot sync directories: a power loss may lose the newest files")
     finally:
         os.close(descriptor)
 
@@ -115,17 +117,6 @@ def lock_file(descriptor: int, *, wait: bool = False) -> bool:
             raise
         return False
     return True
-
-
-_warned: set[str] = set()
-
-
-def _warn_once(text: str) -> None:
-    from udddm.log import log  # here, because every command imports this module
-
-    if text not in _warned:
-        _warned.add(text)
-        log.warning(text)
 
 
 _PAUSES = (0.2, 1.0, 3.0)

@@ -28,6 +28,16 @@ def tqdm() -> Any:
     return bar
 
 
+_warned: set[str] = set()
+
+
+def warn_once(text: str) -> None:
+    """Log a warning unless this process has logged it before."""
+    if text not in _warned:
+        _warned.add(text)
+        log.warning(text)
+
+
 class Dispensable:
     """Output that training can do without, such as metrics or pictures of samples.
 

@@ -64,8 +64,9 @@ def parse(text: str, source: str, model: type[BaseModel], key: str = "") -> Any:
 
     Raises ConfigError for invalid YAML, and for a duplicate key, with both line numbers.
     """
-    loader = _Loader(text)
+    loader = None
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         if node is None:
             return None
@@ -77,7 +78,8 @@ def parse(text: str, source: str, model: type[BaseModel], key: str = "") -> Any:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(f"{source} is not valid YAML: {error}") from error
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def _check_keys(node: yaml.Node, source: str, prefix: str, done: set[int]) -> None:

@@ -152,13 +152,18 @@ class RunEvaluation:
         )
 
     def after_step(self, step: int, draw: Callable[[int], torch.Tensor], *, last: bool) -> None:
-        """Queue an evaluation of `draw(count)` if it is due. The last step is scored even if too many are waiting."""
+        """Queue an evaluation of `draw(count)` if it is due. The last step is scored even if too many are waiting.
+
+        If `draw` returns fewer images, because training is about to stop, they are dropped.
+        """
         if step % self._every:
             return
         if self._ranks.run_on_rank_zero(lambda: self._accepts(step, last), (Exception,)):
             images = draw(self._count)
-            if self._scores is not None:
+            if self._scores is not None and len(images) == self._count:
                 self._scores.submit(step, images, self._evaluations)
+            elif self._scores is not None:
+                log.warning(f"step {step} is not scored, because training ends")
 
     def _accepts(self, step: int, last: bool) -> bool:
         return last or (self._scores is not None and self._scores.accepts(step))

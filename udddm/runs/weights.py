@@ -24,6 +24,9 @@ from udddm.backends.engines.base import MOMENTS, Engine, Pieces
 from udddm.ema import Average
 from udddm.errors import CheckpointError
 
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""The types of weights, as safetensors names them."""
+
 
 def share_out(shapes: Mapping[str, torch.Size], world: int) -> dict[str, int]:
     """Assign each parameter to the rank that writes it: the largest first, each to the rank with the least so far."""
@@ -124,8 +127,17 @@ class Saved(Mapping[str, torch.Tensor]):
             raise CheckpointError(f"cannot read {name} in {path}: {error}") from error
 
     def shape(self, name: str) -> torch.Size:
-        with safe_open(self._files[name], "pt") as file:
-            return torch.Size(file.get_slice(name).get_shape())
+        """Raises CheckpointError if the tensor is missing, unreadable or not a tensor of floats."""
+        path = self._files[name]
+        try:
+            with safe_open(path, "pt") as file:
+                found = file.get_slice(name)
+                kind, shape = found.get_dtype(), torch.Size(found.get_shape())
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read {name} in {path}: {error}") from error
+        if kind not in FLOATS:
+            raise CheckpointError(f"{name} in {path} has type {kind}; weights have one of {', '.join(FLOATS)}")
+        return shape
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)

@@ -46,6 +46,8 @@ _BROKEN = (  # a part of obstore's error description, and its meaning
     ("Connect", "no connection to the server"),
 )
 
+_PROXIES = ("HTTPS_PROXY", "HTTP_PROXY", "ALL_PROXY")
+
 
 def of_obstore(error: Exception, *, answered: bool) -> Exception:
     """FileNotFoundError, OSError or PermanentStorageError for an error of obstore.
@@ -79,10 +81,16 @@ def of_obstore(error: Exception, *, answered: bool) -> Exception:
         return refusal(301, "PermanentRedirect")
     for mark, meaning in _BROKEN:
         if mark in text:
-            return OSError(meaning)
+            return OSError(meaning + _proxy())
     if isinstance(error, ValueError):
         return PermanentStorageError("it is not a valid object name", "correct store.url")
     return OSError(f"the request failed ({type(error).__name__})")
+
+
+def _proxy() -> str:
+    """A hint if requests may go through a proxy, whose failures look like those of the server."""
+    set_to = [name for name in _PROXIES if os.environ.get(name) or os.environ.get(name.lower())]
+    return f" (through the proxy of {set_to[0]}; unset it, or add the server to NO_PROXY)" if set_to else ""
 
 
 def of_fsspec(error: Exception) -> Exception:

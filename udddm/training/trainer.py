@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import resource
 import time
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -170,7 +172,7 @@ class Trainer:
             if stop and not last:
                 raise Interrupted(stop, self.step)
             if self.evaluation is not None:
-                self.evaluation.after_step(self.step, self._samples, last=last)
+                self.evaluation.after_step(self.step, partial(self._samples, interruptible=True), last=last)
         vote.outcome()
 
     def _stop_signal(self) -> int:
@@ -325,10 +327,11 @@ class Trainer:
 
     # Samples and the result.
 
-    def _samples(self, count: int) -> torch.Tensor:
+    def _samples(self, count: int, *, interruptible: bool = False) -> torch.Tensor:
         """Sample `count` images with the first EMA, or with the weights if there is no EMA. Ranks share the work.
 
-        Returns them on rank zero as [count, C, H, W] in [-1, 1] on the host, and an empty tensor on other ranks.
+        Returns them on rank zero as [count, C, H, W] in [-1, 1] on the host, and an empty tensor on other ranks. With
+        `interruptible`, there are fewer images if a signal asks to stop.
         """
         network = networks.for_run(self.config, self.dataset.shape)
         pieces = self.emas[0].weights if self.emas else self.engine.weights()
@@ -341,6 +344,8 @@ class Trainer:
         chosen = self.config.sample
         options = SamplingOptions(chosen.steps, chosen.sampler, chosen.guidance, settings=chosen.settings)
         drawn = model.batches(seeds, options=options)
+        if interruptible:
+            drawn = itertools.takewhile(lambda _: not self._stop_signal(), drawn)
         own = torch.cat([torch.empty(0, *self.dataset.shape), *drawn]).clamp(-1, 1)
         return torch.cat(self.ranks.gather_first(own) or [own[:0]])
 

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from udddm.config import EvaluateConfig
+from udddm.backends.distributed.ranks import Ranks
+from udddm.config import EvaluateConfig, resolve
 from udddm.data import ImageDataset
 from udddm.evaluation import background, evaluate
-from udddm.evaluation.background import BackgroundEvaluation
+from udddm.evaluation.background import BackgroundEvaluation, RunEvaluation
 
 GATE = threading.Event()
 """The feature network waits for it."""
@@ -109,3 +110,26 @@ def test_scores_that_could_not_be_written_are_written_later(
     assert scores.wait(60)
     assert steps(tmp_path) == [1, 2, 3]
     scores.cancel()
+
+
+def test_a_draw_that_a_request_to_stop_ends_is_dropped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    GATE.set()
+    settings = {"every_steps": 2, "count": 8, "features": f"{__name__}:features", "metrics": ["frechet"]}
+    data = ImageDataset(np.random.default_rng(0).integers(0, 256, (40, 1, 4, 4), dtype=np.uint8))
+    alone = Ranks(0, 1, torch.device("cpu"))
+    run = RunEvaluation(resolve({"evaluate": settings}), data, alone, tmp_path)
+    drawn: list[int] = []
+
+    def draw(count: int) -> torch.Tensor:
+        drawn.append(count)
+        return images(8 if len(drawn) == 1 else 3)
+
+    for step in range(1, 7):
+        run.after_step(step, draw, last=False)
+    assert run.finish(lambda: 0) == 0
+    run.cancel()
+    assert drawn == [8, 8, 8] and steps(tmp_path) == [2]
+    assert caplog.messages == [f"step {step} is not scored, because training ends" for step in (4, 6)]

@@ -237,3 +237,14 @@ def test_a_checkpoint_that_a_live_run_deletes_while_it_is_read_is_replaced_by_th
     (tmp_path / "checkpoints" / "step-00000004" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"no checkpoint in .* is valid"):
         read_checkpoint(tmp_path, action)
+
+
+def test_weights_that_are_not_floats_are_refused(tmp_path: Path) -> None:
+    shapes = {"weight": torch.Size([2])}
+    for value in (torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)):
+        save_file({"weight": value}, tmp_path / "model.safetensors")
+        Saved(tmp_path, "model").check_network(shapes)
+    for value in (torch.zeros(2, dtype=torch.complex64), torch.zeros(2, dtype=torch.int64)):
+        save_file({"weight": value}, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError, match=r"weight in .*model\.safetensors has type [CI]64; weights have"):
+            Saved(tmp_path, "model").check_network(shapes)

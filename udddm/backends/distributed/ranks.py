@@ -17,6 +17,7 @@ import torch.distributed.nn.functional  # see `join`
 from torch._C._distributed_c10d import HashStore
 
 from udddm.errors import ConfigError, RankError
+from udddm.log import warn_once
 from udddm.order import check_world
 
 T = TypeVar("T")
@@ -190,19 +191,56 @@ def join(device: str = "auto", lanes: int | None = None, *, group: bool = False,
     group as the default of their arguments. A group still referenced when the interpreter exits has threads, and a
     thread that then frees a tensor aborts the process.
     """
-    world, rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+    launched = from_launcher()
+    rank, world = launched or (0, 1)
     if lanes is not None:
         check_world(lanes, world)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = _number("LOCAL_RANK", 0) if launched else 0
     chosen = choose_device(device, local_rank)
     if (world > 1 or group) and not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         limit = timedelta(seconds=timeout)
-        if world == 1:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
-        elif RENDEZVOUS in os.environ:
-            method = f"file://{os.environ[RENDEZVOUS]}"
-            dist.init_process_group(backend, init_method=method, rank=rank, world_size=world, timeout=limit)
-        else:
-            dist.init_process_group(backend, timeout=limit)
-    return Ranks(rank, world, chosen, local_rank, launched="RANK" in os.environ)
+        try:
+            if world == 1:
+                dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=limit)
+            elif RENDEZVOUS in os.environ:
+                method = f"file://{os.environ[RENDEZVOUS]}"
+                dist.init_process_group(backend, init_method=method, rank=rank, world_size=world, timeout=limit)
+            else:
+                dist.init_process_group(backend, timeout=limit)
+        except RuntimeError as error:
+            raise RankError(
+                f"not all of the {world} ranks met within {timeout:.0f} s ({str(error).partition('. ')[0]}). {_UNSET}"
+            ) from error
+    return Ranks(rank, world, chosen, local_rank, launched=world > 1 or RENDEZVOUS in os.environ)
+
+
+_UNSET = "If no launcher started this process, unset RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT"
+
+
+def from_launcher() -> tuple[int, int] | None:
+    """The rank and the number of ranks that torchrun or another launcher set in the environment. None without a
+    launcher.
+
+    A variable without the other is left over from something else, and is ignored. Raises ConfigError for variables that
+    describe no rank.
+    """
+    given = [name for name in ("RANK", "WORLD_SIZE") if name in os.environ]
+    if len(given) < 2:
+        if given:
+            other = "WORLD_SIZE" if given == ["RANK"] else "RANK"
+            warn_once(f"{given[0]}={os.environ[given[0]]} is ignored, because a launcher would set {other} as well")
+        return None
+    rank, world = _number("RANK", -1), _number("WORLD_SIZE", 0)
+    if not 0 <= rank < world:
+        raise ConfigError(f"RANK={os.environ['RANK']}, WORLD_SIZE={os.environ['WORLD_SIZE']}: no such rank. {_UNSET}")
+    if world > 1 and RENDEZVOUS not in os.environ and not dist.is_initialized():
+        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+        if missing:
+            raise ConfigError(f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}. {_UNSET}")
+    return rank, world
+
+
+def _number(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.isascii() and text.isdigit() else otherwise

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from udddm.backends import engines
+from udddm.backends.distributed.ranks import from_launcher
 from udddm.backends.launchers.base import Job, Launcher, run_rank, start_logging, supervise
 from udddm.config.plugins import LAUNCHERS
 from udddm.errors import ConfigError
@@ -24,7 +25,7 @@ def choose(backend: str, job: Job) -> tuple[str, str] | None:
     Returns None if nothing needs to be launched: this process is the only rank, or one of the ranks that torchrun,
     Slurm or another launcher started.
     """
-    ranked = "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    ranked = from_launcher() is not None
     if backend == "auto" and not ranked and inside_ray_job():
         return "ray", "this is a Ray job"
     if backend not in ("auto", "local"):
@@ -39,8 +40,8 @@ def launch(job: Job, backend: str = "auto") -> TrainResult:
 
     Raises ConfigError before anything starts, or the error that ended the job.
     """
-    world = os.environ.get("WORLD_SIZE")  # set by another launcher
-    engines.find(job.config).check(job.config, int(world) if world else job.resolve_num_workers(job.workers[1]))
+    launched = from_launcher()
+    engines.find(job.config).check(job.config, launched[1] if launched else job.resolve_num_workers(job.workers[1]))
     chosen = choose(backend, job)
     if chosen is None:
         return TrainResult.from_dict(run_rank(job, None))

@@ -154,8 +154,11 @@ class RayTrain(Launcher):
             given = os.environ.get("RAY_ADDRESS", "")
             local = not given and not inside_ray_job()
             _check_answers(given)
-            # Without an address, Ray looks for a cluster on this machine, and waits even for one that has crashed.
-            self._ray.init(address="local" if local else None, log_to_driver=True, logging_level="ERROR")
+            try:
+                # Without an address, Ray looks for a cluster on this machine, and waits even for one that has crashed.
+                self._ray.init(address="local" if local else None, log_to_driver=True, logging_level="ERROR")
+            except (OSError, ValueError, RuntimeError, AssertionError) as error:
+                raise ConfigError(_not_connected(given, error)) from error
             which = "a new local cluster (RAY_ADDRESS=auto joins an existing one)" if local else "the cluster"
             log.info(f"Ray {self._ray.__version__}: {which} at {self._ray.get_runtime_context().gcs_address}")
 
@@ -289,6 +292,18 @@ def _ray_storage(run: str | Path) -> Path:
     """The directory for the few bytes that Ray Train itself stores per run."""
     local = local_path(run)
     return scratch() / "ray" if local is None else local.with_name(f".{local.name}.ray")
+
+
+def _not_connected(address: str, error: BaseException) -> str:
+    reason = _brief(error).rstrip(".")
+    if address:
+        return (
+            f"RAY_ADDRESS={address}: cannot connect to a Ray cluster ({reason}). Write auto for a cluster on this "
+            "machine, or HOST:PORT of the head node (port 6379 unless it was set); or unset RAY_ADDRESS to start a "
+            "local cluster"
+        )
+    long = "; set RAY_TMPDIR to a shorter path, such as /tmp" if "AF_UNIX path" in reason else ""
+    return f"--backend ray: cannot start a local Ray cluster ({reason}){long}"
 
 
 def _brief(error: BaseException) -> str:
