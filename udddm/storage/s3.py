@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from udddm.errors import StoreError
-from udddm.storage.base import REMOTE_RETRY, ObjectStore, Oversized
+from udddm.storage.base import REMOTE_RETRY, ObjectStore, Oversized, PermanentStorageError
 from udddm.storage.failures import of_obstore, refusal
 
 T = TypeVar("T")
@@ -251,6 +251,10 @@ class S3ObjectStore(ObjectStore):
             return result
         except Exception as error:
             failure = of_obstore(error, answered=self._answered)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of a library in Rust, for example for an odd variable
+                raise
+            failure = PermanentStorageError("the request could not be made", "check the credentials and the endpoint")
         if isinstance(failure, FileNotFoundError) and not reading:
             failure = refusal(404, "")
         raise failure  # outside the handler, so that the original is not chained to it
