@@ -57,12 +57,12 @@ class ScheduleConfig(Section):
     timesteps: Annotated[int, Field(ge=2)] = Field(1000, description="number of time steps, T in the paper")
     beta_min: Annotated[float, Field(gt=0, lt=1)] = Field(1.5e-3, description="lowest beta of vp")
     beta_max: Annotated[float, Field(gt=0, lt=1)] = Field(2.0e-2, description="highest beta of vp")
-    sigma_min: Annotated[float, Field(gt=0)] = Field(0.01, description="lowest noise level of ve")
-    sigma_max: Annotated[float, Field(gt=0)] = Field(50.0, description="highest noise level of ve")
-    rho: Annotated[float, Field(gt=0)] = Field(
+    sigma_min: Annotated[float, Field(ge=1e-9)] = Field(0.01, description="lowest noise level of ve")
+    sigma_max: Annotated[float, Field(gt=0, le=1e9)] = Field(50.0, description="highest noise level of ve")
+    rho: Annotated[float, Field(ge=0.1, le=1e6)] = Field(
         7.0, description="exponent of the spacing of noise levels (Karras et al. 2022, Eq. 5)"
     )
-    sigma_data: Annotated[float, Field(gt=0)] = Field(0.5, description="standard deviation of the data")
+    sigma_data: Annotated[float, Field(ge=1e-9, le=1e9)] = Field(0.5, description="standard deviation of the data")
     preconditioning: Literal["paper", "linear", "quadratic", "edm"] = Field(
         "edm",
         description="c_skip and c_out: those of the paper (VP: x_t - F; VE: kappa = sigma_min/sigma), its other kappas "
@@ -87,24 +87,26 @@ class NetworkConfig(Section):
 
     name: Annotated[str, AfterValidator(NETWORKS.check)] = Field("unet", description="unet, or package.module:factory")
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of a custom network")
-    patch: Positive = Field(
+    patch: Annotated[int, Field(ge=1, le=1024)] = Field(
         1, description="side of the pixel blocks that become channels (pixel unshuffle); 1 disables it"
     )
-    base_channels: Positive = Field(128, description="channels of the first level")
-    channel_mult: tuple[Positive, ...] = Field(
-        (1, 2, 2, 2), min_length=1, description="channels of each level, as multiples of base_channels"
+    base_channels: Annotated[int, Field(ge=1, le=1 << 16)] = Field(128, description="channels of the first level")
+    channel_mult: tuple[Annotated[int, Field(ge=1, le=256)], ...] = Field(
+        (1, 2, 2, 2), min_length=1, max_length=16, description="channels of each level, as multiples of base_channels"
     )
-    blocks_per_level: Positive = Field(3, description="residual blocks per level")
+    blocks_per_level: Annotated[int, Field(ge=1, le=256)] = Field(3, description="residual blocks per level")
     attention_resolutions: tuple[Positive, ...] = Field(
         (16, 8),
         description="image sides in pixels at which attention is applied; the default applies to the sides that exist",
     )
-    head_dim: Positive = Field(64, description="channels per attention head")
+    head_dim: Annotated[int, Field(ge=1, le=1 << 16)] = Field(64, description="channels per attention head")
     dropout: UnderOne = Field(0.3, description="dropout probability")
     condition: Literal["cross-attention", "none"] = Field(
         "cross-attention", description="how the network uses a conditioning image"
     )
-    classes: Annotated[int, Field(ge=0)] = Field(0, description="number of classes; 0 trains an unconditional network")
+    classes: Annotated[int, Field(ge=0, le=1 << 24)] = Field(
+        0, description="number of classes; 0 trains an unconditional network"
+    )
     label_dropout: UnderOne = Field(
         0.0, description="fraction of the visits without a label, which guidance needs (docs/method.md)"
     )

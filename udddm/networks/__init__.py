@@ -12,7 +12,7 @@ from udddm.diffusion import schedule
 from udddm.networks.base import Network, NetworkContext
 from udddm.rng import Stream
 
-__all__ = ["Network", "NetworkContext", "build", "for_run"]
+__all__ = ["Network", "NetworkContext", "build", "for_run", "outline"]
 
 
 def build(config: NetworkConfig, shape: tuple[int, int, int], *, max_frequency: float, seed: int) -> nn.Module:
@@ -30,6 +30,13 @@ def assemble(context: NetworkContext) -> nn.Module:
     """The configured network on PyTorch's current device, with weights from its generator. Raises ConfigError."""
     built: nn.Module = NETWORKS.build(context.config.name, context.config.settings, context)
     return built
+
+
+def outline(config: NetworkConfig, shape: tuple[int, int, int]) -> nn.Module:
+    """The configured network without memory for its weights. Not every custom network supports this. Raises
+    ConfigError."""
+    with torch.device("meta"):
+        return assemble(NetworkContext(config, shape))
 
 
 def for_run(config: RunConfig, shape: tuple[int, int, int]) -> nn.Module:

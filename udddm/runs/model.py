@@ -15,7 +15,7 @@ from torch import nn
 from udddm import networks
 from udddm.backends.distributed.ranks import choose_device
 from udddm.config import RunConfig
-from udddm.config.plugins import name_of
+from udddm.config.plugins import NETWORKS, name_of
 from udddm.config.trust import MODEL, check_trusted
 from udddm.diffusion import samplers, schedule
 from udddm.diffusion.samplers import SamplingOptions
@@ -154,17 +154,19 @@ def load_model(
         config, shape = load_config(path)
         if not trust:
             check_trusted(config, MODEL, str(checkpoint))
-        network = networks.for_run(config, shape)
-        parameters = dict(network.named_parameters())
-        shapes = {name: p.shape for name, p in parameters.items()}
+        custom = NETWORKS.is_import(config.network.name)
+        network = networks.for_run(config, shape) if custom else networks.outline(config.network, shape)
+        shapes = {name: p.shape for name, p in network.named_parameters()}
         weights: Mapping[str, torch.Tensor]
         if ema_length is not None:
             weights = posthoc_ema.average(_run_of(checkpoint), ema_length, shapes)
         else:
             weights = kept = Saved.average(path, config.train.averages, ema)
             kept.check_network(shapes)
+        if not custom:  # now that the weights are known to have its size, which somebody else chose
+            network = networks.for_run(config, shape)
         with torch.no_grad():
-            for name, parameter in parameters.items():
+            for name, parameter in network.named_parameters():
                 parameter.copy_(weights[name])
                 if not parameter.isfinite().all():
                     raise CheckpointError(

@@ -11,17 +11,20 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+import udddm
 from udddm.config import RunConfig, resolve
 from udddm.config.text import parse
 from udddm.errors import CheckpointError, ConfigError, StoreError
 from udddm.runs import manifest
 from udddm.runs.checkpoint import load_config, load_step
+from udddm.runs.model import load_model
 from udddm.runs.weights import Saved
 from udddm.store.snapshot import read_header
 
@@ -150,3 +153,37 @@ def test_any_damaged_file_of_weights_is_read_or_refused(place: Path, at: int, da
     with suppress(CheckpointError):
         dict(Saved(place, "damaged"))
     shutil.rmtree(place / "state", ignore_errors=True)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("network.base_channels", 1 << 16, "belongs to a different network"),  # 10 TB
+        ("network.classes", 1 << 24, "belongs to a different network"),
+        ("network.base_channels", 10**12, "network.base_channels: Input should be less than or equal to"),
+        ("network.blocks_per_level", 10**9, "network.blocks_per_level"),
+        ("network.channel_mult", [1] * 10**4, "network.channel_mult"),
+        ("schedule.rho", 1e-300, "schedule.rho"),
+        ("schedule.sigma_max", 1e308, "schedule.sigma_max"),
+    ],
+)
+def test_the_size_of_a_strangers_network_is_checked_before_memory_is_allocated(
+    place: Path, trained: Path, key: str, value: Any, message: str
+) -> None:
+    checkpoint = place / "stranger"
+    shutil.copytree(trained, checkpoint, dirs_exist_ok=True)
+    (checkpoint / "manifest.json").unlink()
+    content = json.loads((checkpoint / "config.json").read_text())
+    section, leaf = key.split(".")
+    content["config"][section][leaf] = value
+    (checkpoint / "config.json").write_text(json.dumps(content))
+    with pytest.raises((CheckpointError, ConfigError), match=message):
+        load_model(checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def trained(place: Path) -> Path:
+    network = {"base_channels": 4, "channel_mult": [1], "blocks_per_level": 1, "attention_resolutions": []}
+    settings = {"network": network, "train": {"steps": 1, "batch_size": 8}, "sample": {"every_steps": 0, "final": 0}}
+    udddm.train(settings, np.zeros((8, 1, 8, 8), np.uint8), run_dir=place / "run", device="cpu")
+    return place / "run" / "checkpoints" / "step-00000001"
