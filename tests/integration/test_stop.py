@@ -73,12 +73,11 @@ class Data:
         return np.full((1, 8, 8), index / 64, np.float32)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
-def test_a_run_writes_a_checkpoint_and_stops(signum: signal.Signals, tmp_path: Path) -> None:
-    data = Data(150, lambda: os.kill(os.getpid(), signum))
-    with pytest.raises(Interrupted, match=rf"stopped by {signum.name} after step \d+; the same") as raised:
+def test_a_run_whose_terminal_is_closed_writes_a_checkpoint(tmp_path: Path) -> None:
+    data = Data(150, lambda: os.kill(os.getpid(), signal.SIGHUP))
+    with pytest.raises(Interrupted, match=r"stopped by SIGHUP after step \d+; the same") as raised:
         udddm.train(TINY, data, run_dir=tmp_path / "run", device="cpu")
-    assert raised.value.exit_code == 128 + signum
+    assert raised.value.exit_code == 129
     assert checkpoints(tmp_path / "run") == [f"step-{raised.value.step:08d}"]
 
 
