@@ -207,6 +207,8 @@ def join(device: str = "auto", lanes: int | None = None, *, group: bool = False,
                 method = f"file://{os.environ[RENDEZVOUS]}"
                 dist.init_process_group(backend, init_method=method, rank=rank, world_size=world, timeout=limit)
             else:
+                if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+                    raise ConfigError(f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}. {_UNSET}")
                 dist.init_process_group(backend, timeout=limit)
         except RuntimeError as error:
             raise RankError(
@@ -234,10 +236,6 @@ def from_launcher() -> tuple[int, int] | None:
     rank, world = _number("RANK", -1), _number("WORLD_SIZE", 0)
     if not 0 <= rank < world:
         raise ConfigError(f"RANK={os.environ['RANK']}, WORLD_SIZE={os.environ['WORLD_SIZE']}: no such rank. {_UNSET}")
-    if world > 1 and RENDEZVOUS not in os.environ and not dist.is_initialized():
-        missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
-        if missing:
-            raise ConfigError(f"RANK and WORLD_SIZE are set, but not {' and '.join(missing)}. {_UNSET}")
     return rank, world
 
 
