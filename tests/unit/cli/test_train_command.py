@@ -154,6 +154,7 @@ def test_ranks_that_do_not_divide_the_lanes_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("RANK", "0")
     code = train_command(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(tmp_path / "run"), *TINY])
     assert code == USAGE
     assert "2 and 4" in capsys.readouterr().err

@@ -41,7 +41,8 @@ def test_digits_equal_those_of_scikit_learn() -> None:
 
 
 def test_digits_have_the_fingerprint_of_runs_that_read_them_from_scikit_learn() -> None:
-    assert ImageDataset(load_dataset(DataConfig(name="digits"))).fingerprint() == {
+    found = ImageDataset(load_dataset(DataConfig(name="digits"))).fingerprint()
+    assert {key: value for key, value in found.items() if key != "content"} == {  # which those runs did not record
         "length": 1797,
         "shape": [1, 8, 8],
         "digest": "1d4ede123df27d0f64ff65055a24ebe358b648525092b89a3a560a3646c8cac3",
