@@ -41,6 +41,7 @@ class Stream(IntEnum):
     INITIAL_WEIGHTS = 14
     SAMPLE_LABEL = 15
     LABEL_DROPOUT = 16
+    REFINED = 17
 
 
 def splitmix64(z: Keys) -> Keys:

@@ -4,7 +4,7 @@ This package imports neither torch nor numpy, so that `udddm-train --help` and c
 """
 
 from udddm.config.base import Section
-from udddm.config.objective import ChainConfig, ECTConfig, EDMConfig, ICTConfig, ObjectiveConfig, Stage
+from udddm.config.objective import ChainConfig, ECTConfig, EDMConfig, ICTConfig, ObjectiveConfig, RefinedConfig, Stage
 from udddm.config.reading import apply, as_yaml, load_config, overridden, resolve
 from udddm.config.run import (
     CheckpointConfig,
@@ -36,6 +36,7 @@ __all__ = [
     "NetworkConfig",
     "ObjectiveConfig",
     "OrderConfig",
+    "RefinedConfig",
     "RunConfig",
     "SampleConfig",
     "ScheduleConfig",

@@ -99,6 +99,37 @@ class EDMConfig(Section):
     p_std: Annotated[float, Field(gt=0)] = Field(1.2, description="standard deviation of ln sigma")
 
 
+class RefinedConfig(Section):
+    """Refined pairs, of ict and ect: visits whose image is the stored estimate (docs/method.md)."""
+
+    share: UnderOne = Field(
+        0.0, description="share of the visits at levels above `above` whose image is the stored estimate; 0 is off"
+    )
+    above: Annotated[float, Field(ge=0)] = Field(0.8, description="sigma above which visits are refined")
+    length: Annotated[int, Field(ge=2)] = Field(
+        2, description="visits of a chain, all with one noise and level; each but the first is refined"
+    )
+    start: Fraction = Field(0.0, description="fraction of the run, after its pretraining, at which refinement starts")
+    min_sharpness: Annotated[float, Field(ge=0)] = Field(
+        0.0,
+        description="estimates whose sum of squared differences of neighboring pixels is below this fraction of that "
+        "of the image are not used",
+    )
+    source: Literal["store", "network"] = Field(
+        "store", description="where estimates come from: the x0-state, or one more evaluation per step"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> RefinedConfig:
+        most = (self.length - 1) / self.length
+        if self.source == "store" and self.share > most:
+            raise ValueError(
+                f"share {self.share} needs longer chains: with length {self.length} at most {most:.3g} of the visits "
+                "have an earlier estimate"
+            )
+        return self
+
+
 class ObjectiveConfig(Section):
     """The training objective, and the settings of each built-in one."""
 
@@ -121,3 +152,4 @@ class ObjectiveConfig(Section):
     ict: ICTConfig = Field(ICTConfig(), description="settings of ict")
     ect: ECTConfig = Field(ECTConfig(), description="settings of ect")
     edm: EDMConfig = Field(EDMConfig(), description="settings of edm, also as pretraining")
+    refined: RefinedConfig = Field(RefinedConfig(), description="refined pairs, of ict and ect")

@@ -8,6 +8,7 @@ from dataclasses import replace
 from udddm.config import RunConfig
 from udddm.config.plugins import OBJECTIVES
 from udddm.diffusion.schedule import NoiseSchedule
+from udddm.errors import ConfigError
 from udddm.objectives.base import Objective, ObjectiveContext, Visits
 from udddm.objectives.edm import EDM
 from udddm.objectives.labels import LabelDropout
@@ -37,6 +38,10 @@ def build(config: RunConfig, schedule: NoiseSchedule, epochs: float, shape: tupl
     first = math.ceil(pretrain_share(config) * epochs)
     own = replace(context, epochs=max(epochs - first, 1e-9)) if first else context
     built: Objective = OBJECTIVES.build(config.objective.name, config.objective.settings, own)
+    if config.objective.refined.share and not built.refines:
+        raise ConfigError(
+            f"objective.refined.share: {config.objective.name} has no refined pairs; use ict or ect, or set it to 0"
+        )
     return Pretrained(EDM.create(context), built, first) if first else built
 
 
@@ -54,7 +59,12 @@ def pretrain_share(config: RunConfig) -> float:
 def describe(config: RunConfig, objective: Objective) -> str:
     """The name of the objective and its pretraining, if any, for the first lines of a run's log."""
     share = pretrain_share(config) if isinstance(objective, Pretrained) else 0.0
-    return config.objective.name + (f", after a denoiser for {share:.0%} of the run" if share else "")
+    refined = config.objective.refined
+    return (
+        config.objective.name
+        + (f" with {refined.share:.0%} refined pairs above sigma {refined.above:g}" if refined.share else "")
+        + (f", after a denoiser for {share:.0%} of the run" if share else "")
+    )
 
 
 def teacher_of(config: RunConfig, *, equal_forward_calls: bool) -> Teacher:

@@ -12,6 +12,7 @@ import torch
 
 from udddm.config import ObjectiveConfig
 from udddm.diffusion.schedule import NoiseSchedule
+from udddm.objectives.refined import Refined
 
 Ids = npt.NDArray[np.int64]
 Condition = Literal["noise", "state", "none"]
@@ -39,18 +40,21 @@ class Visits:
     teacher_coefficients: torch.Tensor
     """[6, F] float32: the coefficients of the level below, at which these targets are evaluated."""
     condition: Condition = "noise"
+    refined: Refined | None = None
+    """The visits whose image may be an estimate in place of x_0, if any."""
 
     def _map(self, name: str, **arguments: object) -> Visits:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "condition"}
+        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("condition", "refined")}
         return replace(self, **{key: getattr(value, name)(**arguments) for key, value in tensors.items()})
 
     def pinned(self) -> Visits:
         """A copy in page-locked memory."""
-        return self._map("pin_memory")
+        return replace(self._map("pin_memory"), refined=self.refined and self.refined.pinned())
 
     def to(self, device: torch.device) -> Visits:
         """A copy on the device. Does not wait for the transfer."""
-        return self._map("to", device=device, non_blocking=True)
+        refined = self.refined and self.refined.to(device)
+        return replace(self._map("to", device=device, non_blocking=True), refined=refined)
 
 
 class Objective(ABC):
@@ -64,6 +68,8 @@ class Objective(ABC):
     """Fraction of a run from random weights that first trains a denoiser, if `objective.pretrain` is not set."""
     is_denoiser: ClassVar[bool] = False
     """Whether this objective is a denoiser, which is never pretrained with another one."""
+    refines: ClassVar[bool] = False
+    """Whether this objective follows `objective.refined`."""
 
     @abstractmethod
     def plan(self, ids: Ids, epoch: int) -> Visits:

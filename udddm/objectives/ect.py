@@ -6,17 +6,20 @@ The first phase of ECT, which trains a denoiser, is `objective.pretrain`.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
 import numpy.typing as npt
 
 from udddm import rng
-from udddm.config import ECTConfig
+from udddm.config import ECTConfig, RefinedConfig
 from udddm.diffusion.schedule import NoiseSchedule
+from udddm.errors import ConfigError
 from udddm.objectives import special
 from udddm.objectives.base import Ids, ObjectiveContext, Visits
 from udddm.objectives.ict import HUBER_C
+from udddm.objectives.pairs import RefinedPairs
 from udddm.objectives.target import Floats, TargetObjective, lognormal
 from udddm.rng import Stream
 
@@ -32,6 +35,7 @@ class ECT(TargetObjective):
     """
 
     default_pretrain = 0.4
+    refines = True
 
     def __init__(
         self,
@@ -41,16 +45,24 @@ class ECT(TargetObjective):
         seed: int,
         epochs: float,
         conditioned: bool,
+        refined: RefinedConfig | None = None,
     ):
         super().__init__(schedule, huber_c, seed, conditioned)
         self.config = config
         self._starts = [math.ceil(stage * epochs / config.stages) for stage in range(config.stages)]
+        self.refined = RefinedPairs(refined or RefinedConfig(), seed, epochs, self._starts)
 
     @classmethod
     def create(cls, context: ObjectiveContext) -> Self:
-        """The objective of a run."""
+        """The objective of a run. Raises ConfigError for refined pairs together with stored targets."""
         c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
-        return cls(context.schedule, context.config.ect, c, context.seed, context.epochs, context.conditioned)
+        config, seed = context.config, context.seed
+        if config.refined.share and config.ect.length > 1:
+            raise ConfigError(
+                "the x0-state cannot be both the image of the next visit (objective.refined.share above 0) and its "
+                "target (objective.ect.length above 1): set one of them to its default"
+            )
+        return cls(context.schedule, config.ect, c, seed, context.epochs, context.conditioned, config.refined)
 
     def below(self, sigma: Floats, stage: int) -> Floats:
         """r of `sigma` [B]. The result may be negative."""
@@ -70,11 +82,16 @@ class ECT(TargetObjective):
             low, high = np.where(under, middle, low), np.where(under, high, middle)
         return high
 
-    def visit(self, ids: Ids, epoch: int) -> tuple[Floats, Floats, npt.NDArray[np.bool_], rng.Keys]:
-        """(sigma, r, whether the target at r is stored, key of the noise) of each visit, each [B]. r = 0 means x_0."""
+    def visit(
+        self, ids: Ids, epoch: int, drawn: Ids | None = None
+    ) -> tuple[Floats, Floats, npt.NDArray[np.bool_], rng.Keys]:
+        """(sigma, r, whether the target at r is stored, key of the noise) of each visit, each [B]. r = 0 means x_0.
+
+        `drawn` [B] is the epoch in which each was drawn, if not `epoch`.
+        """
         c = self.config
         stage = max(j for j, start in enumerate(self._starts) if start <= epoch)
-        since = epoch - self._starts[stage]
+        since = (epoch if drawn is None else drawn) - self._starts[stage]
         chain, visit = np.divmod(since + rng.randint(c.length, self._key(Stream.CHAIN_OFFSET, ids, stage)), c.length)
         visit = np.where(chain == 0, since, visit)
         sigma = lognormal(self.schedule, self._key(Stream.CHAIN_LEVEL, ids, stage, chain), c.p_mean, c.p_std)
@@ -91,9 +108,13 @@ class ECT(TargetObjective):
         return rng.keys(self.seed, stream, *parts)
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
-        sigma, r, stored, noise_key = self.visit(ids, epoch)
+        drawn = self.refined.drawn(ids, epoch)
+        sigma, r, stored, noise_key = self.visit(ids, epoch, drawn)
+        noise, refined = self.refined.plan(ids, epoch, drawn, sigma)
+        if refined is not None:
+            noise_key = self.visit(ids, epoch, noise)[3]
         teacher_rows = np.flatnonzero((r > 0) & ~stored)
-        return self.visits(
+        visits = self.visits(
             ids,
             epoch,
             self.schedule.time(sigma),
@@ -103,3 +124,4 @@ class ECT(TargetObjective):
             teacher_rows=teacher_rows,
             teacher_times=self.schedule.time(r[teacher_rows]),
         )
+        return replace(visits, refined=refined)

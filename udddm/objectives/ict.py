@@ -6,15 +6,17 @@ The network is evaluated twice at every visit: once without gradient for the tar
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Self
 
 import numpy as np
 
 from udddm import rng
-from udddm.config import ICTConfig
+from udddm.config import ICTConfig, RefinedConfig
 from udddm.diffusion.schedule import SIGMA_HIGHEST, NoiseSchedule
 from udddm.objectives import special
 from udddm.objectives.base import Ids, ObjectiveContext, Visits
+from udddm.objectives.pairs import RefinedPairs
 from udddm.objectives.target import TargetObjective
 from udddm.rng import Stream
 
@@ -30,6 +32,8 @@ class ICT(TargetObjective):
     level, the image is its own estimate.
     """
 
+    refines = True
+
     def __init__(
         self,
         schedule: NoiseSchedule,
@@ -38,15 +42,21 @@ class ICT(TargetObjective):
         seed: int,
         epochs: float,
         conditioned: bool,
+        refined: RefinedConfig | None = None,
     ):
         super().__init__(schedule, huber_c, seed, conditioned)
         self.config, self.epochs = config, epochs
+        refined = refined or RefinedConfig()
+        stages = range(1, math.ceil(epochs)) if refined.share else ()
+        changes = (epoch for epoch in stages if self.levels(epoch) != self.levels(epoch - 1))
+        self.refined = RefinedPairs(refined, seed, epochs, changes)
 
     @classmethod
     def create(cls, context: ObjectiveContext) -> Self:
         """The objective of a run."""
         c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
-        return cls(context.schedule, context.config.ict, c, context.seed, context.epochs, context.conditioned)
+        config, seed = context.config, context.seed
+        return cls(context.schedule, config.ict, c, seed, context.epochs, context.conditioned, config.refined)
 
     def levels(self, epoch: int) -> int:
         """The number of levels N in `epoch`."""
@@ -64,17 +74,20 @@ class ICT(TargetObjective):
             shares = (cumulated[1:] - cumulated[0]) / (cumulated[-1] - cumulated[0])
         else:
             shares = np.arange(1, count + 1) / count
-        u = rng.uniform(rng.keys(self.seed, Stream.TIME, ids, epoch))
+        drawn = self.refined.drawn(ids, epoch)
+        u = rng.uniform(rng.keys(self.seed, Stream.TIME, ids, drawn))
         level = 1 + np.searchsorted(shares[:-1], u, side="right")
         weight = np.ones(len(ids)) if self.config.weighting == "none" else 1 / np.diff(sigma, prepend=0.0)[level]
         teacher_rows = np.flatnonzero(level > 1)
-        return self.visits(
+        noise, refined = self.refined.plan(ids, epoch, drawn, sigma[level])
+        visits = self.visits(
             ids,
             epoch,
             times[level],
-            rng.keys(self.seed, Stream.NOISE, ids, epoch),
+            rng.keys(self.seed, Stream.NOISE, ids, noise),
             x0_weight=(level == 1).astype(np.float64),  # f at the lowest level is x_0 to within sigma_min
             weight=weight,
             teacher_rows=teacher_rows,
             teacher_times=times[level[teacher_rows] - 1],
         )
+        return replace(visits, refined=refined)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -67,7 +68,7 @@ class Teacher:
         if not rows and not self.lockstep:
             return state
         device = state.device
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with _same_random_numbers(device):
             if not rows:
                 f(Coefficients(*visits.coefficients[:, :1]), slice(1))
             elif rows == len(needed):
@@ -75,13 +76,20 @@ class Teacher:
             else:
                 at = visits.coefficients.index_copy(1, needed, visits.teacher_coefficients)
                 state = state.index_copy(0, needed, f(Coefficients(*at), _ALL)[needed])
-        if torch.is_autocast_enabled(device.type):
-            # PyTorch before 2.11 would reuse weights that were cast here, without gradient, in the call that trains.
-            torch.clear_autocast_cache()
         return state
 
 
 EVERY_ROW = Teacher()
+
+
+@contextmanager
+def _same_random_numbers(device: torch.device) -> Iterator[None]:
+    """For calls of the network before the one that trains: that one then draws the same random numbers."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        yield
+    if torch.is_autocast_enabled(device.type):
+        # PyTorch before 2.11 would reuse weights that were cast here, without gradient, in the call that trains.
+        torch.clear_autocast_cache()
 
 
 def visit_loss(
@@ -95,7 +103,8 @@ def visit_loss(
     """Carry out a plan. Returns the loss of each sample [B] and the next x0-states [B, C, H, W] (detached).
 
     `x0` [B, C, H, W] are the images, `state` [B, C, H, W] their x0-states, and `labels` [B] int64 their classes. The
-    target is x_0 and, with the remaining weight (Eq. 3), the x0-state or the network's estimate at the level below.
+    target is x_0 and, with the remaining weight (Eq. 3), the x0-state or the network's estimate at the level below. In
+    refined visits, an estimate takes the place of x_0 everywhere.
     """
     shape = tuple(x0.shape[1:])
     eps = rng.normal(visits.noise_key, shape)
@@ -109,6 +118,12 @@ def visit_loss(
         xt = add_noise(x0[rows], eps[rows], at)
         return denoise(network, xt, at, _rows(condition, rows), _rows(labels, rows))
 
+    if visits.refined is not None:
+        estimate = state
+        if visits.refined.source == "network":
+            with _same_random_numbers(state.device):
+                estimate = f(Coefficients(*visits.coefficients), _ALL)
+        x0 = visits.refined.images(x0, estimate)
     target = teacher.target(f, state, visits)
     output = f(Coefficients(*visits.coefficients), _ALL)
     loss = visits.weight * adaptive_loss(output, x0, target, visits.x0_weight, visits.huber_c)

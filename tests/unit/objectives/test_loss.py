@@ -14,6 +14,7 @@ from udddm.diffusion.denoise import add_noise, denoise
 from udddm.diffusion.schedule import Coefficients, build
 from udddm.objectives.base import Visits
 from udddm.objectives.loss import adaptive_loss, pseudo_huber
+from udddm.objectives.refined import Refined
 
 SHAPE = (3, 4, 5)
 
@@ -128,8 +129,11 @@ def test_add_noise_is_alpha_times_image_plus_sigma_times_eps() -> None:
 
 
 def test_visits_move_to_a_device_with_all_fields() -> None:
-    some = Visits(*(torch.tensor([i]) for i in range(8)))
+    refined = Refined(torch.tensor([True]), torch.tensor([8]), 0.5, "network")
+    some = Visits(*(torch.tensor([i]) for i in range(8)), refined=refined)
     moved = some.to(torch.device("meta"))
     assert moved.condition == some.condition == "noise"
-    tensors = [value for name, value in vars(moved).items() if name != "condition"]
-    assert len(tensors) == 8 and all(value.device.type == "meta" for value in tensors)
+    assert moved.refined is not None and (moved.refined.min_sharpness, moved.refined.source) == (0.5, "network")
+    values = [*vars(moved).values(), *vars(moved.refined).values()]
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    assert len(tensors) == 10 and all(value.device.type == "meta" for value in tensors)

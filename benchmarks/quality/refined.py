@@ -1,0 +1,143 @@
+"""Refined pairs (docs/method.md) beside the same objective without them: sample quality, paired by seed.
+
+    python benchmarks/quality/refined.py run --arms ict ict-refined --seeds 20 21 22 23 24
+    python benchmarks/quality/refined.py report
+
+Each arm is a preset of --data with some settings changed, trained on --images images. It is scored at 1, 2 and 4
+evaluations, and along the way at one, with the yardstick's network (benchmarks/yardstick; lower is better). Each row is
+written to --json as soon as it is complete, and existing rows are not repeated. The report compares arms by the mean
+over seeds of the logarithm of their ratio, with its 95 % interval (Student's t).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+from study import DATA, run
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from report import ROOT, about, write_json
+
+ICT = ["objective={name: ict, pretrain: 0.2}"]
+ECT = ["objective={name: ect, pretrain: 0.4}"]
+
+
+def refined(**settings: object) -> list[str]:
+    values = {"share": 0.5, "above": 0.8} | settings
+    return [f"objective.refined.{key}={value}" for key, value in values.items()]
+
+
+BASES = {"ict": ICT, "ect": ECT}
+VARIANTS: dict[str, list[str]] = {
+    "": [],
+    "refined": refined(),
+    "share-0.3": refined(share=0.3),
+    "above-0.3": refined(above=0.3),
+    "above-3": refined(above=3),
+    "all-levels": refined(above=0),
+    "length-3": refined(share=0.66, length=3),
+    "length-4": refined(share=0.75, length=4),
+    "start-0.2": refined(start=0.2),
+    "start-0.5": refined(start=0.5),
+    "sharp-0.5": refined(min_sharpness=0.5),
+    "sharp-0.8": refined(min_sharpness=0.8),
+    "clamped": [*refined(), "store.dtype=uint8"],
+    "network": refined(source="network"),
+    "network-all-levels": refined(source="network", above=0),
+}
+ARMS = {f"{base}-{name}".rstrip("-"): [*sets, *more] for base, sets in BASES.items() for name, more in VARIANTS.items()}
+"""Arms without a variant are the baselines. "clamped" stores the state in 8 bits, which clamps it to [-1, 1]."""
+
+
+def interval(ratios: list[float]) -> tuple[float, float, float]:
+    """The geometric mean of ratios and its 95 % interval; the interval is (nan, nan) for a single ratio."""
+    from scipy.stats import t
+
+    logs = [math.log(ratio) for ratio in ratios]
+    mean = statistics.fmean(logs)
+    if len(logs) < 2:
+        return math.exp(mean), math.nan, math.nan
+    half = float(t.ppf(0.975, len(logs) - 1)) * statistics.stdev(logs) / math.sqrt(len(logs))
+    return math.exp(mean), math.exp(mean - half), math.exp(mean + half)
+
+
+def compared(rows: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every arm beside its baseline, for each number of images."""
+    found = []
+    groups: dict[tuple[int, str], dict[int, Any]] = {}
+    for row in rows.values():
+        groups.setdefault((row["budget"], row["arm"]), {})[row["seed"]] = row["evaluations"]
+    for (budget, arm), by_seed in sorted(groups.items()):
+        base = groups.get((budget, arm.split("-")[0]), {})
+        seeds = sorted(set(by_seed) & set(base))
+        line: dict[str, Any] = {"images": budget, "arm": arm, "seeds": sorted(by_seed)}
+        for count in next(iter(by_seed.values())):
+            values = [by_seed[seed][count] for seed in sorted(by_seed)]
+            line[count] = {
+                "fd": statistics.fmean(v["fd"] for v in values),
+                "deviation": statistics.stdev(v["fd"] for v in values) if len(values) > 1 else None,
+                "recall": statistics.fmean(v["recall"] for v in values),
+                "precision": statistics.fmean(v["precision"] for v in values),
+            }
+            if seeds and by_seed is not base:
+                ratios = [by_seed[seed][count]["fd"] / base[seed][count]["fd"] for seed in seeds]
+                line[count]["ratio"] = interval(ratios)
+        found.append(line)
+    return found
+
+
+def show(lines: list[dict[str, Any]]) -> None:
+    print(
+        "images   arm                     seeds  " + "".join(f"{f'{n} evaluations':38}" for n in (1, 2, 4)) + "recall"
+    )
+    for line in lines:
+        cells = []
+        for count in ("1", "2", "4"):
+            at = line[count]
+            text = f"{at['fd']:6.1f}" + (f" ± {at['deviation']:.1f}" if at["deviation"] is not None else "")
+            if "ratio" in at:
+                mean, low, high = at["ratio"]
+                text += f", {mean:.2f} x" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
+            cells.append(f"{text:38}")
+        recall = line["1"]["recall"]
+        print(f"{line['images']:7}  {line['arm']:22}  {len(line['seeds']):5}  {''.join(cells)}{recall:.3f}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("suite", choices=["run", "report"])
+    parser.add_argument("--data", choices=list(DATA), default="digits")
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["ict", "ict-refined"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
+    parser.add_argument("--images", type=int, default=384_000)
+    parser.add_argument("--json", type=Path, help="default: benchmarks/results/refined-<data>.json")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "refined", help="where the runs are kept")
+    arguments = parser.parse_args()
+    path: Path = arguments.json or ROOT / "benchmarks" / "results" / f"refined-{arguments.data}.json"
+
+    def read() -> dict[str, Any]:
+        return json.loads(path.read_text()) if path.exists() else {"rows": {}}  # type: ignore[no-any-return]
+
+    for seed in arguments.seeds if arguments.suite == "run" else ():
+        for arm in arguments.arms:
+            key = f"{arm} | {arguments.images} | {seed}"
+            if key in read()["rows"]:
+                continue
+            directory = arguments.runs / arguments.data / key.replace(" | ", "-")
+            row = run(DATA[arguments.data], ARMS[arm], arguments.images, seed, directory)
+            book = read()  # another process may have added rows
+            book["rows"][key] = {"arm": arm, "budget": arguments.images, "seed": seed, **row}
+            book.update(about(), data=arguments.data)
+            write_json(path, {}, book)
+            print(key, "  ".join(f"{n}: {s['fd']:.1f}" for n, s in row["evaluations"].items()), flush=True)
+    show(compared(read()["rows"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,78 @@
+"""Refined pairs: at some visits, the image is the sample's stored estimate in place of x_0 (docs/method.md).
+
+A refined visit repeats the noise and the level of the sample's previous visit. Its image b is the estimate stored
+there, so it trains f(b + sigma eps, sigma) towards f(b + r eps, r). This is the refinement of the paper (arXiv
+2405.21059), x^(n+1) = f(x^(n), x_t, t), fed back through the image and not through a condition, which the network
+would copy. With one more evaluation in place of the store (`source: network`), it is the generator-augmented coupling
+of Issenhuth et al. (2024, arXiv 2406.09570).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+
+from udddm import rng
+
+_PROBE = 16
+"""Leading values of a state that are compared with generation 0."""
+_PROBE_TOLERANCE = 0.02
+"""Above the rounding of every encoding of a state."""
+
+
+@dataclass
+class Refined:
+    """The visits of a batch of B whose image may be an estimate in place of x_0."""
+
+    rows: torch.Tensor
+    """[B] bool: visits with the noise and the level at which the sample's x0-state was stored."""
+    initial_key: torch.Tensor
+    """[B] int64: the keys of the samples' generation 0, from which nothing is refined, because it is noise."""
+    min_sharpness: float = 0.0
+    """The least sharpness of an estimate relative to that of its image (`sharpness`)."""
+    source: Literal["store", "network"] = "store"
+    """Where estimates come from: the x0-state, or an evaluation without gradient before the loss."""
+
+    def pinned(self) -> Refined:
+        """A copy in page-locked memory."""
+        return replace(self, rows=self.rows.pin_memory(), initial_key=self.initial_key.pin_memory())
+
+    def to(self, device: torch.device) -> Refined:
+        """A copy on the device. Does not wait for the transfer."""
+        rows = self.rows.to(device, non_blocking=True)
+        return replace(self, rows=rows, initial_key=self.initial_key.to(device, non_blocking=True))
+
+    def used(self, x0: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
+        """A mask [B] of the visits whose image is the estimate. `x0` and `state` are [B, C, H, W]."""
+        if self.source == "network":
+            return self.rows
+        used = self.rows & ~is_generation_zero(state, self.initial_key)
+        if self.min_sharpness:
+            used &= sharpness(state) >= self.min_sharpness * sharpness(x0)
+        return used
+
+    def images(self, x0: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor:
+        """The images [B, C, H, W] of the visits: `estimate` in the rows `used`, and `x0` in the others."""
+        return torch.where(self.used(x0, estimate)[:, None, None, None], estimate, x0)
+
+
+def is_generation_zero(state: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    """Whether each row of `state` [B, C, H, W] is generation 0, the noise of `key` [B]. Returns [B] bool.
+
+    A run reads generation 0 in its first epoch, and later for samples that were reset because their chunk was corrupt.
+    The first values of a row determine this; `rng.normal` generates equal first values for any number of values.
+    """
+    flat = state.flatten(1)
+    count = min(_PROBE, (flat.shape[1] + 1) // 2)
+    noise = rng.normal(key, (2 * count,))[:, :count]
+    near = (flat[:, :count] - noise).abs() <= _PROBE_TOLERANCE * noise.abs().clamp(min=1)
+    clamped = (flat[:, :count] - noise.clamp(-1, 1)).abs() <= _PROBE_TOLERANCE  # in uint8
+    return (near | clamped).all(1)
+
+
+def sharpness(images: torch.Tensor) -> torch.Tensor:
+    """The sum of squared differences of neighboring pixels of `images` [B, C, H, W]: [B]. It is low if blurred."""
+    rows, columns = images.diff(dim=2), images.diff(dim=3)
+    return rows.square().flatten(1).sum(1) + columns.square().flatten(1).sum(1)
