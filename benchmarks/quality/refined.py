@@ -122,7 +122,8 @@ def main() -> None:
     path: Path = arguments.json or ROOT / "benchmarks" / "results" / f"refined-{arguments.data}.json"
 
     def read() -> dict[str, Any]:
-        return json.loads(path.read_text()) if path.exists() else {"rows": {}}  # type: ignore[no-any-return]
+        found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
+        return found
 
     for seed in arguments.seeds if arguments.suite == "run" else ():
         for arm in arguments.arms:
