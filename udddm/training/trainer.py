@@ -67,6 +67,8 @@ class Trainer:
         self.evaluation = RunEvaluation(config, dataset, ranks, run.path) if config.evaluate.every_steps else None
         self.step = 0
         self._kept_rows = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        self._refined_rows = torch.zeros((), dtype=torch.int64, device=ranks.device)
+        """Visits since the last report whose image was an estimate (objective.refined)."""
         self._newest: Path | None = None
         """The newest checkpoint that this process wrote or resumed from."""
         self._stop = StopRequest(once=ranks.launched)
@@ -93,6 +95,8 @@ class Trainer:
                 loss = (losses * part.weights).sum()
                 self.engine.backward(loss)
             total += loss.detach()
+            if part.visits.refined is not None:
+                self._refined_rows += part.visits.refined.used(part.images, state).sum()
             new, kept = finite_rows(new, state)
             self._kept_rows += kept
             new_states.append(new)
@@ -208,6 +212,12 @@ class Trainer:
         counters, seconds = replace(self.store.counters), now - since
         read_wait, write_wait = counters.read_wait - before.read_wait, counters.write_wait - before.write_wait
         rate = (self.step - first) / seconds
+        images_per_step = self.order.samples / self.order.steps_per_epoch
+        refined = {}
+        if self.config.objective.refined.share:
+            visits = (self.step - first) * images_per_step
+            refined["refined_fraction"] = self.ranks.sum(self._refined_rows) / visits
+            self._refined_rows.zero_()
         if progress is not None:
             progress.write(
                 self.step,
@@ -215,7 +225,8 @@ class Trainer:
                     "epoch": self.step / self.order.steps_per_epoch,
                     "loss": loss,
                     "learning_rate": self.engine.learning_rate(self.step - 1),
-                    "images_per_second": rate * self.order.samples / self.order.steps_per_epoch,
+                    "images_per_second": rate * images_per_step,
+                    **refined,
                     "store_wait_fraction": (read_wait + write_wait) / seconds,
                     "store_read_wait_seconds": read_wait,
                     "store_write_wait_seconds": write_wait,
