@@ -163,6 +163,7 @@ STORES = Registry(
     "x0-state store",
     "store.kind",
     {
+        "none": "udddm.store.none:NoStore",
         "gpu": "udddm.store.device:DeviceStore",
         "pinned": "udddm.store.pinned:PinnedStore",
         "zarr": "udddm.store.zarr:ZarrStore",

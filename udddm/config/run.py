@@ -140,7 +140,8 @@ class StoreConfig(Section):
     """The x0-state store. Every setting may change between two starts of a run."""
 
     kind: Annotated[str, AfterValidator(STORES.check)] = Field(
-        "gpu", description="gpu, pinned, zarr, or package.module:factory"
+        "gpu",
+        description="gpu, pinned, zarr, or package.module:factory; an objective that does not read the state has none",
     )
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of a custom store")
     url: str | None = Field(None, description="location of the zarr store; unset: <run>/state")

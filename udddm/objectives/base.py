@@ -70,6 +70,8 @@ class Objective(ABC):
     """Whether this objective is a denoiser, which is never pretrained with another one."""
     refines: ClassVar[bool] = False
     """Whether this objective follows `objective.refined`."""
+    reads_state: bool = True
+    """Whether any visit depends on the x0-state. If not, the run keeps none."""
 
     @abstractmethod
     def plan(self, ids: Ids, epoch: int) -> Visits:

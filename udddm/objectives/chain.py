@@ -43,6 +43,7 @@ class Chain(TargetObjective):
     ):
         super().__init__(schedule, huber_c, seed, conditioned)
         self.config = config
+        self.reads_state = config.length != 1  # chains of one visit evaluate every target
         self._starts = [math.ceil(stage.start * epochs) for stage in config.stages]
         self._times = [schedule.levels(stage.levels) for stage in config.stages]
         self._sigmas = [np.minimum(schedule.sigma(times), SIGMA_HIGHEST) for times in self._times]

@@ -51,6 +51,7 @@ class ECT(TargetObjective):
         self.config = config
         self._starts = [math.ceil(stage * epochs / config.stages) for stage in range(config.stages)]
         self.refined = RefinedPairs(refined or RefinedConfig(), seed, epochs, self._starts)
+        self.reads_state = config.length > 1 or self.refined.read_state
 
     @classmethod
     def create(cls, context: ObjectiveContext) -> Self:

@@ -24,6 +24,7 @@ class EDM(TargetObjective):
     """
 
     is_denoiser = True
+    reads_state = False
 
     def __init__(
         self,

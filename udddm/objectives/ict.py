@@ -50,6 +50,7 @@ class ICT(TargetObjective):
         stages = range(1, math.ceil(epochs)) if refined.share else ()
         changes = (epoch for epoch in stages if self.levels(epoch) != self.levels(epoch - 1))
         self.refined = RefinedPairs(refined, seed, epochs, changes)
+        self.reads_state = self.refined.read_state
 
     @classmethod
     def create(cls, context: ObjectiveContext) -> Self:

@@ -30,6 +30,11 @@ class RefinedPairs:
         self._begins = sorted({self.start, *(stage for stage in stages if stage > self.start)})
         self._chained = config.share * config.length / (config.length - 1)
 
+    @property
+    def read_state(self) -> bool:
+        """Whether visits are refined from the x0-state."""
+        return self.config.share > 0 and self.config.source == "store"
+
     def drawn(self, ids: Ids, epoch: int) -> Ids:
         """The epoch in which the level of each visit [B] was drawn: `epoch`, or an earlier one of its chain."""
         config, length = self.config, self.config.length

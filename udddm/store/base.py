@@ -20,7 +20,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, Self
+from typing import TYPE_CHECKING, ClassVar, Protocol, Self
 
 import torch
 
@@ -96,6 +96,9 @@ class X0Store(ABC):
     Failures that concern the user are raised as StoreError, which names the file or key and what to do. A store is
     used by one thread. It may work in the background; the next `read` or `write` raises what failed there.
     """
+
+    keeps_state: ClassVar[bool] = True
+    """Whether this store keeps the state. If not, it serves only objectives that do not read it."""
 
     def __init__(self, layout: StateLayout):
         self.layout, self.order, self.lanes = layout, layout.order, layout.lanes

@@ -1,8 +1,9 @@
 """The x0-state of a checkpoint, stored by lane, so that a different number of ranks can load it.
 
-There are two forms. `full`: all rows, as a store of one generation inside the checkpoint; written by stores in memory.
-`reference`: a reference to the generations of a zarr store, the checksums of the chunks of the next generation that
-were written by then, and the rows of the windows in flight.
+There are three forms. `full`: all rows, as a store of one generation inside the checkpoint; written by stores in
+memory. `reference`: a reference to the generations of a zarr store, the checksums of the chunks of the next generation
+that were written by then, and the rows of the windows in flight. `none`: the position only, of a run that keeps no
+state.
 """
 
 from __future__ import annotations
@@ -52,6 +53,12 @@ def write_full(store: X0Store, directory: Path) -> None:
     write_json(directory / "snapshot.json", _header(store, "full", None))
 
 
+def write_none(store: X0Store, directory: Path) -> None:
+    """Write the position of a store that keeps no state into `directory`."""
+    make_directory(directory)
+    write_json(directory / "snapshot.json", _header(store, "none", None))
+
+
 def write_reference(
     store: X0Store,
     directory: Path,
@@ -92,7 +99,7 @@ def read_header(directory: Path) -> dict[str, Any]:
     path = directory / "snapshot.json"
     found = _mapping(path, "form", "url", "epoch", "step", "dtype", "shape", "order")
     right = {
-        "form": found["form"] in ("full", "reference"),
+        "form": found["form"] in ("full", "reference", "none"),
         "url": found["url"] is None or isinstance(found["url"], str),
         "dtype": found["dtype"] in get_args(StateDtype),
         "shape": isinstance(found["shape"], list)
@@ -198,6 +205,8 @@ class Snapshot:
 
     def rows(self, lane: int, chunk: int) -> Rows:
         stored = self.generations
+        if self.form == "none":
+            return stored.zero(lane, chunk)
         if self.form == "full":
             return stored.state(self.epoch, lane, chunk, stored.record(self.epoch, lane)[chunk])
         written = self.written(lane)

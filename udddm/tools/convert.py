@@ -65,6 +65,8 @@ def _newest(place: Place) -> tuple[int, Order, tuple[int, ...], Encoding, Callab
     if place.checkpoints:
         assert place.run is not None
         snapshot = Snapshot(place.checkpoints[-1] / "state", place.run.state)
+        if snapshot.form == "none":
+            raise StoreError(f"{place.name} keeps no x0-state, because its objective does not read it")
         return snapshot.epoch, snapshot.order, snapshot.shape, snapshot.encoding, snapshot.rows
     if place.generations is not None:
         stored = place.generations

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 
 from udddm import objectives
@@ -15,6 +13,7 @@ from udddm.data import ImageDataset, MapDataset, expected, load_dataset
 from udddm.diffusion import schedule
 from udddm.errors import ConfigError
 from udddm.networks.cost import cost as network_cost
+from udddm.objectives.base import Objective
 from udddm.order import Order
 from udddm.store import Encoding, StateLayout
 from udddm.tools.throughput import GPUS, an_image, emulated, measure, on_h100s, teacher_share
@@ -34,7 +33,6 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
     order = Order.build(config.order, config.seed, data.samples, train.batch_size, data.shape)
     lanes = order.lanes_of(ranks.rank, ranks.world_size)
     steps = train.steps or max(1, round((train.epochs or 0) * order.steps_per_epoch))
-    sample_bytes = math.prod(data.shape) * Encoding(config.store.dtype).array.itemsize
     visit = objectives.build(config, schedule.build(config.schedule), steps / order.steps_per_epoch, data.shape)
     cost = network_cost(config.network, data.shape)
     calls = objectives.teacher_of(config, equal_forward_calls=False)
@@ -47,8 +45,6 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
     gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
 
     layout = StateLayout(order, lanes, data.shape, Encoding(config.store.dtype), ranks.device)
-    kind = stores.find(config.store)
-    generation = data.samples * sample_bytes
     averages = len(train.averages)
     device = f"{ranks.device.type} in fp32" if emulated(config, ranks) else ranks.device.type
     return [
@@ -60,18 +56,34 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
         "visits",
         f"memory: {_size(cost.parameters * 4 * (4 + averages))} for weights, gradients, Adam's moments and "
         f"{averages} EMA, and activations",
-        f"x0-state: {_size(generation)} per generation in {config.store.dtype}; "
-        f"{order.num_lanes} lanes of {order.num_chunks(0)} chunks of {order.chunk_size} samples "
-        f"({_size(order.chunk_size * sample_bytes)})",
-        f"store {config.store.kind}: each rank holds at most {_size(kind.resident_bytes(layout))} in "
-        f"{kind.memory_kind(ranks.device)}",
-        f"bandwidth: {_size(rate * sample_bytes)}/s read and as much written, at the measured speed",
+        *_state(config, visit, layout, rate),
         f"length: {steps:,} steps, {steps / order.steps_per_epoch:.1f} epochs of {order.steps_per_epoch} steps",
         f"time: {_duration(steps * step)} at {_duration(step)} per step, {rate:.4g} images/s (measured here, "
         f"{_count(ranks.world_size, 'rank')}, {device}: {_count(speed.images, 'image')} forward and backward in "
         f"{_duration(speed.passes)}, scaled in proportion to a step's {train.batch_size}, and "
         f"{_duration(speed.update)} for the optimizer and EMA)",
-        _h100s(*on_h100s(speed, operations, train.precision, gpu), steps, train.batch_size, sample_bytes),
+        _h100s(
+            *on_h100s(speed, operations, train.precision, gpu),
+            steps,
+            train.batch_size,
+            layout.row_bytes if visit.reads_state else 0,
+        ),
+    ]
+
+
+def _state(config: RunConfig, objective: Objective, layout: StateLayout, rate: float) -> list[str]:
+    """The size of the x0-state, its memory and its bandwidth at `rate` images/s, or why there is none."""
+    order, row = layout.order, layout.row_bytes
+    chosen = stores.find(stores.for_objective(config.store, objective.reads_state))
+    if not chosen.keeps_state:
+        return [f"x0-state: none, because {config.objective.name} does not read it"]
+    return [
+        f"x0-state: {_size(order.samples * row)} per generation in {config.store.dtype}; "
+        f"{order.num_lanes} lanes of {order.num_chunks(0)} chunks of {order.chunk_size} samples "
+        f"({_size(order.chunk_size * row)})",
+        f"store {config.store.kind}: each rank holds at most {_size(chosen.resident_bytes(layout))} in "
+        f"{chosen.memory_kind(layout.device)}",
+        f"bandwidth: {_size(rate * row)}/s read and as much written, at the measured speed",
     ]
 
 
@@ -93,9 +105,10 @@ def _h100s(step: float | None, how: str, steps: int, batch: int, sample_bytes: i
     if step is None:
         return f"on {GPUS} H100: {how}"
     rate = batch / step
+    state = f"; the node then reads {_size(rate * sample_bytes)}/s of state and writes as much" if sample_bytes else ""
     return (
         f"on {GPUS} H100: {steps * step / 86400:.2f} days at {_duration(step)} per step, {rate:.0f} images/s ({how}; "
-        f"without communication); the node then reads {_size(rate * sample_bytes)}/s of state and writes as much"
+        f"without communication){state}"
     )
 
 

@@ -104,7 +104,11 @@ def info(place: Place) -> list[str]:
             if _removed(place, path):
                 continue
             raise
-        form = "all rows" if header["form"] == "full" else f"refers to {generation_name(header['epoch'])}"
+        form = {
+            "full": "all rows",
+            "reference": f"refers to {generation_name(header['epoch'])}",
+            "none": "no x0-state, because the objective does not read it",
+        }[header["form"]]
         lines.append(f"{path.name}: epoch {header['epoch']}, step {header['step']} of the epoch; {form}")
     return lines
 
@@ -212,14 +216,17 @@ def estimates(place: Place, sample: int) -> list[tuple[str, torch.Tensor]]:
         if value is not None:
             found.append((path.name, value))
     if not found:
-        raise StoreError(f"{place.name} holds no complete generation of sample {sample} yet")
+        stateless = place.checkpoints and _header(place.checkpoints[-1])["form"] == "none"
+        why = "keeps no x0-state, because its objective does not read it" if stateless else ""
+        raise StoreError(f"{place.name} {why or f'holds no complete generation of sample {sample} yet'}")
     return found
 
 
 def _of_checkpoint(place: Place, path: Path, sample: int, *, needed: bool) -> torch.Tensor | None:
     """A sample's estimate in a checkpoint that holds all rows, or, if `needed`, also in one that refers to them."""
     assert place.run is not None
-    if _header(path)["form"] != "full" and not needed:
+    form = _header(path)["form"]
+    if form == "none" or (form != "full" and not needed):
         return None
     snapshot = Snapshot(path / "state", place.run.state)
     lane, chunk, row = snapshot.order.locate(sample)

@@ -15,7 +15,7 @@ from udddm import objectives
 from udddm import store as stores
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import Ranks
-from udddm.config import RunConfig
+from udddm.config import RunConfig, StoreConfig
 from udddm.config.plugins import ENGINES, METRICS, NETWORKS, SAMPLERS, STORES
 from udddm.data import ImageDataset, MapDataset, check_agreement, load_dataset
 from udddm.diffusion import schedule
@@ -62,7 +62,8 @@ def train_rank(
         ranks.run_on_rank_zero(take, refused)
         held.callback(run.leave)
         ranks.run_on_all(lambda: run.check_visible(ranks), refused)
-        url = stores.find(config.store).shared_location(config.store)
+        chosen = store_of(config, images.shape)
+        url = stores.find(chosen).shared_location(chosen)
         if url is not None:
             directory = local_path(url)
             if directory is not None:
@@ -86,7 +87,13 @@ def check_factories(config: RunConfig, shape: tuple[int, int, int]) -> None:
         registry.parse(name, registry.load(name), settings)
     for metric in config.evaluate.metrics if config.evaluate.every_steps else ():
         METRICS.load(metric)
-    objectives.build(config, schedule.build(config.schedule), 1.0, shape)
+    store_of(config, shape)
+
+
+def store_of(config: RunConfig, shape: tuple[int, int, int]) -> StoreConfig:
+    """The store that a run uses for images of `shape` (C, H, W). Raises ConfigError."""
+    objective = objectives.build(config, schedule.build(config.schedule), 1.0, shape)
+    return stores.for_objective(config.store, objective.reads_state)
 
 
 def _train(
@@ -122,6 +129,15 @@ def describe(trainer: Trainer) -> list[str]:
         f"engine: {trainer.engine.describe()}; precision: {config.train.precision} ({precision})",
         f"data: {len(images)} images {'x'.join(map(str, images.shape))}; "
         f"objective: {objectives.describe(config, trainer.objective)}; seed: {config.seed}",
-        f"x0-state store: {config.store.kind}, {config.store.dtype} ({trainer.store.describe()})",
+        describe_store(trainer),
         f"run directory: {trainer.run}; the same command resumes it",
     ]
+
+
+def describe_store(trainer: Trainer) -> str:
+    """Where the x0-state is, or why there is none."""
+    kind, objective = trainer.config.store.kind, trainer.config.objective.name
+    if trainer.store.keeps_state:
+        return f"x0-state store: {kind}, {trainer.config.store.dtype} ({trainer.store.describe()})"
+    unused = "" if kind == "none" else f"; store.kind={kind} is not used"
+    return f"x0-state store: none, because {objective} does not read the state{unused}"

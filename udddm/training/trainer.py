@@ -62,7 +62,9 @@ class Trainer:
         self.emas = ema.build(train, self.engine.weights())
         self.powers = [average for average in self.emas if isinstance(average, PowerEMA)]
         layout = StateLayout(self.order, self.lanes, shape, Encoding(config.store.dtype), ranks.device)
-        self.store = store.build(run.store_context(layout, config.store))
+        self.store = store.build(
+            run.store_context(layout, store.for_objective(config.store, self.objective.reads_state))
+        )
         self.checkpoints = run.checkpoints()
         self.evaluation = RunEvaluation(config, dataset, ranks, run.path) if config.evaluate.every_steps else None
         self.step = 0

@@ -33,7 +33,7 @@ def small() -> RunConfig:
     return resolve(
         {
             "network": {"base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_resolutions": []},
-            "objective": {"name": "ict"},
+            "objective": {"name": "ict", "refined": {"share": 0.5}},
             "train": {"steps": 1, "batch_size": 8},
             "sample": {"every_steps": 0},
         }
