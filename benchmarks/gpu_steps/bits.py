@@ -28,7 +28,7 @@ def config(bench: Bench, precision: str, mode: str) -> RunConfig:
         f"network.base_channels={bench.pick(64, 32)}",
         "network.attention_resolutions=[16]",
         "network.dropout=0.1",
-        "objective.name=ict",
+        "objective={name: ict, refined: {share: 0.5}}",
         f"train.batch_size={bench.pick(64, 8)}",
         f"train.precision={precision}",
         "checkpoint.every_steps=1000000",

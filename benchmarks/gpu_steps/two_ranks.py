@@ -26,7 +26,8 @@ STEPS = 8
 
 
 def config(*settings: str) -> RunConfig:
-    return tiny("objective.name=ict", "train.channels_last=true", "checkpoint.every_steps=1000000", *settings)
+    refined = "objective={name: ict, refined: {share: 0.5}}"
+    return tiny(refined, "train.channels_last=true", "checkpoint.every_steps=1000000", *settings)
 
 
 def on_two(bench: Bench, work: Callable[[Ranks], Any]) -> None:

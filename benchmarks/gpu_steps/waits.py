@@ -85,7 +85,7 @@ def one_store(bench: Bench, config: RunConfig, store: str) -> dict[str, Any]:
 
 
 def check(bench: Bench, precision: str, *settings: str) -> None:
-    config = tiny(f"train.precision={precision}", "objective.name=ict", *settings)
+    config = tiny(f"train.precision={precision}", "objective={name: ict, refined: {share: 0.5}}", *settings)
     figures: dict[str, Any] = {}
     for store in STORES if bench.device == "cuda" or precision != "fp16" else STORES[1:2]:  # which a CPU emulates
         figures[store] = one_store(bench, config, store)

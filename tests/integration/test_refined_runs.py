@@ -59,6 +59,6 @@ def test_a_run_resumes_bit_for_bit_with_another_store(tmp_path: Path, kind: str)
 
 def test_an_objective_without_refined_pairs_is_refused_before_the_run_directory_exists(tmp_path: Path) -> None:
     config = refined("chain", objective={"name": "chain", "refined": {"share": 0.5}})
-    with pytest.raises(ConfigError, match="chain has no refined pairs"):
+    with pytest.raises(ConfigError, match="chain has no refined visits"):
         api.train(config, IMAGES, run_dir=tmp_path / "run", device="cpu")
     assert not (tmp_path / "run" / "run.json").exists()

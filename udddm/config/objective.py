@@ -100,10 +100,13 @@ class EDMConfig(Section):
 
 
 class RefinedConfig(Section):
-    """Refined pairs, of ict and ect: visits whose image is the stored estimate (docs/method.md)."""
+    """Refined visits, of ict and ect: the stored estimate is their image or their condition (docs/method.md)."""
 
-    share: UnderOne = Field(
-        0.0, description="share of the visits at levels above `above` whose image is the stored estimate; 0 is off"
+    share: UnderOne = Field(0.0, description="share of the visits at levels above `above` that are refined; 0 is off")
+    use: Literal["image", "condition"] = Field(
+        "image",
+        description="what the stored estimate is at a refined visit: the image in place of x_0 (refined pairs), or the "
+        "conditioning image (Algorithm 2)",
     )
     above: Annotated[float, Field(ge=0)] = Field(0.8, description="sigma above which visits are refined")
     length: Annotated[int, Field(ge=2)] = Field(
@@ -152,4 +155,4 @@ class ObjectiveConfig(Section):
     ict: ICTConfig = Field(ICTConfig(), description="settings of ict")
     ect: ECTConfig = Field(ECTConfig(), description="settings of ect")
     edm: EDMConfig = Field(EDMConfig(), description="settings of edm, also as pretraining")
-    refined: RefinedConfig = Field(RefinedConfig(), description="refined pairs, of ict and ect")
+    refined: RefinedConfig = Field(RefinedConfig(), description="refined visits, of ict and ect")

@@ -101,8 +101,10 @@ class NetworkConfig(Section):
     )
     head_dim: Annotated[int, Field(ge=1, le=1 << 16)] = Field(64, description="channels per attention head")
     dropout: UnderOne = Field(0.3, description="dropout probability")
-    condition: Literal["cross-attention", "none"] = Field(
-        "cross-attention", description="how the network uses a conditioning image"
+    condition: Literal["cross-attention", "channels", "none"] = Field(
+        "cross-attention",
+        description="how the network uses a conditioning image: by attention to it, as additional input channels, or "
+        "not at all",
     )
     classes: Annotated[int, Field(ge=0, le=1 << 24)] = Field(
         0, description="number of classes; 0 trains an unconditional network"

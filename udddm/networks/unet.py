@@ -88,7 +88,7 @@ class UNet(nn.Module):
         self.noise_embedding = NoiseEmbedding(config.base_channels, self._embedding_width, max_frequency)
         self.label_embedding = nn.Embedding(config.classes + 1, self._embedding_width) if config.classes else None
         self.condition_tokens = nn.ModuleDict()  # one per stage with attention, shared by the layers of the stage
-        if config.conditioned:
+        if config.condition == "cross-attention":
             for stage in sorted(self._attended | {stages - 1}):
                 self.condition_tokens[str(stage)] = ConditionTokens(
                     image_channels, self._channels[stage], config.patch * 2**stage, self._grids[stage]
@@ -96,7 +96,7 @@ class UNet(nn.Module):
 
         channels = self._channels[0]
         pixels = image_channels * config.patch**2
-        self.stem = nn.Conv2d(pixels, channels, 3, padding=1)
+        self.stem = nn.Conv2d(pixels * (2 if config.condition == "channels" else 1), channels, 3, padding=1)
         skips = [channels]
         self.encoder = nn.ModuleList()
         for stage, out_channels in enumerate(self._channels):
@@ -143,9 +143,15 @@ class UNet(nn.Module):
                 labels = torch.full((len(x),), self.config.classes, device=x.device)
             embedding = embedding + self.label_embedding(labels)
         embedding = F.silu(embedding)
-        tokens = self._tokens(condition, len(x))
+        if self.config.conditioned:
+            self._check_condition(condition, len(x))
+        tokens = self._tokens(condition)
 
-        x = self.stem(F.pixel_unshuffle(self._pad(x), self.config.patch))
+        x = F.pixel_unshuffle(self._pad(x), self.config.patch)
+        if self.config.condition == "channels":
+            assert condition is not None
+            x = torch.cat([x, F.pixel_unshuffle(self._pad(condition), self.config.patch)], dim=1)
+        x = self.stem(x)
         skips = [x]
         for layer in self.encoder:
             x = layer(x, embedding, tokens)
@@ -158,19 +164,21 @@ class UNet(nn.Module):
         _, height, width = self.shape
         return x[:, :, top : top + height, left : left + width].float()
 
-    def _tokens(self, condition: torch.Tensor | None, count: int) -> list[torch.Tensor | None]:
-        """Per stage, the tokens [B, h * w, C] of the `count` conditioning images, or None without cross-attention."""
-        tokens: list[torch.Tensor | None] = [None] * len(self._grids)
-        if not self.config.conditioned:
-            return tokens
+    def _check_condition(self, condition: torch.Tensor | None, count: int) -> None:
         if condition is None:
             raise ValueError(
-                "this network has cross-attention to a conditioning image, but none was given: "
-                "pass one, or set network.condition=none"
+                f"this network takes a conditioning image (network.condition={self.config.condition}), but none was "
+                "given: pass one, or set network.condition=none"
             )
         self._check(condition, "condition")
         if len(condition) != count:
             raise ValueError(f"there are {count} images, but {len(condition)} conditioning images: pass one per image")
+
+    def _tokens(self, condition: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Per stage, the tokens [B, h * w, C] of the conditioning images, or None without cross-attention."""
+        tokens: list[torch.Tensor | None] = [None] * len(self._grids)
+        if not self.condition_tokens or condition is None:
+            return tokens
         image = self._pad(condition)
         for stage, embed in self.condition_tokens.items():
             tokens[int(stage)] = embed(image)
@@ -199,7 +207,7 @@ class UNet(nn.Module):
 
     def _layer(self, stage: int, in_channels: int, attention: bool) -> Layer:
         channels, head_dim = self._channels[stage], self.config.head_dim
-        crossing = attention and self.config.conditioned
+        crossing = attention and self.config.condition == "cross-attention"
         return Layer(
             stage,
             ResidualBlock(in_channels, channels, self._embedding_width, self.config.dropout),

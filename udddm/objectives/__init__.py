@@ -40,7 +40,12 @@ def build(config: RunConfig, schedule: NoiseSchedule, epochs: float, shape: tupl
     built: Objective = OBJECTIVES.build(config.objective.name, config.objective.settings, own)
     if config.objective.refined.share and not built.refines:
         raise ConfigError(
-            f"objective.refined.share: {config.objective.name} has no refined pairs; use ict or ect, or set it to 0"
+            f"objective.refined.share: {config.objective.name} has no refined visits; use ict or ect, or set it to 0"
+        )
+    if config.objective.refined.share and config.objective.refined.use == "condition" and not context.conditioned:
+        raise ConfigError(
+            "objective.refined.use=condition: the network takes no conditioning image; set network.condition=channels "
+            "or cross-attention"
         )
     return Pretrained(EDM.create(context), built, first) if first else built
 
@@ -62,7 +67,7 @@ def describe(config: RunConfig, objective: Objective) -> str:
     refined = config.objective.refined
     return (
         config.objective.name
-        + (f" with {refined.share:.0%} refined pairs above sigma {refined.above:g}" if refined.share else "")
+        + (f" with {refined.share:.0%} refined visits above sigma {refined.above:g}" if refined.share else "")
         + (f", after a denoiser for {share:.0%} of the run" if share else "")
     )
 

@@ -41,7 +41,7 @@ class Visits:
     """[6, F] float32: the coefficients of the level below, at which these targets are evaluated."""
     condition: Condition = "noise"
     refined: Refined | None = None
-    """The visits whose image may be an estimate in place of x_0, if any."""
+    """The visits that may use an estimate as their image or their condition, if any."""
 
     def _map(self, name: str, **arguments: object) -> Visits:
         tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("condition", "refined")}

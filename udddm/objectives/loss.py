@@ -104,7 +104,7 @@ def visit_loss(
 
     `x0` [B, C, H, W] are the images, `state` [B, C, H, W] their x0-states, and `labels` [B] int64 their classes. The
     target is x_0 and, with the remaining weight (Eq. 3), the x0-state or the network's estimate at the level below. In
-    refined visits, an estimate takes the place of x_0 everywhere.
+    refined visits, an estimate takes the place of x_0 everywhere, or that of the conditioning image.
     """
     shape = tuple(x0.shape[1:])
     eps = rng.normal(visits.noise_key, shape)
@@ -123,7 +123,7 @@ def visit_loss(
         if visits.refined.source == "network":
             with _same_random_numbers(state.device):
                 estimate = f(Coefficients(*visits.coefficients), _ALL)
-        x0 = visits.refined.images(x0, estimate)
+        x0, condition = visits.refined.inputs(x0, condition, estimate)
     target = teacher.target(f, state, visits)
     output = f(Coefficients(*visits.coefficients), _ALL)
     loss = visits.weight * adaptive_loss(output, x0, target, visits.x0_weight, visits.huber_c)

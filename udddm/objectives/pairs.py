@@ -61,5 +61,5 @@ class RefinedPairs:
         else:
             rows = above & (drawn < epoch)
         initial = rng.as_tensor(rng.keys(self.seed, Stream.INITIAL_STATE, ids))
-        refined = Refined(torch.from_numpy(rows), initial, config.min_sharpness, config.source)
+        refined = Refined(torch.from_numpy(rows), initial, config.min_sharpness, config.source, config.use)
         return np.where(rows, drawn, epoch), refined

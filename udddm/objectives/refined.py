@@ -1,4 +1,4 @@
-"""Refined pairs: at some visits, the image is the sample's stored estimate in place of x_0 (docs/method.md).
+"""Refined visits: the sample's stored estimate is the image in place of x_0, or the condition (docs/method.md).
 
 A refined visit repeats the noise and the level of the sample's previous visit. Its image b is the estimate stored
 there, so it trains f(b + sigma eps, sigma) towards f(b + r eps, r). This is the refinement of the paper (arXiv
@@ -24,7 +24,7 @@ _PROBE_TOLERANCE = 0.02
 
 @dataclass
 class Refined:
-    """The visits of a batch of B whose image may be an estimate in place of x_0."""
+    """The visits of a batch of B that may use an estimate as their image or their condition."""
 
     rows: torch.Tensor
     """[B] bool: visits with the noise and the level at which the sample's x0-state was stored."""
@@ -34,6 +34,8 @@ class Refined:
     """The least sharpness of an estimate relative to that of its image (`sharpness`)."""
     source: Literal["store", "network"] = "store"
     """Where estimates come from: the x0-state, or an evaluation without gradient before the loss."""
+    use: Literal["image", "condition"] = "image"
+    """What an estimate is: the image of the visit, in place of x_0, or its conditioning image."""
 
     def pinned(self) -> Refined:
         """A copy in page-locked memory."""
@@ -45,7 +47,7 @@ class Refined:
         return replace(self, rows=rows, initial_key=self.initial_key.to(device, non_blocking=True))
 
     def used(self, x0: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
-        """A mask [B] of the visits whose image is the estimate. `x0` and `state` are [B, C, H, W]."""
+        """A mask [B] of the visits that use the estimate. `x0` and `state` are [B, C, H, W]."""
         if self.source == "network":
             return self.rows
         used = self.rows & ~is_generation_zero(state, self.initial_key)
@@ -53,9 +55,18 @@ class Refined:
             used &= sharpness(state) >= self.min_sharpness * sharpness(x0)
         return used
 
-    def images(self, x0: torch.Tensor, estimate: torch.Tensor) -> torch.Tensor:
-        """The images [B, C, H, W] of the visits: `estimate` in the rows `used`, and `x0` in the others."""
-        return torch.where(self.used(x0, estimate)[:, None, None, None], estimate, x0)
+    def inputs(
+        self, x0: torch.Tensor, condition: torch.Tensor | None, estimate: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The images and conditioning images of the visits, all [B, C, H, W].
+
+        Rows `used` have `estimate` in the place of one of them; the others have `x0` and `condition`.
+        """
+        used = self.used(x0, estimate)[:, None, None, None]
+        if self.use == "image":
+            return torch.where(used, estimate, x0), condition
+        assert condition is not None
+        return x0, torch.where(used, estimate, condition)
 
 
 def is_generation_zero(state: torch.Tensor, key: torch.Tensor) -> torch.Tensor:

@@ -54,7 +54,7 @@ def inputs(shape: Shape, batch: int = 2, seed: int = 0) -> tuple[torch.Tensor, t
     return x, level, torch.randn(batch, *shape, generator=generator)
 
 
-@pytest.mark.parametrize("condition", ["none", "cross-attention"])
+@pytest.mark.parametrize("condition", ["none", "channels", "cross-attention"])
 @pytest.mark.parametrize(
     ("shape", "channel_mult", "attention"),
     [
@@ -105,7 +105,7 @@ def test_training_succeeds_from_zero_initialized_layers() -> None:
     assert losses[-1] < 0.5 * losses[0]
 
 
-@pytest.mark.parametrize("condition", ["none", "cross-attention"])
+@pytest.mark.parametrize("condition", ["none", "channels", "cross-attention"])
 def test_initial_output_is_zero(condition: str) -> None:
     network = build(small(condition=condition), (1, 8, 8), max_frequency=16.0, seed=0)
     assert not network(*inputs((1, 8, 8))).any()
@@ -208,7 +208,7 @@ def test_embedding_frequencies_span_four_decades() -> None:
     torch.testing.assert_close(frequencies, expected, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("condition", ["none", "cross-attention"])
+@pytest.mark.parametrize("condition", ["none", "channels", "cross-attention"])
 def test_samples_of_a_batch_are_independent(condition: str) -> None:
     network = randomized(small(condition=condition, classes=2))
     x, level, image = inputs((1, 8, 8), batch=3)

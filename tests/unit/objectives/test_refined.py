@@ -35,12 +35,14 @@ KINDS = pytest.mark.parametrize(
 )
 
 
-def built(kind: dict[str, Any], epochs: float = 60, schedule: str = "ve", **refined: Any) -> Objective:
+def built(
+    kind: dict[str, Any], epochs: float = 60, schedule: str = "ve", conditioned: bool = False, **refined: Any
+) -> Objective:
     refined = {"share": 0.5, "above": 0.8, **refined}
     tree = {
         "seed": 3,
         "objective": {**kind, "refined": refined},
-        "network": {"condition": "none"},
+        "network": {"condition": "channels" if conditioned else "none"},
         "schedule": {"kind": schedule},
     }
     config = resolve(tree)
@@ -255,6 +257,40 @@ def test_the_estimate_of_the_network_takes_one_more_call_and_no_store() -> None:
     assert torch.equal(losses, expected) and torch.equal(after, expected_after)
 
 
+@KINDS
+def test_the_estimate_as_the_condition(kind: dict[str, Any]) -> None:
+    """`use: condition`: the image stays, and the student and its teacher have the estimate as their condition.
+
+    Other visits have noise as their condition, as in the first step of Algorithm 2, and no target is an estimate.
+    """
+
+    class Conditioned(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[torch.Tensor] = []
+
+        def forward(
+            self, x: torch.Tensor, level: torch.Tensor, condition: torch.Tensor, labels: object
+        ) -> torch.Tensor:
+            self.seen.append(condition)
+            return torch.tanh(0.7 * x + 0.3 * condition + level[:, None, None, None])
+
+    one, network = built(kind, conditioned=True, use="condition", above=0.0), Conditioned()
+    x0, state = batch()
+    visits = one.plan(np.arange(200), 33)
+    losses, after = visit_loss(network, x0, state, visits)
+    assert visits.refined is not None and len(network.seen) == 2  # the teacher and the student
+    used = visits.refined.rows[:, None, None, None]
+    condition = torch.where(used, state, rng.normal(visits.condition_key, SHAPE))
+    assert all(torch.equal(seen, condition) for seen in network.seen) and 20 < used.sum() < 180
+    at, below = Coefficients(*visits.coefficients), Coefficients(*visits.teacher_coefficients)
+    eps, target, taught = rng.normal(visits.noise_key, SHAPE), x0.clone(), visits.teacher_rows
+    output = denoise(network, add_noise(x0, eps, at), at, condition, None)
+    target[taught] = denoise(network, add_noise(x0[taught], eps[taught], below), below, condition[taught], None)
+    torch.testing.assert_close(after, output)
+    torch.testing.assert_close(losses, visits.weight * pseudo_huber(output, target, visits.huber_c))
+
+
 @pytest.mark.parametrize("teacher", [EVERY_ROW, Teacher(every_row=False)])
 def test_the_loss_does_not_depend_on_the_batch(teacher: Teacher) -> None:
     one, network = built({"name": "ect", "pretrain": 0.0}), Network()
@@ -271,14 +307,15 @@ def test_the_loss_does_not_depend_on_the_batch(teacher: Teacher) -> None:
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"name": "chain", "refined": {"share": 0.5}}, r"objective.refined.share: chain has no refined pairs.*ict"),
-        ({"name": "edm", "refined": {"share": 0.5}}, r"objective.refined.share: edm has no refined pairs"),
+        ({"name": "chain", "refined": {"share": 0.5}}, r"objective.refined.share: chain has no refined visits.*ict"),
+        ({"name": "edm", "refined": {"share": 0.5}}, r"objective.refined.share: edm has no refined visits"),
         (
             {"name": "ect", "ect": {"length": 2}, "refined": {"share": 0.5}},
             r"cannot be both the image.*objective.ect.length",
         ),
         ({"refined": {"share": 0.6}}, r"share 0.6 needs longer chains: with length 2 at most 0.5"),
         ({"refined": {"length": 1}}, r"objective.refined.length"),
+        ({"name": "ict", "refined": {"share": 0.5, "use": "condition"}}, r"network.condition=channels"),
     ],
 )
 def test_bad_settings(objective: dict[str, Any], message: str) -> None:
