@@ -12,6 +12,8 @@ import torch
 from gpu_steps.common import TINY_SHAPE, alone, pixels, running, synchronize, tiny
 from gpu_steps.harness import Bench, Check, Skipped
 
+CONFORMANCE = "tests/integration/test_conformance.py"
+
 
 def conformance(bench: Bench) -> None:
     """The suite picks CUDA where there is any. A machine may lack the plug-ins that pyproject.toml configures."""
@@ -27,7 +29,7 @@ def conformance(bench: Bench) -> None:
     command += ["-p", "no:cacheprovider", "--basetemp", str(bench.scratch / "pytest"), "-k", chosen]
     began = time.perf_counter()
     done = subprocess.run(
-        [*command, str(bench.root / "tests" / "store" / "test_conformance.py")],
+        [*command, str(bench.root / CONFORMANCE)],
         cwd=bench.root,
         capture_output=True,
         text=True,

@@ -217,3 +217,8 @@ def test_real_checks_on_a_cpu(tmp_path):
     assert records["P2.noise"]["figures"]["share_of_differing_bits"] == 0
     assert set(records["P2.losses"]["figures"]["largest_difference"].values()) == {0.0}
     assert "P2: a step on the device" in text.read_text()
+
+
+def test_the_conformance_suite_of_the_stores_is_where_the_benchmark_looks():
+    text = (ROOT / importlib.import_module("gpu_steps.stores").CONFORMANCE).read_text()
+    assert "class TestDeviceStore" in text and "class TestPinnedStore" in text
