@@ -40,11 +40,16 @@ class Visits:
     teacher_coefficients: torch.Tensor
     """[6, F] float32: the coefficients of the level below, at which these targets are evaluated."""
     condition: Condition = "noise"
+    stored_rows: torch.Tensor | None = None
+    """[S] int64: the visits whose target is the x0-state, or None for objectives without such targets."""
+    stored_coefficients: torch.Tensor | None = None
+    """[6, S] float32: the coefficients of the level at which these targets were stored."""
     refined: Refined | None = None
     """The visits that may use an estimate as their image or their condition, if any."""
 
     def _map(self, name: str, **arguments: object) -> Visits:
-        tensors = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("condition", "refined")}
+        given = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {key: value for key, value in given.items() if isinstance(value, torch.Tensor)}
         return replace(self, **{key: getattr(value, name)(**arguments) for key, value in tensors.items()})
 
     def pinned(self) -> Visits:

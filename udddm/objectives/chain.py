@@ -88,7 +88,8 @@ class Chain(TargetObjective):
         if self.config.weighting == "gap":
             weight = 1 / np.diff(self._sigmas[stage], prepend=0.0)[level]
         teacher_rows = np.flatnonzero((visit == 0) & ~lowest)
-        return self.visits(
+        stored = np.flatnonzero((visit > 0) & ~lowest)
+        visits = self.visits(
             ids,
             epoch,
             times[level],
@@ -98,3 +99,4 @@ class Chain(TargetObjective):
             teacher_rows=teacher_rows,
             teacher_times=times[level[teacher_rows] - 1],
         )
+        return self.with_stored(visits, stored, times[level[stored] - 1]) if self.reads_state else visits

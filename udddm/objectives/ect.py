@@ -125,4 +125,8 @@ class ECT(TargetObjective):
             teacher_rows=teacher_rows,
             teacher_times=self.schedule.time(r[teacher_rows]),
         )
-        return replace(visits, refined=refined)
+        visits = replace(visits, refined=refined)
+        if self.config.length == 1:
+            return visits
+        rows = np.flatnonzero(stored & (r > 0))
+        return self.with_stored(visits, rows, self.schedule.time(r[rows]))

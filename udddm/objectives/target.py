@@ -7,6 +7,8 @@ the loss.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -54,6 +56,11 @@ class TargetObjective(Objective):
             teacher_coefficients=torch.from_numpy(self.schedule.coefficients(teacher_times)),
             condition="noise" if self.conditioned else "none",
         )
+
+    def with_stored(self, visits: Visits, rows: Ids, times: Floats) -> Visits:
+        """The plan with the visits `rows` [S] whose targets were stored at `times` [S]."""
+        at = torch.from_numpy(self.schedule.coefficients(times))
+        return replace(visits, stored_rows=torch.from_numpy(rows), stored_coefficients=at)
 
 
 def lognormal(schedule: NoiseSchedule, key: rng.Keys, p_mean: float, p_std: float) -> Floats:

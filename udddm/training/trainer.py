@@ -42,6 +42,7 @@ from udddm.store import Encoding, Snapshot, StateLayout, StoreCounters
 from udddm.store.base import finite_rows
 from udddm.training.inputs import InputBuilder, Prefetch
 from udddm.training.progress import Progress
+from udddm.training.state_use import StateUse
 
 
 class Trainer:
@@ -69,8 +70,7 @@ class Trainer:
         self.evaluation = RunEvaluation(config, dataset, ranks, run.path) if config.evaluate.every_steps else None
         self.step = 0
         self._kept_rows = torch.zeros((), dtype=torch.int64, device=ranks.device)
-        self._refined_rows = torch.zeros((), dtype=torch.int64, device=ranks.device)
-        """Visits since the last report whose image was an estimate (objective.refined)."""
+        self._state_use = StateUse(config, ranks)
         self._newest: Path | None = None
         """The newest checkpoint that this process wrote or resumed from."""
         self._stop = StopRequest(once=ranks.launched)
@@ -85,8 +85,7 @@ class Trainer:
         """
         parts = inputs.next()
         states = self.store.read().chunk(len(parts))
-        if self.config.network.dropout:  # the only use of a generator with a state; all else is a function of position
-            torch.manual_seed(rng.key(self.config.seed, Stream.DROPOUT, self.step, self.ranks.rank) >> 1)
+        self._seed_dropout()
         total, new_states = torch.zeros((), device=self.ranks.device), []
         for part, state in zip(parts, states, strict=True):
             with self.engine.micro_batch(last=part is parts[-1]):
@@ -97,8 +96,11 @@ class Trainer:
                 loss = (losses * part.weights).sum()
                 self.engine.backward(loss)
             total += loss.detach()
-            if part.visits.refined is not None:
-                self._refined_rows += part.visits.refined.used(part.images, state).sum()
+            self._state_use.count(part, state)
+            if self._state_use.wants_age(part, self.step) and not self.engine.equal_forward_calls:
+                self._seed_dropout()
+                with self.engine.autocast():
+                    self._state_use.measure_age(self.engine.module, part, state, new)
             new, kept = finite_rows(new, state)
             self._kept_rows += kept
             new_states.append(new)
@@ -108,6 +110,11 @@ class Trainer:
             average.update(self.step)
         self.store.write(new_states[0] if len(new_states) == 1 else torch.cat(new_states))
         return total
+
+    def _seed_dropout(self) -> None:
+        """Seed the only generator with a state; all else is a function of position."""
+        if self.config.network.dropout:
+            torch.manual_seed(rng.key(self.config.seed, Stream.DROPOUT, self.step, self.ranks.rank) >> 1)
 
     # The run.
 
@@ -215,11 +222,7 @@ class Trainer:
         read_wait, write_wait = counters.read_wait - before.read_wait, counters.write_wait - before.write_wait
         rate = (self.step - first) / seconds
         images_per_step = self.order.samples / self.order.steps_per_epoch
-        refined = {}
-        if self.config.objective.refined.share:
-            visits = (self.step - first) * images_per_step
-            refined["refined_fraction"] = self.ranks.sum(self._refined_rows) / visits
-            self._refined_rows.zero_()
+        state_use = self._state_use.report(self.step, (self.step - first) * images_per_step)
         if progress is not None:
             progress.write(
                 self.step,
@@ -228,7 +231,7 @@ class Trainer:
                     "loss": loss,
                     "learning_rate": self.engine.learning_rate(self.step - 1),
                     "images_per_second": rate * images_per_step,
-                    **refined,
+                    **state_use,
                     "store_wait_fraction": (read_wait + write_wait) / seconds,
                     "store_read_wait_seconds": read_wait,
                     "store_write_wait_seconds": write_wait,

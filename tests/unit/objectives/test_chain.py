@@ -74,7 +74,7 @@ def f_at(network: nn.Module, coefficients: torch.Tensor, x0: torch.Tensor, eps: 
 
 
 def same(a: Visits, b: Visits) -> bool:
-    names = [field.name for field in fields(Visits) if field.name not in ("condition", "refined")]
+    names = [field.name for field in fields(Visits) if isinstance(getattr(a, field.name), torch.Tensor)]
     return a.condition == b.condition and all(torch.equal(getattr(a, name), getattr(b, name)) for name in names)
 
 
