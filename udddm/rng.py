@@ -42,6 +42,7 @@ class Stream(IntEnum):
     SAMPLE_LABEL = 15
     LABEL_DROPOUT = 16
     REFINED = 17
+    FLIP = 18
 
 
 def splitmix64(z: Keys) -> Keys:

@@ -35,6 +35,9 @@ class DataConfig(Section):
         None, description="path or fsspec URL of the archive, folder or array", json_schema_extra=CHANGEABLE
     )
     size: Positive | None = Field(None, description="side in pixels to which the images of a folder are resized")
+    flip: bool = Field(
+        False, description="mirror half of the images horizontally, drawn anew with the noise of a visit"
+    )
     missing_chunks: Literal["stop", "fill"] = Field(
         "stop",
         description="meaning of a missing chunk of a Zarr data set: corruption (stop), or a chunk that contains only "
@@ -101,6 +104,11 @@ class NetworkConfig(Section):
     )
     head_dim: Annotated[int, Field(ge=1, le=1 << 16)] = Field(64, description="channels per attention head")
     dropout: UnderOne = Field(0.3, description="dropout probability")
+    max_frequency: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="highest frequency of the noise-level embedding, in radians per unit of c_noise; unset: 16 with "
+        "preconditioning edm (EDM's own value is 1), otherwise 1",
+    )
     condition: Literal["cross-attention", "channels", "none"] = Field(
         "cross-attention",
         description="how the network uses a conditioning image: by attention to it, as additional input channels, or "
@@ -208,13 +216,22 @@ class TrainConfig(Section):
         description="micro-batches per step on each rank; more need less memory and give the same result",
         json_schema_extra=CHANGEABLE,
     )
-    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="learning rate of Adam")
-    betas: tuple[UnderOne, UnderOne] = Field((0.9, 0.999), description="betas of Adam")
+    optimizer: Literal["adam", "adamw", "radam"] = Field("adam", description="Adam, AdamW or RAdam")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="decoupled weight decay of adamw and radam, times the learning rate"
+    )
+    learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="learning rate")
+    betas: tuple[UnderOne, UnderOne] = Field((0.9, 0.999), description="decay rates of the optimizer's moments")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
         0, description="steps over which the learning rate rises linearly from 0"
     )
     lr_schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="learning rate after the warm-up: constant, or decaying to 0 at the end"
+    )
+    lr_restart: UnderOne = Field(
+        0.0,
+        description="fraction of the run at which the learning rate starts again, with its warm-up and decay, such as "
+        "objective.pretrain",
     )
     grad_clip: Annotated[float, Field(gt=0)] | None = Field(
         None, description="maximum norm of the gradient; unset: no clipping"
@@ -258,6 +275,15 @@ class TrainConfig(Section):
     def _one_length(self) -> TrainConfig:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("set either train.epochs or train.steps, not both")
+        return self
+
+    @model_validator(mode="after")
+    def _decoupled(self) -> TrainConfig:
+        if self.weight_decay and self.optimizer == "adam":
+            raise ValueError(
+                f"weight_decay {self.weight_decay:g} needs optimizer adamw or radam: in Adam's moments it would depend "
+                "on the gradients"
+            )
         return self
 
     @field_validator("power_ema")

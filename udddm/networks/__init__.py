@@ -41,6 +41,6 @@ def outline(config: NetworkConfig, shape: tuple[int, int, int]) -> nn.Module:
 
 def for_run(config: RunConfig, shape: tuple[int, int, int]) -> nn.Module:
     """The network of a run for images [C, H, W], with the run's initial weights. Raises ConfigError."""
-    frequency = schedule.build(config.schedule).max_frequency
+    frequency = config.network.max_frequency or schedule.build(config.schedule).max_frequency
     seed = rng.key(config.seed, Stream.INITIAL_WEIGHTS)
     return build(config.network, shape, max_frequency=frequency, seed=seed)

@@ -11,11 +11,13 @@ from udddm.diffusion.schedule import NoiseSchedule
 from udddm.errors import ConfigError
 from udddm.objectives.base import Objective, ObjectiveContext, Visits
 from udddm.objectives.edm import EDM
+from udddm.objectives.flips import HorizontalFlips
 from udddm.objectives.labels import LabelDropout
 from udddm.objectives.loss import Teacher, adaptive_loss, pseudo_huber, visit_loss
 from udddm.objectives.pretrain import Pretrained
 
 __all__ = [
+    "HorizontalFlips",
     "LabelDropout",
     "Objective",
     "ObjectiveContext",

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 
 from udddm.data.dataset import ImageDataset
-from udddm.objectives import LabelDropout
+from udddm.objectives import HorizontalFlips, LabelDropout
 from udddm.objectives.base import Objective, Visits
 from udddm.order import Order
 from udddm.storage.threads import Worker
@@ -45,6 +45,8 @@ class InputBuilder:
     """The device that uses the inputs. For CUDA they are built in page-locked memory."""
     labels: LabelDropout | None
     """Selects the visits that keep their label. None if the network takes no labels."""
+    flips: HorizontalFlips | None = None
+    """Selects the visits whose image is mirrored. None mirrors none."""
     parts: int = 1
     """The number of equal micro-batches per step."""
 
@@ -55,18 +57,23 @@ class InputBuilder:
         images, labels = self.dataset.batch(batch.ids)
         weights = torch.from_numpy(batch.weights / batch.total)
         if self.device.type == "cuda":
-            images, weights = images.pin_memory(), weights.pin_memory()
+            weights = weights.pin_memory()
         size = len(batch.ids) // self.parts
         made = []
         for first in range(0, len(batch.ids), size):
             part = slice(first, first + size)
             visits = self.objective.plan(batch.ids[part], epoch)
+            shown = images[part] if self.flips is None else self.flips(images[part], visits)
             given = None
             if self.labels is not None and labels is not None:
                 given = self.labels(torch.from_numpy(labels[part]), visits)
             if self.device.type == "cuda":
-                visits, given = visits.pinned(), None if given is None else given.pin_memory()
-            made.append(StepInput(images[part], given, weights[part], visits))
+                shown, visits, given = (
+                    shown.pin_memory(),
+                    visits.pinned(),
+                    None if given is None else given.pin_memory(),
+                )
+            made.append(StepInput(shown, given, weights[part], visits))
         return made
 
 

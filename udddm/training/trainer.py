@@ -152,7 +152,10 @@ class Trainer:
         self._resume()
         labels = objectives.LabelDropout.of(self.config) if self.config.network.classes else None
         parts = self.config.train.grad_accumulation
-        builder = InputBuilder(self.order, self.lanes, self.dataset, self.objective, self.ranks.device, labels, parts)
+        flips = objectives.HorizontalFlips(self.config.seed) if self.config.data.flip else None
+        builder = InputBuilder(
+            self.order, self.lanes, self.dataset, self.objective, self.ranks.device, labels, flips, parts
+        )
         return Prefetch(builder, step=self.step, depth=self.config.store.prefetch or 4)
 
     def _loop(self, inputs: Prefetch, progress: Progress | None) -> None:

@@ -104,11 +104,17 @@ class Engine(ABC):
         return torch.autocast(self.ranks.device.type, AUTOCAST[self.config.precision])
 
     def learning_rate(self, step: int) -> float:
-        """The learning rate of step `step`, counted from 0: linear warmup, then constant or decaying to 0."""
-        c = self.config
+        """The learning rate of step `step`, counted from 0: linear warmup, then constant or decaying to 0, and the
+        same again from `train.lr_restart` on."""
+        c, total = self.config, self.total_steps
+        restart = round(c.lr_restart * total)
+        if step >= restart:
+            step, total = step - restart, total - restart
+        else:
+            total = restart
         if step < c.warmup_steps:
             return c.learning_rate * (step + 1) / c.warmup_steps
-        done = (step - c.warmup_steps) / max(1, self.total_steps - c.warmup_steps)
+        done = (step - c.warmup_steps) / max(1, total - c.warmup_steps)
         factor = {"constant": 1.0, "cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done}[c.lr_schedule]
         return c.learning_rate * factor
 
@@ -167,7 +173,8 @@ class Engine(ABC):
         for master in {id(s.master): s.master for s in self.slots().values()}.values():
             state = self.adam.state[master]
             if "exp_avg" not in state:
-                where = master.device if master.device.type == "cuda" else torch.device("cpu")
+                fused = master.device.type == "cuda" and self.adam.defaults.get("fused")
+                where = master.device if fused else torch.device("cpu")
                 state["step"] = torch.zeros((), dtype=torch.float32, device=where)
                 for key in MOMENTS:
                     state[key] = torch.zeros_like(master, memory_format=torch.preserve_format)

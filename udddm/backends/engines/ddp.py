@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from udddm.backends.engines import optimizers
 from udddm.backends.engines.base import MOMENTS, Engine, EngineContext, Pieces, Slot
 from udddm.config import RunConfig
 from udddm.errors import ConfigError
@@ -42,7 +43,7 @@ class TorchEngine(Engine):
         Subclasses may override this. Its state must be that of Adam (`exp_avg`, `exp_avg_sq`, `step`), because
         checkpoints hold no other state.
         """
-        return torch.optim.Adam(parameters, lr=self.config.learning_rate, betas=self.config.betas, fused=True)
+        return optimizers.build(self.config, parameters)
 
     def describe(self) -> str:
         return "torch"

@@ -1,6 +1,6 @@
 """The DeepSpeed engine: ZeRO 0 to 3, optimizer offload, float32, bf16 and fp16 with dynamic loss scaling.
 
-The optimizer is always PyTorch's fused Adam, even if DeepSpeed would compile its own, so that no compiler is needed.
+The optimizer is always PyTorch's, even if DeepSpeed would compile its own, so that no compiler is needed.
 `slots` locates this rank's part of every master weight. These locations are not part of DeepSpeed's public interface,
 hence the pinned minor version.
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from udddm.backends.engines import deepspeed_config
+from udddm.backends.engines import deepspeed_config, optimizers
 from udddm.backends.engines.base import Engine, EngineContext, Slot
 from udddm.config import RunConfig
 from udddm.errors import ConfigError
@@ -69,7 +69,7 @@ class DeepSpeedEngine(Engine):
         self.stage = deepspeed_config.zero_stage(config)
         initial = {name: p.detach().clone() for name, p in network.named_parameters()}
         network.to(ranks.device)
-        adam = torch.optim.Adam(network.parameters(), lr=train.learning_rate, betas=train.betas, fused=True)
+        adam = optimizers.build(train, network.parameters())
         self._engine, self._optimizer, _, _ = deepspeed.initialize(model=network, optimizer=adam, config=settings)
         self._parameters = dict(network.named_parameters())
         self.module, self.adam = self._engine, self._engine.basic_optimizer

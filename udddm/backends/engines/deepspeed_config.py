@@ -78,9 +78,15 @@ def _ours(config: RunConfig, world: int) -> dict[str, Any]:
         "fp16": {"enabled": train.precision == "fp16"},
         "bf16": {"enabled": train.precision == "bf16"},
         "optimizer": {
-            "type": "Adam",
-            "params": {"lr": train.learning_rate, "betas": list(train.betas), "eps": 1e-8, "weight_decay": 0.0},
+            "type": {"adam": "Adam", "adamw": "AdamW", "radam": "RAdam"}[train.optimizer],
+            "params": {
+                "lr": train.learning_rate,
+                "betas": list(train.betas),
+                "eps": 1e-8,
+                "weight_decay": train.weight_decay,
+            },
         },
+        "zero_allow_untested_optimizer": train.optimizer == "radam",
         "zero_optimization": zero,
     }
 
@@ -92,7 +98,8 @@ REMEDIES = {
     "gradient_clipping": "train.grad_clip",
     "fp16.enabled": "train.precision",
     "bf16.enabled": "train.precision",
-    "optimizer.type": "fixed: the method is trained with Adam",
+    "optimizer.type": "train.optimizer",
+    "optimizer.params.weight_decay": "train.weight_decay",
     "optimizer.params.lr": "train.learning_rate",
     "optimizer.params.betas": "train.betas",
     "zero_optimization.stage": "engine.zero",
