@@ -197,6 +197,7 @@ def configured(data: Data, overrides: list[str], steps: int, seed: int) -> RunCo
         f"seed={seed}",
         f"train.steps={steps}",
         "train.epochs=null",
+        "objective.refined.share=0",
         "train.torch_threads=1",
         "store.kind=gpu",
         f"checkpoint.every_steps={steps}",
