@@ -12,7 +12,6 @@ import pytest
 from udddm import api
 from udddm.config import RunConfig, resolve
 from udddm.data import ArrayImages
-from udddm.errors import ConfigError
 
 IMAGES = ArrayImages(np.random.default_rng(0).integers(0, 256, (64, 1, 4, 4), dtype=np.uint8))
 FINGERPRINTS = ("weights_sha256", "ema_sha256", "state_sha256")
@@ -55,10 +54,3 @@ def test_a_run_resumes_bit_for_bit_with_another_store(tmp_path: Path, kind: str)
     fractions = {line["step"]: line["refined_fraction"] for line in lines}
     assert fractions[4] == fractions[8] == 0  # the denoiser of the first two epochs
     assert 0.1 < max(fractions.values()) < 0.5
-
-
-def test_an_objective_without_refined_pairs_is_refused_before_the_run_directory_exists(tmp_path: Path) -> None:
-    config = refined("chain", objective={"name": "chain", "refined": {"share": 0.5}})
-    with pytest.raises(ConfigError, match="chain has no refined visits"):
-        api.train(config, IMAGES, run_dir=tmp_path / "run", device="cpu")
-    assert not (tmp_path / "run" / "run.json").exists()

@@ -25,6 +25,7 @@ OLD_NAMES = [
     "log_every_steps=5",
     "sample={every_steps: 0, final: 0}",
     # A section given by --set was replaced then, and is merged with the preset now.
+    "objective.refined.share=0",
     "network.patch=1",
     "process.sigma_data=0.5",
     "train.betas=[0.9, 0.999]",

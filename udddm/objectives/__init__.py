@@ -40,11 +40,8 @@ def build(config: RunConfig, schedule: NoiseSchedule, epochs: float, shape: tupl
     first = math.ceil(pretrain_share(config) * epochs)
     own = replace(context, epochs=max(epochs - first, 1e-9)) if first else context
     built: Objective = OBJECTIVES.build(config.objective.name, config.objective.settings, own)
-    if config.objective.refined.share and not built.refines:
-        raise ConfigError(
-            f"objective.refined.share: {config.objective.name} has no refined visits; use ict or ect, or set it to 0"
-        )
-    if config.objective.refined.share and config.objective.refined.use == "condition" and not context.conditioned:
+    refined = config.objective.refined
+    if built.refines and refined.share and refined.use == "condition" and not context.conditioned:
         raise ConfigError(
             "objective.refined.use=condition: the network takes no conditioning image; set network.condition=channels "
             "or cross-attention"
@@ -66,12 +63,20 @@ def pretrain_share(config: RunConfig) -> float:
 def describe(config: RunConfig, objective: Objective) -> str:
     """The name of the objective and its pretraining, if any, for the first lines of a run's log."""
     share = pretrain_share(config) if isinstance(objective, Pretrained) else 0.0
-    refined = config.objective.refined
     return (
         config.objective.name
-        + (f" with {refined.share:.0%} refined visits above sigma {refined.above:g}" if refined.share else "")
+        + _describe_refined(config, objective)
         + (f", after a denoiser for {share:.0%} of the run" if share else "")
     )
+
+
+def _describe_refined(config: RunConfig, objective: Objective) -> str:
+    refined = config.objective.refined
+    if not refined.share:
+        return ""
+    if not objective.refines:
+        return " (objective.refined is for ict and ect, and not used)"
+    return f" with {refined.share:.0%} refined visits above sigma {refined.above:g}"
 
 
 def teacher_of(config: RunConfig, *, equal_forward_calls: bool) -> Teacher:

@@ -73,7 +73,7 @@ class Objective(ABC):
     """Fraction of a run from random weights that first trains a denoiser, if `objective.pretrain` is not set."""
     is_denoiser: ClassVar[bool] = False
     """Whether this objective is a denoiser, which is never pretrained with another one."""
-    refines: ClassVar[bool] = False
+    refines: bool = False
     """Whether this objective follows `objective.refined`."""
     reads_state: bool = True
     """Whether any visit depends on the x0-state. If not, the run keeps none."""

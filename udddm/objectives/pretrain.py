@@ -11,6 +11,7 @@ class Pretrained(Objective):
     def __init__(self, first: Objective, then: Objective, epochs: int):
         self.first, self.then, self.epochs = first, then, epochs
         self.reads_state = first.reads_state or then.reads_state
+        self.refines = then.refines
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
         if epoch < self.epochs:

@@ -8,15 +8,16 @@ from torch import nn
 from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig
 from udddm.log import log
-from udddm.objectives import age
+from udddm.objectives import Objective, age
 from udddm.training.inputs import StepInput
 
 
 class StateUse:
     """Accumulates the metrics between two reports. Every rank has one."""
 
-    def __init__(self, config: RunConfig, ranks: Ranks):
-        self._refines, self._every, self._ranks = config.objective.refined.share > 0, config.log_every_steps, ranks
+    def __init__(self, config: RunConfig, objective: Objective, ranks: Ranks):
+        self._refines = objective.refines and config.objective.refined.share > 0
+        self._every, self._ranks = config.log_every_steps, ranks
         self._refined = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._ages = torch.zeros(2, device=ranks.device)
         self._warned = False

@@ -70,7 +70,7 @@ class Trainer:
         self.evaluation = RunEvaluation(config, dataset, ranks, run.path) if config.evaluate.every_steps else None
         self.step = 0
         self._kept_rows = torch.zeros((), dtype=torch.int64, device=ranks.device)
-        self._state_use = StateUse(config, ranks)
+        self._state_use = StateUse(config, self.objective, ranks)
         self._newest: Path | None = None
         """The newest checkpoint that this process wrote or resumed from."""
         self._stop = StopRequest(once=ranks.launched)

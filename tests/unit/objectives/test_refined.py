@@ -307,8 +307,6 @@ def test_the_loss_does_not_depend_on_the_batch(teacher: Teacher) -> None:
 @pytest.mark.parametrize(
     ("objective", "message"),
     [
-        ({"name": "chain", "refined": {"share": 0.5}}, r"objective.refined.share: chain has no refined visits.*ict"),
-        ({"name": "edm", "refined": {"share": 0.5}}, r"objective.refined.share: edm has no refined visits"),
         (
             {"name": "ect", "ect": {"length": 2}, "refined": {"share": 0.5}},
             r"cannot be both the image.*objective.ect.length",
@@ -322,3 +320,15 @@ def test_bad_settings(objective: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config = resolve({"objective": objective, "network": {"condition": "none"}})
         objectives.build(config, build(config.schedule), 10, SHAPE)
+
+
+@pytest.mark.parametrize("pretrain", [0.0, 0.25])
+@pytest.mark.parametrize(("name", "used"), [("ict", True), ("ect", True), ("chain", False), ("edm", False)])
+def test_the_log_says_whether_visits_are_refined(name: str, used: bool, pretrain: float) -> None:
+    """A preset's refined pairs are like the sections of the other objectives if another one is selected."""
+    config = resolve({"objective": {"name": name, "pretrain": pretrain, "refined": {"share": 0.4}}})
+    one = objectives.build(config, build(config.schedule), 20, SHAPE)
+    said = objectives.describe(config, one)
+    assert ("40% refined visits above sigma 0.8" in said) == used
+    assert ("objective.refined is for ict and ect, and not used" in said) == (not used)
+    assert used == (one.plan(np.arange(8), 15).refined is not None)
