@@ -9,7 +9,6 @@ from udddm.config.reading import apply, as_yaml, load_config, overridden, resolv
 from udddm.config.run import (
     CheckpointConfig,
     DataConfig,
-    EngineConfig,
     EvaluateConfig,
     ExpectConfig,
     NetworkConfig,
@@ -18,8 +17,8 @@ from udddm.config.run import (
     SampleConfig,
     ScheduleConfig,
     StoreConfig,
-    TrainConfig,
 )
+from udddm.config.train import EngineConfig, TrainConfig
 from udddm.errors import ConfigError
 
 __all__ = [
