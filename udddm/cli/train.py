@@ -31,7 +31,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--store",
         metavar="KIND",
-        help="x0-state store: gpu, pinned, zarr, or package.module:factory (store.kind)",
+        help="x0-state store: none, gpu, pinned, zarr, or package.module:factory (store.kind)",
     )
     parser.add_argument(
         "--store-url", metavar="URL", help="location of the zarr store (store.url; default <run>/state)"
