@@ -154,7 +154,7 @@ def test_condition_none_ignores_an_image() -> None:
 
 def test_a_missing_condition_is_an_error() -> None:
     x, level, _ = inputs((1, 8, 8))
-    with pytest.raises(ValueError, match="takes a conditioning image .*, but none was given"):
+    with pytest.raises(ValueError, match=r"takes a conditioning image .*, but none was given"):
         randomized(small())(x, level)
 
 
