@@ -103,6 +103,33 @@ def curves(book: Mapping[str, Any], path: Path) -> None:
     _save(figure, path)
 
 
+def refined(book: Mapping[str, Any], path: Path) -> None:
+    """fd at one evaluation over the images trained on, with and without refined pairs: every seed, and their mean."""
+    found: dict[str, list[list[tuple[int, float]]]] = {}
+    for row in book["rows"].values():
+        found.setdefault(row["arm"], []).append([(point["images"], point["fd"]) for point in row["curve"]])
+    figure, axes = _figure(7, 4.5)
+    axis, ends, last = axes[0], [], 0
+    for color, (arm, runs) in zip(COLORS, found.items(), strict=False):
+        images = [at for at, _ in runs[0]]
+        for run in runs:
+            axis.plot(images, [fd for _, fd in run], lw=0.7, alpha=0.5, color=color)
+        mean = [float(np.mean([run[i][1] for run in runs])) for i in range(len(images))]
+        axis.plot(images, mean, "o-", ms=4, lw=2, color=color)
+        name = "refined pairs" if "-" in arm else "without"
+        ends.append((f"{name}  {mean[-1]:.1f}", mean[-1], color))
+        last = images[-1]
+    axis.set(yscale="log", xlim=(0, last * 1.3), xlabel="images trained on")
+    ticks = [10, 20, 50, 100, 200, 500, 1000]
+    axis.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
+    axis.minorticks_off()
+    axis.set_xticks([tick for tick in axis.get_xticks() if tick <= last * 1.01])
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    _name_ends(axis, last, ends)
+    axis.set_ylabel("fd of the EMA, 1 evaluation (lower is better)")
+    _save(figure, path)
+
+
 def _shown(name: str) -> str:
     return f"{name}, 9 evaluations" if "Heun" in name else name
 
@@ -262,6 +289,7 @@ def main() -> None:
 
     for data in ("digits", "fashion-mnist"):
         curves(load(f"quality-{data}"), RESULTS / f"quality-{data}.png")
+    refined(load("refined-digits"), RESULTS / "refined-digits.png")
     gaussian(load("gaussian")["results"], RESULTS / "gaussian.png")
     store_rates(load("store-rivals")["side_by_side"], RESULTS / "store-rivals.png")
     store_scale(load("store_scale"), RESULTS / "store_scale.png")

@@ -43,7 +43,12 @@ def command_line() -> str:
     arguments = iter(sys.argv[1:])
     for word in arguments:
         option, equals, _ = word.partition("=")
-        if option in ("--json", "--plot", "--directory"):  # where files are on this machine tells a reader nothing
+        if option in (
+            "--json",
+            "--plot",
+            "--directory",
+            "--runs",
+        ):  # where files are on this machine tells a reader nothing
             if not equals:
                 next(arguments, None)
             continue
