@@ -17,6 +17,7 @@ from typing import Any
 from unittest import mock
 
 from udddm.storage import base as objects_module
+from udddm.storage import threads as threads_module
 from udddm.store import pipeline as pipeline_module
 from udddm.store import pool as pool_module
 from udddm.store import zarr as zarr_module
@@ -123,6 +124,7 @@ class World:
             (pipeline_module, "queue", queues),
             (pipeline_module, "time", clock),
             (pool_module, "threading", thread),
+            (threads_module, "threading", thread),
             (pipeline_module, "_POLL", 5.0),  # only checks for failures; fewer checks are faster
             (zarr_module, "threading", thread),
             (objects_module, "threading", thread),

@@ -216,9 +216,11 @@ def estimates(place: Place, sample: int) -> list[tuple[str, torch.Tensor]]:
         if value is not None:
             found.append((path.name, value))
     if not found:
-        stateless = place.checkpoints and _header(place.checkpoints[-1])["form"] == "none"
-        why = "keeps no x0-state, because its objective does not read it" if stateless else ""
-        raise StoreError(f"{place.name} {why or f'holds no complete generation of sample {sample} yet'}")
+        why = f"holds no complete generation of sample {sample} yet"
+        with suppress(StoreError):  # a live run may have deleted the checkpoint since it was listed
+            if place.checkpoints and _header(place.checkpoints[-1])["form"] == "none":
+                why = "keeps no x0-state, because its objective does not read it"
+        raise StoreError(f"{place.name} {why}")
     return found
 
 
