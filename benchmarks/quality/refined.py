@@ -2,6 +2,7 @@
 
     python benchmarks/quality/refined.py run --arms ict ict-refined --seeds 20 21 22 23 24
     python benchmarks/quality/refined.py report
+    python benchmarks/quality/refined.py speed      # images/s relative to the same objective without refined pairs
 
 Each arm is a preset of --data with some settings changed, trained on --images images. It is scored at 1, 2 and 4
 evaluations, and along the way at one, with the yardstick's network (benchmarks/yardstick; lower is better). Each row is
@@ -14,12 +15,16 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
-from study import DATA, run
+from study import DATA, configured, run
+
+import udddm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import ROOT, about, write_json
@@ -33,6 +38,7 @@ def refined(**settings: object) -> list[str]:
     return [f"objective.refined.{key}={value}" for key, value in values.items()]
 
 
+STORES = ("gpu", "pinned", "zarr")
 BASES = {"ict": ICT, "ect": ECT}
 VARIANTS: dict[str, list[str]] = {
     "": [],
@@ -109,13 +115,34 @@ def show(lines: list[dict[str, Any]]) -> None:
         print(f"{line['images']:7}  {line['arm']:22}  {len(line['seeds']):5}  {''.join(cells)}{recall:.3f}", flush=True)
 
 
+def speed(data: str, rounds: int, steps: int, directory: Path) -> dict[str, list[float]]:
+    """Images/s of short runs with refined pairs on each store, over those of a run without in the same round."""
+    chosen = DATA[data]
+    plain = ["objective={name: ict, pretrain: 0}", "evaluate.every_steps=0"]
+    kinds = {"without": plain} | {store: [*plain, *refined(), f"store.kind={store}"] for store in STORES}
+    found: dict[str, list[float]] = {store: [] for store in STORES}
+    for number in range(rounds):
+        rates = {}
+        for name, sets in kinds.items():
+            run_dir = directory / f"{name}-{number}"
+            config = configured(chosen, sets, steps, number)
+            rates[name] = udddm.train(config, run_dir=run_dir, device="cpu").images_per_second
+            shutil.rmtree(run_dir)
+        for store in STORES:
+            found[store].append(rates[store] / rates["without"])
+        print("  ".join(f"{store} {found[store][-1]:.3f}" for store in STORES), flush=True)
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("suite", choices=["run", "report"])
+    parser.add_argument("suite", choices=["run", "report", "speed"])
     parser.add_argument("--data", choices=list(DATA), default="digits")
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["ict", "ict-refined"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
     parser.add_argument("--images", type=int, default=384_000)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--steps", type=int, default=300, help="length of a run of the speed")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/refined-<data>.json")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "refined", help="where the runs are kept")
     arguments = parser.parse_args()
@@ -125,6 +152,14 @@ def main() -> None:
         found: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"rows": {}}
         return found
 
+    if arguments.suite == "speed":
+        with tempfile.TemporaryDirectory() as scratch:
+            ratios = speed(arguments.data, arguments.rounds, arguments.steps, Path(scratch))
+        medians = {store: statistics.median(each) for store, each in ratios.items()}
+        print("median  " + "  ".join(f"{store} {ratio:.3f}" for store, ratio in medians.items()))
+        target = arguments.json or ROOT / "benchmarks" / "results" / f"refined-speed-{arguments.data}.json"
+        write_json(target, about(), {"steps": arguments.steps, "ratios": ratios, "median": medians})
+        return
     for seed in arguments.seeds if arguments.suite == "run" else ():
         for arm in arguments.arms:
             key = f"{arm} | {arguments.images} | {seed}"
