@@ -56,9 +56,15 @@ VARIANTS: dict[str, list[str]] = {
     "clamped": [*refined(), "store.dtype=uint8"],
     "network": refined(source="network"),
     "network-all-levels": refined(source="network", above=0),
+    "condition": [
+        *refined(use="condition", above=0),
+        "network.condition=channels",
+        "sample.sampler=algorithm-2",
+    ],
 }
 ARMS = {f"{base}-{name}".rstrip("-"): [*sets, *more] for base, sets in BASES.items() for name, more in VARIANTS.items()}
-"""Arms without a variant are the baselines. "clamped" stores the state in 8 bits, which clamps it to [-1, 1]."""
+"""Arms without a variant are the baselines. "clamped" stores the state in 8 bits, which clamps it to [-1, 1].
+"condition" has the estimate as its condition and is sampled with Algorithm 2, also at eight evaluations."""
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
@@ -99,20 +105,21 @@ def compared(rows: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def show(lines: list[dict[str, Any]]) -> None:
-    print(
-        "images   arm                     seeds  " + "".join(f"{f'{n} evaluations':38}" for n in (1, 2, 4)) + "recall"
-    )
+    heads = "".join(f"{f'{n} evaluations':38}" for n in (1, 2, 4, 8))
+    print(f"images   arm                 seeds  recall  {heads}".rstrip())
     for line in lines:
         cells = []
-        for count in ("1", "2", "4"):
-            at = line[count]
+        for count in ("1", "2", "4", "8"):
+            if (at := line.get(count)) is None:
+                continue
             text = f"{at['fd']:6.1f}" + (f" ± {at['deviation']:.1f}" if at["deviation"] is not None else "")
             if "ratio" in at:
                 mean, low, high = at["ratio"]
                 text += f", {mean:.2f} x" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
             cells.append(f"{text:38}")
         recall = line["1"]["recall"]
-        print(f"{line['images']:7}  {line['arm']:22}  {len(line['seeds']):5}  {''.join(cells)}{recall:.3f}", flush=True)
+        row = f"{line['images']:7}  {line['arm']:18}  {len(line['seeds']):5}  {recall:6.3f}  {''.join(cells)}"
+        print(row.rstrip(), flush=True)
 
 
 def speed(data: str, rounds: int, steps: int, directory: Path) -> dict[str, list[float]]:

@@ -217,9 +217,9 @@ def run(data: Data, overrides: list[str], length: int, seed: int, directory: Pat
     result = udddm.train(config, images, run_dir=directory, device="cpu")
     network = load_features(data.features, torch.device("cpu"))
     real = evaluate.reference(ImageDataset(dataset), network)
-    heun = config.sample.sampler == "heun"
     by_evaluations = {}
-    for steps in (1, 2, 4) if not heun else (1, 3, 35):
+    counts = {"heun": (1, 3, 35), "algorithm-2": (1, 2, 4, 8)}.get(config.sample.sampler, (1, 2, 4))
+    for steps in counts:
         sampler = config.sample.sampler
         drawn = udddm.sample(directory, range(data.count), steps=steps, sampler=sampler)
         if steps in (1, 35):
