@@ -130,8 +130,17 @@ def describe(trainer: Trainer) -> list[str]:
         f"data: {len(images)} images {'x'.join(map(str, images.shape))}; "
         f"objective: {objectives.describe(config, trainer.objective)}; seed: {config.seed}",
         describe_store(trainer),
+        *unused_gpus(ranks),
         f"run directory: {trainer.run}; the same command resumes it",
     ]
+
+
+def unused_gpus(ranks: Ranks) -> list[str]:
+    """A line that says how to use all GPUs of this machine, if a run of one rank leaves some unused."""
+    here = torch.cuda.device_count() if ranks.device.type == "cuda" else 0
+    if ranks.world_size > 1 or here < 2:
+        return []
+    return [f"{here} GPUs here, 1 used: --workers {here} uses all of them"]
 
 
 def describe_store(trainer: Trainer) -> str:
