@@ -137,6 +137,31 @@ def test_the_commands_accept_an_ema_length_or_name(run: Path, tmp_path: Path, mo
     assert figures[0] != figures[1]
 
 
+def test_a_range_of_lengths_is_scored_and_plotted(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[2] / "benchmarks" / "yardstick"))
+    scoring = ["--checkpoint", str(run), "--device=cpu", "--features=features:digits", "--count=40"]
+    scoring += [f"--cache={tmp_path}", f"--json={tmp_path / 'f.json'}"]
+    assert evaluate_command([*scoring, "--ema-length=0.001:0.1:3", f"--plot={tmp_path / 'new' / 'f.png'}"]) == 0
+    said = capsys.readouterr()
+    found = json.loads((tmp_path / "f.json").read_text())
+    fds = {row["ema_length"]: row["fd"] for row in found["rows"]}
+    assert list(fds) == [0.0505, 0.1] and fds[found["best"]] == min(fds.values())
+    assert "length 0.001 is skipped" in said.err and said.out.count("<- best") == 1
+    assert (tmp_path / "new" / "f.png").read_bytes().startswith(b"\x89PNG")
+    assert evaluate_command([*scoring, "--ema-length=0.1"]) == 0
+    assert json.loads((tmp_path / "f.json").read_text())["fd"] == fds[0.1]
+
+    assert evaluate_command([*scoring, "--ema-length=0.001:0.002"]) == FAILED  # the saved averages determine none
+    for wrong in ("0.1:0.05", "0.1:", "0.1:0.2:1", "0.1:0.2:3:4", "a:b"):
+        with pytest.raises(SystemExit):
+            evaluate_command([*scoring, f"--ema-length={wrong}"])
+        assert "write a length such as 0.07, or a range" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        evaluate_command([*scoring, "--plot=x.png"])
+
+
 def test_without_power_emas_nothing_changes(tmp_path: Path) -> None:
     """Neither a run's fingerprint nor its files; and a run started with another snapshot interval resumes."""
     assert "power_ema" in RunConfig().model_dump()["train"]

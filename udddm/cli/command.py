@@ -132,8 +132,8 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_guidance_and_average(parser: argparse.ArgumentParser) -> None:
-    """Add the options for guidance and for the average of the weights."""
+def add_guidance_and_average(parser: argparse.ArgumentParser, length: Callable[[str], Any] = float) -> None:
+    """Add the options for guidance and for the average of the weights. `length` is the type of its length."""
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance weight (default 1: none)"
     )
@@ -145,9 +145,10 @@ def add_guidance_and_average(parser: argparse.ArgumentParser) -> None:
     )
     average.add_argument(
         "--ema-length",
-        type=float,
+        type=length,
         metavar="S",
-        help="build the average of this relative length from the snapshots of train.power_ema",
+        help="build the average of this relative length from the snapshots of train.power_ema"
+        + ("" if length is float else "; FROM:TO or FROM:TO:COUNT scores a range of them"),
     )
 
 

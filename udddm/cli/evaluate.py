@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from udddm.cli import sweep
 from udddm.cli.command import TRUST, add_guidance_and_average, add_sampler, add_version, path, positive, reported
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--steps", type=positive, default=1, metavar="N", help="network evaluations per sample")
     add_sampler(parser)
-    add_guidance_and_average(parser)
+    add_guidance_and_average(parser, sweep.lengths)
     parser.add_argument(
         "--repeat", type=positive, default=1, metavar="R", help="repetitions with other seeds (default 1)"
     )
@@ -55,6 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=positive, default=250, metavar="N", help="batch size of sampling (default 250)")
     parser.add_argument("--cache", type=path, metavar="DIR", help="directory for the statistics of data sets")
     parser.add_argument("--json", type=path, metavar="FILE", help="write the scores to this JSON file")
+    parser.add_argument(
+        "--plot", type=path, metavar="FILE", help="draw the scores of a range of --ema-length as a PNG or SVG"
+    )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add_version(parser)
     return parser
@@ -65,24 +69,33 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     if arguments.samples and arguments.repeat > 1:
         parser.error("--repeat generates new samples each time, so it needs --checkpoint")
+    wanted = arguments.ema_length if isinstance(arguments.ema_length, tuple) else None
+    if arguments.plot and wanted is None:
+        parser.error("--plot draws the scores of a range of lengths: add --ema-length FROM:TO")
 
     def body() -> int:
         from udddm.backends.distributed.ranks import join
         from udddm.files import make_directory, write_json
 
         ranks = join(arguments.device)
+
+        def one(length: float) -> dict[str, Any] | None:
+            return _evaluate(argparse.Namespace(**{**vars(arguments), "ema_length": length}), ranks)
+
         try:
-            found = _evaluate(arguments, ranks)
+            found = _evaluate(arguments, ranks) if wanted is None else sweep.run(wanted, one)
         finally:
             ranks.close()
         if found is None:
             return 0
+        for file in (arguments.json, arguments.plot):
+            if file:
+                make_directory(file.parent)
         if arguments.json:
-            from udddm.files import make_directory, write_json
-
-            make_directory(arguments.json.parent)
             write_json(arguments.json, found)
-        print("\n".join(_table(found)))
+        if arguments.plot:
+            sweep.plot(found, arguments.plot)
+        print("\n".join(_table(found) if wanted is None else sweep.table(found)))
         return 0
 
     return reported(body)
