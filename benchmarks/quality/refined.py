@@ -123,14 +123,19 @@ def show(lines: list[dict[str, Any]]) -> None:
 
 
 def speed(data: str, rounds: int, steps: int, directory: Path) -> dict[str, list[float]]:
-    """Images/s of short runs with refined pairs on each store, over those of a run without in the same round."""
+    """Images/s of short runs with refined pairs on each store, over those of a run without in the same round.
+
+    The order rotates from round to round.
+    """
     chosen = DATA[data]
     plain = ["objective={name: ict, pretrain: 0}", "evaluate.every_steps=0"]
     kinds = {"without": plain} | {store: [*plain, *refined(), f"store.kind={store}"] for store in STORES}
     found: dict[str, list[float]] = {store: [] for store in STORES}
     for number in range(rounds):
         rates = {}
-        for name, sets in kinds.items():
+        names = list(kinds)
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            sets = kinds[name]
             run_dir = directory / f"{name}-{number}"
             config = configured(chosen, sets, steps, number)
             rates[name] = udddm.train(config, run_dir=run_dir, device="cpu").images_per_second
@@ -148,7 +153,7 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["ict", "ict-refined"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
     parser.add_argument("--images", type=int, default=384_000)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--steps", type=int, default=300, help="length of a run of the speed")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/refined-<data>.json")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "refined", help="where the runs are kept")
