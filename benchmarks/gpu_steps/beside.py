@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from gpu_steps.common import Shape, alone, device_of, environment, pixels, running, synchronize, timed, tiny
 from gpu_steps.harness import Bench, Check
+from gpu_steps.workloads import Shape, alone, device_of, environment, pixels, running, synchronize, timed, tiny
 from udddm.config import EvaluateConfig
 from udddm.evaluation.background import BackgroundEvaluation
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from gpu_steps.common import Shape, alone, device_of, environment, has_setting, no_tf32, pixels, stepped, tiny
 from gpu_steps.harness import Bench, Check
+from gpu_steps.workloads import Shape, alone, device_of, environment, has_setting, no_tf32, pixels, stepped, tiny
 from udddm.config import RunConfig
 
 SHAPE: Shape = (3, 32, 32)

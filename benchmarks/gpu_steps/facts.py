@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from gpu_steps.common import device_of, synchronize, timed
 from gpu_steps.harness import Bench, Check
+from gpu_steps.workloads import device_of, synchronize, timed
 
 PACKAGES = ("torch", "numpy", "zarr", "pydantic", "deepspeed", "diffusers", "pytest", "hypothesis", "triton")
 GIB = 1 << 30

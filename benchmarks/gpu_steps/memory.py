@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from gpu_steps.common import SMALLER, Passes, Shape, preset
 from gpu_steps.harness import Bench, Check
+from gpu_steps.workloads import SMALLER, Passes, Shape, preset
 
 PRESETS: dict[str, Shape] = {
     "cifar10": (3, 32, 32),

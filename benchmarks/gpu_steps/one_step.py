@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from gpu_steps.common import TINY_SHAPE, Passes, device_of, no_tf32, tiny
 from gpu_steps.harness import Bench, Check
+from gpu_steps.workloads import TINY_SHAPE, Passes, device_of, no_tf32, tiny
 from udddm import rng
 
 OBJECTIVES = ("chain", "uddm", "ict", "ect", "edm")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpu_steps.common import Shape, parameters
+from gpu_steps.workloads import Shape, parameters
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -6,8 +6,8 @@ import time
 
 import torch
 
-from gpu_steps.common import Passes, Shape, preset, synchronize, timed
 from gpu_steps.harness import Bench, Check
+from gpu_steps.workloads import Passes, Shape, preset, synchronize, timed
 
 PRESETS: dict[str, Shape] = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28)}
 

@@ -9,8 +9,19 @@ from typing import Any
 import torch
 
 from gpu_steps import peers
-from gpu_steps.common import SMALLER, Passes, Shape, Timing, device_of, no_tf32, parameters, preset, synchronize, timed
 from gpu_steps.harness import Bench, Check
+from gpu_steps.workloads import (
+    SMALLER,
+    Passes,
+    Shape,
+    Timing,
+    device_of,
+    no_tf32,
+    parameters,
+    preset,
+    synchronize,
+    timed,
+)
 from udddm.networks import blocks
 
 SHAPE: Shape = (3, 32, 32)

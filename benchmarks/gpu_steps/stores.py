@@ -9,8 +9,8 @@ import time
 
 import torch
 
-from gpu_steps.common import TINY_SHAPE, alone, pixels, running, synchronize, tiny
 from gpu_steps.harness import Bench, Check, Skipped
+from gpu_steps.workloads import TINY_SHAPE, alone, pixels, running, synchronize, tiny
 
 CONFORMANCE = "tests/integration/test_conformance.py"
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from gpu_steps.common import TINY_SHAPE, Shape, alone, pixels, preset, running, synchronize, tiny
 from gpu_steps.harness import Bench, Check
+from gpu_steps.workloads import TINY_SHAPE, Shape, alone, pixels, preset, running, synchronize, tiny
 from udddm import networks
 from udddm.config import RunConfig
 from udddm.diffusion import schedule

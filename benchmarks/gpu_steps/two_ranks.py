@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from gpu_steps.common import TINY_SHAPE, alone, device_of, gap, no_tf32, pixels, stepped, tiny
 from gpu_steps.harness import Bench, Check
+from gpu_steps.workloads import TINY_SHAPE, alone, device_of, gap, no_tf32, pixels, stepped, tiny
 from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig
 

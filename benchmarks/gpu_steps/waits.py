@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gpu_steps.common import TINY_SHAPE, alone, pixels, running, synchronize, timed, tiny
 from gpu_steps.harness import Bench, Check
+from gpu_steps.workloads import TINY_SHAPE, alone, pixels, running, synchronize, timed, tiny
 from udddm.config import RunConfig
 
 STORES = ("gpu", "pinned", "zarr")

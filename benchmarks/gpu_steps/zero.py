@@ -14,8 +14,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 from torch._C._distributed_c10d import HashStore
 
-from gpu_steps.common import TINY_SHAPE, Passes, alone, digest, environment, gap, synchronize, timed, tiny
 from gpu_steps.harness import Bench, Check, Skipped
+from gpu_steps.workloads import TINY_SHAPE, Passes, alone, digest, environment, gap, synchronize, timed, tiny
 from udddm import networks
 from udddm.backends import engines
 from udddm.backends.engines.base import Engine
