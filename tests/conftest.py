@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
+import uuid
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from udddm.log import StderrHandler, log
 from udddm.testing import s3 as seaweed
-from udddm.testing.s3 import S3Server
+from udddm.testing.s3 import BUCKET, S3Server
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes says more of the machine than of us
 settings.load_profile("untimed")
@@ -43,7 +45,7 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
 
 @pytest.fixture(scope="module")
 def forked_workers() -> Iterator[None]:
-    """The workers of `udddm.train` are forked from the fork server in place of spawned, so that they start at once."""
+    """Fork the workers of `udddm.train` from the fork server instead of spawning them, which is faster."""
     forks = multiprocessing.get_context("forkserver")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(multiprocessing, "get_context", lambda method=None: forks)
@@ -58,3 +60,14 @@ def messages() -> Iterator[None]:
         log.removeHandler(handler)
     log.propagate = True
     log.setLevel(logging.NOTSET)
+
+
+@pytest.fixture(params=["local", "s3", "memory"])
+def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """A path or URL without objects: a directory, an S3 bucket, and fsspec's memory."""
+    if request.param == "local":
+        return str(tmp_path / "objects")
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+        return f"s3://{BUCKET}/{uuid.uuid4().hex}"
+    return f"memory://udddm/{uuid.uuid4().hex}"

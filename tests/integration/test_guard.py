@@ -36,16 +36,6 @@ CHANGES: dict[str, Callable[[ObjectStore, Path], object]] = {
 }
 
 
-@pytest.fixture(params=["local", "s3", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "local":
-        return str(tmp_path / "objects")
-    if request.param == "s3":
-        request.getfixturevalue("s3")
-        return f"s3://{BUCKET}/{uuid.uuid4().hex}"
-    return f"memory://udddm/{uuid.uuid4().hex}"
-
-
 @pytest.fixture
 def url(s3: S3Server) -> str:
     return f"s3://{BUCKET}/{uuid.uuid4().hex}"

@@ -21,7 +21,6 @@ from udddm.errors import StoreError
 from udddm.storage import open_object_store
 from udddm.storage.base import ObjectStore, Retry
 from udddm.storage.lease import GRACE, KEY, Holder, Lease, process_identity, process_table
-from udddm.testing.s3 import BUCKET
 
 YEAR = 365 * 86_400.0
 HOLD = """
@@ -33,16 +32,6 @@ lease.acquire()
 print("held", flush=True)
 time.sleep(60)
 """
-
-
-@pytest.fixture(params=["local", "s3", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    if request.param == "local":
-        return str(tmp_path / "objects")
-    if request.param == "s3":
-        request.getfixturevalue("s3")
-        return f"s3://{BUCKET}/{uuid.uuid4().hex}"
-    return f"memory://udddm/{uuid.uuid4().hex}"
 
 
 @pytest.fixture

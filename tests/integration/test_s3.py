@@ -33,17 +33,6 @@ from udddm.testing.s3 import BUCKET, S3Server
 QUICK = Retry(attempts=4, first_pause=0.001, longest_pause=0.004)
 
 
-@pytest.fixture(params=["local", "s3", "memory"])
-def place(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """A URL without objects."""
-    if request.param == "local":
-        return str(tmp_path / "objects")
-    if request.param == "s3":
-        request.getfixturevalue("s3")
-        return f"s3://{BUCKET}/{uuid.uuid4().hex}"
-    return f"memory://udddm/{uuid.uuid4().hex}"
-
-
 @pytest.fixture
 def objects(place: str) -> ObjectStore:
     opened = open_object_store(place)

@@ -105,8 +105,8 @@ class RefinedConfig(Section):
     share: UnderOne = Field(0.0, description="share of the visits at levels above `above` that are refined; 0 is off")
     use: Literal["image", "condition"] = Field(
         "image",
-        description="what the stored estimate is at a refined visit: the image in place of x_0 (refined pairs), or the "
-        "conditioning image (Algorithm 2)",
+        description="use of the stored estimate at a refined visit: as the image instead of x_0 (refined pairs), or as "
+        "the conditioning image (Algorithm 2)",
     )
     above: Annotated[float, Field(ge=0)] = Field(0.8, description="sigma above which visits are refined")
     length: Annotated[int, Field(ge=2)] = Field(

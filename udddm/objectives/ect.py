@@ -91,7 +91,7 @@ class ECT(TargetObjective):
         `drawn` [B] is the epoch in which each was drawn, if not `epoch`.
         """
         c = self.config
-        stage = max(j for j, start in enumerate(self._starts) if start <= epoch)
+        stage = self._stage(epoch)
         since = (epoch if drawn is None else drawn) - self._starts[stage]
         chain, visit = np.divmod(since + rng.randint(c.length, self._key(Stream.CHAIN_OFFSET, ids, stage)), c.length)
         visit = np.where(chain == 0, since, visit)
@@ -105,6 +105,9 @@ class ECT(TargetObjective):
         r = self.below(sigma, stage)
         return sigma, np.where(r < self.schedule.lowest, 0.0, r), stored, self._key(Stream.NOISE, ids, stage, chain)
 
+    def _stage(self, epoch: int) -> int:
+        return max(j for j, start in enumerate(self._starts) if start <= epoch)
+
     def _key(self, stream: Stream, *parts: rng.Integers) -> rng.Keys:
         return rng.keys(self.seed, stream, *parts)
 
@@ -113,7 +116,8 @@ class ECT(TargetObjective):
         sigma, r, stored, noise_key = self.visit(ids, epoch, drawn)
         noise, refined = self.refined.plan(ids, epoch, drawn, sigma)
         if refined is not None:
-            noise_key = self.visit(ids, epoch, noise)[3]
+            stage = self._stage(epoch)
+            noise_key = self._key(Stream.NOISE, ids, stage, noise - self._starts[stage])
         teacher_rows = np.flatnonzero((r > 0) & ~stored)
         visits = self.visits(
             ids,

@@ -1,10 +1,10 @@
-"""Refined visits: the sample's stored estimate is the image in place of x_0, or the condition (docs/method.md).
+"""Refined visits: the stored estimate replaces x_0 as the image, or is the conditioning image (docs/method.md).
 
 A refined visit repeats the noise and the level of the sample's previous visit. Its image b is the estimate stored
 there, so it trains f(b + sigma eps, sigma) towards f(b + r eps, r). This is the refinement of the paper (arXiv
 2405.21059), x^(n+1) = f(x^(n), x_t, t), fed back through the image and not through a condition, which the network
-would copy. With one more evaluation in place of the store (`source: network`), it is the generator-augmented coupling
-of Issenhuth et al. (2024, arXiv 2406.09570).
+would copy. With `source: network`, which evaluates the network once more and needs no store, it is the coupling of
+Issenhuth et al. (2024, arXiv 2406.09570).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Refined:
     source: Literal["store", "network"] = "store"
     """Where estimates come from: the x0-state, or an evaluation without gradient before the loss."""
     use: Literal["image", "condition"] = "image"
-    """What an estimate is: the image of the visit, in place of x_0, or its conditioning image."""
+    """What an estimate is used for: as the image of the visit, instead of x_0, or as its conditioning image."""
 
     def pinned(self) -> Refined:
         """A copy in page-locked memory."""
