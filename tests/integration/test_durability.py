@@ -149,6 +149,22 @@ def test_a_checkpoints_files_are_durable_before_it_is_visible(recorded: tuple[Pa
         assert synced_after(events[:shown], number, event.path.parent), event
 
 
+def test_metrics_are_durable_before_every_checkpoint_and_before_the_result(
+    recorded: tuple[Path, list[Event]],
+) -> None:
+    run, events = recorded
+    shown = [
+        number
+        for number, event in enumerate(events)
+        if event.kind == "rename" and (event.path.name.startswith("step-") or event.path == run / "result.json")
+    ]
+    assert len(shown) == 3 + 1 + 1 + 1  # checkpoints of both starts, and both results
+    for before, number in zip([0, *shown], shown, strict=False):
+        synced = {event.path for event in events[before:number] if event.kind == "fsync"}
+        assert {run, run / "metrics.jsonl", run / "tensorboard"} <= synced
+        assert any(path.parent.name == "tensorboard" for path in synced)
+
+
 def test_a_generations_record_is_written_after_its_chunks_are_durable(recorded: tuple[Path, list[Event]]) -> None:
     run, events = recorded
     if not (run / "state").exists():

@@ -190,17 +190,17 @@ def test_a_resumed_run_keeps_the_files_it_wrote_under_the_same_names(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     settings = config("evaluate={every_steps: 6, count: 16, features: 'test_remote_run:pixels'}", "train.steps=30")
-    upload, uploads = RemoteRun.upload, 0
+    persist, calls = RemoteRun.persist, 0
 
     def lost(run: RemoteRun) -> None:
-        nonlocal uploads
-        uploads += 1
-        upload(run)
-        if uploads == 4:  # at the start of the run and for each checkpoint
+        nonlocal calls
+        calls += 1
+        persist(run)
+        if calls == 4:  # at the start of the run and for each checkpoint
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(RemoteRun, "upload", lost)
+        patched.setattr(RemoteRun, "persist", lost)
         patched.setenv(remote.SCRATCH, str(tmp_path / "first"))
         with pytest.raises(KeyboardInterrupt):
             udddm.train(settings, run_dir=files, device="cpu")

@@ -284,7 +284,7 @@ class RemoteRun(Run):
         if self._lease is not None:
             self._lease.release()
 
-    def upload(self) -> None:
+    def persist(self) -> None:
         """Upload the files that changed since the last call, `result.json` after all others. Raises StoreError."""
         passed = {"checkpoints", ".lock"}
         files = [p for p in self.path.rglob("*") if p.is_file() and p.relative_to(self.path).parts[0] not in passed]

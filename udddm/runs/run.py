@@ -13,8 +13,8 @@ from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig, StoreConfig, as_yaml, resolve
 from udddm.data import ImageDataset, check_unchanged
 from udddm.errors import ConfigError, DataError
-from udddm.files import load_json, lock_file, make_directory, write_json, write_text
-from udddm.log import log
+from udddm.files import load_json, lock_file, make_directory, sync_directory, sync_file, write_json, write_text
+from udddm.log import Dispensable, log
 from udddm.runs.checkpoint import Checkpoints
 from udddm.storage.guard import Guard
 from udddm.store.base import StoreContext
@@ -22,6 +22,8 @@ from udddm.store.layout import StateLayout
 
 OWN_FILES = ("config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json", "samples.npy", "samples.png")
 """What a run writes at the top of its directory besides run.json."""
+APPENDED = ("metrics.jsonl", "tensorboard/*")
+"""Files of a run that grow during training."""
 AVERAGES = "ema"
 """Subdirectory of a run for the saved EMAs of the weights (udddm/runs/posthoc_ema.py)."""
 
@@ -34,6 +36,7 @@ class Run:
         """A local directory. It is the run itself, or holds files to be uploaded to the run's URL."""
         self.exclusive = True
         """Whether `lock` keeps out other processes. False in a directory whose file system has no locks."""
+        self._metrics = Dispensable("the metrics to disk")
 
     def __str__(self) -> str:
         return str(self.path)
@@ -90,8 +93,15 @@ class Run:
     def leave(self) -> None:
         """End on every rank what `check_visible` started."""
 
-    def upload(self) -> None:
-        """Upload the files written to `path`. Raises StoreError."""
+    def persist(self) -> None:
+        """Make the files written to `path` survive a power loss: here those that are appended to, because all others
+        are written durably. Errors are logged once, because metrics are not worth a run. Raises StoreError."""
+        with self._metrics.attempt():
+            files = [file for pattern in APPENDED for file in self.path.glob(pattern)]
+            for file in files:
+                sync_file(file)
+            for directory in {file.parent for file in files}:
+                sync_directory(directory)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ def train_rank(
             held.enter_context(run.lock())
             run.download()
             check_or_record(run.path, config, images, trained=run.trained())
-            run.upload()
+            run.persist()
 
         ranks.run_on_rank_zero(take, refused)
         held.callback(run.leave)

@@ -273,7 +273,7 @@ class Trainer:
     def save(self) -> Path:
         """Write a checkpoint of this position and remove those beyond `checkpoint.keep`."""
         errors = (StoreError, CheckpointError, OSError)
-        self.ranks.run_on_rank_zero(self.run.upload, errors)  # first: a run that resumes from it has its metrics
+        self.ranks.run_on_rank_zero(self.run.persist, errors)  # first: a run that resumes from it has its metrics
         path = self._newest = self.checkpoints.write(self.step, self.ranks, self._fill)
 
         def kept() -> list[int]:
@@ -395,5 +395,6 @@ class Trainer:
         if images is not None:
             write_array(self.run.path / "samples.npy", images.numpy())
             image_grid.save_image_grid(images[:100], self.run.path / "samples.png")
+        self.run.persist()  # before the result, which says that the run is complete
         write_json(self.run.path / "result.json", result)
-        self.run.upload()
+        self.run.persist()
