@@ -17,7 +17,8 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
 SETTINGS = (
-    "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], dropout: 0.1, condition: none}",
+    "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], dropout: 0.1, "
+    "condition: none}",
     "order={lanes: 4, chunk: 32, window: 2}",
     "train={batch_size: 64, learning_rate: 0.001, ema: [0.99]}",
     "checkpoint.every_steps=7",

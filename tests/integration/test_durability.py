@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -153,10 +154,11 @@ def test_metrics_are_durable_before_every_checkpoint_and_before_the_result(
     recorded: tuple[Path, list[Event]],
 ) -> None:
     run, events = recorded
+    step = re.compile(re.escape(f"{run}/checkpoints/") + r"step-\d+")
     shown = [
         number
         for number, event in enumerate(events)
-        if event.kind == "rename" and (event.path.name.startswith("step-") or event.path == run / "result.json")
+        if event.kind == "rename" and (step.fullmatch(str(event.path)) or event.path == run / "result.json")
     ]
     assert len(shown) == 3 + 1 + 1 + 1  # checkpoints of both starts, and both results
     for before, number in zip([0, *shown], shown, strict=False):
