@@ -70,7 +70,7 @@ class Pair:
             return self.url
         return self.place / ("run" if self.kind == "local" or name == "first" else "copy")
 
-    def start(self, name: str) -> tiny_runs.ForkServerProcess:
+    def start(self, name: str) -> tiny_runs.Process:
         more = ["--store-url", self.url] if self.kind == "s3-store" else []
         environment = {"UDDDM_SCRATCH": str(self.place / name)}
         command = [*tiny_runs.train_arguments(self.run_dir(name), steps=self.steps), *more]
@@ -107,7 +107,7 @@ def last_error(log: Path) -> str:
     return (tiny_runs.errors(log) or ["no error"])[-1]
 
 
-def proceed(process: tiny_runs.ForkServerProcess) -> None:
+def proceed(process: tiny_runs.Process) -> None:
     if process.is_alive() and process.pid is not None:
         os.kill(process.pid, signal.SIGCONT)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import random
 import signal
 import sys
 import time
@@ -30,6 +29,7 @@ PRELOADED = ["udddm.cli.train", "udddm.cli.store", "udddm.cli.sample", "udddm.ap
 FORKS = multiprocessing.get_context("forkserver")
 
 Fingerprints = dict[str, str]
+Process = ForkServerProcess
 
 
 def start_fork_server() -> None:
@@ -44,6 +44,7 @@ def run_command(name: str, arguments: Sequence[str], log: str, environment: Mapp
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     os.environ.update(environment)
+    sys.path[:0] = [place for place in environment.get("PYTHONPATH", "").split(":") if place]
     os.chdir(where)
     from udddm.cli.main import main
 
@@ -56,7 +57,7 @@ def start(
     log: Path,
     environment: Mapping[str, str] | None = None,
     where: Path = Path("/"),
-) -> ForkServerProcess:
+) -> Process:
     """Start `udddm NAME ARGUMENTS` in the directory `where`, and append its output to `log`."""
     child = FORKS.Process(
         target=run_command, args=(name, list(arguments), str(log), dict(environment or {}), str(where))
@@ -65,7 +66,7 @@ def start(
     return child
 
 
-def wait(process: ForkServerProcess, seconds: float = 300) -> int:
+def wait(process: Process, seconds: float = 300) -> int:
     """The exit code: -9 if the process was killed, 999 (after killing it) if it has not ended in time."""
     process.join(seconds)
     if process.is_alive():
@@ -80,7 +81,7 @@ def run(name: str, arguments: Sequence[str], log: Path, environment: Mapping[str
     return wait(start(name, arguments, log, environment))
 
 
-def kill(process: ForkServerProcess) -> None:
+def kill(process: Process) -> None:
     if process.is_alive() and process.pid is not None:
         os.kill(process.pid, signal.SIGKILL)
     process.join()
@@ -109,7 +110,7 @@ def errors(log: Path) -> list[str]:
     return [*found, *(["traceback"] if any("Traceback" in line for line in lines) else [])]
 
 
-def wait_until(condition: Callable[[], object], process: ForkServerProcess, seconds: float = 120) -> bool:
+def wait_until(condition: Callable[[], object], process: Process, seconds: float = 120) -> bool:
     """Whether the condition became true while the process lived."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -125,7 +126,3 @@ def training_starts(run_dir: Path, log: Path) -> Callable[[], bool]:
 
 def checkpoint_exists(run_dir: Path) -> Callable[[], bool]:
     return lambda: any(run_dir.glob("checkpoints/step-*/manifest.json"))
-
-
-def random_delay(rng: random.Random, longest: float) -> None:
-    time.sleep(rng.uniform(0, longest))
