@@ -27,11 +27,17 @@ T = TypeVar("T")
 
 @contextmanager
 def complete_file(temporary: Path, save: Callable[[Path], object]) -> Iterator[Path]:
-    """Write a file with `save(temporary)`, sync it, and yield its path. On exit it is removed unless it was renamed."""
+    """Write a file with `save(temporary)`, sync it, and yield its path. On exit it is removed unless it was renamed.
+
+    An OSError names the file, which those of a write or a sync do not by themselves.
+    """
     try:
         save(temporary)
         sync_file(temporary)
         yield temporary
+    except OSError as error:
+        error.filename = error.filename or str(temporary)
+        raise
     finally:
         with suppress(OSError):
             temporary.unlink()

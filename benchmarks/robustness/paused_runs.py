@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import shutil
@@ -91,6 +92,9 @@ class Pair:
             found |= {f"file {p.relative_to(run)}": hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
         return {key: digest for key, digest in found.items() if "lease" not in key and not key.endswith(".lock")}
 
+    def lease_holder(self) -> int:
+        return int(json.loads(open_object_store(self.url).get("lease.json"))["pid"])
+
     def newest(self, name: str) -> str:
         names = [key.split("checkpoints/")[1].split("/")[0] for key in self.contents(name) if "checkpoints/step" in key]
         return max(names, default="none")
@@ -129,7 +133,7 @@ def trial(pair: Pair, delay: float, while_training: bool, expected: tiny_runs.Fi
                 shutil.copytree(pair.run_dir("first"), pair.run_dir("second"), ignore=ignored)
             second = pair.start("second")
             if while_training:
-                tiny_runs.wait_until(lambda: pair.said("second", "run directory"), second, 4 * LEASE_SECONDS)
+                tiny_runs.wait_until(lambda: pair.lease_holder() != first.pid, second, 4 * LEASE_SECONDS)
                 second.join(delay / 2)
                 proceed(first)
             code = tiny_runs.wait(second)

@@ -135,9 +135,12 @@ class Checkpoints:
             entries = {name: entry for part in added for name, entry in part.items()}
             ranks.run_on_rank_zero(lambda: self._publish(partial, final, entries), errors)
         except (*errors, RankError) as error:
+            problem = f"cannot write the checkpoint {self.name(final)}: {error}"
+            if isinstance(error, StoreError):  # it says what to do
+                raise CheckpointError(problem) from error
             raise CheckpointError(
-                f"cannot write the checkpoint {self.name(final)}: {error}. Earlier checkpoints are intact; "
-                "make room or restore access, then run the same command again to resume"
+                f"{problem}. Earlier checkpoints are intact; make room or restore access, then run the same command "
+                "again to resume"
             ) from error
         finally:
             shutil.rmtree(own, ignore_errors=True)
