@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 import udddm
-from udddm.errors import StoreError
+from udddm.errors import CorruptChunkError, StoreError
 from udddm.training.trainer import Trainer
 
 SETTINGS: dict[str, Any] = {
@@ -79,6 +80,47 @@ def test_a_run_continues_on_its_moved_store(how: str, interrupted: Path, undistu
     assert train(new / "run", new / "state") == undisturbed
     if how == "copied":
         assert files(interrupted / "state") == before
+
+
+def test_a_store_that_was_moved_away_is_missed_before_anything_is_created(
+    interrupted: Path, undisturbed: Any, place: Path
+) -> None:
+    before = files(interrupted / "run")
+    (interrupted / "state").rename(place / "moved")
+    with pytest.raises(StoreError, match=r"refers to the x0-state at .*old/state.*give its new location"):
+        train(interrupted / "run", interrupted / "state")
+    assert files(interrupted / "run") == before
+    assert not [path for path in (interrupted / "state").rglob("*") if path.is_file()]
+    assert train(interrupted / "run", place / "moved") == undisturbed
+
+
+def test_another_runs_store_at_the_recorded_location_is_refused(
+    interrupted: Path, undisturbed: Any, place: Path
+) -> None:
+    """Even if it is the state of the same configuration and data."""
+    state = interrupted / "state"
+    state.rename(place / "moved")
+    train(place / "other", state)
+    before = {path: path.read_bytes() for path in state.rglob("*") if path.is_file()}
+    with pytest.raises(StoreError, match="holds the x0-state of another run"):
+        train(interrupted / "run", state)
+    assert {path: path.read_bytes() for path in state.rglob("*") if path.is_file()} == before
+    assert train(interrupted / "run", place / "moved") == undisturbed
+
+
+def test_a_missing_chunk_is_reported_before_training(
+    interrupted: Path, undisturbed: Any, monkeypatch: pytest.MonkeyPatch, place: Path
+) -> None:
+    """It is one of the next generation, which would only be read an epoch later."""
+    written = json.loads(next((interrupted / "run").glob("checkpoints/step-*/state/lane-0000.json")).read_text())
+    generation = max(path.name for path in (interrupted / "state").glob("gen-*"))
+    chunk = interrupted / "state" / generation / "c" / "0" / next(iter(written["written"])) / "0" / "0" / "0"
+    chunk.rename(place / "kept")
+    with monkeypatch.context() as patch, pytest.raises(CorruptChunkError, match=f"chunk .* missing .*{chunk}"):
+        patch.setattr(Trainer, "train_step", None)
+        train(interrupted / "run", interrupted / "state")
+    (place / "kept").rename(chunk)
+    assert train(interrupted / "run", interrupted / "state") == undisturbed
 
 
 def test_a_run_whose_store_is_missing_is_refused_and_nothing_is_deleted(

@@ -479,3 +479,19 @@ def test_weights_that_are_not_finite_are_not_sampled(theirs: Path) -> None:
     with pytest.raises(CheckpointError, match="are not all finite"):
         udddm.load_model(path)
     assert np.isfinite(udddm.sample(udddm.load_model(path, ema="none"), [0])).all()
+
+
+@pytest.mark.parametrize("rows", [np.array([Path()], dtype=object), np.zeros((3, 1, 8, 8), np.float64)])
+def test_rows_of_the_state_that_are_something_else_are_refused(
+    theirs: Path, rows: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = max((theirs / "checkpoints").iterdir())
+    path = next(checkpoint.glob("state/lane-*-window-*.npy"))
+    np.save(path, rows, allow_pickle=True)
+    manifest = checkpoint / "manifest.json"
+    name = str(path.relative_to(checkpoint))
+    manifest.write_text(dumps(parse(manifest.read_bytes()) | {name: entry(path.read_bytes())}))
+    for command in (["verify", str(theirs)], ["convert", str(theirs), str(tmp_path / "copy")]):
+        assert store_command(command) == FAILED
+        said = capsys.readouterr()
+        assert str(path) in said.out + said.err

@@ -14,6 +14,10 @@ from udddm.urls import secret_in
 __all__ = ["LocalObjectStore", "ObjectStore", "PermanentStorageError", "Retry", "local_path", "open_object_store"]
 
 
+ALIASES = {"s3a": "s3", "s3n": "s3", "gcs": "gs"}
+"""Other names of schemes; s3a and s3n are Hadoop's. Stores are the same by either name."""
+
+
 def local_path(where: str | Path) -> Path | None:
     """The local path of a path or file:// URL, with ~ expanded; None for any other URL.
 
@@ -38,7 +42,7 @@ def open_object_store(url: str | Path) -> ObjectStore:
     local = local_path(url)
     if local is not None:
         return LocalObjectStore(local)
-    return _open_remote(scheme.lower(), rest)
+    return _open_remote(ALIASES.get(scheme.lower(), scheme.lower()), rest)
 
 
 def _open_remote(scheme: str, rest: str) -> ObjectStore:
@@ -48,9 +52,9 @@ def _open_remote(scheme: str, rest: str) -> ObjectStore:
             "give credentials in environment variables"
         )
     parts = rest.rstrip("/").split("/")
-    if scheme in ("s3", "gs", "gcs", "az") and any(part in ("", ".", "..") for part in parts[1:]):
+    if scheme in ("s3", "gs", "az") and any(part in ("", ".", "..") for part in parts[1:]):
         raise StoreError(f"{scheme}://{rest}: leave out empty parts (//), . and .., which keys of objects cannot have")
-    if scheme in ("s3", "gs", "gcs", "az"):  # a run on local files need not import these
+    if scheme in ("s3", "gs", "az"):  # a run on local files need not import these
         from udddm.storage.s3 import S3ObjectStore
 
         return S3ObjectStore(rest, scheme)

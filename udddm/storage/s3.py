@@ -21,8 +21,8 @@ CONNECT_TIMEOUT = 5.0  # seconds
 PART = 8 << 20
 """Bytes of a file per request."""
 
-_STORES = {"s3": "S3Store", "gs": "GCSStore", "gcs": "GCSStore", "az": "AzureStore"}  # scheme: class of obstore
-_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "gcs": "GOOGLE_", "az": "AZURE_STORAGE_"}
+_STORES = {"s3": "S3Store", "gs": "GCSStore", "az": "AzureStore"}  # scheme: class of obstore
+_VARIABLES = {"s3": "AWS_", "gs": "GOOGLE_", "az": "AZURE_STORAGE_"}
 _PAGE = 1000
 """Keys that S3 lists or deletes per request."""
 

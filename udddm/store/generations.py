@@ -78,20 +78,25 @@ class Generations:
         }
 
     def create(self, run_id: str = "", *, own: bool = False) -> None:
-        """Create the group, or check that the existing one holds this run's kind of state.
+        """Create the group unless it exists; arguments and errors are those of `check_owner`."""
+        owner = self.check_owner(run_id, own=own)
+        if owner is None or (run_id and not owner):
+            self._write_group(run_id)
 
-        `run_id`: id of the run that writes here; empty for a store inside a run directory, whose location identifies
-        it. `own`: the store is known to belong to this run. Raises StoreError if the group belongs to another run, or
-        to no run but is not empty.
+    def check_owner(self, run_id: str = "", *, own: bool = False) -> str | None:
+        """The id of the run that writes here, "" if it is not recorded, None if there is no group yet.
+
+        `run_id`: id of the run that is about to write here; empty for a store inside a run directory, whose location
+        identifies it. `own`: a checkpoint of this run refers to this location. Raises StoreError if the group holds
+        another kind of state, belongs to another run, or belongs to no run but is not empty.
         """
         try:
             found = dict(json.loads(self.objects.get("zarr.json"))["attributes"])
         except FileNotFoundError:
-            self._write_group(run_id)
-            return
+            return None
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.objects.uri('zarr.json')} is not an x0-state store: {error}") from error
-        owner = found.pop("run", "")
+        owner = str(found.pop("run", ""))
         if found != self.identity():
             differing = [k for k in self.identity() if found.get(k) != self.identity()[k]]
             raise StoreError(
@@ -99,13 +104,13 @@ class Generations:
                 f"(it differs in {', '.join(differing)}); choose another store.url or run directory"
             )
 
-        if owner != run_id and not own and (owner or self.existing()):
+        another = bool(owner) and owner != run_id and bool(run_id or not own)
+        if another or (owner != run_id and not own and self.existing()):
             raise StoreError(
                 f"{self.objects.uri('')} holds the x0-state of another run ({owner or 'id not recorded'}) of the same "
                 "kind; give every run a separate store.url, or delete the existing state"
             )
-        if run_id and not owner:
-            self._write_group(run_id)
+        return owner
 
     def owner(self) -> str:
         """The id of the run that writes here; empty for a store inside a run directory or one without an owner."""
@@ -154,6 +159,11 @@ class Generations:
             except (ValueError, KeyError, TypeError) as error:
                 raise StoreError(f"{self.objects.uri(key)} is damaged: {error!r}") from error
         return self._compressions[generation]
+
+    def present(self, generation: int, lane: int) -> set[int]:
+        """The chunks of a lane that exist and are not empty. Raises StoreError."""
+        sizes = self.objects.sizes(f"{generation_name(generation)}/c/{lane}")
+        return {int(key.partition("/")[0]) for key, size in sizes.items() if size and key[:1].isdigit()}
 
     def chunk_key(self, generation: int, lane: int, chunk: int) -> str:
         return f"{generation_name(generation)}/c/{lane}/{chunk}" + "/0" * len(self.shape)

@@ -146,11 +146,28 @@ class Snapshot:
         record = _mapping(path, "base", "written", "in_flight")
         if not isinstance(record["written"], dict):
             raise StoreError(f"cannot read {path}: `written` is not a mapping of chunks")
+        if not isinstance(record["in_flight"], list) or not all(_count(window) for window in record["in_flight"]):
+            raise StoreError(f"cannot read {path}: `in_flight` is not a list of windows")
         return record
 
     def written(self, lane: int) -> Checksums:
         """The checksums of the chunks of generation epoch + 1 that were written by then."""
         return {int(c): int(v) for c, v in self._lane(lane)["written"].items()}
+
+    def referred(self, lane: int) -> list[tuple[int, int]]:
+        """The (generation, chunk) of the chunks from which the state of a lane is read."""
+        written = self.written(lane)
+        base = range(self.order.num_chunks(lane)) if self.epoch else ()
+        return [
+            *((self.epoch + 1, chunk) for chunk in written),
+            *((self.epoch, chunk) for chunk in base if chunk not in written),
+        ]
+
+    def missing(self, stored: Generations, lane: int) -> list[tuple[int, int]]:
+        """Those of `referred` that a store does not have. Their contents are checked when they are read."""
+        referred = self.referred(lane)
+        present = {generation: stored.present(generation, lane) for generation in {each[0] for each in referred}}
+        return [each for each in referred if each[1] not in present[each[0]]]
 
     def base(self, lane: int, *, restore: bool = False) -> Checksums:
         """The checksums of the chunks of generation epoch > 0 that this refers to.
@@ -194,13 +211,27 @@ class Snapshot:
                     return False
                 for chunk, checksum in self.written(lane).items():
                     here.read(self.epoch + 1, lane, chunk, checksum)
+                if self.missing(here, lane):
+                    return False
         except StoreError:
             return False
         return True
 
+    def windows_in_flight(self, lane: int) -> list[int]:
+        """The windows of a lane that were being visited."""
+        return list(self._lane(lane)["in_flight"])
+
     def in_flight(self, lane: int, window: int) -> Rows:
-        """The visited rows of a window, in the order of their visits."""
-        rows: Rows = np.load(self.directory / f"lane-{lane:04d}-window-{window:06d}.npy", allow_pickle=False)
+        """The visited rows of a window, in the order of their visits. Raises StoreError."""
+        path = self.directory / f"lane-{lane:04d}-window-{window:06d}.npy"
+        try:
+            rows: Rows = np.load(path, allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise StoreError(f"cannot read {path}: {error}") from error
+        visited = len(visited_rows(self.order, lane, self.epoch, window, self.step))
+        if rows.shape != (visited, *self.shape) or rows.dtype != self.encoding.array:
+            kind = f"{rows.dtype} {list(rows.shape)}"
+            raise StoreError(f"{path} holds {kind}, not {self.encoding.array} {[visited, *self.shape]}")
         return rows
 
     def rows(self, lane: int, chunk: int) -> Rows:

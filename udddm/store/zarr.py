@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Self
 
 from udddm.backends.distributed.lease import follow
 from udddm.config import StoreConfig
-from udddm.errors import StoreError
+from udddm.errors import CorruptChunkError, StoreError
 from udddm.storage import local_path, open_object_store
 from udddm.storage.guard import Guard, Guards
 from udddm.storage.lease import Lease
@@ -48,6 +48,9 @@ class GenerationTable(ChunkTable):
         """Continue in place if `source` refers to this same store, else write the state of `source` to it."""
         stored = self.generations
         at_home = self._holds(source)
+        stored.check_owner(self.run_id, own=at_home)
+        if isinstance(source, Snapshot) and at_home:
+            self._check_present(source)
         stored.create(self.run_id, own=at_home)
         if isinstance(source, Snapshot) and not at_home:
             source.follow(stored, self.run_id, self.lanes)
@@ -74,6 +77,27 @@ class GenerationTable(ChunkTable):
         here = self.generations.objects.uri("")
         return isinstance(source, Snapshot) and source.form == "reference" and source.location == here
 
+    def _check_present(self, source: Snapshot) -> None:
+        """Raise StoreError unless the store has all chunks that a checkpoint refers to.
+
+        Called before anything is created or deleted: training would only read some of them an epoch later. Their
+        contents are checked when they are read. With a repair, chunks may be missing, but not all of them.
+        """
+        missing = [(lane, *each) for lane in self.lanes for each in source.missing(self.generations, lane)]
+        if missing and len(missing) == sum(len(source.referred(lane)) for lane in self.lanes):
+            raise self._not_here(source, f"x0-state generation {source.epoch + 1} has no chunk there")
+        if missing and self.generations.repair is None:
+            lane, generation, chunk = missing[0]
+            where = self.generations.objects.uri(self.generations.chunk_key(generation, lane, chunk))
+            raise CorruptChunkError(generation, lane, chunk, where, "it is missing")
+
+    def _not_here(self, source: Snapshot, why: object) -> StoreError:
+        return StoreError(
+            f"{why}. The checkpoint {source.directory.parent} refers to the x0-state at {source.location}, and "
+            f"{self.generations.objects.uri('')} does not hold it. If the store was moved, give its new location "
+            "as store.url; nothing was deleted"
+        )
+
     def _check_readable(self, source: Snapshot) -> None:
         """Raise StoreError unless the generation that a checkpoint refers to exists."""
         if source.form != "reference" or not source.epoch:
@@ -82,11 +106,7 @@ class GenerationTable(ChunkTable):
             for lane in self.lanes:
                 source.base(lane)
         except StoreError as error:
-            raise StoreError(
-                f"{error}. The checkpoint {source.directory.parent} refers to the x0-state at {source.location}, and "
-                f"{self.generations.objects.uri('')} does not hold it. If the store was moved, give its new location "
-                "as store.url; nothing was deleted"
-            ) from error
+            raise self._not_here(source, error) from error
 
     def _import(self, epoch: int, step: int, source: StateSource) -> None:
         """Write the state of another store as generation `epoch`, and the finished windows as the next generation."""

@@ -183,6 +183,8 @@ def _check_references(
             if snapshot.epoch:
                 problems += check(snapshot.generations, snapshot.epoch, lane, snapshot.base(lane))
             problems += check(snapshot.generations, snapshot.epoch + 1, lane, snapshot.written(lane))
+            for window in snapshot.windows_in_flight(lane):
+                snapshot.in_flight(lane, window)
         except StoreError as error:
             problems.append(str(error))
     return problems

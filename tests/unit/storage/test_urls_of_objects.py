@@ -46,3 +46,9 @@ def test_a_variable_that_is_set_to_nothing_is_passed_over(monkeypatch: pytest.Mo
     objects = open_object_store("s3://bucket/run")
     assert "AWS_ENDPOINT_URL_S3" not in os.environ
     assert objects.uri("") == "s3://bucket/run"
+
+
+@pytest.mark.parametrize(("alias", "scheme"), [("s3a", "s3"), ("s3n", "s3"), ("S3", "s3"), ("gcs", "gs")])
+def test_other_names_of_a_scheme_are_the_same_store(alias: str, scheme: str) -> None:
+    """Compared by its URL, the store of a run would otherwise be another one."""
+    assert open_object_store(f"{alias}://bucket/run").uri("state") == f"{scheme}://bucket/run/state"
