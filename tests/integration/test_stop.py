@@ -57,6 +57,20 @@ def test_a_request_during_the_start_of_the_workers_ends_the_run(tmp_path: Path) 
     assert "Traceback" not in said and "failure 1" not in said
 
 
+def test_a_request_to_one_worker_during_its_start_ends_the_run(tmp_path: Path) -> None:
+    """As by a job scheduler that signals one process. The other worker waits for it and would do so for minutes."""
+    command = [sys.executable, "-m", "udddm", "train", "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
+    process = subprocess.Popen([*command, "--workers", "2", "--max-failures", "3"], stderr=subprocess.PIPE, text=True)
+    while len(ranks_of(process)) < 2:
+        assert process.poll() is None
+        time.sleep(0.01)
+    os.kill(ranks_of(process)[1], signal.SIGTERM)
+    said = process.communicate(timeout=100)[1]
+    assert process.returncode == 143, said
+    assert "stopped by SIGTERM; the same command resumes" in said
+    assert "Traceback" not in said and "failure 1" not in said
+
+
 class Data:
     """Images of which the one at `last` calls `action` first."""
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from udddm.backends.distributed.ranks import RENDEZVOUS
+from udddm.backends.distributed.signals import STOPPING
 from udddm.backends.launchers.base import Job, Launcher, picklable, root_cause, run_rank, start_logging
 from udddm.errors import ConfigError, Interrupted, RankError, WorkerLost
 from udddm.storage.threads import abandoned
@@ -123,7 +124,7 @@ class Processes(Launcher):
                         children.append(started)
                 if self._stopping:  # the ranks that started before the request have not received it
                     raise Interrupted(self._stopping)
-                outcomes = _collect(pipes, children, lambda: bool(self._stopping))
+                outcomes = _collect(pipes, children, lambda: bool(self._stopping), self.stop)
                 for child in children:  # the outcomes have arrived; wait for the exit only
                     child.join(GRACE)
             finally:
@@ -156,10 +157,17 @@ def _sigint_blocked() -> Iterator[None]:
 
 
 def _collect(
-    pipes: list[Connection], children: Sequence[BaseProcess], stopping: Callable[[], bool] = lambda: False
+    pipes: list[Connection],
+    children: Sequence[BaseProcess],
+    stopping: Callable[[], bool] = lambda: False,
+    stop: Callable[[int], None] = lambda signum: None,
 ) -> list[Any]:
     """Every rank's result or error. After the first error, the other ranks are killed after `GRACE` seconds, or
-    `STOPPING_GRACE` if it is a lost rank while `stopping()`."""
+    `STOPPING_GRACE` if it is a lost rank while `stopping()`.
+
+    A rank that training has not reached yet is ended by a signal that asks to stop, which `stop` then sends to the
+    others.
+    """
     outcomes: list[Any] = [None] * len(pipes)
     open_pipes = dict(zip(pipes, range(len(pipes)), strict=True))
     deadline: float | None = None
@@ -175,17 +183,20 @@ def _collect(
             break
         for pipe in ready:
             assert isinstance(pipe, Connection)
-            rank = open_pipes.pop(pipe)
+            rank, lost = open_pipes.pop(pipe), False
             try:
                 outcomes[rank] = pipe.recv()
             except EOFError:
                 children[rank].join()
-                code = children[rank].exitcode or 0
+                code, lost = children[rank].exitcode or 0, True
+                if -code in STOPPING and not stopping():
+                    stop(-code)
                 how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"exited with code {code}"
                 outcomes[rank] = _unguarded() if code == _UNGUARDED else WorkerLost(f"rank {rank} {how}")
+                if -code in STOPPING:
+                    outcomes[rank] = Interrupted(-code)
             if isinstance(outcomes[rank], BaseException) and deadline is None:
-                lost = isinstance(outcomes[rank], WorkerLost) and stopping()
-                deadline = time.monotonic() + (STOPPING_GRACE if lost else GRACE)
+                deadline = time.monotonic() + (STOPPING_GRACE if lost and stopping() else GRACE)
     return outcomes
 
 
