@@ -14,8 +14,6 @@ such kills count as training.
 from __future__ import annotations
 
 import argparse
-import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -27,49 +25,24 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import tiny_runs
+
 from udddm.testing import s3
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json
 
 STORES = ("gpu", "pinned", "zarr", "zarr-s3")
-SETTINGS = (
-    "network={width: 8, multipliers: [1], blocks: 1, attention: [], dropout: 0.1, condition: none}",
-    "order={lanes: 4, chunk: 32, window: 2}",
-    "train={batch_size: 64, learning_rate: 0.001, ema: [0.99]}",
-    "checkpoint.every_steps=7",
-    "sample.every_steps=0",
-    "log_every_steps=5",
-)
-PRELOADED = ["udddm.cli.train", "udddm.api", "torch.utils.tensorboard"]
-FORKS = multiprocessing.get_context("forkserver")
-
-Fingerprints = dict[str, str]
-
-
-def train(arguments: list[str], log: str) -> None:
-    """The child process: run `udddm-train` with its output in a file."""
-    with Path(log).open("ab") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    from udddm.cli.train import main as train_command
-
-    sys.exit(train_command(arguments))
 
 
 def life(run: Path, store: str, dtype: str, steps: int, kill_after: float | None) -> int:
     """Start the run once and kill it after some seconds. Returns the exit code, -9 if the kill hit it alive."""
-    arguments = ["--run-dir", str(run), "--device", "cpu", "--store", store.removesuffix("-s3")]
+    arguments = tiny_runs.train_arguments(run, f"store.dtype={dtype}", store=store.removesuffix("-s3"), steps=steps)
     if store == "zarr-s3":
         arguments += ["--store-url", f"s3://{s3.BUCKET}/{run.name}"]
-    for setting in (*SETTINGS, f"store.dtype={dtype}", f"train.steps={steps}"):
-        arguments += ["--set", setting]
-    process = FORKS.Process(target=train, args=(arguments, str(run.with_suffix(".log"))))
-    process.start()
+    process = tiny_runs.start("train", arguments, run.with_suffix(".log"))
     process.join(kill_after)
-    if process.is_alive() and process.pid is not None:
-        os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    tiny_runs.kill(process)
     assert process.exitcode is not None
     if process.exitcode not in (0, -signal.SIGKILL):
         raise SystemExit(f"the run failed with exit code {process.exitcode}:\n{run.with_suffix('.log').read_text()}")
@@ -101,7 +74,7 @@ class Row:
     dtype: str
     seconds: float
     """Seconds of the uninterrupted run, including the start of its process."""
-    fingerprints: Fingerprints
+    fingerprints: tiny_runs.Fingerprints
     kills: int = 0
     finished: int = 0
     """Runs that were killed at least once and finished in the end."""
@@ -109,16 +82,11 @@ class Row:
     equal: bool = True
 
 
-def fingerprints(run: Path) -> Fingerprints:
-    result = json.loads((run / "result.json").read_text())
-    return {key: value for key, value in result.items() if key.endswith("sha256")}
-
-
 def measure(directory: Path, store: str, dtype: str, steps: int, kills: int, rng: random.Random) -> Row:
     undisturbed = directory / f"{store}-{dtype}"
     began = time.perf_counter()
     life(undisturbed, store, dtype, steps, None)
-    row = Row(store, dtype, time.perf_counter() - began, fingerprints(undisturbed))
+    row = Row(store, dtype, time.perf_counter() - began, tiny_runs.fingerprints(undisturbed))
     while row.kills < kills:
         run = directory / f"{store}-{dtype}-{row.finished}"
         hits = 0
@@ -134,7 +102,7 @@ def measure(directory: Path, store: str, dtype: str, steps: int, kills: int, rng
             row.phases[phase(run, before, said)] += 1
         if hits:
             row.finished += 1
-            row.equal &= fingerprints(run) == row.fingerprints
+            row.equal &= tiny_runs.fingerprints(run) == row.fingerprints
         shutil.rmtree(run)
     return row
 
@@ -151,15 +119,14 @@ def main() -> int:
         "--directory", type=Path, help="directory for the runs (default: the system's temporary directory)"
     )
     arguments = parser.parse_args()
-    os.environ["OMP_NUM_THREADS"] = "1"  # before the fork server imports torch
     with ExitStack() as stack:
         if "zarr-s3" in arguments.stores:
-            os.environ.update(stack.enter_context(s3.running()).environment())  # and before it inherits the environment
+            os.environ.update(stack.enter_context(s3.running()).environment())
+        tiny_runs.start_fork_server()  # inherits the environment
         return compare(arguments)
 
 
 def compare(arguments: argparse.Namespace) -> int:
-    FORKS.set_forkserver_preload(PRELOADED)
     rng = random.Random(arguments.seed)
     head = about()
     lines = [

@@ -136,3 +136,19 @@ def test_flags_without_a_command_exist_in_some_command(page: Path, parsers: dict
     known = set.union(*parsers.values()) | set(re.findall(r'"(--[a-z0-9-]+)"', scripts))
     used = [flag for span in spans(page.read_text()) if span.startswith("--") for flag in FLAG.findall(span)]
     assert not [flag for flag in used if flag not in known]
+
+
+def test_every_test_that_the_reliability_page_names_exists() -> None:
+    """The table there pairs each fault with the test that keeps it fixed."""
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    named = re.findall(r"`((?:unit|integration)/[\w/]+\.py)?(?:::(test_\w+))?`", text)
+    file, checked = "", 0
+    for path, test in named:
+        if not path and not test:
+            continue
+        file = path or file
+        source = ROOT / "tests" / file
+        assert source.exists(), file
+        assert not test or f"def {test}(" in source.read_text(), (file, test)
+        checked += 1
+    assert checked > 30
