@@ -143,7 +143,7 @@ def trial(pair: Pair, delay: float, while_training: bool, expected: tiny_runs.Fi
         before = pair.contents("second")
         proceed(first)
     code = tiny_runs.wait(first)
-    row.first = last_error(pair.logs["first"])
+    row.first = last_error(pair.logs["first"]).replace(str(pair.place.parent), "...")
     if pair.kind != "local":
         after = pair.contents("second")
         row.changed = len(before.items() ^ after.items())

@@ -36,6 +36,11 @@ class DataConfig(Section):
         None, description="path or fsspec URL of the archive, folder or array", json_schema_extra=CHANGEABLE
     )
     size: Positive | None = Field(None, description="side in pixels to which the images of a folder are resized")
+    workers: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="processes per rank that read and decode images; 0: a thread of the rank. The batches are the same",
+        json_schema_extra=CHANGEABLE,
+    )
     flip: bool = Field(
         False, description="mirror half of the images horizontally, drawn anew with the noise of a visit"
     )

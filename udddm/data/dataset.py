@@ -80,6 +80,17 @@ class ImageDataset:
     def __len__(self) -> int:
         return self._length
 
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are an array in memory or a memory-mapped file, which nothing has to decode."""
+        return isinstance(self._source, ArrayImages) and self._source.in_memory
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, _lock=threading.Lock())
+
     def batch(self, ids: Ids) -> tuple[torch.Tensor, Labels | None]:
         """Returns the samples `ids` (int64 [n], each in 0..N-1).
 

@@ -112,6 +112,11 @@ class ArrayImages(BatchSource):
         return int(self._images.shape[0])
 
     @property
+    def in_memory(self) -> bool:
+        """Whether the images are a NumPy array, which may be memory-mapped."""
+        return isinstance(self._images, np.ndarray)
+
+    @property
     def labels(self) -> Labels | None:
         return self._labels
 

@@ -52,6 +52,23 @@ class StoreCounters:
     kept: int = 0
     """Rows that kept their previous value because their successor was not finite (`finite_rows`)."""
 
+    def metrics(self, before: StoreCounters, seconds: float) -> dict[str, float]:
+        """The metrics of the last `seconds`, at whose start the totals were `before`."""
+        read_wait, write_wait = self.read_wait - before.read_wait, self.write_wait - before.write_wait
+        moved = self.bytes_read + self.bytes_written - before.bytes_read - before.bytes_written
+        return {
+            "store_wait_fraction": (read_wait + write_wait) / seconds,
+            "store_read_wait_seconds": read_wait,
+            "store_write_wait_seconds": write_wait,
+            "store_queue_depth": (self.queued - before.queued) / max(1, self.reads - before.reads),
+            "store_megabytes_per_second": moved / 1e6 / seconds,
+            "store_bytes_read": self.bytes_read,
+            "store_bytes_written": self.bytes_written,
+            "store_retries": self.retries,
+            "store_reinitialized": self.reinitialized,
+            "store_kept": self.kept,
+        }
+
 
 def finite_rows(values: torch.Tensor, before: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Replace every row of `values` [b, C, H, W] that is not finite with the row of `before`.

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
+from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
 
 import torch
 
-from udddm.data.dataset import ImageDataset
+from udddm.data import ImageDataset
+from udddm.data.images import Ids
+from udddm.data.reading import LabeledImages, open_reader
+from udddm.log import log
 from udddm.objectives import HorizontalFlips, LabelDropout
 from udddm.objectives.base import Objective, Visits
-from udddm.order import Order
+from udddm.order import Batch, Order
 from udddm.storage.threads import Worker
 
+SLOW = 0.2
+"""Fraction of the time that steps may wait for their images before a warning."""
 PATIENCE = 2.0
 """Seconds that `Prefetch.close` waits for the data set, which may never answer."""
 
@@ -50,11 +57,18 @@ class InputBuilder:
     parts: int = 1
     """The number of equal micro-batches per step."""
 
-    def build(self, global_step: int) -> list[StepInput]:
-        """Returns one input per micro-batch. Raises the errors of the data set."""
+    def batch_of(self, global_step: int) -> tuple[int, Batch]:
+        """The epoch of a step, and the samples that this rank visits in it."""
         epoch, step = divmod(global_step, self.order.steps_per_epoch)
-        batch = self.order.batch_of(self.lanes, epoch, step)
-        images, labels = self.dataset.batch(batch.ids)
+        return epoch, self.order.batch_of(self.lanes, epoch, step)
+
+    def build(self, global_step: int, read: Callable[[Ids], LabeledImages] | None = None) -> list[StepInput]:
+        """Returns one input per micro-batch, from what `read` returns for its samples; by default the data set's.
+
+        Raises the errors of the data set.
+        """
+        epoch, batch = self.batch_of(global_step)
+        images, labels = (read or self.dataset.batch)(batch.ids)
         weights = torch.from_numpy(batch.weights / batch.total)
         if self.device.type == "cuda":
             weights = weights.pin_memory()
@@ -78,27 +92,40 @@ class InputBuilder:
 
 
 class Prefetch:
-    """Inputs of consecutive steps starting at `step`, built `depth` steps ahead in a background thread."""
+    """Inputs of consecutive steps starting at `step`, built `depth` steps ahead in a background thread.
 
-    def __init__(self, builder: InputBuilder, *, step: int, depth: int):
+    `processes` other processes read the images; with 0, the thread reads them.
+    """
+
+    def __init__(self, builder: InputBuilder, *, step: int, depth: int, processes: int = 0):
         self._builder, self._next = builder, step
+        self._processes = processes
+        self._reader = open_reader(builder.dataset, processes)
+        self._waited = 0.0  # seconds, since the last report
+        self._reports, self._advised = 0, False
         self._worker = Worker("data")
         self._pending: deque[Future[list[StepInput]]] = deque()
         for _ in range(depth):
             self._submit()
 
     def _submit(self) -> None:
-        self._pending.append(self._worker.submit(partial(self._builder.build, self._next)))
+        read = None if self._reader is None else self._reader.request(self._builder.batch_of(self._next)[1].ids)
+        self._pending.append(self._worker.submit(partial(self._builder.build, self._next, read)))
         self._next += 1
 
     def wait(self, seconds: float) -> bool:
         """Wait up to `seconds` for the next inputs. Returns whether `next` returns or raises at once."""
-        return self._pending[0].done() or bool(wait([self._pending[0]], seconds).done)
+        began = time.perf_counter()
+        done = self._pending[0].done() or bool(wait([self._pending[0]], seconds).done)
+        self._waited += time.perf_counter() - began
+        return done
 
     def next(self) -> list[StepInput]:
         """Returns the next step's micro-batches. Copies to a GPU are asynchronous, on the current stream. Raises the
         errors of the data set."""
+        began = time.perf_counter()
         made, device = self._pending.popleft().result(), self._builder.device
+        self._waited += time.perf_counter() - began
         self._submit()
         if device.type == "cuda":
             for part in made:
@@ -108,6 +135,22 @@ class Prefetch:
                 part.visits = part.visits.to(device)
         return made
 
+    def wait_fraction(self, seconds: float) -> float:
+        """The fraction of the last `seconds` for which steps waited for their images. Says once what helps."""
+        fraction, self._waited = self._waited / seconds, 0.0
+        self._reports += 1  # the first one contains the start
+        slow = self._reports > 1 and fraction > SLOW and not self._builder.dataset.in_memory
+        if slow and not self._advised and 0 in self._builder.lanes:
+            self._advised = True
+            workers = max(1, 2 * self._processes)
+            log.warning(
+                f"steps wait for their images for {fraction:.0%} of the time: data.workers={workers} reads them in "
+                f"{workers} other {'processes' if workers > 1 else 'process'} per rank, with the same result"
+            )
+        return fraction
+
     def close(self) -> None:
-        """Stop the background thread and drop the inputs that are pending."""
+        """Stop the background thread and the processes, and drop the inputs that are pending."""
+        if self._reader is not None:
+            self._reader.close()
         self._worker.close(PATIENCE)

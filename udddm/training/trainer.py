@@ -156,7 +156,9 @@ class Trainer:
         builder = InputBuilder(
             self.order, self.lanes, self.dataset, self.objective, self.ranks.device, labels, flips, parts
         )
-        return Prefetch(builder, step=self.step, depth=self.config.store.prefetch or 4)
+        depth, processes = self.config.store.prefetch or 4, self.config.data.workers
+        self._inputs = Prefetch(builder, step=self.step, depth=depth, processes=processes)
+        return self._inputs
 
     def _loop(self, inputs: Prefetch, progress: Progress | None) -> None:
         config = self.config
@@ -222,10 +224,10 @@ class Trainer:
         self.store.counters.kept = int(self._kept_rows)
         now = time.perf_counter()
         counters, seconds = replace(self.store.counters), now - since
-        read_wait, write_wait = counters.read_wait - before.read_wait, counters.write_wait - before.write_wait
         rate = (self.step - first) / seconds
         images_per_step = self.order.samples / self.order.steps_per_epoch
         state_use = self._state_use.report(self.step, (self.step - first) * images_per_step)
+        data_wait = self._inputs.wait_fraction(seconds)
         if progress is not None:
             progress.write(
                 self.step,
@@ -235,20 +237,8 @@ class Trainer:
                     "learning_rate": self.engine.learning_rate(self.step - 1),
                     "images_per_second": rate * images_per_step,
                     **state_use,
-                    "store_wait_fraction": (read_wait + write_wait) / seconds,
-                    "store_read_wait_seconds": read_wait,
-                    "store_write_wait_seconds": write_wait,
-                    "store_queue_depth": (counters.queued - before.queued) / max(1, counters.reads - before.reads),
-                    "store_megabytes_per_second": (
-                        (counters.bytes_read + counters.bytes_written - before.bytes_read - before.bytes_written)
-                        / 1e6
-                        / seconds
-                    ),
-                    "store_bytes_read": counters.bytes_read,
-                    "store_bytes_written": counters.bytes_written,
-                    "store_retries": counters.retries,
-                    "store_reinitialized": counters.reinitialized,
-                    "store_kept": counters.kept,
+                    "data_wait_fraction": data_wait,
+                    **counters.metrics(before, seconds),
                     **{f"store_{name}": value for name, value in self.store.gauges().items()},
                     "eta_seconds": (self.total_steps - self.step) / rate,
                 },
