@@ -1,6 +1,6 @@
 """The torch engine with AdamW or RAdam instead of Adam.
 
-    PYTHONPATH=examples udddm-train --config configs/digits.yaml --engine custom_engine:Decoupled \\
+    PYTHONPATH=examples udddm-train --config digits --engine custom_engine:Decoupled \\
         --set 'engine.settings={optimizer: radam, weight_decay: 0.01}'
 
 Everything except the optimizer is inherited from `TorchEngine`: DDP over several ranks, autocast, clipping, learning

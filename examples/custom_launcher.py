@@ -1,6 +1,6 @@
 """A launcher that starts the ranks with torchrun, like a scheduler that runs shell commands.
 
-    PYTHONPATH=examples udddm-train --config configs/digits.yaml --workers 2 --backend custom_launcher:Torchrun
+    PYTHONPATH=examples udddm-train --config digits --workers 2 --backend custom_launcher:Torchrun
 
 A launcher runs one attempt at a job with a given number of workers, and raises the error that ended it.
 `udddm.backends.launchers.supervise` handles the number of workers, restarts after failures, and `--max-failures`.

@@ -1,6 +1,6 @@
 """A small diffusion transformer with adaLN-zero (Peebles & Xie 2023, arXiv 2212.09748, DiT).
 
-    PYTHONPATH=examples udddm-train --config configs/digits.yaml \\
+    PYTHONPATH=examples udddm-train --config digits \\
         --set network.name=custom_network:DiT --set 'network.settings={patch: 2, width: 96, depth: 4}'
 
 Images become tokens, one per patch. The noise level and the label scale, shift and gate every block. The gates are

@@ -1,6 +1,6 @@
 """Consistency training with a fixed number of noise levels (Song et al. 2023, arXiv 2303.01469), in one file.
 
-    PYTHONPATH=examples udddm-train --config configs/digits.yaml \\
+    PYTHONPATH=examples udddm-train --config digits \\
         --set objective.name=custom_objective:PlainConsistency --set 'objective.settings={levels: 18}'
 
 An objective plans each visit as a pure function of (seed, sample, epoch): its noise level, its target and its loss

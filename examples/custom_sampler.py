@@ -1,6 +1,6 @@
 """A sampler that renoises to chosen levels: one evaluation at the highest level, then one per chosen level.
 
-    PYTHONPATH=examples udddm-train --config configs/digits.yaml --set 'sample={steps: 3, final: 100, \\
+    PYTHONPATH=examples udddm-train --config digits --set 'sample={steps: 3, final: 100, \\
         sampler: custom_sampler:chosen_levels, settings: {levels: [2.0, 0.5]}}'
     PYTHONPATH=examples udddm-sample --checkpoint runs/digits --steps 3 --sampler custom_sampler:chosen_levels \\
         --sampler-settings '{levels: [2.0, 0.5]}'

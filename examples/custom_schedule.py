@@ -1,6 +1,6 @@
 """The cosine schedule (Nichol & Dhariwal 2021, arXiv 2102.09672), clipped to a lowest and a highest noise level.
 
-    PYTHONPATH=examples udddm-train --config configs/digits.yaml \\
+    PYTHONPATH=examples udddm-train --config digits \\
         --set schedule.kind=custom_schedule:Cosine --set 'schedule.settings={lowest: 0.05, highest: 30}'
 
 x_t = cos(a) x_0 + sin(a) eps, where the angle a rises linearly with t. sigma, the ratio of noise to signal, is tan(a).

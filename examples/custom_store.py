@@ -1,6 +1,6 @@
 """An x0-state store in SQLite, from the standard library: a database file with one row per sample.
 
-    PYTHONPATH=examples udddm-train --config configs/digits.yaml --set store.kind=custom_store:SqliteStore
+    PYTHONPATH=examples udddm-train --config digits --set store.kind=custom_store:SqliteStore
 
 The database is a working copy that is rebuilt at each start. A run resumes from its checkpoint, to which
 `X0Store.snapshot` copies all rows, so the database need not survive a crash.

@@ -1,11 +1,11 @@
 """A custom data set: any object with a length whose items are images, or (image, label) pairs.
 
-    PYTHONPATH=examples udddm-train --config configs/digits.yaml \\
+    PYTHONPATH=examples udddm-train --config digits \\
         --set data.name=own_images:factory --set 'data.arguments={count: 2000, side: 8}'
 
 From Python, pass the object itself, or the function that returns it, which every worker then calls:
 
-    udddm.train("configs/digits.yaml", own_images.factory, run_dir="runs/shapes")
+    udddm.train("digits", own_images.factory, run_dir="runs/shapes")
 
 An item must depend only on its index, because the store keeps a state per sample from epoch to epoch.
 """

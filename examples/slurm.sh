@@ -1,5 +1,5 @@
 #!/bin/bash
-# A training run on Slurm without Ray, one rank per GPU: sbatch examples/slurm.sh --config configs/digits.yaml --store zarr
+# A training run on Slurm without Ray, one rank per GPU: sbatch examples/slurm.sh --config digits --store zarr
 #
 # Arguments after the script's name are passed to udddm-train. The run directory must be on a file system that all nodes
 # share, or be a URL (--run-dir s3://bucket/run). Two minutes before the time limit, and when the job is preempted with a

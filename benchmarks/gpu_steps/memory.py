@@ -75,7 +75,7 @@ def measured(made: Passes) -> dict[str, Any]:
 def presets(bench: Bench) -> None:
     """What autograd keeps, and on a GPU what the allocator takes for it."""
     for name in ("cifar10",) if bench.small else PRESETS:
-        config = preset(bench, name, *(SMALLER if bench.small else ()))
+        config = preset(name, *(SMALLER if bench.small else ()))
         if bench.device == "cpu":
             config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
         made = Passes(config, PRESETS[name], bench, batch=8, teacher="none", plans=1)

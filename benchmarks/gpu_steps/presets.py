@@ -14,7 +14,7 @@ PRESETS: dict[str, Shape] = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28)}
 
 def eager(bench: Bench) -> None:
     for name, shape in PRESETS.items():
-        config = preset(bench, name)
+        config = preset(name)
         made = Passes(config, shape, bench, batch=config.train.batch_size, teacher="none")
         timing = timed(made.step, made.device, warm=3, count=bench.pick(50, 3))
         bench.report(**{name: {"images_per_s": timing.rate(made.batch), **timing.figures()}})
@@ -23,7 +23,7 @@ def eager(bench: Bench) -> None:
 def graphs(bench: Bench) -> None:
     """torch.compile(mode="reduce-overhead")."""
     for name, shape in PRESETS.items():
-        config = preset(bench, name)
+        config = preset(name)
         made = Passes(config, shape, bench, batch=config.train.batch_size, teacher="none")
         began = time.perf_counter()
         made.engine.module = torch.compile(made.engine.module, mode="reduce-overhead")  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""P5: training speed of configs/cifar10.yaml: eager, by layout, teacher and precision, compiled, and two peers."""
+"""P5: training speed of the preset cifar10: eager, by layout, teacher and precision, compiled, and two peers."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GIB = 1 << 30
 
 
 def built(bench: Bench, *settings: str, batch: int | None = None, teacher: str = "planned", plans: int = 4) -> Passes:
-    config = preset(bench, "cifar10", *(SMALLER if bench.small else ()), *settings)
+    config = preset("cifar10", *(SMALLER if bench.small else ()), *settings)
     if bench.device == "cpu" and config.train.precision == "fp16":
         config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
     count = batch or bench.pick(128, 8)

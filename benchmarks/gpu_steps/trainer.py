@@ -29,7 +29,7 @@ def config(bench: Bench) -> tuple[RunConfig, Shape]:
     if bench.small:
         return tiny(objective, "train.batch_size=32"), TINY_SHAPE
     settings = (objective, "train.batch_size=128", "train.precision=bf16", "network.dropout=0")
-    return preset(bench, "cifar10", *settings, "network.base_channels=64"), (3, 32, 32)
+    return preset("cifar10", *settings, "network.base_channels=64"), (3, 32, 32)
 
 
 def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:

@@ -51,9 +51,9 @@ def tiny(*settings: str) -> RunConfig:
     return configuration.load_config(None, [*TINY, *settings])
 
 
-def preset(bench: Bench, name: str, *settings: str) -> RunConfig:
-    """One of configs/."""
-    return configuration.load_config(bench.root / "configs" / f"{name}.yaml", list(settings))
+def preset(name: str, *settings: str) -> RunConfig:
+    """A preset of the package."""
+    return configuration.load_config(name, list(settings))
 
 
 def alone(bench: Bench) -> Ranks:

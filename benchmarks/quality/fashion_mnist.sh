@@ -10,7 +10,7 @@ results=benchmarks/results
 releases=runs/releases
 
 train() {  # name, epochs, learning rate, averages, then options
-  .venv/bin/udddm-train --config configs/fashion-mnist.yaml --run-dir "runs/$1" \
+  .venv/bin/udddm-train --config fashion-mnist --run-dir "runs/$1" \
     --set train.epochs="$2" --set train.learning_rate="$3" --set train.ema="$4" --set train.ema_warmup=false \
     --set evaluate.every_steps=938 --set evaluate.count=1000 --set evaluate.features=features:fashion_mnist \
     --set sample.every_steps=0 "${@:5}"
@@ -24,7 +24,7 @@ ect="objective={name: ect, pretrain: 0, ect: {q: 256, stages: 1, length: 1}}"
 stored="objective={name: ect, pretrain: 0, ect: {q: 256, stages: 1, length: 2}}"
 
 # 1. The preset: 10 epochs of ECT.
-.venv/bin/udddm-train --config configs/fashion-mnist.yaml
+.venv/bin/udddm-train --config fashion-mnist
 release fashion-mnist $releases/tuning
 
 # 2. 12 epochs of iCT at 640 levels.

@@ -205,7 +205,7 @@ def configured(data: Data, overrides: list[str], steps: int, seed: int) -> RunCo
         "sample.final=0",
         f"evaluate={{every_steps: {max(1, steps // 5)}, count: 1000, features: '{data.features}'}}",
     ]
-    return udddm.load_config(ROOT / "configs" / f"{data.preset}.yaml", [*data.overrides, *fixed, *sets])
+    return udddm.load_config(data.preset, [*data.overrides, *fixed, *sets])
 
 
 def run(data: Data, overrides: list[str], length: int, seed: int, directory: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from udddm.data import ImageDataset, load_dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import plots
-from report import ROOT
 
 Row = dict[str, Any]
 Books = dict[str, Any]
@@ -101,7 +100,7 @@ def _grids(rows: dict[tuple[str, ...], Row], runs: Path, out: Path, data: str) -
                 break
     if not panels:
         return
-    real = ImageDataset(load_dataset(udddm.load_config(ROOT / "configs" / f"{data}.yaml").data))
+    real = ImageDataset(load_dataset(udddm.load_config(data).data))
     images = real.batch(np.arange(36))[0].numpy()
     path = out / f"quality-{data}-grids.png"
     plots.grids(

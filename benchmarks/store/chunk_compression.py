@@ -27,7 +27,7 @@ from udddm.store.encoding import Encoding, Rows, StateDtype, generation_zero
 from udddm.tools.inspect import find
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import ROOT, about, heading, write_json
+from report import about, heading, write_json
 
 ROUNDS = 20
 
@@ -42,7 +42,7 @@ def states(steps: int) -> tuple[torch.Tensor, torch.Tensor]:
         "sample={every_steps: 0, final: 0}",
     ]
     with tempfile.TemporaryDirectory() as directory:
-        udddm.train(udddm.load_config(ROOT / "configs" / "digits.yaml", overrides), run_dir=directory, device="cpu")
+        udddm.train(udddm.load_config("digits", overrides), run_dir=directory, device="cpu")
         stored = find(directory).generations
         assert stored is not None
         newest = max(g for g in stored.existing() if stored.is_complete(g))

@@ -25,7 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import plots
-from report import ROOT, about, heading, write_json
+from report import about, heading, write_json
 
 LAUNCHERS = ("local", "torchrun", "ray")
 Case = tuple[str, int, int]
@@ -55,9 +55,8 @@ def one_run(launcher: str, workers: int, run: Path, steps: int, engine: str) -> 
     import udddm
     from udddm import config as configuration
 
-    preset = ROOT / "configs" / "digits.yaml"
     chosen = configuration.load_config(
-        str(preset),
+        "digits",
         [
             "objective={name: chain, huber_c: 1.5}",
             "network={base_channels: 32, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [], "

@@ -2,7 +2,7 @@
 
     pip install 'udddm[images]' diffusers
     python examples/data/encode_latents.py train latents.zarr --size 256
-    udddm-train --config configs/imagenet-256-latents.yaml --set data.path=latents.zarr
+    udddm-train --config imagenet-256-latents --set data.path=latents.zarr
 
 Images are passed to the autoencoder in [-1, 1]. The mean and the standard deviation of each channel are measured over
 `--measured` images, evenly spaced, before anything is stored. Each channel is stored as (z - mean) / (8 std), clamped

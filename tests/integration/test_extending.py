@@ -352,6 +352,6 @@ def test_the_commands_in_the_docstrings_are_valid(tmp_path: Path, capsys: pytest
                 command, *arguments = shlex.split(line)[1:]
                 parsed = parsers[command]().parse_args(arguments)
                 if command == "udddm-train":
-                    load_config(EXAMPLES.parent / parsed.config, [*parsed.set])
+                    load_config(parsed.config, [*parsed.set, *parsed.overrides])
                 found += 1
     assert found >= len(MODULES)

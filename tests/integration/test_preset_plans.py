@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from udddm.config import load_config
+from udddm.config import load_config, presets
 from udddm.data import expected
 from udddm.tools import dry_run
 from udddm.tools.throughput import Speed
 
-PRESETS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+PRESETS = presets.names()
 BYTES = {"kB": 1e3, "MB": 1e6, "GB": 1e9}
 
 
-@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("preset", PRESETS)
 def test_the_plan_of_every_preset_matches_its_header_without_the_data(
-    preset: Path, monkeypatch: pytest.MonkeyPatch
+    preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     measured = Speed(images=2, operations=1e12, passes=1.0, update=0.5)
     monkeypatch.setattr(dry_run, "measure", lambda *_: measured)  # measuring needs gigabytes and a minute
     monkeypatch.setattr(dry_run, "load_dataset", lambda _: pytest.fail("a plan loaded data"))
     config = load_config(preset)
     lines = "\n".join(dry_run.plan(config, "cpu"))
-    header = " ".join(line.lstrip("# ") for line in preset.read_text().splitlines() if line.startswith("#"))
+    header = " ".join(line.lstrip("# ") for line in presets.text_of(preset).splitlines() if line.startswith("#"))
 
     data = expected(config.data)
     assert data is not None

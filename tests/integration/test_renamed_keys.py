@@ -31,13 +31,12 @@ OLD_NAMES = [
     "train.betas=[0.9, 0.999]",
     "train.warmup_steps=0",
 ]
-CONFIGS = Path(__file__).parents[2] / "configs"
 
 
 def test_a_run_from_before_the_renames_resumes_bit_for_bit(tmp_path: Path) -> None:
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(tmp_path, filter="data")
-    config = udddm.load_config(CONFIGS / "digits.yaml", OLD_NAMES)
+    config = udddm.load_config("digits", OLD_NAMES)
     resumed = udddm.train(config, run_dir=tmp_path / "begun", device="cpu")
     undisturbed = udddm.train(config, run_dir=tmp_path / "undisturbed", device="cpu")
     for what in ("weights_sha256", "ema_sha256", "state_sha256"):

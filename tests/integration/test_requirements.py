@@ -60,7 +60,7 @@ def test_the_base_installation_trains_samples_and_draws(tmp_path: Path) -> None:
         "    assert code == 0, (name, code)\n"
         "assert sample.main(['--checkpoint', run, '--seeds', '0-3', '--out', sys.argv[1] + '/samples']) == 0\n"
     )
-    command = [sys.executable, "-c", code, str(tmp_path), str(ROOT / "configs" / "digits.yaml")]
+    command = [sys.executable, "-c", code, str(tmp_path), "digits"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     assert "pip install 'udddm[tensorboard]'" in done.stderr

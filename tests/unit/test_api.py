@@ -20,6 +20,7 @@ import udddm
 from udddm import ConfigError, RunConfig, TrainResult
 from udddm.backends.engines.ddp import TorchEngine
 from udddm.backends.launchers import Job, Launcher, choose, run_rank
+from udddm.config import presets
 from udddm.diffusion.samplers import SamplingTask
 from udddm.diffusion.schedule import VarianceExploding
 from udddm.evaluation.metrics import MetricInput
@@ -29,7 +30,6 @@ from udddm.objectives import Objective, ObjectiveContext
 from udddm.objectives.edm import EDM
 from udddm.store.device import DeviceStore
 
-DIGITS = Path(__file__).parents[2] / "configs" / "digits.yaml"
 TINY: dict[str, Any] = {
     "network": {
         "base_channels": 4,
@@ -110,14 +110,14 @@ def test_a_file_a_dict_and_a_configuration_give_the_same_run(tmp_path: Path) -> 
     small = {f"network.{key}": value for key, value in TINY["network"].items()}
     overrides = {"train.steps": 2, "train.batch_size": 64, "sample.final": 0, **small}
     as_text = [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-    resolved = udddm.load_config(DIGITS, as_text)
+    resolved = udddm.load_config("digits", as_text)
     sections = resolved.model_dump(mode="json")
     results = [
         udddm.train(config, run_dir=tmp_path / str(number), device="cpu", overrides=given)
         for number, (config, given) in enumerate(
             [
-                (str(DIGITS), overrides),
-                (DIGITS, as_text),
+                ("digits", overrides),
+                (presets.FOLDER / "digits.yaml", as_text),
                 (sections, ()),
                 (resolved, ()),
                 (resolved, {"log_every_steps": 2}),

@@ -23,7 +23,7 @@ PAGE = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 
 FENCE = re.compile(r"^```.*?^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+(?:\n[^`\n]+)?)`")
-FILE = re.compile(r"(?<![\w/.~:-])(?:udddm|benchmarks|tests|configs|examples)/[\w./*?-]+")
+FILE = re.compile(r"(?<![\w/.~:-])(?:udddm|benchmarks|tests|examples)/[\w./*?-]+")
 KEY = re.compile(r"(?<![\w./`-])[a-z_]+(?:\.[a-z_0-9]+)+(?![\w(/*])")
 PYTHON = re.compile(r"(?<![\w/.-])udddm(?:\.[A-Za-z_]\w*)+")
 LINK = re.compile(r"\]\(([^)\s]+)\)")

@@ -44,12 +44,18 @@ def reported(body: Callable[[], int], *, clean_up: bool = True) -> int:
     try:
         with _stopping() if clean_up else nullcontext():
             code = body()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except ConfigError as error:
         code = _say(f"error: {error}", USAGE)
     except Interrupted as error:
         code = _say(str(error), error.exit_code)
     except UdddmError as error:
         code = _say("\n".join([f"error: {error}", *getattr(error, "__notes__", [])]), FAILED)
+    except BrokenPipeError:  # the reader of the output ended, as `head` does
+        with suppress(OSError, ValueError):  # what is left to write at the exit
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
     except OSError as error:
         if error.errno not in _DISK:
             raise
@@ -116,7 +122,10 @@ def add_version(parser: argparse.ArgumentParser) -> None:
 
 
 def add_sampler(parser: argparse.ArgumentParser) -> None:
-    """Add the options that select a sampler."""
+    """Add the options that select a sampler and its number of network evaluations."""
+    parser.add_argument(
+        "--steps", "--nfe", type=positive, default=1, metavar="N", help="network evaluations per image (default 1)"
+    )
     parser.add_argument(
         "--sampler",
         default="renoise",

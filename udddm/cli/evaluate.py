@@ -1,4 +1,4 @@
-"""The command udddm-evaluate: scores of a model or of samples."""
+"""The command `udddm evaluate`: scores of a model or of samples."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from udddm.cli import sweep
+from udddm.cli.arguments import Parser, is_override
 from udddm.cli.command import TRUST, add_guidance_and_average, add_sampler, add_version, path, positive, reported
 
 if TYPE_CHECKING:
@@ -19,16 +20,25 @@ if TYPE_CHECKING:
     from udddm.evaluation.features import FeatureNetwork
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="udddm-evaluate",
+def _parser() -> Parser:
+    parser = Parser(
+        prog="udddm evaluate",
         description="Score a model, or samples, against a data set. Under torchrun, the ranks share the sampling.",
+        epilog="udddm evaluate runs/digits --nfe 4 --features my_features.pt",
     )
-    what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--checkpoint", metavar="RUN", help="a run directory or URL, or one of its checkpoints")
-    what.add_argument("--samples", type=path, metavar="FILE", help="a .npy file of images: float in [-1, 1], or uint8")
-    parser.add_argument("--config", metavar="FILE", help="a YAML preset that names the data set, for --samples")
-    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="such as data.name=digits")
+    parser.overrides = True
+    parser.add_argument(
+        "given",
+        nargs="*",
+        metavar="RUN|KEY=VALUE",
+        help="a run directory or URL, or one of its checkpoints; settings of its data, such as data.path=FOLDER",
+    )
+    parser.add_argument("--checkpoint", metavar="RUN", help="the same as RUN")
+    parser.add_argument(
+        "--samples", type=path, metavar="FILE", help="a .npy file of images: float in [-1, 1], or uint8"
+    )
+    parser.add_argument("--config", metavar="NAME|FILE", help="the preset that names the data set, for --samples")
+    parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="the same without --set")
     parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument(
         "--features",
@@ -46,7 +56,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--count", type=positive, default=50_000, metavar="N", help="number of samples (default 50,000)"
     )
-    parser.add_argument("--steps", type=positive, default=1, metavar="N", help="network evaluations per sample")
     add_sampler(parser)
     add_guidance_and_average(parser, sweep.lengths)
     parser.add_argument(
@@ -66,9 +75,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.samples and arguments.repeat > 1:
-        parser.error("--repeat generates new samples each time, so it needs --checkpoint")
+    arguments = parser.parse(argv)
+    _check(parser, arguments)
     wanted = arguments.ema_length if isinstance(arguments.ema_length, tuple) else None
     if arguments.plot and wanted is None:
         parser.error("--plot draws the scores of a range of lengths: add --ema-length FROM:TO")
@@ -101,6 +109,36 @@ def main(argv: list[str] | None = None) -> int:
     return reported(body)
 
 
+def _check(parser: Parser, arguments: argparse.Namespace) -> None:
+    """Sort the positional arguments into `checkpoint` and `set`. Ends the command if they do not fit."""
+    runs = [text for text in arguments.given if not is_override(text)]
+    arguments.set += [text for text in arguments.given if is_override(text)]
+    if arguments.checkpoint is not None:
+        runs.append(arguments.checkpoint)
+    if len(set(runs)) > 1:
+        parser.error(f"several runs: {', '.join(runs)}; give one")
+    arguments.checkpoint = runs[0] if runs else None
+    if (arguments.checkpoint is None) == (arguments.samples is None):
+        parser.error("give either a run, such as udddm evaluate runs/digits, or --samples FILE")
+    if arguments.samples and arguments.repeat > 1:
+        parser.error("--repeat generates new samples each time, so it needs a run")
+    if arguments.checkpoint and arguments.config:
+        parser.error("--config names the data set of --samples; a run has its own, which data.path=... replaces")
+
+
+def _check_overrides(overrides: list[str]) -> None:
+    """Raise ConfigError for a setting that scores do not depend on."""
+    from udddm.config import keys_set
+    from udddm.errors import ConfigError
+
+    for override in overrides:
+        for key in keys_set(override):
+            if not key.startswith(("data.", "published")):
+                option = {"train.steps": "--steps", "sample.steps": "--steps", "train.batch_size": "--batch"}.get(key)
+                hint = f"; write {option} {override.partition('=')[2]}" if option else ""
+                raise ConfigError(f"{override} has no effect here, because a model is scored as it is{hint}")
+
+
 def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | None:
     """Returns the scores on rank zero, and None on other ranks."""
     from udddm import config as configuration
@@ -111,6 +149,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     from udddm.evaluation.features import load_features
     from udddm.runs.model import load_model
 
+    _check_overrides(arguments.set)
     metrics = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else list(METRICS.members)
     for name in metrics:
         METRICS.load(name)  # errors are reported before anything is computed
@@ -189,6 +228,7 @@ def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
 
 def _check_data(arguments: argparse.Namespace, dataset: ImageDataset) -> None:
     """Raise DataError unless the data set is the run's training set, or the user selected another with --set."""
+    from udddm.config import keys_set
     from udddm.data import check_unchanged
     from udddm.errors import DataError
     from udddm.log import log
@@ -200,7 +240,7 @@ def _check_data(arguments: argparse.Namespace, dataset: ImageDataset) -> None:
     try:
         check_unchanged(recorded, dataset.fingerprint())
     except DataError as error:
-        if any(override.startswith("data.") for override in arguments.set):
+        if any(key.startswith("data.") for override in arguments.set for key in keys_set(override)):
             log.warning("scoring against a data set that is not the run's training set, as requested by --set")
             return
         raise DataError(

@@ -1,7 +1,8 @@
-"""The command `udddm`, with the subcommands `train`, `sample`, `evaluate` and `store`."""
+"""The command `udddm` and its subcommands, each in a module of that name."""
 
 from __future__ import annotations
 
+import difflib
 import importlib
 import sys
 
@@ -13,6 +14,8 @@ COMMANDS = {
     "sample": "generate images with a trained model (udddm-sample)",
     "evaluate": "score a model, or samples, against a data set (udddm-evaluate)",
     "store": "inspect, copy, clean up, plan and benchmark x0-state stores (udddm-store)",
+    "config": "list and show presets, and explain every setting",
+    "completion": "print the completion script of bash or zsh",
 }
 
 
@@ -25,12 +28,21 @@ def main(argv: list[str] | None = None) -> int:
     if name in COMMANDS:
         found: int = importlib.import_module(f"udddm.cli.{name}").main(arguments[1:])
         return found
-    lines = ["usage: udddm COMMAND ...", "", *(f"  {each:9} {text}" for each, text in COMMANDS.items())]
+    lines = ["usage: udddm COMMAND ...", "", *(f"  {each:10} {text}" for each, text in COMMANDS.items())]
     if name in ("-h", "--help"):
         print("\n".join([*lines, "", "udddm COMMAND --help shows the arguments of a command"]))
         return 0
-    print("\n".join([f"error: udddm {name}: unknown command", *lines]), file=sys.stderr)
+    print(f"error: {_meant(name, arguments)} (udddm --help shows all commands)", file=sys.stderr)
     return USAGE
+
+
+def _meant(name: str, arguments: list[str]) -> str:
+    """What to write instead of an unknown command."""
+    if name.startswith("-"):
+        return f"{name}: start with a command, such as udddm train {' '.join(arguments)}"
+    close = difflib.get_close_matches(name, COMMANDS, 1, 0.5)
+    meant = f"did you mean udddm {close[0]}?" if close else f"the commands are {', '.join(COMMANDS)}"
+    return f"udddm {name}: unknown command; {meant}"
 
 
 if __name__ == "__main__":

@@ -1,22 +1,37 @@
-"""The command udddm-sample: images from a trained model."""
+"""The command `udddm sample`: images from a trained model."""
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
-from udddm.cli.command import TRUST, add_guidance_and_average, add_sampler, add_version, integers, path, reported
+from udddm.cli.arguments import Parser, add_run, run_of
+from udddm.cli.command import (
+    MOST,
+    TRUST,
+    add_guidance_and_average,
+    add_sampler,
+    add_version,
+    integers,
+    path,
+    positive,
+    reported,
+)
+
+DEFAULT_COUNT = 64
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="udddm-sample", description="Generate images. Each depends only on its seed and label."
+def _parser() -> Parser:
+    parser = Parser(
+        prog="udddm sample",
+        description="Generate images. Each depends only on its seed and label.",
+        epilog="udddm sample runs/digits --count 100 --nfe 4",
     )
-    parser.add_argument("--checkpoint", metavar="RUN", required=True, help="a run directory or one of its checkpoints")
-    parser.add_argument("--steps", type=int, default=1, metavar="N", help="network evaluations per image (default 1)")
+    add_run(parser, "a run directory or URL, or one of its checkpoints")
     add_sampler(parser)
-    parser.add_argument("--seeds", type=integers, default=list(range(64)), metavar="0-999", help="default 0-63")
+    seeds = parser.add_mutually_exclusive_group()
+    seeds.add_argument("--count", type=positive, metavar="N", help=f"number of images (default {DEFAULT_COUNT})")
+    seeds.add_argument("--seeds", type=integers, metavar="0-999", help="their seeds (default: 0 to N - 1)")
     parser.add_argument(
         "--labels",
         type=integers,
@@ -25,9 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     add_guidance_and_average(parser)
     parser.add_argument(
-        "--out", type=path, default=Path(), metavar="DIR", help="directory for samples.npy and samples.png"
+        "--out", type=path, metavar="DIR", help="directory for samples.npy and samples.png (default: samples/<run>)"
     )
-    parser.add_argument("--batch", type=int, default=250, metavar="N", help="batch size of sampling (default 250)")
+    parser.add_argument("--batch", type=positive, default=250, metavar="N", help="batch size of sampling (default 250)")
     parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add_version(parser)
@@ -36,9 +51,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
-    arguments = parser.parse_args(argv)
-    if arguments.steps < 1 or arguments.batch < 1:
-        parser.error("--steps and --batch must be at least 1")
+    arguments = parser.parse(argv)
+    run = run_of(parser, arguments)
+    if run is None:
+        parser.error("give a run or a checkpoint, such as udddm sample runs/digits")
+    count = arguments.count or DEFAULT_COUNT
+    if count > MOST:
+        parser.error(f"--count {count}: more than {MOST} images; use several commands with --seeds")
+    seeds = arguments.seeds or list(range(count))
 
     def body() -> int:
         import itertools
@@ -50,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
         from udddm.runs.model import load_model
 
         model = load_model(
-            arguments.checkpoint,
+            run,
             ema=arguments.ema,
             ema_length=arguments.ema_length,
             device=arguments.device,
@@ -58,9 +78,9 @@ def main(argv: list[str] | None = None) -> int:
         )
         labels = None
         if arguments.labels is not None:
-            labels = list(itertools.islice(itertools.cycle(arguments.labels), len(arguments.seeds)))
+            labels = list(itertools.islice(itertools.cycle(arguments.labels), len(seeds)))
         images = model.sample(
-            arguments.seeds,
+            seeds,
             steps=arguments.steps,
             sampler=arguments.sampler,
             settings=arguments.sampler_settings,
@@ -68,16 +88,24 @@ def main(argv: list[str] | None = None) -> int:
             guidance=arguments.guidance,
             batch=arguments.batch,
         )
-        out: Path = arguments.out
+        out: Path = arguments.out or _default_out(run)
         out.mkdir(parents=True, exist_ok=True)
         write_array(out / "samples.npy", images)
-        save_image_grid(torch.from_numpy(images[:400]), out / "samples.png")
+        classes = model.config.network.classes
+        columns = classes if labels is None and 2 <= classes <= 20 else None  # one column per class
+        save_image_grid(torch.from_numpy(images[:400]), out / "samples.png", columns=columns)
         print(
             f"{len(images)} images in {out / 'samples.npy'}, the first {min(400, len(images))} in {out / 'samples.png'}"
         )
         return 0
 
     return reported(body)
+
+
+def _default_out(run: str) -> Path:
+    """A directory below the current one, with the name of the run or of its checkpoint."""
+    *_, name = [part for part in run.rstrip("/").split("/") if part not in ("", ".", "..", "checkpoints")] or ["run"]
+    return Path("samples") / name
 
 
 if __name__ == "__main__":

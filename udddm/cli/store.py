@@ -1,4 +1,4 @@
-"""The command udddm-store: x0-state stores, inspected, copied, cleaned up, planned and benchmarked."""
+"""The command `udddm store`: x0-state stores, inspected, copied, cleaned up, planned and benchmarked."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from udddm.cli.arguments import Parser
 from udddm.cli.command import FAILED, TRUST, add_version, path, positive, reported
 
 
@@ -19,10 +20,8 @@ def _shape(text: str) -> tuple[int, ...]:
     return sides
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="udddm-store", description="Inspect, copy, clean up, plan and benchmark x0-state stores."
-    )
+def _parser() -> Parser:
+    parser = Parser(prog="udddm store", description="Inspect, copy, clean up, plan and benchmark x0-state stores.")
     add_version(parser)
     commands = parser.add_subparsers(dest="command", required=True)
     dtypes = ["fp32", "fp16", "bf16", "uint8"]

@@ -1,4 +1,4 @@
-"""The command udddm-train: trains or resumes a run."""
+"""The command `udddm train`: trains or resumes a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from udddm.cli.arguments import Parser, is_override, not_an_override
 from udddm.cli.command import add_version, reported
 
 
@@ -21,13 +22,26 @@ def _workers(text: str) -> tuple[int, int]:
     return least, most
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="udddm-train",
+def _parser() -> Parser:
+    parser = Parser(
+        prog="udddm train",
         description="Train a one-step image generator. Repeating the command resumes the run.",
+        epilog="udddm train --config digits train.steps=500 lr=3e-4 objective=ict",
     )
-    parser.add_argument("--config", metavar="FILE", help="a YAML preset, such as configs/digits.yaml")
-    parser.add_argument("--run-dir", metavar="DIR|URL", help="directory or URL of the run (default: runs/<preset>)")
+    parser.overrides = True
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace those of the preset, such as steps=500"
+    )
+    parser.add_argument(
+        "--config",
+        metavar="NAME|FILE",
+        help="a preset (udddm config list), a YAML file, or the config.yaml of a run, which is then resumed",
+    )
+    parser.add_argument(
+        "--run-dir",
+        metavar="DIR|URL",
+        help="directory or URL of the run (default: runs/<preset>, or the run of its config.yaml)",
+    )
     parser.add_argument(
         "--store",
         metavar="KIND",
@@ -43,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         help="action on a corrupt chunk of the state (store.on_corruption; --on-damage is the old name)",
     )
     parser.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="override a value, such as train.epochs=3"
+        "--set", metavar="KEY=VALUE", action="append", default=[], help="the same as KEY=VALUE without --set"
     )
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     parser.add_argument(
@@ -53,6 +67,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--zero", type=int, choices=range(4), help="DeepSpeed's ZeRO stage (engine.zero)")
     parser.add_argument("--deepspeed", metavar="FILE", help='a DeepSpeed JSON file; "auto" values are filled in')
+    _add_workers(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and its requirements, and exit")
+    add_version(parser)
+    return parser
+
+
+def _add_workers(parser: Parser) -> None:
     cluster = parser.add_argument_group("workers")
     cluster.add_argument(
         "--backend",
@@ -69,37 +90,23 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument(
         "--timeout", type=float, default=600, metavar="SECONDS", help="limit of one collective operation (default 600)"
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and its requirements, and exit")
-    add_version(parser)
-    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    parser = _parser()
+    arguments = parser.parse(argv)
+    for text in arguments.overrides:
+        if not is_override(text):
+            parser.error(not_an_override(text, arguments.overrides))
+    overrides = [*arguments.set, *arguments.overrides]
+    if arguments.config is None and not overrides:
+        parser.error("there is nothing to train: give a preset, such as --config digits (udddm config list shows all)")
 
     def body() -> int:
         from udddm import config as configuration
 
-        overrides = list(arguments.set)
-        if arguments.store:
-            overrides.append(f"store.kind={arguments.store}")
-        if arguments.store_url:
-            overrides.append(f"store.url={arguments.store_url}")
-        if arguments.on_corruption:
-            overrides.append(f"store.on_corruption={arguments.on_corruption}")
-        if arguments.engine or arguments.deepspeed:
-            overrides.append(f"engine.name={arguments.engine or 'deepspeed'}")
-        if arguments.zero is not None:
-            overrides.append(f"engine.zero={arguments.zero}")
-        if arguments.deepspeed:
-            import json
-
-            from udddm.backends.engines.deepspeed_config import read
-
-            overrides.append(f"engine.deepspeed={json.dumps(read(arguments.deepspeed))}")
-        config = configuration.load_config(arguments.config, overrides)
-        name = Path(arguments.config).stem if arguments.config else "default"
-        run = arguments.run_dir or Path("runs") / name
+        config = configuration.load_config(arguments.config, [*overrides, *_flags(arguments)])
+        run = arguments.run_dir or _default_run(arguments.config)
         if arguments.dry_run:
             from udddm.tools.dry_run import plan
 
@@ -120,6 +127,38 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     return reported(body, clean_up=False)  # the run decides when to stop
+
+
+def _flags(arguments: argparse.Namespace) -> list[str]:
+    """The overrides that the options stand for. Raises ConfigError for a DeepSpeed file that cannot be read."""
+    engine = arguments.engine or ("deepspeed" if arguments.deepspeed else None)
+    given = {
+        "store.kind": arguments.store,
+        "store.url": arguments.store_url,
+        "store.on_corruption": arguments.on_corruption,
+        "engine.name": engine,
+        "engine.zero": arguments.zero,
+    }
+    overrides = [f"{key}={value}" for key, value in given.items() if value is not None]
+    if arguments.deepspeed:
+        import json
+
+        from udddm.backends.engines.deepspeed_config import read
+
+        overrides.append(f"engine.deepspeed={json.dumps(read(arguments.deepspeed))}")
+    return overrides
+
+
+def _default_run(config: str | None) -> Path:
+    """Where a run without --run-dir is: the run whose config.yaml this is, or runs/<name of the preset>."""
+    from udddm.config import presets
+
+    if config is None:
+        return Path("runs") / "default"
+    file = presets.find(config)
+    if file.name == "config.yaml" and (file.parent / "run.json").exists():
+        return file.parent
+    return Path("runs") / file.stem
 
 
 if __name__ == "__main__":

@@ -7,16 +7,19 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from udddm.config.base import Fraction, Positive, Section, UnderOne
+from udddm.config.base import Fraction, Positive, Section, UnderOne, unit
 from udddm.config.plugins import OBJECTIVES
 
 
 class Stage(Section):
     """A stage of the chain objective, with its own number of noise levels."""
 
-    start: Fraction = Field(description="fraction of the run at which the stage starts")
+    start: Fraction = Field(
+        description="fraction of the run at which the stage starts", json_schema_extra=unit("fraction of the run")
+    )
     levels: Annotated[int, Field(ge=1)] = Field(
-        description="number of noise levels above the lowest, for chains that start in this stage"
+        description="number of noise levels above the lowest, for chains that start in this stage",
+        json_schema_extra=unit("noise levels"),
     )
 
 
@@ -24,7 +27,9 @@ class ChainConfig(Section):
     """The chain objective (docs/method.md): consistency training whose teacher is the x0-state store."""
 
     length: Positive | Literal["trajectory"] = Field(
-        2, description="visits per chain: 1 is consistency training, 'trajectory' climbs all levels from the lowest"
+        2,
+        description="visits per chain: 1 is consistency training, 'trajectory' climbs all levels from the lowest",
+        json_schema_extra=unit("visits"),
     )
     stages: tuple[Stage, ...] = Field(
         (Stage(start=0, levels=8), Stage(start=0.2, levels=16), Stage(start=0.5, levels=32)),
@@ -34,8 +39,10 @@ class ChainConfig(Section):
     distribution: Literal["uniform", "lognormal"] = Field(
         "uniform", description="distribution of the level at which a chain starts"
     )
-    p_mean: float = Field(-1.1, description="mean of ln sigma, if lognormal")
-    p_std: Annotated[float, Field(gt=0)] = Field(2.0, description="standard deviation of ln sigma, if lognormal")
+    p_mean: float = Field(-1.1, description="mean of ln sigma, if lognormal", json_schema_extra=unit("ln sigma"))
+    p_std: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="standard deviation of ln sigma, if lognormal", json_schema_extra=unit("ln sigma")
+    )
     x0_weight: Literal["lowest", "visits"] = Field(
         "lowest",
         description="weight of x0 in the target: 1 at the lowest level only, or 1/(n+1) as in Eq. 3, n = level",
@@ -60,11 +67,17 @@ class ChainConfig(Section):
 class ICTConfig(Section):
     """iCT (Song & Dhariwal 2023): consistency training without a store."""
 
-    s0: Positive = Field(10, description="number of noise levels at the start; it doubles during the run")
-    s1: Positive = Field(1280, description="number of noise levels at the end")
+    s0: Positive = Field(
+        10,
+        description="number of noise levels at the start; it doubles during the run",
+        json_schema_extra=unit("noise levels"),
+    )
+    s1: Positive = Field(1280, description="number of noise levels at the end", json_schema_extra=unit("noise levels"))
     distribution: Literal["lognormal", "uniform"] = Field("lognormal", description="distribution of the noise level")
-    p_mean: float = Field(-1.1, description="mean of ln sigma")
-    p_std: Annotated[float, Field(gt=0)] = Field(2.0, description="standard deviation of ln sigma")
+    p_mean: float = Field(-1.1, description="mean of ln sigma", json_schema_extra=unit("ln sigma"))
+    p_std: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="standard deviation of ln sigma", json_schema_extra=unit("ln sigma")
+    )
     weighting: Literal["none", "gap"] = Field(
         "gap", description="loss weight of a level: 1, or 1/(sigma_k - sigma_(k-1))"
     )
@@ -85,34 +98,54 @@ class ECTConfig(Section):
     k: Annotated[float, Field(ge=0)] = Field(8.0, description="k of n(sigma)")
     b: Annotated[float, Field(ge=0)] = Field(1.0, description="b of n(sigma)")
     length: Positive = Field(
-        1, description="visits per chain: 1 is ECT; if longer, all targets but the first are read from the store"
+        1,
+        description="visits per chain: 1 is ECT; if longer, all targets but the first are read from the store",
+        json_schema_extra=unit("visits"),
     )
-    stages: Positive = Field(8, description="number of stages of the run, in which a = 1, 2, ...")
-    p_mean: float = Field(-1.1, description="mean of ln sigma")
-    p_std: Annotated[float, Field(gt=0)] = Field(2.0, description="standard deviation of ln sigma")
+    stages: Positive = Field(
+        8, description="number of stages of the run, in which a = 1, 2, ...", json_schema_extra=unit("stages")
+    )
+    p_mean: float = Field(-1.1, description="mean of ln sigma", json_schema_extra=unit("ln sigma"))
+    p_std: Annotated[float, Field(gt=0)] = Field(
+        2.0, description="standard deviation of ln sigma", json_schema_extra=unit("ln sigma")
+    )
 
 
 class EDMConfig(Section):
     """The EDM denoiser (Karras et al. 2022), alone or as pretraining."""
 
-    p_mean: float = Field(-1.2, description="mean of ln sigma")
-    p_std: Annotated[float, Field(gt=0)] = Field(1.2, description="standard deviation of ln sigma")
+    p_mean: float = Field(-1.2, description="mean of ln sigma", json_schema_extra=unit("ln sigma"))
+    p_std: Annotated[float, Field(gt=0)] = Field(
+        1.2, description="standard deviation of ln sigma", json_schema_extra=unit("ln sigma")
+    )
 
 
 class RefinedConfig(Section):
     """Refined visits, of ict and ect: the stored estimate is their image or their condition (docs/method.md)."""
 
-    share: UnderOne = Field(0.0, description="share of the visits at levels above `above` that are refined; 0 is off")
+    share: UnderOne = Field(
+        0.0,
+        description="share of the visits at levels above `above` that are refined; 0 is off",
+        json_schema_extra=unit("fraction of the visits"),
+    )
     use: Literal["image", "condition"] = Field(
         "image",
         description="use of the stored estimate at a refined visit: as the image instead of x_0 (refined pairs), or as "
         "the conditioning image (Algorithm 2)",
     )
-    above: Annotated[float, Field(ge=0)] = Field(0.8, description="sigma above which visits are refined")
-    length: Annotated[int, Field(ge=2)] = Field(
-        2, description="visits of a chain, all with one noise and level; each but the first is refined"
+    above: Annotated[float, Field(ge=0)] = Field(
+        0.8, description="sigma above which visits are refined", json_schema_extra=unit("noise level")
     )
-    start: Fraction = Field(0.0, description="fraction of the run, after its pretraining, at which refinement starts")
+    length: Annotated[int, Field(ge=2)] = Field(
+        2,
+        description="visits of a chain, all with one noise and level; each but the first is refined",
+        json_schema_extra=unit("visits"),
+    )
+    start: Fraction = Field(
+        0.0,
+        description="fraction of the run, after its pretraining, at which refinement starts",
+        json_schema_extra=unit("fraction of the run"),
+    )
     min_sharpness: Annotated[float, Field(ge=0)] = Field(
         0.0,
         description="estimates whose sum of squared differences of neighboring pixels is below this fraction of that "
@@ -145,6 +178,7 @@ class ObjectiveConfig(Section):
         None,
         description="fraction of the run that pretrains a denoiser; unset: the objective's default (0.4 for ect), or 0 "
         "with train.init_from",
+        json_schema_extra=unit("fraction of the run"),
     )
     huber_c: Annotated[float, Field(gt=0)] | None = Field(
         None,

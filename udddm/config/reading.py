@@ -3,34 +3,34 @@
 from __future__ import annotations
 
 import copy
-import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
-from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError
 
-from udddm.config import text
+from udddm.config import presets, text
+from udddm.config.mistakes import explain
 from udddm.config.renamed import current_key, modernize
 from udddm.config.run import RunConfig
+from udddm.config.shorthand import ALIASES, SELECTORS, selected
 from udddm.errors import ConfigError
-from udddm.files import expanded
 from udddm.log import log
 
 
 def load_config(path: str | Path | None = None, overrides: list[str] | None = None) -> RunConfig:
-    """Read a YAML preset (`None`: the defaults), apply overrides such as `train.epochs=3`, and validate.
+    """Read the preset of that name or a YAML file (`None`: the defaults), apply overrides such as `train.epochs=3`, and
+    validate.
 
-    Raises ConfigError for a file that cannot be read or is not a mapping, an unknown key (the message suggests the
-    closest one), a wrong type or a value out of range.
+    Raises ConfigError for an unknown preset or a file that cannot be read or is not a mapping, an unknown key (the
+    message suggests the closest one), a wrong type or a value out of range.
     """
     tree: dict[str, Any] = {}
     source = "the defaults"
     if path is not None:
         source = str(path)
         try:
-            content = expanded(path).read_text(encoding="utf-8-sig")
+            content = presets.find(path).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"cannot read the configuration {path}: {error}") from error
         loaded = text.parse(content, source, RunConfig)
@@ -60,31 +60,53 @@ def resolve(tree: dict[str, Any], source: str = "the configuration") -> RunConfi
     try:
         return RunConfig.model_validate(_modernized(tree, source))
     except ValidationError as error:
-        lines = [_explain(detail) for detail in error.errors()]
-        raise ConfigError(f"{source}:\n  " + "\n  ".join(lines)) from None
+        lines = [explain(detail) for detail in error.errors()]
+        raise ConfigError("\n  ".join([f"{source}:", *lines]) if len(lines) > 1 else f"{source}: {lines[0]}") from None
 
 
 def _modernized(tree: dict[str, Any], source: str) -> dict[str, Any]:
     tree, replaced = modernize(tree)
     if replaced:
         log.warning("%s uses old names, which are still accepted: %s", source, "; ".join(replaced))
-    return tree
+    return selected(tree)
 
 
 def apply(tree: dict[str, Any], override: str) -> None:
     """Apply `key=value` to a tree of plain values with current names. Raises ConfigError."""
-    key, separator, given_text = override.partition("=")
-    if not separator or not key:
-        raise ConfigError(f"--set {override}: write key=value, such as train.epochs=3")
-    given, key = key, current_key(key)
+    key, value, replaced = _read(override)
+    if replaced:
+        log.warning("%s uses old names, which are still accepted: %s", override, "; ".join(replaced))
+    _put(tree, key, value, override)
+
+
+def keys_set(override: str) -> set[str]:
+    """The dotted keys that `key=value` sets: `data={name: digits}` sets data.name alone. Raises ConfigError."""
+    key, value, _ = _read(override)
+
+    def leaves(key: str, value: Any) -> set[str]:
+        if isinstance(value, dict) and text.section(text.annotation(RunConfig, key)) is not None:
+            return set().union(*(leaves(f"{key}.{name}", inner) for name, inner in value.items()))
+        return {key}
+
+    return leaves(key, value)
+
+
+def _read(override: str) -> tuple[str, Any, list[str]]:
+    """The full key and the value of `key=value`, and a phrase for each old name in it. Raises ConfigError."""
+    short, separator, given_text = override.partition("=")
+    short = short.strip()
+    if not separator or not short:
+        raise ConfigError(f"{override}: write key=value, such as train.epochs=3")
+    given = ALIASES.get(short, short)
+    key = current_key(given)
     replaced = [f"{given} is now {key}"] if given != key else []
-    value = text.value_of(given_text, f"--set {override}", RunConfig, key)
+    value = text.value_of(given_text, override, RunConfig, key)
     if isinstance(value, dict):
         value, inner = modernize(value, f"{key}.")
         replaced += inner
-    if replaced:
-        log.warning("--set %s uses old names, which are still accepted: %s", override, "; ".join(replaced))
-    _put(tree, key, value, override)
+    if key in SELECTORS and isinstance(value, str):
+        key = f"{key}.{SELECTORS[key]}"
+    return key, value, replaced
 
 
 def _put(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
@@ -99,44 +121,10 @@ def _put(tree: dict[str, Any], key: str, value: Any, override: str) -> None:
         if child is None:
             child = node[name] = {}
         if not isinstance(child, dict):
-            raise ConfigError(f"--set {override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
+            raise ConfigError(f"{override}: {'.'.join(parents[: depth + 1])} is a value, not a section")
         node = child
     node[leaf] = value
     if key == "train.steps" and value is not None:  # steps and epochs are exclusive; the override wins
         node.pop("epochs", None)
     elif key == "train.epochs" and value is not None:
         node.pop("steps", None)
-
-
-def _explain(detail: ErrorDetails) -> str:
-    location = [str(part) for part in detail["loc"]]
-    key = ".".join(location) or "configuration"
-    if detail["type"] == "extra_forbidden":
-        return f"{key}: unknown key{_nearest(location)}"
-    message = detail["msg"].removeprefix("Value error, ")
-    given = detail["input"]
-    shown = "" if isinstance(given, dict | BaseModel) else f" (got {given!r})"
-    return f"{key}: {message}{shown}"
-
-
-def _nearest(location: list[str]) -> str:
-    """A hint with the known key closest to a mistyped one. Keys of the same section are preferred."""
-    keys = list(_keys(RunConfig))
-    key = ".".join(location)
-    parent = key.rpartition(".")[0]
-    siblings = [k for k in keys if k.rpartition(".")[0] == parent]
-    by_leaf = {k.rpartition(".")[2]: k for k in keys}
-    match = difflib.get_close_matches(key, siblings, 1, 0.6) or difflib.get_close_matches(key, keys, 1, 0.7)
-    if not match and (leaf := difflib.get_close_matches(location[-1], by_leaf, 1, 0.6)):
-        match = [by_leaf[leaf[0]]]
-    return f"; did you mean {match[0]}?" if match else f"; {parent or 'the top level'} has: {', '.join(siblings)}"
-
-
-def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in model.model_fields.items():
-        keys.append(prefix + name)
-        for annotation in (field.annotation, *get_args(field.annotation)):  # a section, or a section that may be unset
-            if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-                keys += _keys(annotation, f"{prefix}{name}.")
-    return keys

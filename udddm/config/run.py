@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
-from udddm.config.base import CHANGEABLE, Positive, Section, UnderOne
+from udddm.config.base import CHANGEABLE, Positive, Section, UnderOne, unit
 from udddm.config.objective import ObjectiveConfig
 from udddm.config.plugins import METRICS, NETWORKS, SAMPLERS, SCHEDULES, STORES
 from udddm.config.train import EngineConfig, TrainConfig
@@ -20,7 +20,7 @@ from udddm.errors import ConfigError
 class ExpectConfig(Section):
     """The expected contents of a data set."""
 
-    samples: Positive = Field(description="number of samples")
+    samples: Positive = Field(description="number of samples", json_schema_extra=unit("samples"))
     shape: tuple[Positive, Positive, Positive] = Field(description="channels, height and width of every image")
     classes: Positive | None = Field(None, description="number of class labels; unset: labels do not matter")
 
@@ -35,11 +35,13 @@ class DataConfig(Section):
     path: str | None = Field(
         None, description="path or fsspec URL of the archive, folder or array", json_schema_extra=CHANGEABLE
     )
-    size: Positive | None = Field(None, description="side in pixels to which the images of a folder are resized")
+    size: Positive | None = Field(
+        None, description="side in pixels to which the images of a folder are resized", json_schema_extra=unit("pixels")
+    )
     workers: Annotated[int, Field(ge=0)] = Field(
         0,
         description="processes per rank that read and decode images; 0: a thread of the rank. The batches are the same",
-        json_schema_extra=CHANGEABLE,
+        json_schema_extra=CHANGEABLE | unit("processes"),
     )
     flip: bool = Field(
         False, description="mirror half of the images horizontally, drawn anew with the noise of a visit"
@@ -63,15 +65,23 @@ class ScheduleConfig(Section):
 
     kind: Annotated[str, AfterValidator(SCHEDULES.check)] = Field("ve", description="ve, vp, or package.module:factory")
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of a custom noise schedule")
-    timesteps: Annotated[int, Field(ge=2)] = Field(1000, description="number of time steps, T in the paper")
+    timesteps: Annotated[int, Field(ge=2)] = Field(
+        1000, description="number of time steps, T in the paper", json_schema_extra=unit("time steps")
+    )
     beta_min: Annotated[float, Field(gt=0, lt=1)] = Field(1.5e-3, description="lowest beta of vp")
     beta_max: Annotated[float, Field(gt=0, lt=1)] = Field(2.0e-2, description="highest beta of vp")
-    sigma_min: Annotated[float, Field(ge=1e-9)] = Field(0.01, description="lowest noise level of ve")
-    sigma_max: Annotated[float, Field(gt=0, le=1e9)] = Field(50.0, description="highest noise level of ve")
+    sigma_min: Annotated[float, Field(ge=1e-9)] = Field(
+        0.01, description="lowest noise level of ve", json_schema_extra=unit("noise level")
+    )
+    sigma_max: Annotated[float, Field(gt=0, le=1e9)] = Field(
+        50.0, description="highest noise level of ve", json_schema_extra=unit("noise level")
+    )
     rho: Annotated[float, Field(ge=0.1, le=1e6)] = Field(
         7.0, description="exponent of the spacing of noise levels (Karras et al. 2022, Eq. 5)"
     )
-    sigma_data: Annotated[float, Field(ge=1e-9, le=1e9)] = Field(0.5, description="standard deviation of the data")
+    sigma_data: Annotated[float, Field(ge=1e-9, le=1e9)] = Field(
+        0.5, description="standard deviation of the data", json_schema_extra=unit("noise level")
+    )
     preconditioning: Literal["paper", "linear", "quadratic", "edm"] = Field(
         "edm",
         description="c_skip and c_out: those of the paper (VP: x_t - F; VE: kappa = sigma_min/sigma), its other kappas "
@@ -97,23 +107,33 @@ class NetworkConfig(Section):
     name: Annotated[str, AfterValidator(NETWORKS.check)] = Field("unet", description="unet, or package.module:factory")
     settings: dict[str, Any] = Field(default_factory=dict, description="settings of a custom network")
     patch: Annotated[int, Field(ge=1, le=1024)] = Field(
-        1, description="side of the pixel blocks that become channels (pixel unshuffle); 1 disables it"
+        1,
+        description="side of the pixel blocks that become channels (pixel unshuffle); 1 disables it",
+        json_schema_extra=unit("pixels"),
     )
-    base_channels: Annotated[int, Field(ge=1, le=1 << 16)] = Field(128, description="channels of the first level")
+    base_channels: Annotated[int, Field(ge=1, le=1 << 16)] = Field(
+        128, description="channels of the first level", json_schema_extra=unit("channels")
+    )
     channel_mult: tuple[Annotated[int, Field(ge=1, le=256)], ...] = Field(
         (1, 2, 2, 2), min_length=1, max_length=16, description="channels of each level, as multiples of base_channels"
     )
-    blocks_per_level: Annotated[int, Field(ge=1, le=256)] = Field(3, description="residual blocks per level")
+    blocks_per_level: Annotated[int, Field(ge=1, le=256)] = Field(
+        3, description="residual blocks per level", json_schema_extra=unit("blocks")
+    )
     attention_resolutions: tuple[Positive, ...] = Field(
         (16, 8),
         description="image sides in pixels at which attention is applied; the default applies to the sides that exist",
+        json_schema_extra=unit("pixels"),
     )
-    head_dim: Annotated[int, Field(ge=1, le=1 << 16)] = Field(64, description="channels per attention head")
+    head_dim: Annotated[int, Field(ge=1, le=1 << 16)] = Field(
+        64, description="channels per attention head", json_schema_extra=unit("channels")
+    )
     dropout: UnderOne = Field(0.3, description="dropout probability")
     max_frequency: Annotated[float, Field(gt=0)] | None = Field(
         None,
         description="highest frequency of the noise-level embedding, in radians per unit of c_noise; unset: 16 with "
         "preconditioning edm (EDM's own value is 1), otherwise 1",
+        json_schema_extra=unit("radians per unit of c_noise"),
     )
     condition: Literal["cross-attention", "channels", "none"] = Field(
         "cross-attention",
@@ -124,7 +144,9 @@ class NetworkConfig(Section):
         0, description="number of classes; 0 trains an unconditional network"
     )
     label_dropout: UnderOne = Field(
-        0.0, description="fraction of the visits without a label, which guidance needs (docs/method.md)"
+        0.0,
+        description="fraction of the visits without a label, which guidance needs (docs/method.md)",
+        json_schema_extra=unit("fraction of the visits"),
     )
 
     @property
@@ -148,8 +170,12 @@ class OrderConfig(Section):
     lanes: Positive = Field(
         8, description="number of fixed partitions of the data set; the number of ranks must divide it"
     )
-    chunk: Positive | None = Field(None, description="samples per chunk; unset: 4 MiB of float16 state")
-    window: Positive | None = Field(None, description="number of chunks that are shuffled together; unset: 8")
+    chunk: Positive | None = Field(
+        None, description="samples per chunk; unset: 4 MiB of float16 state", json_schema_extra=unit("samples")
+    )
+    window: Positive | None = Field(
+        None, description="number of chunks that are shuffled together; unset: 8", json_schema_extra=unit("chunks")
+    )
 
 
 class StoreConfig(Section):
@@ -165,10 +191,12 @@ class StoreConfig(Section):
     threads: Positive | None = Field(
         None,
         description="concurrent reads, and concurrent writes; unset: as many as the step rate needs, 2 to 32",
+        json_schema_extra=unit("requests"),
     )
     prefetch: Positive | None = Field(
         None,
         description="steps for which state and images are prefetched; unset: automatic for the state, 4 for images",
+        json_schema_extra=unit("steps"),
     )
     compression: Literal["none", "lz4", "zstd"] = Field(
         "none", description="compression of the zarr store's chunks, from the next generation on (docs/store.md)"
@@ -181,26 +209,29 @@ class StoreConfig(Section):
         None,
         description="limit of the host memory of a rank's windows and batches, in MB; unset: 1074, or the required "
         "minimum if that is more",
+        json_schema_extra=unit("MB"),
     )
 
 
 class CheckpointConfig(Section):
     """Checkpoints of a run."""
 
-    every_steps: Positive = Field(1000, description="steps between checkpoints")
-    keep: Positive = Field(2, description="number of checkpoints to keep")
+    every_steps: Positive = Field(1000, description="steps between checkpoints", json_schema_extra=unit("steps"))
+    keep: Positive = Field(2, description="number of checkpoints to keep", json_schema_extra=unit("checkpoints"))
 
 
 class SampleConfig(Section):
     """Samples that a run generates, with the first EMA."""
 
     every_steps: Annotated[int, Field(ge=0)] = Field(
-        1000, description="steps between sample grids during training; 0 disables them"
+        1000, description="steps between sample grids during training; 0 disables them", json_schema_extra=unit("steps")
     )
     final: Annotated[int, Field(ge=0)] = Field(
-        0, description="number of samples in samples.npy and samples.png at the end of the run"
+        0,
+        description="number of samples in samples.npy and samples.png at the end of the run",
+        json_schema_extra=unit("samples"),
     )
-    steps: Positive = Field(1, description="network evaluations per sample")
+    steps: Positive = Field(1, description="network evaluations per sample", json_schema_extra=unit("evaluations"))
     sampler: Annotated[str, AfterValidator(SAMPLERS.check)] = Field(
         "renoise", description="renoise, algorithm-2, heun (for denoisers), or package.module:function"
     )
@@ -211,9 +242,11 @@ class SampleConfig(Section):
 class EvaluateConfig(Section):
     """Scores of the first EMA during training (udddm-evaluate scores a finished run)."""
 
-    every_steps: Annotated[int, Field(ge=0)] = Field(0, description="steps between evaluations; 0 disables them")
+    every_steps: Annotated[int, Field(ge=0)] = Field(
+        0, description="steps between evaluations; 0 disables them", json_schema_extra=unit("steps")
+    )
     count: Annotated[int, Field(ge=2)] = Field(
-        2000, description="number of samples per evaluation, drawn between two steps"
+        2000, description="number of samples per evaluation, drawn between two steps", json_schema_extra=unit("samples")
     )
     features: str = Field(
         "inception", description="feature network: inception, a TorchScript file, or package.module:function"
@@ -246,7 +279,7 @@ class RunConfig(Section):
         json_schema_extra=CHANGEABLE,
     )
     log_every_steps: Positive = Field(
-        50, description="steps between two log lines of metrics", json_schema_extra=CHANGEABLE
+        50, description="steps between two log lines of metrics", json_schema_extra=CHANGEABLE | unit("steps")
     )
 
     @model_validator(mode="after")
@@ -293,7 +326,7 @@ class RunConfig(Section):
 def _changeable(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """The keys of fields that are marked with CHANGEABLE: entire sections or single settings."""
     for name, field in model.model_fields.items():
-        if field.json_schema_extra == CHANGEABLE:
+        if isinstance(field.json_schema_extra, dict) and field.json_schema_extra.get("changeable"):
             yield prefix + name
         elif isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
             yield from _changeable(field.annotation, f"{prefix}{name}.")

@@ -76,7 +76,9 @@ def parse(text: str, source: str, model: type[BaseModel], key: str = "") -> Any:
     except ConfigError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(f"{source} is not valid YAML: {error}") from error
+        problem = getattr(error, "problem", None) if key else None
+        shown = f"{problem}; in a shell, put it in quotes" if problem else error
+        raise ConfigError(f"{source} is not valid YAML: {shown}") from error
     finally:
         if loader is not None:
             loader.dispose()
@@ -137,7 +139,8 @@ def value_of(text: str, source: str, model: type[BaseModel], key: str) -> Any:
     """Parse the value of `--set key=text`.
 
     If the field is text, the value is the literal text (with or without quotes). Otherwise, it is a YAML list or
-    mapping, a number, true, false, null, or text. Raises ConfigError for a list or mapping that is not valid YAML.
+    mapping, a number, true, false, null, or text. A list may be written without its brackets: `0.9,0.99`. Raises
+    ConfigError for a list or mapping that is not valid YAML.
     """
     found = annotation(model, key)
     bare = text.strip()
@@ -150,6 +153,8 @@ def value_of(text: str, source: str, model: type[BaseModel], key: str) -> Any:
             return quoted
     if wants_text(found):
         return None if bare in ("", "null") and type(None) in get_args(_plain(found)) else text
+    if "," in bare and bare[:1] not in ("[", "{") and get_origin(_plain(found)) is tuple:
+        bare = f"[{bare}]"
     if bare[:1] in ("[", "{"):
         return parse(bare, source, model, key)
     loader = _Loader("")

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator, model_validator
 
-from udddm.config.base import CHANGEABLE, Positive, Section, UnderOne
+from udddm.config.base import CHANGEABLE, Positive, Section, UnderOne, unit
 from udddm.config.plugins import ENGINES
 
 
@@ -35,18 +35,24 @@ class EngineConfig(Section):
 class TrainConfig(Section):
     """Optimization: length, batch size, optimizer, averages of the weights, and numerics."""
 
-    epochs: Annotated[float, Field(gt=0)] | None = Field(None, description="length of the run in epochs")
-    steps: Positive | None = Field(None, description="length of the run in optimizer steps; set either steps or epochs")
+    epochs: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="length of the run in epochs; without a section train, 100", json_schema_extra=unit("epochs")
+    )
+    steps: Positive | None = Field(
+        None,
+        description="length of the run in optimizer steps; set either steps or epochs",
+        json_schema_extra=unit("steps"),
+    )
     init_from: str | None = Field(
         None,
         description="initialize the weights with the first average of this run, checkpoint or release (a path or URL); "
         "unset: random weights",
     )
-    batch_size: Positive = Field(128, description="samples per step, over all ranks")
+    batch_size: Positive = Field(128, description="samples per step, over all ranks", json_schema_extra=unit("samples"))
     grad_accumulation: Positive = Field(
         1,
         description="micro-batches per step on each rank; more need less memory and give the same result",
-        json_schema_extra=CHANGEABLE,
+        json_schema_extra=CHANGEABLE | unit("micro-batches"),
     )
     optimizer: Literal["adam", "adamw", "radam"] = Field("adam", description="Adam, AdamW or RAdam")
     weight_decay: Annotated[float, Field(ge=0)] = Field(
@@ -55,7 +61,7 @@ class TrainConfig(Section):
     learning_rate: Annotated[float, Field(gt=0)] = Field(2e-4, description="learning rate")
     betas: tuple[UnderOne, UnderOne] = Field((0.9, 0.999), description="decay rates of the optimizer's moments")
     warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        0, description="steps over which the learning rate rises linearly from 0"
+        0, description="steps over which the learning rate rises linearly from 0", json_schema_extra=unit("steps")
     )
     lr_schedule: Literal["constant", "cosine", "linear"] = Field(
         "constant", description="learning rate after the warm-up: constant, or decaying to 0 at the end"
@@ -64,6 +70,7 @@ class TrainConfig(Section):
         0.0,
         description="fraction of the run at which the learning rate starts again, with its warm-up and decay, such as "
         "objective.pretrain",
+        json_schema_extra=unit("fraction of the run"),
     )
     grad_clip: Annotated[float, Field(gt=0)] | None = Field(
         None, description="maximum norm of the gradient; unset: no clipping"
@@ -71,18 +78,22 @@ class TrainConfig(Section):
     ema: tuple[UnderOne, ...] = Field((0.9999,), description="decay of each exponential moving average")
     ema_warmup: bool = Field(False, description="limit the decay to (1 + step) / (10 + step)")
     power_ema: tuple[Annotated[float, Field(gt=0, lt=0.288)], ...] = Field(
-        (), description="relative length of each power-function average of the weights (docs/method.md)"
+        (),
+        description="relative length of each power-function average of the weights (docs/method.md)",
+        json_schema_extra=unit("fraction of the run"),
     )
     power_ema_every_steps: Positive = Field(
         1000,
         description="steps between snapshots of power_ema, from which any length can be built after training",
-        json_schema_extra=CHANGEABLE,
+        json_schema_extra=CHANGEABLE | unit("steps"),
     )
     precision: Literal["fp32", "bf16", "fp16"] = Field(
         "fp32", description="autocast type of the network; weights and optimizer state stay fp32"
     )
     torch_threads: Positive | None = Field(
-        None, description="CPU threads per tensor operation; unset: chosen by torch", json_schema_extra=CHANGEABLE
+        None,
+        description="CPU threads per tensor operation; unset: chosen by torch",
+        json_schema_extra=CHANGEABLE | unit("threads"),
     )
     compile: bool = Field(
         False,

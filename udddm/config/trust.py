@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from udddm.config.plugins import ENGINES, METRICS, NETWORKS, OBJECTIVES, SAMPLERS, SCHEDULES, STORES, Registry
+from udddm.config.reading import keys_set
 from udddm.config.run import RunConfig
 from udddm.errors import ConfigError
 
@@ -28,7 +29,7 @@ def reaching(config: RunConfig, sections: Sequence[str], overrides: Sequence[str
 
     Settings in `overrides`, those of the command line (`data.path=x.npy`), are omitted, because the user chose them.
     """
-    given = {override.partition("=")[0] for override in overrides}
+    given = {key for override in overrides for key in keys_set(override)}
     return [
         f"{key}={value}"
         for key, value in _reaching(config)

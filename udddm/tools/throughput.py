@@ -29,7 +29,7 @@ H100 Tensor Core GPU data sheet.)"""
 UTILISATION = 0.15
 """The fraction of `PEAK` that training is assumed to reach if no GPU was measured. EDM's ImageNet-64 run reached it
 (github.com/NVlabs/edm: 2,500 M images in 13 days on 32 A100, with a network of the same cost as that of
-configs/imagenet-64.yaml)."""
+the preset imagenet-64)."""
 PEAKS = {
     ("H100", "PCIe"): 756e12,
     ("H100",): 989e12,

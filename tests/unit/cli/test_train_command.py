@@ -14,8 +14,8 @@ from udddm.cli.command import FAILED, USAGE
 from udddm.cli.evaluate import main as evaluate_command
 from udddm.cli.sample import main as sample_command
 from udddm.cli.train import main as train_command
+from udddm.config import presets
 
-CONFIGS = Path(__file__).parents[3] / "configs"
 TINY = [
     "--set=network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], "
     "dropout: 0, condition: none}",
@@ -31,7 +31,7 @@ TINY = [
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished tiny run on the digits."""
     directory = tmp_path_factory.mktemp("cli") / "run"
-    assert train_command(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(directory), *TINY]) == 0
+    assert train_command(["--config", "digits", "--run-dir", str(directory), *TINY]) == 0
     return directory
 
 
@@ -73,7 +73,7 @@ def test_on_corruption_is_accepted_by_both_of_its_names() -> None:
     [
         (["train.lerning_rate=3"], ["train.lerning_rate", "train.learning_rate"]),
         (["trian.epochs=3"], ["trian", "train"]),
-        (["learning_rate=3"], ["learning_rate", "train.learning_rate"]),
+        (["learning_rates=3"], ["learning_rates", "train.learning_rate"]),
         (["train.epochs=many"], ["train.epochs", "many"]),
         (["train.epochs=-1"], ["train.epochs", "greater than 0"]),
         (["seed=-1"], ["seed", "-1"]),
@@ -92,7 +92,7 @@ def test_bad_configuration_names_the_key(
     overrides: list[str], expected: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [f"--set={o}" for o in overrides]
-    code = train_command(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(tmp_path / "run"), *arguments])
+    code = train_command(["--config", "digits", "--run-dir", str(tmp_path / "run"), *arguments])
     assert code == USAGE
     message = capsys.readouterr().err
     assert all(part in message for part in expected), message
@@ -111,19 +111,19 @@ def test_an_unreadable_configuration_is_reported(tmp_path: Path, capsys: pytest.
     assert "code.yaml is not valid YAML" in message
 
 
-@pytest.mark.parametrize("preset", sorted(p.name for p in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("preset", presets.names())
 def test_every_preset_is_valid_and_lists_its_requirements(preset: str) -> None:
     from udddm.config import load_config
 
-    load_config(CONFIGS / preset)
-    assert "\n# Needs: " in (CONFIGS / preset).read_text()
+    load_config(preset)
+    assert "\n# Needs: " in presets.text_of(preset)
 
 
 def test_presets_of_the_paper_have_the_values_of_the_paper() -> None:
     from udddm.config import load_config
 
     for name, blocks in (("vp", 3), ("ve", 3), ("vp-deep", 6), ("ve-deep", 6)):
-        config = load_config(CONFIGS / f"cifar10-{name}.yaml")
+        config = load_config(f"cifar10-{name}")
         kind = name[:2]
         assert config.objective.name == "uddm"
         assert config.objective.huber_c == {"vp": 0.00014, "ve": 0.00015}[kind]
@@ -142,7 +142,7 @@ def test_presets_of_the_paper_have_the_values_of_the_paper() -> None:
 
 def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tmp_path / "run"
-    arguments = ["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(directory), *TINY]
+    arguments = ["--config", "digits", "--run-dir", str(directory), *TINY]
     assert train_command([*arguments, "--dry-run"]) == 0
     plan = capsys.readouterr().out
     for word in ("parameters", "x0-state", "bandwidth", "memory", "steps", "measured here"):
@@ -155,7 +155,7 @@ def test_ranks_that_do_not_divide_the_lanes_are_refused(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     monkeypatch.setenv("RANK", "0")
-    code = train_command(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(tmp_path / "run"), *TINY])
+    code = train_command(["--config", "digits", "--run-dir", str(tmp_path / "run"), *TINY])
     assert code == USAGE
     assert "2 and 4" in capsys.readouterr().err
 
@@ -180,12 +180,12 @@ def test_a_run_writes_all_documented_files(run: Path) -> None:
 
 
 def test_a_finished_run_is_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert train_command(["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(run), *TINY]) == 0
+    assert train_command(["--config", "digits", "--run-dir", str(run), *TINY]) == 0
     assert "is finished" in capsys.readouterr().err
 
 
 def test_a_run_directory_of_another_configuration_is_refused(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--config", str(CONFIGS / "digits.yaml"), "--run-dir", str(run), *TINY, "--set=seed=5"]
+    arguments = ["--config", "digits", "--run-dir", str(run), *TINY, "--set=seed=5"]
     assert train_command(arguments) == USAGE
     assert "seed: 0 -> 5" in capsys.readouterr().err
 

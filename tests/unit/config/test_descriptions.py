@@ -10,6 +10,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 from udddm.config import RunConfig, Section
+from udddm.config.reference import plugin_settings
 
 
 def sections_of(annotation: Any) -> Iterator[type[BaseModel]]:
@@ -29,11 +30,40 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
 
 
 FIELDS = dict(fields_of(RunConfig))
+PLUGIN_FIELDS = {
+    f"{registry.key} {name}: {key}": field
+    for registry, name, model in plugin_settings()
+    for key, field in fields_of(model)
+}
+"""The settings of built-in members of plug points."""
+DIMENSIONLESS = {
+    *("seed", "data.expect.shape", "data.expect.classes", "published"),
+    *("schedule.beta_min", "schedule.beta_max", "schedule.rho"),
+    *("network.channel_mult", "network.dropout", "network.classes"),
+    *("objective.huber_c", "objective.ect.q", "objective.ect.k", "objective.ect.b", "objective.refined.min_sharpness"),
+    *("order.lanes", "engine.zero", "sample.guidance"),
+    *("train.learning_rate", "train.weight_decay", "train.betas", "train.grad_clip", "train.ema"),
+}
+"""Numbers without a unit."""
 
 
-@pytest.mark.parametrize("key", FIELDS)
+@pytest.mark.parametrize("key", [*FIELDS, *PLUGIN_FIELDS])
 def test_every_key_has_a_description(key: str) -> None:
-    assert FIELDS[key].description
+    assert (FIELDS | PLUGIN_FIELDS)[key].description
+
+
+def numbers(annotation: Any) -> bool:
+    """Whether values of a type are or contain numbers."""
+    return annotation in (int, float) or any(numbers(inner) for inner in get_args(annotation))
+
+
+def test_every_number_has_a_unit_unless_it_is_dimensionless() -> None:
+    without = {
+        key
+        for key, field in FIELDS.items()
+        if numbers(field.annotation) and "unit" not in (field.json_schema_extra or {})  # type: ignore[operator]
+    }
+    assert without == DIMENSIONLESS
 
 
 def test_every_section_has_a_docstring() -> None:

@@ -164,7 +164,7 @@ def test_an_override_of_a_free_mapping_replaces_it() -> None:
 
 
 def test_an_invalid_list_is_reported() -> None:
-    with pytest.raises(ConfigError, match=r"--set train\.ema=\[0\.9 is not valid YAML"):
+    with pytest.raises(ConfigError, match=r"^train\.ema=\[0\.9 is not valid YAML: .*; in a shell, put it in quotes$"):
         load_config(None, ["train.ema=[0.9"])
 
 
