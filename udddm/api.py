@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
@@ -99,6 +100,7 @@ def train(
     log.install()
     members = {key: value for key, value in options.items() if key in _PLUGINS}
     resolved = _resolved(config, overrides, members)
+    _check_arguments(run_dir, options)
     _refuse_secrets(resolved, run_dir)
     job = Job(
         config=resolved,
@@ -145,6 +147,18 @@ def _override(key: str, value: Any) -> str:
         return f"{key}={configuration.as_yaml(str(value) if isinstance(value, Path) else value)}"
     except yaml.YAMLError:
         raise ConfigError(f"overrides: {key} is a {type(value).__name__}; give a number, text, list or dict") from None
+
+
+def _check_arguments(run_dir: object, options: TrainOptions) -> None:
+    """Raise ConfigError for an argument of a wrong type or out of range."""
+    if not isinstance(run_dir, (str, Path)) or not str(run_dir).strip():
+        raise ConfigError(f"run_dir={run_dir!r}: give a directory or URL, such as 'runs/mine'")
+    failures: object = options.get("max_failures", 0)
+    if isinstance(failures, bool) or not isinstance(failures, int) or failures < 0:
+        raise ConfigError(f"max_failures={failures!r}: give the number of restarts, 0 or more")
+    timeout: object = options.get("timeout", TIMEOUT)
+    if isinstance(timeout, bool) or not isinstance(timeout, (int, float)) or not 0 < timeout < math.inf:
+        raise ConfigError(f"timeout={timeout!r}: give a number of seconds above 0")
 
 
 def _refuse_secrets(config: RunConfig, run_dir: str | Path) -> None:

@@ -188,21 +188,24 @@ def load_json(path: Path, *keys: str) -> Any:
         return found
 
 
-_ONE_SLASH = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+:)/(?!/)(.*)", re.DOTALL)
+_ONE_SLASH = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]+:)/(?!/)(.*)|((?:s3|gs|gcs|az|abfs|hdfs|https?|memory):)(?!/)(.*)", re.DOTALL
+)
 
 
 def expanded(path: str | Path) -> Path:
     """A path with `~` replaced by the home directory. Shells do not expand it in `--run-dir=~/run`.
 
-    Raises ConfigError if there is no home directory, and for a URL, including a URL that lost a slash: `pathlib` turns
-    s3://bucket into s3:/bucket.
+    Raises ConfigError if there is no home directory, and for a URL, including a URL that lost its slashes: `pathlib`
+    turns s3://bucket into s3:/bucket.
     """
     text = str(path)
     if "://" in text and not isinstance(path, Path):
         raise ConfigError(f"{text}: this must be a local path, not a URL")
     if match := _ONE_SLASH.fullmatch(text):
+        scheme, rest = match[1] or match[3], match[2] or match[4]
         raise ConfigError(
-            f"{text}: write two slashes after the scheme, as in {match[1]}//{match[2]}, and pass URLs as text, not as "
+            f"{text}: write two slashes after the scheme, as in {scheme}//{rest}, and pass URLs as text, not as "
             f"Path; for a directory of that name, write ./{text}"
         )
     if not text.startswith("~"):

@@ -115,3 +115,14 @@ def test_ray_is_the_same_version_everywhere() -> None:
     )
     assert manifest()["spec"]["rayClusterSpec"]["rayVersion"] == pinned
     assert f"rayproject/ray:{pinned}-" in (EXAMPLES / "Dockerfile").read_text()
+
+
+def test_the_guide_makes_the_token_that_a_fresh_machine_lacks(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    guide = (EXAMPLES.parent / "docs" / "cluster.md").read_text()
+    token, start = (guide.index(command) for command in ("ray get-auth-token --generate", "ray start --head"))
+    assert token < start
+    command = [str(Path(sys.executable).with_name("ray")), "get-auth-token", "--generate"]
+    environment = {**os.environ, "HOME": str(tmp_path)}
+    subprocess.run(command, env=environment, check=True, capture_output=True, timeout=120)
+    assert (tmp_path / ".ray" / "auth_token").read_text().strip()

@@ -296,7 +296,7 @@ def test_a_permanent_failure_raises_at_once_with_its_remedy(
     assert (remote.retries, proxy.failed) == (0, 1)
     message = str(caught.value)
     assert what in message and remedy in message and str(ERRORS[fault][0]) in message and "s3://" in message
-    assert "The last checkpoint is intact" in message
+    assert "Checkpoints are intact" in message
     for error in chain(caught.value):
         assert s3.key not in repr(error) and s3.secret not in repr(error), error
         assert "Signature=" not in repr(error), error

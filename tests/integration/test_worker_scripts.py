@@ -17,22 +17,30 @@ class Data:
     def __getitem__(self, index):
         return np.zeros((3, 8, 8), np.uint8)
 
-def run(dataset):
+def run(dataset, workers=2, run_dir="run"):
     network = {"base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_resolutions": []}
     config = {"network": network, "train": {"steps": 1, "batch_size": 8}}
-    udddm.train(config, dataset=dataset, run_dir="run", workers=2, device="cpu")
+    udddm.train(config, dataset=dataset, run_dir=run_dir, workers=workers, max_failures=workers - 1, device="cpu")
 
 """
+GUARDED = 'if __name__ == "__main__":\n    run(Data())'
+ONLY_ONCE = "import os\nos.mkdir('only-once')\n"
 
 
 @pytest.mark.parametrize(
     ("call", "stdin", "message"),
     [
         ("run(Data())", False, 'move the call under `if __name__ == "__main__":`'),
+        (
+            "run(Data(), workers=1, run_dir='one')\nrun(Data())",
+            False,
+            'move the call under `if __name__ == "__main__":`',
+        ),
+        (ONLY_ONCE + GUARDED, False, "exited with code 1 while it imported the script"),
         ('if __name__ == "__main__":\n    run(Data(lambda x: x))', False, "the data set cannot be sent to a worker"),
-        ('if __name__ == "__main__":\n    run(Data())', True, "save the program as a script"),
+        (GUARDED, True, "save the program as a script"),
     ],
-    ids=["no guard", "lambda", "stdin"],
+    ids=["no guard", "no guard, one worker first", "an error at import", "lambda", "stdin"],
 )
 def test_a_script_that_cannot_start_workers_ends_with_one_error(
     tmp_path: Path, call: str, stdin: bool, message: str
@@ -48,5 +56,6 @@ def test_a_script_that_cannot_start_workers_ends_with_one_error(
     )
     assert done.returncode == 1
     assert message in done.stderr.splitlines()[-1]
-    assert done.stderr.count("Traceback") == 1
+    assert done.stderr.count("Traceback") == (1 if "only-once" not in call else 3)  # the workers' own
+    assert "restarting" not in done.stderr
     assert not (tmp_path / "run" / "run.json").exists()

@@ -151,6 +151,16 @@ def test_a_file_a_dict_and_a_configuration_give_the_same_run(tmp_path: Path) -> 
         ({"workers": 3}, "the nearest numbers of ranks"),
         ({"backend": "slurm"}, "unknown launcher 'slurm'; the choices are local, ray, and package.module:function"),
         ({"backend": "json:JSONDecoder"}, "it returned a JSONDecoder; give a class or function that returns a"),
+        ({"max_failures": -1}, "max_failures=-1: give the number of restarts, 0 or more"),
+        ({"max_failures": True}, "max_failures=True"),
+        ({"max_failures": "3"}, "max_failures='3'"),
+        ({"timeout": 0}, "timeout=0: give a number of seconds above 0"),
+        ({"timeout": float("nan")}, "timeout=nan"),
+        ({"timeout": "600"}, "timeout='600'"),
+        ({"run_dir": None}, "run_dir=None: give a directory or URL"),
+        ({"run_dir": " "}, "run_dir=' '"),
+        ({"overrides": {"sample.sampler": "heun", "sample.steps": 4}}, r"sample\.steps 4: heun takes an odd number"),
+        ({"overrides": {"data.name": "digtis"}}, r"data\.name: unknown data set 'digtis'; did you mean digits"),
         ({"device": "tpu"}, "--device tpu: choose auto, cpu or cuda"),
         ({"store": lambda context: None}, r"store=<function.*top level of a module"),
         ({"network": torch.nn.Linear(1, 1)}, "network=Linear.*top level of a module"),
@@ -194,6 +204,12 @@ def test_an_unknown_option_is_a_type_error_that_lists_the_options(tmp_path: Path
         ({"seeds": "123"}, "seeds: give a sequence of integers"),
         ({"seeds": [1, "2"]}, "seeds: '2' is not an integer"),
         ({"steps": 0}, r"steps \(0\).* must be at least 1"),
+        ({"steps": 2.5}, r"steps=2\.5: give a whole number"),
+        ({"steps": "2"}, "steps='2': give a whole number"),
+        ({"batch": True}, "batch=True: give a whole number"),
+        ({"guidance": "2"}, "guidance='2': give a number"),
+        ({"settings": 3}, "settings=3: give a mapping"),
+        ({"sampler": "heun", "steps": 4}, "steps 4: heun takes an odd number of evaluations.*: give 3 or 5"),
         ({"sampler": "huen"}, "unknown sampler 'huen'; did you mean heun"),
         ({"guidance": 2.0}, "network.label_dropout"),
     ],
@@ -202,6 +218,19 @@ def test_wrong_arguments_of_sampling_are_refused(arguments: dict[str, Any], mess
     model = udddm.load_model(run, device="cpu")
     with pytest.raises(ConfigError, match=message):
         udddm.sample(model, **({"seeds": [1, 2, 3]} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"checkpoint": None}, "checkpoint=None: give the path or URL of a run"),
+        ({"ema_length": "long"}, "ema_length='long': give a number"),
+        ({"ema": 0.9, "ema_length": 0.1}, "give only one of them"),
+    ],
+)
+def test_wrong_arguments_of_loading_are_refused(arguments: dict[str, Any], message: str, run: Path) -> None:
+    with pytest.raises(ConfigError, match=message):
+        udddm.load_model(**({"checkpoint": run} | arguments))
 
 
 def test_seeds_and_labels_may_be_arrays_and_tensors(run: Path) -> None:

@@ -113,7 +113,26 @@ def run_of(parser: Parser, arguments: argparse.Namespace) -> Any:
     """The run that a command was given, or None. Ends the command if it was given twice."""
     if arguments.run and arguments.checkpoint and arguments.run != arguments.checkpoint:
         parser.error(f"two runs: {arguments.run} and --checkpoint {arguments.checkpoint}; give one")
-    return arguments.run or arguments.checkpoint
+    run = arguments.run or arguments.checkpoint
+    if run is not None:
+        check_exists(parser, run)
+    return run
+
+
+def check_exists(parser: Parser, run: str) -> None:
+    """End the command if a run is neither a URL nor an existing path."""
+    from udddm.config.presets import names
+
+    if "://" in run or Path(run).expanduser().exists():
+        return
+    here = sorted(str(path.parent) for path in Path("runs").glob("*/run.json"))
+    close = difflib.get_close_matches(run, [*here, *(Path(each).name for each in here)], 1, 0.6)
+    if close:
+        meant = next(each for each in here if close[0] in (each, Path(each).name))
+        parser.error(f"{run} does not exist; did you mean {meant}?")
+    if run in names():
+        parser.error(f"{run} is a preset, not a run: train it first, with udddm train --config {run}")
+    parser.error(f"{run} does not exist" + (f"; the runs here are {', '.join(here[:9])}" if here else ""))
 
 
 def not_an_override(text: str, others: Sequence[str] = ()) -> str:

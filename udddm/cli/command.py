@@ -20,6 +20,8 @@ FAILED = 1
 USAGE = 2
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 """Disk and permission errors, which the user can fix."""
+_PATH = {errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG}
+"""Errors of a path that the user gave, such as a file instead of a directory."""
 TRUST = (
     "allow the configuration stored in the checkpoint to import code and open files, such as its network or data set; "
     "only for files that you trust"
@@ -57,14 +59,20 @@ def reported(body: Callable[[], int], *, clean_up: bool = True) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
     except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno in _PATH and error.filename:
+            return _say(f"error: {error.strerror}{where}; give another path", USAGE)
         if error.errno not in _DISK:
             raise
-        where = f" ({error.filename})" if error.filename else ""
         advice = "Free disk space or restore access, then run the same command again"
         code = _say(f"error: {error.strerror}{where}. Checkpoints and earlier files are intact. {advice}", FAILED)
     except KeyboardInterrupt as error:
         signum = error.args[0] if error.args else signal.SIGINT
-        resumes = "" if clean_up else "; the last checkpoint is intact, and the same command resumes"
+        resumes = (
+            ""
+            if clean_up
+            else "; the same command resumes from the newest checkpoint, or starts again if there is none"
+        )
         code = _say(f"stopped immediately{resumes}", 128 + signum)
     _exit_if_abandoned(code)
     return code

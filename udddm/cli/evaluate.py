@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from udddm.cli import sweep
-from udddm.cli.arguments import Parser, is_override
+from udddm.cli.arguments import Parser, check_exists, is_override
 from udddm.cli.command import TRUST, add_guidance_and_average, add_sampler, add_version, path, positive, reported
 
 if TYPE_CHECKING:
@@ -120,6 +120,8 @@ def _check(parser: Parser, arguments: argparse.Namespace) -> None:
     arguments.checkpoint = runs[0] if runs else None
     if (arguments.checkpoint is None) == (arguments.samples is None):
         parser.error("give either a run, such as udddm evaluate runs/digits, or --samples FILE")
+    if arguments.checkpoint is not None:
+        check_exists(parser, arguments.checkpoint)
     if arguments.samples and arguments.repeat > 1:
         parser.error("--repeat generates new samples each time, so it needs a run")
     if arguments.checkpoint and arguments.config:

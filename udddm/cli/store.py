@@ -111,7 +111,7 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
 
     from udddm.config.trust import DATA, reaching
     from udddm.data import ImageDataset, check_unchanged, load_dataset
-    from udddm.errors import DataError
+    from udddm.errors import ConfigError, DataError
     from udddm.image_grid import save_image_grid
     from udddm.runs.pretrained import recorded_data
     from udddm.tools import inspect
@@ -134,7 +134,7 @@ def _view(place: object, sample: int, out: Path, trust: bool) -> None:
             if (recorded := recorded_data(place.name)) is not None:
                 check_unchanged(recorded, dataset.fingerprint())
             image, _ = dataset.batch(np.array([sample]))
-        except DataError as error:  # for example a data set that was passed from Python
+        except (ConfigError, DataError) as error:  # for example a data set that was passed from Python
             print(f"the image is omitted: {error}", file=sys.stderr)
         else:
             names.insert(0, "the image")

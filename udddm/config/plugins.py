@@ -82,6 +82,17 @@ def _importable(module: str) -> str:
     return stem if same else module
 
 
+def cannot_take(function: Callable[..., Any], *arguments: Any) -> str | None:
+    """Why a function cannot be called with positional arguments; None if it can, or if that is unknown."""
+    try:
+        inspect.signature(function).bind(*arguments)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # a function written in C may have no signature
+        return None
+    return None
+
+
 def takes_settings(model: type[BaseModel]) -> Callable[[Function], Function]:
     """Decorator that declares the pydantic model of the settings of a function, which receives them as its second
     argument.
@@ -140,7 +151,11 @@ class Registry:
         factory = self.load(name)
         parsed = self.parse(name, factory, settings)
         create = getattr(factory, "create", factory)
-        return create(context) if parsed is None else create(context, parsed)
+        arguments = (context,) if parsed is None else (context, parsed)
+        if (problem := cannot_take(create, *arguments)) is not None:
+            takes = "context" if parsed is None else "context, settings"
+            raise ConfigError(f"{self.key}={name}: the {self.what} is called as {name}({takes}): {problem}")
+        return create(*arguments)
 
     def parse(self, name: str, factory: Callable[..., Any], settings: Mapping[str, Any]) -> BaseModel | None:
         """Validate the settings of a member by its model. Returns None if it has no settings. Raises ConfigError."""
@@ -225,4 +240,5 @@ METRICS = Registry(
         "spread": "udddm.evaluation.metrics:spread_metric",
         "inception-score": "udddm.evaluation.metrics:inception_score_metric",
     },
+    renamed={"fid": "frechet"},
 )

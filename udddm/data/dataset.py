@@ -74,6 +74,7 @@ class ImageDataset:
         self.shape = (channels, height, width)
         self.labelled = label is not None
         self.classes = _count_classes(self._source) if self.labelled else None
+        self._remedy = ""
         self.class_names = _class_names(self._source) if self.labelled else []
         self.batch(first)  # reports a wrong range or label now instead of in the first step
 
@@ -110,7 +111,7 @@ class ImageDataset:
             images = scaled(rows, ids)
             if labels is not None and self.classes is not None and len(labels) and labels.max() >= self.classes:
                 worst = int(labels.argmax())
-                check_labels(labels[worst : worst + 1], 1, self.classes, f"sample {ids[worst]}")
+                check_labels(labels[worst : worst + 1], 1, self.classes, f"sample {ids[worst]}", self._remedy)
         else:
             images = np.empty((len(ids), *self.shape), dtype=np.float32)
             labels = np.empty(len(ids), dtype=np.int64) if self.labelled else None
@@ -148,7 +149,17 @@ class ImageDataset:
                 + (f"subtract {low} from the labels" if 0 < low <= high - classes else "renumber the labels from 0")
                 + f", or set network.classes to {high}"
             )
-        self.classes = self.classes or classes
+        known = self.classes or high
+        if 0 < known < classes:
+            log.warning(
+                "network.classes is %d, but the data set has %d classes: nothing trains the others, and samples of "
+                "them will be noise; set network.classes=%d unless this is intended",
+                classes,
+                known,
+                known,
+            )
+        if self.classes is None:
+            self.classes, self._remedy = classes, ", or set network.classes to the number of classes"
 
     def fingerprint(self) -> dict[str, Any]:
         """What a run records to detect changed data: `{"length": N, "shape": [C, H, W], "digest": sha256}`.
@@ -205,7 +216,7 @@ class ImageDataset:
         array = np.asarray(label)
         if array.shape not in ((), (1,)):
             raise DataError(f"the label of sample {index} has shape {list(array.shape)}: return one integer")
-        return int(check_labels(array.reshape(1), 1, self.classes, f"sample {index}")[0])
+        return int(check_labels(array.reshape(1), 1, self.classes, f"sample {index}", self._remedy)[0])
 
 
 def check_agreement(fingerprints: Sequence[Mapping[str, Any]], places: Sequence[str]) -> None:

@@ -222,8 +222,11 @@ def check_type(dtype: np.dtype[Any], name: str) -> None:
         raise DataError(f"{name} has dtype {dtype}: give uint8 in 0..255 or floats in [-1, 1]")
 
 
-def check_labels(labels: Any, length: int, classes: int | None, name: str) -> Labels:
-    """Returns labels as int64 [length], each in 0..classes-1. Raises DataError for the labels of `name`."""
+def check_labels(labels: Any, length: int, classes: int | None, name: str, remedy: str = "") -> Labels:
+    """Returns labels as int64 [length], each in 0..classes-1. Raises DataError for the labels of `name`.
+
+    `remedy` is another way to correct a label that is too large.
+    """
     array = np.asarray(labels)
     if array.shape != (length,):
         raise DataError(
@@ -232,7 +235,7 @@ def check_labels(labels: Any, length: int, classes: int | None, name: str) -> La
     if array.dtype.kind not in "iu":
         raise DataError(f"the labels of {name} have dtype {array.dtype}: give integers >= 0")
     if array.max() > np.iinfo(np.int64).max or array.min() < 0 or (classes is not None and array.max() >= classes):
-        allowed = ">= 0" if classes is None else f"from 0 to {classes - 1}"
+        allowed = ">= 0" if classes is None else f"from 0 to {classes - 1}{remedy}"
         raise DataError(f"the labels of {name} are in {array.min()}..{array.max()}: give integers {allowed}")
     return array.astype(np.int64)
 

@@ -13,7 +13,7 @@ from udddm.config.plugins import load_plugin
 from udddm.data import arrays, folder, sources
 from udddm.data.dataset import ImageDataset
 from udddm.data.images import MapDataset, format_shape, require_map_style
-from udddm.errors import DataError
+from udddm.errors import ConfigError, DataError
 from udddm.files import expanded
 
 BUILT_IN: dict[str, Callable[[DataConfig], MapDataset]] = {
@@ -73,7 +73,9 @@ def _open(config: DataConfig) -> MapDataset:
     if config.name not in BUILT_IN:
         match = difflib.get_close_matches(config.name, BUILT_IN, 1, 0.5)
         hint = f"did you mean {match[0]}? The choices are" if match else "the choices are"
-        raise DataError(f"unknown data set {config.name!r}; {hint} {', '.join(BUILT_IN)}, and package.module:function")
+        raise ConfigError(
+            f"data.name: unknown data set {config.name!r}; {hint} {', '.join(BUILT_IN)}, and package.module:function"
+        )
     _refuse(
         config,
         path=config.path if config.name == "digits" else None,
@@ -84,16 +86,25 @@ def _open(config: DataConfig) -> MapDataset:
 
 
 def _refuse(config: DataConfig, **settings: object) -> None:
-    """Raise DataError for a setting that the data set would ignore."""
+    """Raise ConfigError for a setting that the data set would ignore."""
     for key, value in settings.items():
         if value is not None:
-            remedy = "move it to data.arguments" if ":" in config.name else f"remove data.{key}"
-            raise DataError(f"data.{key} does not apply to the data set {config.name}: {remedy}")
+            raise ConfigError(f"data.{key} does not apply to the data set {config.name}: {_remedy(config, key)}")
+
+
+def _remedy(config: DataConfig, key: str) -> str:
+    """What to do about a setting that does not apply: most likely, another data set is meant."""
+    if ":" in config.name:
+        return "move it to data.arguments"
+    if key == "path":
+        return f"to train on {config.path}, set data.name=folder (image files) or data.name=array (.npy or Zarr)"
+    meant = {"size": "data.name=folder", "arguments": "data.name=package.module:function"}[key]
+    return f"set {meant}, or remove data.{key}"
 
 
 def _path(config: DataConfig) -> str:
     if not config.path:
-        raise DataError(f"the data set {config.name!r} needs data.path, the location of its images")
+        raise ConfigError(f"the data set {config.name!r} needs data.path, the location of its images")
     return config.path
 
 
@@ -106,7 +117,7 @@ def _from_factory(name: str, arguments: dict[str, Any]) -> MapDataset:
     try:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
-        raise DataError(f"data set {name!r} does not accept data.arguments: {error}") from error
+        raise ConfigError(f"data set {name!r} does not accept data.arguments: {error}") from error
     except ValueError:
         pass  # a function written in C may have no signature
     dataset = factory(**arguments)

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from udddm.diffusion.schedule import Coefficients
+from udddm.errors import ConfigError
 
 
 def append_dims(row: torch.Tensor) -> torch.Tensor:
@@ -27,7 +28,11 @@ def denoise(
 ) -> torch.Tensor:
     """The estimate of x_0, f = a(t) x_t + b(t) F(condition, x_t, t) (arXiv 2405.21059): [B, C, H, W] float32.
 
-    `xt` and `condition` are [B, C, H, W], and `labels` are [B] int64.
+    `xt` and `condition` are [B, C, H, W], and `labels` are [B] int64. Raises ConfigError for a network whose output has
+    another shape.
     """
     output: torch.Tensor = network(append_dims(at.c_in) * xt, at.c_noise, condition, labels)
+    if not isinstance(output, torch.Tensor) or output.shape != xt.shape:
+        found = list(output.shape) if isinstance(output, torch.Tensor) else f"a {type(output).__name__}"
+        raise ConfigError(f"network.name: the network returned {found}; return a tensor {list(xt.shape)}, as its input")
     return append_dims(at.c_skip) * xt + append_dims(at.c_out) * output.float()

@@ -19,6 +19,7 @@ from udddm.config.plugins import SAMPLERS
 from udddm.diffusion.denoise import add_noise
 from udddm.diffusion.denoise import denoise as denoise_once
 from udddm.diffusion.schedule import Coefficients, NoiseSchedule
+from udddm.errors import ConfigError
 from udddm.rng import Stream
 
 
@@ -124,6 +125,15 @@ def renoise_times(schedule: NoiseSchedule, steps: int) -> list[float]:
     lowest = float(schedule.sigma(np.array(1.0))) ** (1 / rho)
     sigmas = np.linspace(0.8 ** (1 / rho), lowest, steps)[:-1] ** rho
     return [float(t) for t in schedule.time(sigmas)]
+
+
+def check_evaluations(sampler: str, steps: int, key: str) -> None:
+    """Raise ConfigError, which names `key`, for a number of evaluations that a sampler cannot use exactly."""
+    if sampler == "heun" and steps % 2 == 0:
+        raise ConfigError(
+            f"{key} {steps}: heun takes an odd number of evaluations, two for each of its steps but the last: give "
+            f"{steps - 1} or {steps + 1}"
+        )
 
 
 @torch.no_grad()

@@ -7,8 +7,9 @@ from torch import nn
 
 from udddm import rng
 from udddm.config import NetworkConfig, RunConfig
-from udddm.config.plugins import NETWORKS
+from udddm.config.plugins import NETWORKS, cannot_take
 from udddm.diffusion import schedule
+from udddm.errors import ConfigError
 from udddm.networks.base import Network, NetworkContext
 from udddm.rng import Stream
 
@@ -28,7 +29,16 @@ def build(config: NetworkConfig, shape: tuple[int, int, int], *, max_frequency: 
 
 def assemble(context: NetworkContext) -> nn.Module:
     """The configured network on PyTorch's current device, with weights from its generator. Raises ConfigError."""
-    built: nn.Module = NETWORKS.build(context.config.name, context.config.settings, context)
+    name = context.config.name
+    built = NETWORKS.build(name, context.config.settings, context)
+    if not isinstance(built, nn.Module):
+        raise ConfigError(f"network.name={name}: it returned a {type(built).__name__}; return a torch.nn.Module")
+    if (problem := cannot_take(built.forward, *[None] * 4)) is not None:
+        raise ConfigError(
+            f"network.name={name}: its forward pass is called as forward(noisy, c_noise, condition, labels): {problem}"
+        )
+    if next(built.parameters(), None) is None:
+        raise ConfigError(f"network.name={name}: the network has no parameters to train")
     return built
 
 

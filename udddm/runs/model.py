@@ -91,8 +91,7 @@ class Model:
         """Same as `sample`, but yields batches: tensors [<= options.batch, C, H, W] on the host, not clamped."""
         chosen = options or SamplingOptions()
         wanted = _integers(seeds, "seeds")
-        if chosen.steps < 1 or chosen.batch < 1:
-            raise ConfigError(f"steps ({chosen.steps}) and batch ({chosen.batch}) must be at least 1")
+        _check(chosen)
         self.config.check_guidance(chosen.guidance, "guidance")
         given = self.default_labels(wanted) if labels is None else self._checked(labels, len(wanted))
         return samplers.batches(self.network, self.schedule, self.shape, wanted, given, chosen, self.device)
@@ -112,6 +111,21 @@ class Model:
             wrong = next(label for label in given if not 0 <= label < classes)
             raise ConfigError(f"labels: there is no class {wrong}; the model has {classes} classes, numbered from 0")
         return given
+
+
+def _check(options: SamplingOptions) -> None:
+    """Raise ConfigError for options of a wrong type or out of range."""
+    steps, batch, guidance, settings = options.steps, options.batch, options.guidance, options.settings
+    for name, value in (("steps", steps), ("batch", batch)):
+        if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+            raise ConfigError(f"{name}={value!r}: give a whole number")
+    if steps < 1 or batch < 1:
+        raise ConfigError(f"steps ({steps}) and batch ({batch}) must be at least 1")
+    if isinstance(guidance, bool) or not isinstance(guidance, (int, float, np.number)):
+        raise ConfigError(f"guidance={guidance!r}: give a number")
+    if not isinstance(settings, Mapping):
+        raise ConfigError(f"settings={settings!r}: give a mapping such as {{'levels': [5, 1]}}")
+    samplers.check_evaluations(options.sampler, steps, "steps")
 
 
 def _integers(values: Any, what: str) -> list[int]:
@@ -149,6 +163,10 @@ def load_model(
     """
     if ema is not None and ema_length is not None:
         raise ConfigError("ema selects an EMA that the run kept, ema_length computes a new one: give only one of them")
+    if not isinstance(checkpoint, (str, Path)):
+        raise ConfigError(f"checkpoint={checkpoint!r}: give the path or URL of a run, a checkpoint or a release")
+    if ema_length is not None and (isinstance(ema_length, bool) or not isinstance(ema_length, (int, float))):
+        raise ConfigError(f"ema_length={ema_length!r}: give a number such as 0.07")
 
     def load(path: Path) -> Model:
         config, shape = load_config(path)

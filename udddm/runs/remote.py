@@ -27,10 +27,11 @@ from udddm.files import expanded, home_cache, write_json
 from udddm.runs import manifest
 from udddm.runs.checkpoint import NAME, Checkpoints, corruption, step_of
 from udddm.runs.manifest import MANIFEST, Entries
-from udddm.runs.run import AVERAGES, Run, locked
+from udddm.runs.run import AVERAGES, Run, check_names, locked
 from udddm.storage import local_path, open_object_store
 from udddm.storage.base import ObjectStore
 from udddm.storage.guard import Guard
+from udddm.storage.lease import KEY as LEASE
 from udddm.storage.lease import Lease, process_table
 from udddm.store.zarr import LEASE_PATIENCE
 
@@ -237,8 +238,12 @@ class RemoteRun(Run):
     def trained(self) -> bool:
         return any(self.objects.exists(name) for name in ("checkpoints", AVERAGES))
 
+    def discard_state(self) -> None:
+        self.objects.delete("state")
+
     @contextmanager
     def lock(self, patience: float | None = None) -> Iterator[None]:
+        check_names(self.url, [name for name in self.objects.list("") if name != LEASE])
         with locked(self.path):
             lease = Lease(open_object_store(self.url), self.url)
             lease.acquire(patience=LEASE_PATIENCE if patience is None else patience)

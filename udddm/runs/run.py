@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -67,13 +68,21 @@ class Run:
         kept = self.path / "checkpoints"
         return self.averages().exists() or (kept.exists() and any(not p.name.startswith(".") for p in kept.iterdir()))
 
+    def discard_state(self) -> None:
+        """Delete the x0-state in the run directory, once the lock is held and unless the run has `trained`: a corrected
+        configuration may need another one. Raises OSError or StoreError."""
+        if self.exclusive and (self.path / "state").exists():
+            shutil.rmtree(self.path / "state")
+
     @contextmanager
     def lock(self, patience: float | None = None) -> Iterator[None]:
-        """Keep all other processes from writing to the run. Raises ConfigError or StoreError if one already is.
+        """Keep all other processes from writing to the run. Raises ConfigError or StoreError if one already is, and,
+        before anything is changed, if there are files that are not a run's.
 
         `patience`: seconds to wait for another process to end, where waiting is possible; None: as long as a start
         waits.
         """
+        check_free(self.path)
         with locked(self.path) as self.exclusive:
             yield
 
@@ -129,6 +138,38 @@ def locked(run_dir: Path) -> Iterator[bool]:
         yield exclusive
     finally:
         os.close(descriptor)
+
+
+LOGS = (".err", ".log", ".out", ".txt")
+"""Files that may be in the directory of a new run: what a shell or a job scheduler writes for it."""
+
+
+def check_free(run_dir: Path) -> None:
+    """Raise ConfigError if a directory is neither that of a run, nor empty, apart from hidden files and `LOGS`."""
+    if run_dir.is_dir():
+        check_names(run_dir, [path.name for path in run_dir.iterdir()])
+    elif run_dir.exists():
+        raise ConfigError(f"the run directory {run_dir} is a file; choose another with --run-dir")
+
+
+def check_names(where: Path | str, names: Iterable[str]) -> None:
+    """`check_free` of the names in a directory or at a URL."""
+    found = sorted(name for name in names if not name.startswith(".") and not name.endswith(LOGS))
+    if "run.json" in found:
+        return
+    if "checkpoints" in found:
+        raise ConfigError(f"{where} holds checkpoints but no run.json; restore that file or choose another --run-dir")
+    if mine := [name for name in OWN_FILES if name in found]:
+        raise ConfigError(
+            f"{where} holds {', '.join(mine)} but no run.json, so they are not this run's and would be written over: "
+            "choose an empty directory with --run-dir, or move them away"
+        )
+    if found:
+        listed = ", ".join(found[:3]) + (", ..." if len(found) > 3 else "")
+        raise ConfigError(
+            f"{where} is not a run, and it is not empty ({listed}): choose a new directory with --run-dir, such as "
+            f"{where}/run"
+        )
 
 
 def run_id(run_dir: Path) -> str:
@@ -189,13 +230,7 @@ def check_or_record(run_dir: Path, config: RunConfig, dataset: ImageDataset, *, 
         if not (run_dir / "config.yaml").exists():  # the first start was killed between the two files
             write_text(run_dir / "config.yaml", as_yaml(resolved, flow=False))
         return
-    if (run_dir / "checkpoints").exists():
-        raise ConfigError(f"{run_dir} holds checkpoints but no run.json; restore that file or choose another --run-dir")
-    if mine := [name for name in OWN_FILES if (run_dir / name).exists()]:
-        raise ConfigError(
-            f"{run_dir} holds {', '.join(mine)} but no run.json, so they are not this run's and would be written over: "
-            "choose an empty directory with --run-dir, or move them away"
-        )
+    check_free(run_dir)
     write_json(
         path,
         {

@@ -18,7 +18,7 @@ from udddm.storage.guard import Guard
 T = TypeVar("T")
 
 _TEMPORARY = ".partial"
-_RESUME = "The last checkpoint is intact; {remedy}, then run the same command again to resume"
+_RESUME = "Checkpoints are intact; {remedy}, then run the same command again to resume"
 
 
 @dataclass(frozen=True)

@@ -219,7 +219,7 @@ class Lease(Guard):
             self._lost = f"it could not be renewed for {self.seconds:g} s"
         if self._lost:
             raise StoreError(
-                f"lost the lease of {self.objects.uri('')}: {self._lost}. The last checkpoint is intact; "
+                f"lost the lease of {self.objects.uri('')}: {self._lost}. Checkpoints are intact; "
                 "make sure that only this run writes there, then run the same command again to resume"
             )
 

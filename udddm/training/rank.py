@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 import udddm
-from udddm import objectives
+from udddm import networks, objectives
 from udddm import store as stores
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig, StoreConfig
 from udddm.config.plugins import ENGINES, METRICS, NETWORKS, SAMPLERS, STORES
 from udddm.data import ImageDataset, MapDataset, check_agreement, load_dataset
-from udddm.diffusion import schedule
+from udddm.diffusion import samplers, schedule
 from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
 from udddm.files import load_json
 from udddm.log import log
@@ -56,7 +56,10 @@ def train_rank(
         def take() -> None:
             held.enter_context(run.lock())
             run.download()
-            check_or_record(run.path, config, images, trained=run.trained())
+            trained = run.trained()
+            check_or_record(run.path, config, images, trained=trained)
+            if not trained and not (run.path / "result.json").exists():
+                run.discard_state()
             run.persist()
 
         ranks.run_on_rank_zero(take, refused)
@@ -85,6 +88,9 @@ def check_factories(config: RunConfig, shape: tuple[int, int, int]) -> None:
         (SAMPLERS, config.sample.sampler, config.sample.settings),
     ):
         registry.parse(name, registry.load(name), settings)
+    if not NETWORKS.is_import(config.network.name):
+        networks.outline(config.network, shape)
+    samplers.check_evaluations(config.sample.sampler, config.sample.steps, "sample.steps")
     for metric in config.evaluate.metrics if config.evaluate.every_steps else ():
         METRICS.load(metric)
     store_of(config, shape)

@@ -121,8 +121,8 @@ class Trainer:
     def train(self) -> dict[str, Any]:
         """Train to the end and return the contents of `result.json`.
 
-        Raises Interrupted after SIGTERM, SIGINT or SIGHUP, Diverged, StoreError, CheckpointError or DataError. The
-        newest checkpoint is intact in every case.
+        Raises Interrupted after SIGTERM, SIGINT or SIGHUP, Diverged, StoreError, CheckpointError or DataError.
+        Checkpoints are intact in every case.
         """
         with ExitStack() as stack:
             stack.enter_context(handled(self._stop))

@@ -215,7 +215,9 @@ def test_samplers_and_averages_differ(run: Path, tmp_path: Path, arguments: list
 
 
 def test_sampling_without_a_run_is_an_error(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert sample_command(["--checkpoint", str(tmp_path / "none")]) == FAILED
+    with pytest.raises(SystemExit) as stop:
+        sample_command(["--checkpoint", str(tmp_path / "none")])
+    assert stop.value.code == USAGE
     assert sample_command(["--checkpoint", str(tmp_path)]) == FAILED
     assert sample_command(["--checkpoint", str(run), "--ema", "0.5"]) == FAILED
     assert sample_command(["--checkpoint", str(run), "--labels", "3"]) == USAGE

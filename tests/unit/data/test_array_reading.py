@@ -56,7 +56,25 @@ def test_labels_beyond_network_classes_are_refused_before_training(labels: np.nd
     with pytest.raises(ConfigError, match=rf"network\.classes is 4, whose labels are 0\.\.3, but .* in {span}"):
         ImageDataset(ArrayImages(PIXELS, labels)).check_classes(4)
     ImageDataset(ArrayImages(PIXELS, LABELS)).check_classes(4)
-    ImageDataset(ArrayImages(PIXELS, LABELS)).check_classes(10)
+
+
+class Named:
+    classes = ("a", "b", "c", "d")
+
+    def __len__(self) -> int:
+        return 40
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return PIXELS[index], int(LABELS[index])
+
+
+@pytest.mark.parametrize("source", [ArrayImages(PIXELS, LABELS), Named()])
+def test_more_classes_than_the_data_have_are_reported(source: Any, caplog: pytest.LogCaptureFixture) -> None:
+    ImageDataset(source).check_classes(4)
+    assert not caplog.text
+    ImageDataset(source).check_classes(10)
+    assert "network.classes is 10, but the data set has 4 classes" in caplog.text
+    assert "set network.classes=4" in caplog.text
 
 
 def test_labels_of_a_custom_data_set_are_checked_when_read() -> None:
@@ -64,7 +82,7 @@ def test_labels_of_a_custom_data_set_are_checked_when_read() -> None:
     dataset = ImageDataset(own)
     dataset.check_classes(4)
     dataset.batch(np.array([0, 1, 2]))
-    with pytest.raises(DataError, match=r"sample 3 are in 4\.\.4: give integers from 0 to 3"):
+    with pytest.raises(DataError, match=r"sample 3 are in 4\.\.4: give integers from 0 to 3, or set network\.classes"):
         dataset.batch(np.arange(4))
 
 

@@ -19,6 +19,7 @@ from udddm.evaluation.features import check_channels
 from udddm.files import load_json
 from udddm.runs.pretrained import recorded_data
 from udddm.runs.run import OWN_FILES, check_or_record
+from udddm.training.trainer import Trainer
 
 PIXELS = np.random.default_rng(3).integers(0, 256, (64, 3, 8, 8), dtype=np.uint8)
 FEATURES = """
@@ -158,17 +159,36 @@ def test_the_same_images_as_floats_are_compared_by_their_probes(monkeypatch: pyt
     assert "content" not in ImageDataset(PIXELS).fingerprint()
 
 
+@pytest.mark.parametrize("kind", ["gpu", "pinned", "zarr"])
+@pytest.mark.parametrize("changed", ["network.attention_resolutions=[8]", "order.lanes=4", "store.dtype=fp32"])
 def test_a_run_that_has_not_trained_yet_takes_a_corrected_configuration(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: str, changed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a store of the first start is in the directory, with another order or dtype."""
+    run, store = tmp_path / "run", f"store.kind={kind}"
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda *_: None)  # fails when it is added to the loss
+        with pytest.raises(TypeError):
+            udddm.train(small(), PIXELS[:32], overrides=[store, changed], run_dir=run, device="cpu")
+    assert (run / "run.json").exists() and (run / "state").exists() == (kind == "zarr")
+    result = udddm.train(small(), PIXELS, device="cpu", overrides=[store], run_dir=run)
+    undisturbed = udddm.train(small(), PIXELS, device="cpu", overrides=[store], run_dir=tmp_path / "undisturbed")
+    assert (result.weights_sha256, result.state_sha256) == (undisturbed.weights_sha256, undisturbed.state_sha256)
+
+
+def test_a_corrected_configuration_is_recorded_with_the_same_id(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, settings = tmp_path / "run", small().model_dump(mode="json")
-    settings["network"]["attention_resolutions"] = [3]
-    with pytest.raises(ConfigError, match="no stage has side 3"):
-        udddm.train(settings, PIXELS[:32], run_dir=run, device="cpu")
+    settings["network"]["attention_resolutions"] = [8]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", lambda *_: None)
+        with pytest.raises(TypeError):
+            udddm.train(settings, PIXELS[:32], run_dir=run, device="cpu")
     first = load_json(run / "run.json")["id"]
     caplog.set_level("INFO", "udddm")
     udddm.train(small(), PIXELS, run_dir=run, device="cpu")
-    assert "which has no checkpoint yet: " in caplog.text and "attention_resolutions: [3] -> []" in caplog.text
+    assert "which has no checkpoint yet: " in caplog.text and "attention_resolutions: [8] -> []" in caplog.text
     assert load_json(run / "run.json")["id"] == first
     assert "attention_resolutions: []" in (run / "config.yaml").read_text()
     with pytest.raises(ConfigError, match="belongs to a run of another configuration"):

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import udddm
+from udddm.runs.run import Run
 from udddm.training.progress import Progress
 from udddm.training.tensorboard import open_events
 
@@ -122,12 +123,15 @@ def test_a_full_disk_under_tensorboard_is_reported_once(tmp_path: Path, caplog: 
 
 
 def test_a_run_continues_without_tensorboard_and_pictures_if_they_cannot_be_written(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    run.mkdir()
-    for name in ("tensorboard", "samples"):
-        (run / name).write_text("in the way")
+
+    def in_the_way(self: Run) -> None:
+        for name in ("tensorboard", "samples"):
+            (run / name).write_text("in the way")
+
+    monkeypatch.setattr(Run, "upload", in_the_way)  # called when the run is recorded, and with each checkpoint
     config = {
         "network": {"base_channels": 4, "channel_mult": [1], "blocks_per_level": 1, "attention_resolutions": []},
         "train": {"steps": 4, "batch_size": 8},

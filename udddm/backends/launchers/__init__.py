@@ -7,6 +7,7 @@ import os
 from udddm.backends import engines
 from udddm.backends.distributed.ranks import from_launcher
 from udddm.backends.launchers.base import Job, Launcher, run_rank, start_logging, supervise
+from udddm.backends.launchers.local import end_if_importing
 from udddm.config.plugins import LAUNCHERS
 from udddm.errors import ConfigError
 from udddm.runs.result import TrainResult
@@ -40,6 +41,7 @@ def launch(job: Job, backend: str = "auto") -> TrainResult:
 
     Raises ConfigError before anything starts, or the error that ended the job.
     """
+    end_if_importing()
     launched = from_launcher()
     engines.find(job.config).check(job.config, launched[1] if launched else job.resolve_num_workers(job.workers[1]))
     chosen = choose(backend, job)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from udddm.backends import engines
@@ -72,8 +73,6 @@ class Job:
 
 def versions() -> dict[str, str]:
     """Versions that must be equal on a driver and its workers."""
-    import torch
-
     import udddm
 
     return {"udddm": udddm.__version__, "torch": torch.__version__, "Python": platform.python_version()}
@@ -134,11 +133,22 @@ def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
         made = dataset() if factory else dataset  # type: ignore[operator,misc]
         return train_rank(job.config, made, job.run_dir, ranks, listener)  # type: ignore[arg-type]
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise _out_of_memory(job.config, error) from error
         if ranks.world_size > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise RankError(f"another rank is gone, or did not respond within {job.timeout:.0f} s: {error}") from error
         raise
     finally:
         ranks.close()
+
+
+def _out_of_memory(config: RunConfig, error: RuntimeError) -> ConfigError:
+    parts = config.train.grad_accumulation
+    reason = str(error).strip().partition("\n")[0]
+    return ConfigError(
+        f"out of memory ({reason}): set train.grad_accumulation={2 * parts} (it is {parts}), which splits each step "
+        "into micro-batches with the same result; or use more --workers, a smaller network or train.precision=bf16"
+    )
 
 
 def picklable(error: BaseException) -> BaseException:

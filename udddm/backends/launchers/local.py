@@ -47,6 +47,7 @@ def _child(job: Job, rank: int, world: int, rendezvous: str, outcome: Connection
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
     )
     os.environ[RENDEZVOUS] = rendezvous
+    _imported(Path(rendezvous).parent, rank).touch()
     start_logging(job)
     try:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
@@ -60,13 +61,19 @@ def _child(job: Job, rank: int, world: int, rendezvous: str, outcome: Connection
         os._exit(0)
 
 
-def _check_startable(job: Job) -> None:
-    """Raise ConfigError if workers could not start: they import the script and unpickle the job.
+def _imported(place: Path, rank: int) -> Path:
+    """A file that exists once the process of a rank has imported the script."""
+    return place / f"imported-{rank}"
 
-    If this is called in a worker that is importing the script, the worker exits with a code that its parent recognizes.
-    """
+
+def end_if_importing() -> None:
+    """End this process, with a code that its parent recognizes, if it is a worker that is importing the script."""
     if getattr(multiprocessing.current_process(), "_inheriting", False):
         os._exit(_UNGUARDED)
+
+
+def _check_startable(job: Job) -> None:
+    """Raise ConfigError if workers could not start: they import the script and unpickle the job."""
     script = getattr(sys.modules["__main__"], "__file__", None)
     if script is not None and not Path(script).exists():
         raise ConfigError(
@@ -127,6 +134,9 @@ class Processes(Launcher):
                 outcomes = _collect(pipes, children, lambda: bool(self._stopping), self.stop)
                 for child in children:  # the outcomes have arrived; wait for the exit only
                     child.join(GRACE)
+                for rank, outcome in enumerate(outcomes):
+                    if isinstance(outcome, WorkerLost) and not _imported(Path(place), rank).exists():
+                        outcomes[rank] = _lost_at_import(outcome, children[rank])
             finally:
                 if previous is None:
                     os.environ.pop("OMP_NUM_THREADS", None)
@@ -198,6 +208,16 @@ def _collect(
             if isinstance(outcomes[rank], BaseException) and deadline is None:
                 deadline = time.monotonic() + (STOPPING_GRACE if lost and stopping() else GRACE)
     return outcomes
+
+
+def _lost_at_import(lost: WorkerLost, child: BaseProcess) -> Exception:
+    """The error of a worker that ended before its rank began. It is not repeated unless a signal ended the worker."""
+    if (child.exitcode or 0) < 0:
+        return lost
+    return ConfigError(
+        f"{lost} while it imported the script, which every worker does: its error is above. Move everything that only "
+        'the first process should do under `if __name__ == "__main__":`'
+    )
 
 
 def _unguarded() -> ConfigError:
