@@ -24,9 +24,6 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(DEMO_READY)
 	$(BIN)/udddm train --config digits --store zarr --run-dir runs/demo
-	@echo
-	@echo "The picture: runs/demo/samples.png, 100 digits, one network evaluation each."
-	@echo "Try next, four evaluations each: $(BIN)/udddm sample runs/demo --nfe 4 --out runs/demo-4"
 
 # The default tests, integration and unit: in this order, so that no long file is left for the end.
 test: $(READY)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import os
+import shutil
 import sys
+import time
 from pathlib import Path
 
 from udddm.cli.arguments import Parser, is_override, not_an_override
@@ -114,8 +117,10 @@ def main(argv: list[str] | None = None) -> int:
                 print(line)
             return 0
         from udddm.api import train as run_training
+        from udddm.runs.summary import last_line
 
-        run_training(
+        began = time.monotonic()
+        result = run_training(
             config,
             run_dir=run,
             device=arguments.device,
@@ -124,9 +129,21 @@ def main(argv: list[str] | None = None) -> int:
             max_failures=arguments.max_failures,
             timeout=arguments.timeout,
         )
+        if os.environ.get("RANK", "0") == "0":  # one of the ranks of torchrun prints it
+            print(last_line(config, run, result, time.monotonic() - began, _command()))
         return 0
 
     return reported(body, clean_up=False)  # the run decides when to stop
+
+
+def _command() -> str:
+    """How the command `udddm` is typed: with the path of this one, unless the shell finds it."""
+    program = Path(sys.argv[0])
+    if program.name == "__main__.py":
+        return "python -m udddm"
+    found = shutil.which("udddm")
+    here = program.with_name("udddm")
+    return str(here) if here.exists() and (found is None or not here.samefile(found)) else "udddm"
 
 
 def _flags(arguments: argparse.Namespace) -> list[str]:

@@ -35,16 +35,18 @@ class Line:
             self._bar.update(step - self._bar.n)
 
     def show(self, step: int, total: int, values: dict[str, float]) -> None:
-        """Show the rates, the store's counters and the ETA at a step."""
+        """Show the images seen, the loss, the rates, the store's counters if it transfers anything, and the ETA."""
         if step == self._shown:
             return
         self._shown = step
-        shown = {
-            "loss": f"{values['loss']:.4g}",
-            "images/s": f"{values['images_per_second']:.0f}",
-            "store wait": f"{values['store_wait_fraction']:.1%}",
-        }
-        if values["store_megabytes_per_second"]:  # a store that transfers nothing has no queue
+        shown = {"kimg": f"{values['images'] / 1000:.4g}"} if "images" in values else {}
+        shown["loss"] = f"{values['loss']:.4g}"
+        for key, name in (("learning_rate", "lr"), ("gradient_norm", "grad")):
+            if key in values:
+                shown[name] = f"{values[key]:.3g}"
+        shown["images/s"] = f"{values['images_per_second']:.0f}"
+        if values["store_megabytes_per_second"]:  # a store that transfers nothing has no queue and no wait
+            shown["store wait"] = f"{values['store_wait_fraction']:.1%}"
             shown["queue"] = f"{values['store_queue_depth']:.1f}"
             shown["MB/s"] = f"{values['store_megabytes_per_second']:.0f}"
             shown["retries"] = f"{values['store_retries']:.0f}"
@@ -56,7 +58,7 @@ class Line:
             self._last_line = time.monotonic()
             minutes, seconds = divmod(round(values["eta_seconds"]), 60)
             text = "  ".join(f"{name} {value}" for name, value in shown.items())
-            log.info(f"step {step}/{total}  {text}  ETA {minutes}:{seconds:02d}")
+            log.info(f"{time.strftime('%H:%M:%S')}  step {step}/{total}  {text}  ETA {minutes}:{seconds:02d}")
 
     def close(self) -> None:
         if self._bar is not None:

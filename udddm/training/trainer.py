@@ -227,14 +227,16 @@ class Trainer:
         rate = (self.step - first) / seconds
         images_per_step = self.order.samples / self.order.steps_per_epoch
         state_use = self._state_use.report(self.step, (self.step - first) * images_per_step)
-        data_wait = self._inputs.wait_fraction(seconds)
+        data_wait, norm = self._inputs.wait_fraction(seconds), self.engine.gradient_norm()
         if progress is not None:
             progress.write(
                 self.step,
                 {
                     "epoch": self.step / self.order.steps_per_epoch,
+                    "images": round(self.step * images_per_step),
                     "loss": loss,
                     "learning_rate": self.engine.learning_rate(self.step - 1),
+                    **({} if norm is None else {"gradient_norm": norm}),
                     "images_per_second": rate * images_per_step,
                     **state_use,
                     "data_wait_fraction": data_wait,

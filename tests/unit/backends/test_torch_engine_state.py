@@ -43,3 +43,20 @@ def test_optimizer_state_survives_a_round_trip() -> None:
     for engine in (first, second):
         step(engine, 3)
     assert all(torch.equal(a, b) for a, b in zip(first.weights().values(), second.weights().values(), strict=True))
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "radam"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"grad_clip": 0.01}, {"precision": "fp16"}, {"precision": "fp16", "grad_clip": 0.01}]
+)
+def test_the_norm_of_the_gradient_is_that_of_the_loss_before_clipping(optimizer: str, settings: dict[str, Any]) -> None:
+    ranks = Ranks(0, 1, torch.device("cpu"))
+    config = resolve({"train": {"steps": 10, "optimizer": optimizer, **settings}})
+    torch.manual_seed(0)
+    engine = TorchEngine(EngineContext(torch.nn.Linear(3, 2), config, ranks, 10))
+    assert engine.gradient_norm() is None
+    images = torch.randn(4, 3)
+    loss = engine.module(images).square().mean()
+    expected = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(engine.module.parameters()))]).norm()
+    engine.backward_and_step(engine.module(images).square().mean(), 0)
+    assert engine.gradient_norm() == pytest.approx(float(expected), rel=1e-3)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from udddm.cli import completion
+from udddm.cli import completion, train
 from udddm.cli.arguments import Parser
 from udddm.cli.command import USAGE
 from udddm.cli.main import COMMANDS, main
@@ -58,6 +58,41 @@ def test_a_reader_that_ends_early_is_no_error() -> None:
     command = f"{sys.executable} -m udddm config schema | head -n 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
     assert done.returncode in (0, 141) and done.stderr == ""
+
+
+def test_the_last_line_of_a_run_says_what_to_type_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["udddm"])
+    assert main(["train", "--config", "digits", "--device", "cpu", *TINY, "sample.final=9"]) == 0
+    line = capsys.readouterr().out
+    samples = r"9 samples in runs/digits/samples\.png"
+    assert re.fullmatch(
+        rf"done in \d+ s: 4 steps, 0\.2\d* kimg, loss [\d.]+, {samples}\. "
+        r"Next: udddm sample runs/digits --count 100 --nfe 4\n",
+        line,
+    )
+    assert main([*line.split("Next: udddm ")[1].split(), "--device", "cpu"]) == 0
+    assert (tmp_path / "samples" / "digits" / "samples.png").exists()
+
+
+def test_the_next_command_is_the_one_that_the_shell_does_not_find(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    for folder in ("bin", ".venv"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "udddm").touch(0o755)
+    for typed, shown in (
+        (".venv/udddm", ".venv/udddm"),
+        (".venv/udddm-train", ".venv/udddm"),
+        (str(tmp_path / "bin" / "udddm"), "udddm"),
+        ("/x/udddm/__main__.py", "python -m udddm"),
+    ):
+        monkeypatch.setattr(sys, "argv", [typed])
+        assert train._command() == shown
 
 
 @pytest.mark.parametrize("config", ["config.yaml", ""])

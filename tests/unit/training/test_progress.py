@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,10 @@ def test_metrics_after_the_checkpoint_are_dropped_when_a_run_resumes(tmp_path: P
 def test_progress_is_logged_at_the_last_step(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO", "udddm")
     values = {
+        "images": 256,
         "loss": 0.25,
+        "learning_rate": 7.0e-4,
+        "gradient_norm": 1.5,
         "images_per_second": 100.0,
         "store_wait_fraction": 0.1,
         "store_megabytes_per_second": 3.0,
@@ -47,8 +51,16 @@ def test_progress_is_logged_at_the_last_step(tmp_path: Path, caplog: pytest.LogC
     progress = Progress(tmp_path, 0, 4)
     progress.write(4, values)
     progress.close()
-    assert "step 4/4  loss 0.25  images/s 100  store wait 10.0%" in caplog.text
-    assert "ETA 1:01" in caplog.text
+    line = r"\d\d:\d\d:\d\d  step 4/4  kimg 0\.256  loss 0\.25  lr 0\.0007  grad 1\.5  images/s 100  store wait 10\.0%"
+    assert re.search(line + r".*ETA 1:01", caplog.text)
+
+
+def test_a_store_that_transfers_nothing_is_not_in_the_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "udddm")
+    progress = Progress(tmp_path, 0, 4)
+    progress.write(4, VALUES)
+    progress.close()
+    assert "step 4/4  loss 0.25  images/s 100  ETA 1:01" in caplog.text
 
 
 VALUES = {

@@ -139,6 +139,13 @@ class Engine(ABC):
     def optimizer_step(self) -> None:
         """Clip the accumulated gradients, update the weights, and discard the gradients."""
 
+    def gradient_norm(self) -> float | None:
+        """The norm of the gradient of the last step, over all parameters and before clipping; None if unknown.
+
+        Called by every rank, seldom: it waits for the device.
+        """
+        return None
+
     def backward_and_step(self, loss: torch.Tensor, step: int) -> None:
         """Take a step with a single micro-batch."""
         with self.micro_batch(last=True):

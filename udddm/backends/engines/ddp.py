@@ -36,6 +36,8 @@ class TorchEngine(Engine):
         self.adam = self.optimizer(list(self._parameters.values()))
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
         self._begun = False
+        self._clipped: torch.Tensor | None = None
+        """The norm of the last step's gradient, if it was clipped."""
 
     def optimizer(self, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         """Create the optimizer of the parameters. Its learning rate is set before every step.
@@ -81,12 +83,20 @@ class TorchEngine(Engine):
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def optimizer_step(self) -> None:
+        self._clipped = None
         if self.config.grad_clip is not None:
             self.scaler.unscale_(self.adam)
-            torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.grad_clip)
+            self._clipped = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.config.grad_clip)
         self.scaler.step(self.adam)
         self.scaler.update()
         self._begun = False
+
+    def gradient_norm(self) -> float | None:
+        if self._clipped is not None:
+            return float(self._clipped)
+        # Kept until the next step, and no longer scaled: the step of the scaler, or of a fused optimizer, divides them.
+        gradients = [p.grad for p in self._parameters.values() if p.grad is not None]
+        return float(torch.nn.utils.get_total_norm(gradients)) if gradients else None
 
     def moments(self) -> dict[str, Pieces]:
         """Views of Adam's moments.

@@ -102,6 +102,10 @@ class DeepSpeedEngine(Engine):
     def optimizer_step(self) -> None:
         self._engine.step()
 
+    def gradient_norm(self) -> float | None:
+        norm = self._engine.get_global_grad_norm()
+        return None if norm is None else float(norm)
+
     # Locations of the master weights in DeepSpeed.
 
     def slots(self) -> dict[str, Slot]:
