@@ -43,18 +43,7 @@ def ranks_of(process: subprocess.Popen[str]) -> list[int]:
 
 def test_a_request_during_the_start_of_the_workers_ends_the_run(tmp_path: Path) -> None:
     """The ranks are ended by the signal, which is not a failure, and must not start again."""
-    command = [
-        sys.executable,
-        "-m",
-        "udddm",
-        "train",
-        "--config",
-        "digits",
-        "--run-dir",
-        str(tmp_path / "run"),
-        "--device",
-        "cpu",
-    ]
+    command = [sys.executable, "-m", "udddm", "train", "--config=digits", "--device=cpu", f"--run-dir={tmp_path}/run"]
     process = subprocess.Popen(
         [*command, "--workers", "2", "--max-failures", "3"], stderr=subprocess.PIPE, text=True, start_new_session=True
     )

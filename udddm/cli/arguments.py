@@ -25,9 +25,18 @@ class Parser(argparse.ArgumentParser):
     def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse arguments, with positional ones before, between or after options."""
         given = list(sys.argv[1:] if argv is None else argv)
-        found, unknown = self.parse_known_intermixed_args(given)
+        commands = next((each for each in self._actions if isinstance(each, argparse._SubParsersAction)), None)
+        if commands is None:
+            found, unknown = self.parse_known_intermixed_args(given)
+            parser = self
+        else:
+            found, unknown = self.parse_known_args(given)
+            parser = commands.choices[found.command]
+            if hasattr(found, "overrides"):  # argparse takes no further positional ones after an option
+                found.overrides += [text for text in unknown if is_override(text)]
+                unknown = [text for text in unknown if not is_override(text)]
         if unknown:
-            self.error(_unknown(self, unknown[0], given))
+            parser.error(_unknown(parser, unknown[0], given))
         return found
 
     def error(self, message: str) -> NoReturn:

@@ -28,7 +28,7 @@ def _parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse(argv)
     return reported(lambda: _COMMANDS[arguments.command](arguments))
 
 

@@ -57,7 +57,7 @@ def _parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse(argv)
 
     def body() -> int:
         if arguments.command in ("plan", "bench"):

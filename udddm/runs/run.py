@@ -142,6 +142,8 @@ def locked(run_dir: Path) -> Iterator[bool]:
 
 LOGS = (".err", ".log", ".out", ".txt")
 """Files that may be in the directory of a new run: what a shell or a job scheduler writes for it."""
+MOUNT = "lost+found"
+"""What an empty file system holds at its root."""
 
 
 def check_free(run_dir: Path) -> None:
@@ -154,7 +156,7 @@ def check_free(run_dir: Path) -> None:
 
 def check_names(where: Path | str, names: Iterable[str]) -> None:
     """`check_free` of the names in a directory or at a URL."""
-    found = sorted(name for name in names if not name.startswith(".") and not name.endswith(LOGS))
+    found = sorted(name for name in names if not name.startswith(".") and not name.endswith(LOGS) and name != MOUNT)
     if "run.json" in found:
         return
     if "checkpoints" in found:

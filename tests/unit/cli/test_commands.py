@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import shutil
@@ -223,7 +224,7 @@ def test_zsh_has_the_same_completions() -> None:
 
 def test_every_parser_reports_mistakes_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for name in COMMANDS:
-        parser = __import__(f"udddm.cli.{name}", fromlist=["_parser"])._parser()
+        parser = importlib.import_module(f"udddm.cli.{name}")._parser()
         assert isinstance(parser, Parser) and parser.prog == f"udddm {name}"
         with pytest.raises(SystemExit) as stop:
             main([name, "--no-such-option"])

@@ -34,6 +34,8 @@ def test_with_settings_the_complete_configuration_is_shown(capsys: pytest.Captur
     assert load_config(tmp_path / "shown.yaml") == load_config("digits", ["lr=0.5", "objective=ect"])
     assert config_command(["show", str(tmp_path / "shown.yaml"), "--all"]) == 0
     assert capsys.readouterr().out == shown
+    assert config_command(["show", "digits", "lr=0.5", "--all", "objective=ect"]) == 0
+    assert capsys.readouterr().out == shown
 
 
 def test_an_unknown_preset_is_refused_with_the_nearest_and_the_others(capsys: pytest.CaptureFixture[str]) -> None:

@@ -88,6 +88,8 @@ MISTAKES = [
     # Other commands.
     ("store", "give a command: info, verify, view"),
     ("store inof runs/digits", "did you mean info?"),
+    ("store info runs/mine --treads 3", "there is no --treads"),
+    ("store bench runs/mine --thraeds 3", "there is no --thraeds; did you mean --threads?"),
     ("store plan --samples 10 --shape 32x32", "write the shape as CHANNELSxHEIGHTxWIDTH, such as 3x32x32"),
     ("config shwo digits", "did you mean show?"),
     ("config show", "NAME|FILE"),

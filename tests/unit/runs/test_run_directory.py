@@ -50,6 +50,7 @@ def test_a_file_is_not_a_run_directory(tmp_path: Path) -> None:
 def test_a_new_run_may_have_logs_in_its_directory(tmp_path: Path) -> None:
     for name in ("slurm-17.out", "train.log", ".lock"):
         (tmp_path / name).touch()
+    (tmp_path / "lost+found").mkdir()
     assert train(tmp_path).steps == 1
     (tmp_path / "notes.md").touch()  # in the directory of a run, anything is allowed
     assert train(tmp_path).steps == 1
