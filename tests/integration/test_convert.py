@@ -198,3 +198,18 @@ def test_convert_stops_when_its_lease_is_lost(run: Path, tmp_path: Path, monkeyp
     with pytest.raises(StoreError, match="lost the lease"):
         convert(find(str(run)), str(tmp_path / "copy"), None)
     assert len(written) == 2 and open_object_store(tmp_path / "copy").get("lease.json") == b"{}"
+
+
+@pytest.mark.parametrize("kind", ["directory", "run"])
+def test_nothing_is_written_into_a_directory_that_is_not_a_store(run: Path, tmp_path: Path, kind: str) -> None:
+    destination = run if kind == "run" else tmp_path / "thesis"
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("mine")
+    before = sorted(destination.rglob("*"))
+    with pytest.raises(StoreError, match="is not an x0-state store, and it is not empty"):
+        convert(find(str(run)), str(destination), None)
+    assert sorted(destination.rglob("*")) == before
+    other = config.load_config(None, [*SETTINGS, f"store.url={tmp_path / 'thesis'}"])
+    with pytest.raises(StoreError, match="is not an x0-state store, and it is not empty"):
+        udddm.train(other, run_dir=tmp_path / "other", device="cpu")
+    assert [path.name for path in (tmp_path / "thesis").iterdir() if not path.name.startswith(".")] == ["chapter"]

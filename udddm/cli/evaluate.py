@@ -122,6 +122,8 @@ def _check(parser: Parser, arguments: argparse.Namespace) -> None:
         parser.error("give either a run, such as udddm evaluate runs/digits, or --samples FILE")
     if arguments.checkpoint is not None:
         check_exists(parser, arguments.checkpoint)
+    elif not arguments.samples.exists():
+        parser.error(f"--samples {arguments.samples}: this file does not exist")
     if arguments.samples and arguments.repeat > 1:
         parser.error("--repeat generates new samples each time, so it needs a run")
     if arguments.checkpoint and arguments.config:

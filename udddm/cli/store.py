@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from udddm.cli.arguments import Parser
+from udddm.cli.arguments import Parser, check_exists
 from udddm.cli.command import FAILED, TRUST, add_version, path, positive, reported
 
 
@@ -57,7 +57,11 @@ def _parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    arguments = _parser().parse(argv)
+    parser = _parser()
+    arguments = parser.parse(argv)
+
+    if arguments.command not in ("plan", "bench"):
+        check_exists(parser, arguments.path)
 
     def body() -> int:
         if arguments.command in ("plan", "bench"):

@@ -116,7 +116,9 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
-        if (self.epochs is None) == (self.steps is None):
+        if self.epochs is None and self.steps is None:
+            raise ValueError("the length of the run is missing: set train.steps or train.epochs")
+        if self.epochs is not None and self.steps is not None:
             raise ValueError("set either train.epochs or train.steps, not both")
         return self
 

@@ -27,6 +27,7 @@ import numpy as np
 from udddm.errors import CorruptChunkError, StoreError
 from udddm.order import Order
 from udddm.storage.base import ObjectStore
+from udddm.storage.lease import KEY as LEASE
 from udddm.store.compression import Compression, codec, compress, decompress, of_array
 from udddm.store.encoding import Encoding, Rows, StateDtype, generation_zero
 
@@ -88,11 +89,13 @@ class Generations:
 
         `run_id`: id of the run that is about to write here; empty for a store inside a run directory, whose location
         identifies it. `own`: a checkpoint of this run refers to this location. Raises StoreError if the group holds
-        another kind of state, belongs to another run, or belongs to no run but is not empty.
+        another kind of state, belongs to another run, or belongs to no run but is not empty, and if there are other
+        files instead of a group.
         """
         try:
             found = dict(json.loads(self.objects.get("zarr.json"))["attributes"])
         except FileNotFoundError:
+            self.check_free()
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.objects.uri('zarr.json')} is not an x0-state store: {error}") from error
@@ -111,6 +114,18 @@ class Generations:
                 "kind; give every run a separate store.url, or delete the existing state"
             )
         return owner
+
+    def check_free(self) -> None:
+        """Raise StoreError if there is no store here, but files that are not a store's."""
+        names = set(self.objects.list(""))
+        others = sorted(
+            n for n in names if not n.startswith((".", "gen-")) and not n.endswith(".partial") and n != LEASE
+        )
+        if others and "zarr.json" not in names:
+            raise StoreError(
+                f"{self.objects.uri('')} is not an x0-state store, and it is not empty "
+                f"({', '.join(others[:3])}{', ...' if len(others) > 3 else ''}); choose another place"
+            )
 
     def owner(self) -> str:
         """The id of the run that writes here; empty for a store inside a run directory or one without an owner."""

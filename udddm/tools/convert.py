@@ -30,6 +30,7 @@ def convert(place: Place, destination: str, dtype: StateDtype | None) -> str:
     target = Generations(open_object_store(destination), order, shape, target_encoding)
     if place.generations is not None and target.objects.uri("") == place.generations.objects.uri(""):
         raise StoreError(f"{destination} is the store itself; choose another destination")
+    target.check_free()
     lease = Lease(open_object_store(destination), "udddm-store convert")
     lease.acquire()
     target.objects.guard = lease

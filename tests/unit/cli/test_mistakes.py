@@ -61,6 +61,8 @@ MISTAKES = [
     ("train --config digits network={base_channels: 8}", "put the setting in quotes"),
     ("train --config digits train.betas=0.9", "train.betas: give a list such as [0.9, 0.999]"),
     ("train --config digits --set seed", "seed: write key=value"),
+    ("train --config digits steps=", "the length of the run is missing: set train.steps or train.epochs"),
+    ("train --config digits epochs=2 train.lr_shedule=cosine", "did you mean train.lr_schedule?"),
     ("train --config digits batch_size=30", "order.lanes (8) must divide train.batch_size (30)"),
     # Data.
     ("train --config digits data=cifar-10", "data.name: unknown data set 'cifar-10'; did you mean cifar10?"),
@@ -82,11 +84,13 @@ MISTAKES = [
     ("sample RELEASE --sampler hune", "unknown sampler 'hune'; did you mean heun?"),
     ("sample RELEASE --guidance 2", "the network was not trained without labels"),
     ("evaluate", "give either a run, such as udddm evaluate runs/digits, or --samples FILE"),
+    ("evaluate --samples nowhere.npy", "nowhere.npy: this file does not exist"),
     ("evaluate RELEASE steps=4", "write --steps 4"),
     ("evaluate RELEASE --metrics recall", "unknown metric 'recall'; did you mean precision-recall?"),
     ("evaluate runs/mnie", "runs/mnie does not exist; did you mean runs/mine?"),
     # Other commands.
     ("store", "give a command: info, verify, view"),
+    ("store info runs/mne", "runs/mne does not exist; did you mean runs/mine?"),
     ("store inof runs/digits", "did you mean info?"),
     ("store info runs/mine --treads 3", "there is no --treads"),
     ("store bench runs/mine --thraeds 3", "there is no --thraeds; did you mean --threads?"),
