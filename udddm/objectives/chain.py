@@ -76,6 +76,10 @@ class Chain(TargetObjective):
         cumulated = special.ndtr((np.log(self._sigmas[stage]) - self.config.p_mean) / self.config.p_std)
         return np.searchsorted(cumulated[:-1] / cumulated[-1], rng.uniform(keys), side="right")
 
+    def phase(self, epoch: int) -> str:
+        stage = max(j for j, start in enumerate(self._starts) if start <= epoch)
+        return f"chains on {self.config.stages[stage].levels} noise levels"
+
     def plan(self, ids: Ids, epoch: int) -> Visits:
         stage, chain, visit, level = self.position(ids, epoch)
         times = self._times[stage]

@@ -111,6 +111,9 @@ class ECT(TargetObjective):
     def _key(self, stream: Stream, *parts: rng.Integers) -> rng.Keys:
         return rng.keys(self.seed, stream, *parts)
 
+    def phase(self, epoch: int) -> str:
+        return f"ECT, stage {self._stage(epoch) + 1} of {self.config.stages}"
+
     def plan(self, ids: Ids, epoch: int) -> Visits:
         drawn = self.refined.drawn(ids, epoch)
         sigma, r, stored, noise_key = self.visit(ids, epoch, drawn)

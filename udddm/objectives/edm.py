@@ -42,6 +42,9 @@ class EDM(TargetObjective):
         """The objective of a run."""
         return cls(context.schedule, context.config.edm, context.seed, context.pixels, context.conditioned)
 
+    def phase(self, epoch: int) -> str:
+        return "a denoiser (EDM)"
+
     def plan(self, ids: Ids, epoch: int) -> Visits:
         sigma = lognormal(
             self.schedule, rng.keys(self.seed, Stream.TIME, ids, epoch), self.config.p_mean, self.config.p_std

@@ -66,6 +66,9 @@ class ICT(TargetObjective):
         doublings = int(shares * epoch / max(self.epochs, 1))
         return min(c.s0 << doublings, c.s1)
 
+    def phase(self, epoch: int) -> str:
+        return f"iCT with {self.levels(epoch)} noise levels"
+
     def plan(self, ids: Ids, epoch: int) -> Visits:
         count = self.levels(epoch)
         times = self.schedule.levels(count)

@@ -17,3 +17,6 @@ class Pretrained(Objective):
         if epoch < self.epochs:
             return self.first.plan(ids, epoch)
         return self.then.plan(ids, epoch - self.epochs)
+
+    def phase(self, epoch: int) -> str:
+        return self.first.phase(epoch) if epoch < self.epochs else self.then.phase(epoch - self.epochs)

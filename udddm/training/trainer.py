@@ -41,6 +41,7 @@ from udddm.runs.run import Run
 from udddm.store import Encoding, Snapshot, StateLayout, StoreCounters
 from udddm.store.base import finite_rows
 from udddm.training.inputs import InputBuilder, Prefetch
+from udddm.training.phases import Phases
 from udddm.training.progress import Progress
 from udddm.training.state_use import StateUse
 
@@ -166,8 +167,10 @@ class Trainer:
         self._started, self._first_step = time.perf_counter(), self.step
         window = (self._started, self.step, replace(self.store.counters))
         losses = torch.zeros((), device=self.ranks.device)
-        vote = Vote(self.ranks)
+        vote, phases = Vote(self.ranks), Phases(self.objective, self.order.steps_per_epoch)
         while self.step < self.total_steps:
+            if self.ranks.is_rank_zero:
+                phases.reach(self.step)
             self._await_inputs(inputs)
             losses += self.train_step(inputs)
             if progress is not None:
