@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from udddm.errors import ConfigError
 
@@ -107,6 +108,16 @@ def takes_settings(model: type[BaseModel]) -> Callable[[Function], Function]:
     return mark
 
 
+def _explain(detail: ErrorDetails, model: type[BaseModel]) -> str:
+    """One line about an error in the settings of a member."""
+    key = ".".join(map(str, detail["loc"]))
+    if detail["type"] != "extra_forbidden":
+        return f"{key}: {detail['msg'].removeprefix('Value error, ')}"
+    names = list(model.model_fields)
+    close = difflib.get_close_matches(key, names, 1, 0.6)
+    return f"{key}: unknown key; " + (f"did you mean {close[0]}?" if close else f"it has {', '.join(names)}")
+
+
 class Registry:
     """The members of one plug point: short names, and the import paths of their factories.
 
@@ -170,8 +181,9 @@ class Registry:
         try:
             return model.model_validate(dict(settings))
         except ValidationError as error:
-            lines = [f"{section}.{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors()]
-            raise ConfigError(f"the {self.what} {name}:\n  " + "\n  ".join(lines)) from None
+            lines = [f"{section}.{_explain(each, model)}" for each in error.errors()]
+            head = f"the {self.what} {name}:"
+            raise ConfigError(f"{head} {lines[0]}" if len(lines) == 1 else "\n  ".join([head, *lines])) from None
 
 
 STORES = Registry(

@@ -140,6 +140,24 @@ def test_every_refused_setting_is_named_by_its_key() -> None:
         SHAPES.build("created", {}, None)
 
 
+@pytest.mark.parametrize(("given", "meant"), [("sise", "did you mean size?"), ("color", "it has size, names")])
+def test_a_misspelled_setting_is_one_line_with_the_nearest(given: str, meant: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        SHAPES.build("created", {"size": 1, given: 1}, None)
+    assert str(caught.value) == f"the shape created: section.settings.{given}: unknown key; {meant}"
+
+
+def no_context() -> None:
+    raise AssertionError
+
+
+def test_a_member_that_cannot_be_called_with_a_context_is_named() -> None:
+    with pytest.raises(
+        ConfigError, match=r"section\.shape=.*no_context: the shape is called as .*no_context\(context\)"
+    ):
+        SHAPES.build(f"{HERE}:no_context", {}, None)
+
+
 def test_settings_for_a_member_without_any_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"section.settings: the shape plain takes no settings; remove size, color"):
         SHAPES.build("plain", {"size": 1, "color": "red"}, None)
