@@ -217,6 +217,8 @@ def test_a_damaged_ema_is_detected(harm: str, tmp_path: Path) -> None:
 
 
 def test_an_unwritable_ema_directory_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Run, "upload", lambda run: (run.path / "ema").write_text(""))  # called once the run is recorded
+    monkeypatch.setattr(
+        Run, "persist", lambda run: (run.path / "ema").write_text("")
+    )  # called once the run is recorded
     with pytest.raises(CheckpointError, match=r"cannot write the EMA .*the same command again"):
         api.train(config(0.05, every=4, steps=4), run_dir=tmp_path, device="cpu")

@@ -143,7 +143,7 @@ def test_a_run_continues_without_tensorboard_and_pictures_if_they_cannot_be_writ
         for name in ("tensorboard", "samples"):
             (run / name).write_text("in the way")
 
-    monkeypatch.setattr(Run, "upload", in_the_way)  # called when the run is recorded, and with each checkpoint
+    monkeypatch.setattr(Run, "persist", in_the_way)  # called when the run is recorded, and with each checkpoint
     config = {
         "network": {"base_channels": 4, "channel_mult": [1], "blocks_per_level": 1, "attention_resolutions": []},
         "train": {"steps": 4, "batch_size": 8},
