@@ -307,7 +307,7 @@ def test_a_checkpoint_is_complete_or_absent(files: str, tmp_path: Path) -> None:
     older = kept.write(1, ALONE, fill)
     for number in range(3):  # two files and the manifest
         objects.passed = number
-        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint memory://.*Earlier .* intact"):
+        with pytest.raises(CheckpointError, match=r"cannot write the checkpoint memory://.*Checkpoints are intact"):
             kept.write(2, ALONE, fill)
         assert kept.newest_valid() == older
     newer = kept.write(2, ALONE, fill)

@@ -59,7 +59,7 @@ def test_a_request_during_the_start_of_the_workers_ends_the_run(tmp_path: Path) 
 
 def test_a_request_to_one_worker_during_its_start_ends_the_run(tmp_path: Path) -> None:
     """As by a job scheduler that signals one process. The other worker waits for it and would do so for minutes."""
-    command = [sys.executable, "-m", "udddm", "train", "--run-dir", str(tmp_path / "run"), "--device", "cpu"]
+    command = [sys.executable, "-m", "udddm", "train", "--config=digits", "--device=cpu", f"--run-dir={tmp_path}/run"]
     process = subprocess.Popen([*command, "--workers", "2", "--max-failures", "3"], stderr=subprocess.PIPE, text=True)
     while len(ranks_of(process)) < 2:
         assert process.poll() is None
