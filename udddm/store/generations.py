@@ -89,13 +89,14 @@ class Generations:
 
         `run_id`: id of the run that is about to write here; empty for a store inside a run directory, whose location
         identifies it. `own`: a checkpoint of this run refers to this location. Raises StoreError if the group holds
-        another kind of state, belongs to another run, or belongs to no run but is not empty, and if there are other
-        files instead of a group.
+        another kind of state, belongs to another run, or belongs to no run but is not empty, and if a separate
+        location holds other files instead of a group.
         """
         try:
             found = dict(json.loads(self.objects.get("zarr.json"))["attributes"])
         except FileNotFoundError:
-            self.check_free()
+            if run_id:  # inside a run directory, another store may have been used before
+                self.check_free()
             return None
         except (ValueError, KeyError, TypeError) as error:
             raise StoreError(f"{self.objects.uri('zarr.json')} is not an x0-state store: {error}") from error
