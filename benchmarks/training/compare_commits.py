@@ -53,12 +53,12 @@ def worktree(commit: str) -> Iterator[Path]:
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", place], check=True)
 
 
-def rate(source: Path, store: str, steps: int, directory: Path) -> float:
+def rate(source: Path, store: str, settings: list[str], directory: Path) -> float:
     """Images/s of a run with the code in `source`."""
     run = Path(tempfile.mkdtemp(dir=directory)) / "run"
     command = [sys.executable, "-c", START, str(source)]
     command += ["--run-dir", str(run), "--device", "cpu", "--store", store]
-    for setting in (*SETTINGS, f"train.steps={steps}"):
+    for setting in (*SETTINGS, *settings):
         command += ["--set", setting]
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=600)
@@ -73,8 +73,10 @@ def main() -> int:
     parser.add_argument("--stores", nargs="+", default=["gpu", "pinned", "zarr"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of a run")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="more settings of both")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
+    settings = [f"train.steps={arguments.steps}", *arguments.set]
     head = about()
     lines = [heading(head), f"{'store':8}{'images/s before':>16}{'after':>8}{'ratio':>8}   middle half"]
     print("\n".join(lines), flush=True)
@@ -90,7 +92,7 @@ def main() -> int:
             for number in range(arguments.rounds):
                 sides = [(before, earlier), (after, ROOT)]
                 for rates, source in sides if number % 2 else reversed(sides):
-                    rates.append(rate(source, store, arguments.steps, Path(name)))
+                    rates.append(rate(source, store, settings, Path(name)))
             ratios = [new / old for old, new in zip(before, after, strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             rows.append({"store": store, "before": before, "after": after, "ratio": middle, "half": [low, high]})

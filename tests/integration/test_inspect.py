@@ -162,9 +162,9 @@ def test_a_sample_that_does_not_exist_is_refused(
 
 
 def test_inspecting_a_location_without_a_store_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = store(capsys, "info", str(tmp_path / "nothing"))
-    assert code == 1
-    assert "does not exist" in err
+    with pytest.raises(SystemExit, match="2"):
+        store(capsys, "info", str(tmp_path / "nothing"))
+    assert "does not exist" in capsys.readouterr().err
     code, _, err = store(capsys, "verify", str(tmp_path))
     assert code == 1
     assert "no x0-state store found" in err
