@@ -66,6 +66,7 @@ def main() -> int:
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--files", type=int, default=256)
+    parser.add_argument("--passes", type=int, default=4, help="how often a round reads every file")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -79,6 +80,7 @@ def main() -> int:
         dataset = ImageDataset(FolderImages(Path(name), size=64))
         ids = np.random.default_rng(1).permutation(arguments.files)
         batches = [ids[first : first + arguments.batch] for first in range(0, len(ids), arguments.batch)]
+        batches *= arguments.passes
         readers = {count: ProcessReader(dataset, count) for count in arguments.workers if count}
         requests: dict[int, Callable[[np.ndarray[Any, Any]], Any]] = {
             count: readers[count].request if count else lambda ids: dataset.batch for count in arguments.workers
