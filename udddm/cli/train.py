@@ -102,8 +102,6 @@ def main(argv: list[str] | None = None) -> int:
         if not is_override(text):
             parser.error(not_an_override(text, arguments.overrides))
     overrides = [*arguments.set, *arguments.overrides]
-    if arguments.config is None and not overrides:
-        parser.error("there is nothing to train: give a preset, such as --config digits (udddm config list shows all)")
 
     def body() -> int:
         from udddm import config as configuration

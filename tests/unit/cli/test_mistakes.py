@@ -16,7 +16,6 @@ MISTAKES = [
     # Commands and options.
     ("trian --config digits", "did you mean udddm train?"),
     ("--config digits", "start with a command, such as udddm train --config digits"),
-    ("train", "give a preset, such as --config digits (udddm config list shows all)"),
     ("train digits", "digits: write --config digits"),
     ("train digit", "did you mean --config digits?"),
     ("train own.yaml", "own.yaml: write --config own.yaml"),

@@ -140,6 +140,12 @@ def test_presets_of_the_paper_have_the_values_of_the_paper() -> None:
         assert (train.lr_schedule, train.warmup_steps, train.ema, train.ema_warmup) == ("constant", 0, (0.9999,), False)
 
 
+def test_the_defaults_are_a_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a preset or a setting."""
+    assert train_command(["--dry-run", "--device", "cpu"]) == 0
+    assert "1797 images 1x8x8" in capsys.readouterr().out
+
+
 def test_a_dry_run_plans_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     directory = tmp_path / "run"
     arguments = ["--config", "digits", "--run-dir", str(directory), *TINY]
