@@ -114,7 +114,8 @@ def train(
     try:
         return launch(job, name_of(options.get("backend", "auto"), "backend"))
     except ConfigError as error:
-        raise error.with_traceback(None) from None  # a mistake in the call, whose line ends the traceback
+        # a mistake in the call, whose line ends the traceback
+        raise error.with_traceback(None) from None
 
 
 def _resolved(config: Any, overrides: Overrides, members: Mapping[str, Any]) -> RunConfig:
