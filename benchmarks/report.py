@@ -89,3 +89,10 @@ def write_json(path: Path, head: dict[str, Any], found: dict[str, Any]) -> None:
     """A report: what `about()` gave, then what was found."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(head | found, indent=1) + "\n")
+
+
+def write_report(path: Path | None, head: dict[str, Any], found: dict[str, Any], lines: list[str]) -> None:
+    """The report as JSON, and beside it the printed `lines` as text. Nothing without a path."""
+    if path is not None:
+        write_json(path, head, found)
+        path.with_suffix(".txt").write_text("\n".join(lines) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 import signal
 
 from udddm.urls import redact
@@ -79,3 +80,12 @@ class Interrupted(UdddmError, RuntimeError):
 
     def __reduce__(self) -> tuple[type[Interrupted], tuple[int, int | None]]:
         return Interrupted, (self.signum, self.step)
+
+
+def picklable(error: BaseException, otherwise: type[UdddmError] = RankError) -> BaseException:
+    """Returns the error, or one of the type `otherwise` with its text if it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return otherwise(f"{type(error).__name__}: {error}")
+    return error

@@ -30,7 +30,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_json
 
 SETTINGS = (
-    "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: []}",
+    "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], dropout: 0.1, "
+    "condition: none}",
     "order={lanes: 4, chunk: 32, window: 2}",
     "train={steps: 260, batch_size: 64, learning_rate: 0.001, ema: [0.99]}",
     "checkpoint.every_steps=40",

@@ -24,7 +24,7 @@ from pathlib import Path
 import tiny_runs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import about, heading, write_json
+from report import about, heading, write_report
 
 FEATURES = "def flat(batch):\n    return batch.flatten(1)[:, :8]\n"
 EVERYTHING = (
@@ -165,9 +165,7 @@ def main() -> int:
     lines.append(f"{len(rows)} places, {sum(not row.problems for row in rows)} passed; errors:")
     lines += [f"  {text}" for text in sorted({row.error for row in rows if row.error})]
     print("\n".join(lines[-20:]))
-    if arguments.json is not None:
-        write_json(arguments.json, head, {"trials": [asdict(row) for row in rows]})
-        arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    write_report(arguments.json, head, {"trials": [asdict(row) for row in rows]}, lines)
     return 1 if any(row.problems for row in rows) else 0
 
 

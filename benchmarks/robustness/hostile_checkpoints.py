@@ -38,7 +38,7 @@ from safetensors.torch import load_file, save_file
 from udddm.runs.manifest import dumps, parse
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import about, heading, write_json
+from report import about, heading, write_report
 
 WEIGHTS = "ema-0.99.safetensors"
 MEMORY = 12 << 30
@@ -324,9 +324,7 @@ def main() -> int:
     lines.append(f"{len(rows)} shapes, {sum(not row.problems for row in rows)} passed; the first error of each:")
     lines += [f"  {row.shape}:\n    {row.error}" for row in rows if row.error]
     print("\n".join(lines[len(rows) + 1 :]))
-    if arguments.json is not None:
-        write_json(arguments.json, head, {"shapes": [asdict(row) for row in rows]})
-        arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    write_report(arguments.json, head, {"shapes": [asdict(row) for row in rows]}, lines)
     return 1 if any(row.problems for row in rows) else 0
 
 

@@ -21,7 +21,7 @@ from typing import Any
 import tiny_runs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import about, heading, write_json
+from report import about, heading, write_report
 
 SETTINGS = (
     "train.batch_size=16",
@@ -89,9 +89,7 @@ def main() -> int:
             rows.append({"store": store, "tenths": tenths})
     lines.append("flat" if flat else "GROWING")
     print(lines[-1])
-    if arguments.json is not None:
-        write_json(arguments.json, head, {"flat": flat, "stores": rows})
-        arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    write_report(arguments.json, head, {"flat": flat, "stores": rows}, lines)
     return 0 if flat else 1
 
 

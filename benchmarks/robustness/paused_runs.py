@@ -37,7 +37,7 @@ from udddm.storage import open_object_store
 from udddm.testing import s3
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import about, heading, write_json
+from report import about, heading, write_report
 
 KINDS = ("s3-run", "s3-store", "local")
 LEASE_SECONDS = 60
@@ -220,9 +220,7 @@ def main() -> int:
         said = "another process is training" if kind == "local" else chosen[0].first.partition(". ")[0]
         lines.append(f"{kind:10}{len(chosen):7}{passed:7}{changed:17}  {said}")
     print("\n".join(lines[1:]))
-    if arguments.json is not None:
-        write_json(arguments.json, head, {"trials": [asdict(row) for row in rows]})
-        arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    write_report(arguments.json, head, {"trials": [asdict(row) for row in rows]}, lines)
     return 1 if any(row.problems for row in rows) else 0
 
 

@@ -34,7 +34,7 @@ from pathlib import Path
 import tiny_runs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import about, heading, write_json
+from report import about, heading, write_report
 
 FILE_SYSTEMS = {
     "ext4": (["mkfs.ext4", "-q", "-F"], "loop,commit=300", 128),
@@ -185,9 +185,7 @@ def main() -> int:
                 behind = sum(row.before != row.after for row in chosen)
                 lines.append(f"{file_system:12}{cut:12}{len(chosen):7}{passed:7}{behind:35}")
     print("\n".join(lines[1:]))
-    if arguments.json is not None:
-        write_json(arguments.json, head, {"trials": [asdict(row) for row in rows]})
-        arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    write_report(arguments.json, head, {"trials": [asdict(row) for row in rows]}, lines)
     return 1 if any(row.problems for row in rows) else 0
 
 

@@ -26,10 +26,11 @@ from typing import Any
 from udddm.testing.cluster import Cluster, running
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import about, heading, write_json
+from report import about, heading, write_report
 
 SETTINGS = (
-    "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: []}",
+    "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], dropout: 0.1, "
+    "condition: none}",
     "train={batch_size: 64, learning_rate: 0.001, ema: [0.9]}",
     "checkpoint.every_steps=7",
     "sample={every_steps: 0, final: 7}",
@@ -139,9 +140,7 @@ def main() -> int:
         f"weights, EMA and x0-state of every job {'equal' if equal else 'DIFFERENT from'} those of the undisturbed one",
     ]
     print("\n".join(lines[1:]))
-    if arguments.json is not None:
-        write_json(arguments.json, head, {"kills": kills, "equal": equal, "jobs": rows})
-        arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    write_report(arguments.json, head, {"kills": kills, "equal": equal, "jobs": rows}, lines)
     return 0 if equal else 1
 
 

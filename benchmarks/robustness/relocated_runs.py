@@ -27,7 +27,7 @@ from udddm.storage import open_object_store
 from udddm.testing import s3
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import about, heading, write_json
+from report import about, heading, write_report
 
 STEPS = 90
 """Three epochs. The runs are killed in the second, which reads chunks that the first has written."""
@@ -286,9 +286,7 @@ def main() -> int:
     lines.append(f"{len(rows)} ways, {sum(not row.problems for row in rows)} passed; refusals:")
     lines += [f"  {row.way}:\n    {row.error}" for row in rows if row.error]
     print("\n".join(lines[len(rows) + 1 :]))
-    if arguments.json is not None:
-        write_json(arguments.json, head, {"ways": [asdict(row) for row in rows]})
-        arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    write_report(arguments.json, head, {"ways": [asdict(row) for row in rows]}, lines)
     return 1 if any(row.problems for row in rows) else 0
 
 

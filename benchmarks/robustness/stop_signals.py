@@ -24,7 +24,7 @@ from pathlib import Path
 import tiny_runs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import about, heading, write_json
+from report import about, heading, write_report
 
 LIMIT = 10.0  # seconds
 TARGETS = ("one process", "launcher of two workers", "one of two workers")
@@ -149,9 +149,7 @@ def main() -> int:
     passed, longest = sum(not row.problems for row in rows), max(row.seconds for row in rows)
     lines.append(f"{len(rows)} signals, {passed} passed; the longest end took {longest:.1f} s")
     print(lines[-1])
-    if arguments.json is not None:
-        write_json(arguments.json, head, {"trials": [asdict(row) for row in rows]})
-        arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    write_report(arguments.json, head, {"trials": [asdict(row) for row in rows]}, lines)
     return 1 if any(row.problems for row in rows) else 0
 
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import ROOT, about, heading, write_json
+from report import ROOT, about, heading, write_report
 
 SETTINGS = (
     "network={width: 16, multipliers: [1, 2], blocks: 1, attention: [], dropout: 0.1, condition: none}",
@@ -101,9 +101,7 @@ def main() -> int:
                 f"{low:.3f} to {high:.3f}"
             )
             print(lines[-1], flush=True)
-    if arguments.json is not None:
-        write_json(arguments.json, head, {"stores": rows})
-        arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    write_report(arguments.json, head, {"stores": rows}, lines)
     return 0
 
 

@@ -26,7 +26,7 @@ from udddm.data.folder import FolderImages
 from udddm.data.reading import ProcessReader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import about, heading, write_json
+from report import about, heading, write_report
 
 AHEAD = 4
 
@@ -104,9 +104,7 @@ def main() -> int:
         rows.append(row)
         lines.append(line)
         print(line, flush=True)
-    if arguments.json is not None:
-        write_json(arguments.json, head, {"rows": rows})
-        arguments.json.with_suffix(".txt").write_text("\n".join(lines) + "\n")
+    write_report(arguments.json, head, {"rows": rows}, lines)
     return 0
 
 

@@ -20,7 +20,7 @@ import torch
 
 from udddm.data.dataset import ImageDataset
 from udddm.data.images import Ids, Labels
-from udddm.errors import ConfigError, DataError
+from udddm.errors import ConfigError, DataError, picklable
 
 log = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def _lost(error: BrokenProcessPool, ids: Ids) -> LabeledImages:
 
 # In the other processes.
 
-_opened: ImageDataset | Exception = DataError("the data set is not open")
+_opened: ImageDataset | BaseException = DataError("the data set is not open")
 
 
 def _begin(pickled: bytes, ending: Connection) -> None:
@@ -106,7 +106,7 @@ def _begin(pickled: bytes, ending: Connection) -> None:
     try:
         _opened = pickle.loads(pickled)
     except Exception as error:
-        _opened = _sendable(error)
+        _opened = picklable(error, DataError)
 
 
 def _end_with_parent(ending: Connection) -> None:
@@ -117,19 +117,10 @@ def _end_with_parent(ending: Connection) -> None:
 
 
 def _read(ids: Ids) -> tuple[np.ndarray[Any, Any], Labels | None]:
-    if isinstance(_opened, Exception):
+    if isinstance(_opened, BaseException):
         raise _opened
     try:
         images, labels = _opened.batch(ids)
     except Exception as error:
-        raise _sendable(error) from error
+        raise picklable(error, DataError) from error
     return images.numpy(), labels
-
-
-def _sendable(error: Exception) -> Exception:
-    """The error, or a DataError with its text if it cannot be sent to another process."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return DataError(f"{type(error).__name__}: {error}")
-    return error

@@ -8,7 +8,6 @@ resumes from the newest valid checkpoint, with as many workers as are available 
 
 from __future__ import annotations
 
-import pickle
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from udddm.backends.distributed.signals import StopRequest, handled
 from udddm.config import RunConfig
 from udddm.data import MapDataset
 from udddm.errors import ConfigError, DataError, Diverged, Interrupted, RankError, UdddmError, WorkerLost
+from udddm.errors import picklable as picklable  # for launchers
 from udddm.log import install, log
 from udddm.order import check_world
 from udddm.training.rank import train_rank
@@ -149,15 +149,6 @@ def _out_of_memory(config: RunConfig, error: RuntimeError) -> ConfigError:
         f"out of memory ({reason}): set train.grad_accumulation={2 * parts} (it is {parts}), which splits each step "
         "into micro-batches with the same result; or use more --workers, a smaller network or train.precision=bf16"
     )
-
-
-def picklable(error: BaseException) -> BaseException:
-    """Returns the error, or a RankError with its message if it cannot be pickled."""
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        return RankError(f"{type(error).__name__}: {error}")
-    return error
 
 
 def root_cause(errors: list[BaseException]) -> BaseException:
