@@ -2,9 +2,10 @@
 
     python benchmarks/training/compare_commits.py 530531e --json benchmarks/results/compare-530531e.json
 
-The earlier commit is checked out into a temporary git worktree. Each round trains the same configuration with both, in
-new processes, in alternating order; a run reports the rate of its steps, without the start of the process. Ratios are
-medians over rounds, with the range of the middle half.
+The earlier commit is checked out into a temporary git worktree; where there is no git, name a directory with its files.
+With `--config`, both train this configuration of the earlier checkout instead of a tiny one. Each round trains the same
+configuration with both, in new processes, in alternating order; a run reports the rate of its steps, without the start
+of the process. Ratios are medians over rounds, with the range of the middle half.
 """
 
 from __future__ import annotations
@@ -43,7 +44,10 @@ sys.exit(pkgutil.resolve_name(f"{module}:{name}")())
 
 
 @contextmanager
-def worktree(commit: str) -> Iterator[Path]:
+def checkout(commit: str) -> Iterator[Path]:
+    if Path(commit).is_dir():
+        yield Path(commit).resolve()
+        return
     with tempfile.TemporaryDirectory() as name:
         place = Path(name) / "earlier"
         subprocess.run(["git", "-C", ROOT, "worktree", "add", "--quiet", "--detach", place, commit], check=True)
@@ -53,13 +57,11 @@ def worktree(commit: str) -> Iterator[Path]:
             subprocess.run(["git", "-C", ROOT, "worktree", "remove", "--force", place], check=True)
 
 
-def rate(source: Path, store: str, settings: list[str], directory: Path) -> float:
+def rate(source: Path, store: str, options: list[str], directory: Path) -> float:
     """Images/s of a run with the code in `source`."""
     run = Path(tempfile.mkdtemp(dir=directory)) / "run"
     command = [sys.executable, "-c", START, str(source)]
-    command += ["--run-dir", str(run), "--device", "cpu", "--store", store]
-    for setting in (*SETTINGS, *settings):
-        command += ["--set", setting]
+    command += ["--run-dir", str(run), "--store", store, *options]
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode:
@@ -73,26 +75,32 @@ def main() -> int:
     parser.add_argument("--stores", nargs="+", default=["gpu", "pinned", "zarr"])
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--steps", type=int, default=150, help="optimizer steps of a run")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--config", metavar="FILE", help="a configuration, relative to the earlier checkout")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="more settings of both")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    settings = [f"train.steps={arguments.steps}", *arguments.set]
+    given = [f"train.steps={arguments.steps}", *arguments.set]
+    settings = given if arguments.config else [*SETTINGS, *given]
     head = about()
     lines = [heading(head), f"{'store':8}{'images/s before':>16}{'after':>8}{'ratio':>8}   middle half"]
     print("\n".join(lines), flush=True)
     rows: list[dict[str, Any]] = []
     memory = Path("/dev/shm")
     with (
-        worktree(arguments.commit) as earlier,
+        checkout(arguments.commit) as earlier,
         tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as name,
     ):
+        options = ["--device", arguments.device, *(part for setting in settings for part in ("--set", setting))]
+        if arguments.config:
+            options += ["--config", str(earlier / arguments.config)]
         for store in arguments.stores:
             before: list[float] = []
             after: list[float] = []
             for number in range(arguments.rounds):
                 sides = [(before, earlier), (after, ROOT)]
                 for rates, source in sides if number % 2 else reversed(sides):
-                    rates.append(rate(source, store, settings, Path(name)))
+                    rates.append(rate(source, store, options, Path(name)))
             ratios = [new / old for old, new in zip(before, after, strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             rows.append({"store": store, "before": before, "after": after, "ratio": middle, "half": [low, high]})
