@@ -144,7 +144,7 @@ def refused(bench: Bench) -> None:
 
 
 CHECKS = (
-    Check("P12", "demo", 120, demo),
+    Check("P12", "demo", 115, demo),
     Check("P12", "stopped", 75, stopped),
     Check("P12", "refused", 60, refused),
 )

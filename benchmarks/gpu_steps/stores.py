@@ -57,4 +57,4 @@ def sanitizer(bench: Bench) -> None:
         bench.report(steps=trainer.step)
 
 
-CHECKS = (Check("P1", "conformance", 40, conformance), Check("P1", "sanitizer", 20, sanitizer, "the stream sanitizer"))
+CHECKS = (Check("P1", "conformance", 60, conformance), Check("P1", "sanitizer", 20, sanitizer, "the stream sanitizer"))
