@@ -109,7 +109,7 @@ def device_name(device: str, results: Any, bench: Any) -> str:
         own.report(name=torch.cuda.get_device_name(0))
 
     found = Results(results.path.with_name(results.path.name + ".probe"), {})
-    perform([Check("device", "probe", PROBE_LIMIT, probe)], bench, found, PROBE_LIMIT)
+    perform([Check("device", "probe", PROBE_LIMIT, probe)], bench, found, PROBE_LIMIT + 10)
     found.path.unlink(missing_ok=True)
     record = found.checks[0]
     if record["status"] != "ok":
