@@ -23,7 +23,7 @@ def deterministic() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def config(bench: Bench, precision: str, mode: str) -> RunConfig:
+def config(bench: Bench, precision: str, mode: str, *more: str) -> RunConfig:
     settings = [
         f"network.base_channels={bench.pick(64, 32)}",
         "network.attention_resolutions=[16]",
@@ -35,18 +35,20 @@ def config(bench: Bench, precision: str, mode: str) -> RunConfig:
     ]
     if mode == "deterministic" and has_setting("deterministic"):
         settings.append("train.deterministic=true")
-    return tiny(*settings)
+    return tiny(*settings, *more)
 
 
-def twice(bench: Bench, precision: str, mode: str) -> dict[str, Any]:
+def twice(bench: Bench, precision: str, mode: str, *more: str) -> dict[str, Any]:
     """12 steps, 12 steps again, and 6, a resume and 6."""
-    chosen, half = config(bench, precision, mode), bench.pick(6, 2)
+    chosen, half = config(bench, precision, mode, *more), bench.pick(6, 2)
     dataset, ranks = pixels(bench.pick(640, 64), SHAPE), alone(bench)
     runs = {"first": (2 * half,), "second": (2 * half,), "resumed": (half, 2 * half)}
     found: dict[str, Any] = {}
     for name, stops in runs.items():
         for stop in stops:
-            found[name] = stepped(chosen, dataset, bench.scratch / f"{precision}-{mode}-{name}", ranks, stop)
+            found[name] = stepped(
+                chosen, dataset, bench.scratch / f"{precision}-{mode}-{len(more)}-{name}", ranks, stop
+            )
     assert found["resumed"]["resumed_at"] == half, "the resumed run began anew"
     first = found["first"]["digests"]
     return {
@@ -61,6 +63,9 @@ def modes(bench: Bench, mode: str) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for precision in bench.pick(("fp32", "fp16"), ("fp32",) if mode == "as_it_is" else ("bf16",)):
         found[precision] = twice(bench, precision, mode)
+        bench.report(**found)
+    if bench.device == "cuda":
+        found["fp16_graphs"] = twice(bench, "fp16", mode, "train.cuda_graphs=true")
         bench.report(**found)
     return found
 
@@ -110,7 +115,7 @@ def attention(bench: Bench) -> None:
 
 
 CHECKS = (
-    Check("P4", "as_it_is", 25, as_it_is),
-    Check("P4", "deterministic", 30, in_deterministic_mode),
+    Check("P4", "as_it_is", 60, as_it_is),
+    Check("P4", "deterministic", 60, in_deterministic_mode),
     Check("P4", "attention", 15, attention),
 )

@@ -53,7 +53,7 @@ def result(run: Path) -> dict[str, Any]:
 
 def demo(bench: Bench) -> None:
     """The preset digits from start to end; its images from the device and from a CPU; its scores."""
-    settings = SMALL if bench.small else ()
+    settings = SMALL if bench.small else ("train.cuda_graphs=true",)
     run = bench.scratch / "digits"
     seconds = succeed(bench, "train", "--config", "digits", "--run-dir", str(run), *settings)
     found = result(run)
@@ -84,7 +84,7 @@ def pixels(images: Any) -> Any:
 def stopped(bench: Bench) -> None:
     """SIGTERM in the middle, and the same command again; SIGKILL, and again."""
     run = bench.scratch / "stopped"
-    steps = bench.pick(1500, 60)
+    steps = bench.pick(400, 60)
     settings = (
         "store.kind=pinned",
         "objective={name: ict, pretrain: 0, refined: {share: 0.5}}",

@@ -100,9 +100,29 @@ def normals(bench: Bench) -> None:
     assert largest <= 1e-6, f"the device's normal numbers differ from the CPU's by up to {largest:.2g}"
 
 
+def graphs(bench: Bench) -> None:
+    """Steps through CUDA graphs against the same steps without: a teacher's pass, dropout."""
+    no_tf32()
+    found: dict[str, float] = {}
+    for precision, limit in (("fp32", LOSS_LIMIT), ("bf16", 0.05), ("fp16", 0.05)):
+        series: dict[bool, list[float]] = {}
+        for graphed in (False, True):
+            settings = (f"train.cuda_graphs={graphed}", f"train.precision={precision}", "network.dropout=0.3")
+            made = Passes(tiny("objective.name=ict", *settings), TINY_SHAPE, bench, batch=16, teacher="full")
+            series[graphed] = []
+            for step in range(bench.pick(10, 3)):
+                torch.manual_seed(step)
+                series[graphed].append(float(made.step()))
+        pairs = zip(series[True], series[False], strict=True)
+        found[precision] = max(abs(a - b) / max(1.0, abs(b)) for a, b in pairs)
+        bench.report(largest_difference=dict(found))
+        assert found[precision] < limit, f"{precision}: losses with CUDA graphs differ by {found[precision]:.2g}"
+
+
 CHECKS = (
-    Check("P2", "losses", 25, losses),
+    Check("P2", "losses", 60, losses),
     Check("P2", "gradients", 15, gradients),
     Check("P2", "masks", 15, masks),
     Check("P2", "noise", 10, normals),
+    Check("P2", "graphs", 40, graphs, "CUDA graphs"),
 )

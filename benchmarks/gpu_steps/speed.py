@@ -146,6 +146,24 @@ def others(bench: Bench) -> None:
     bench.report(diffusers={"images_per_s": timing.rate(batch), **timing.figures(), "parameters": parameters(other)})
 
 
+def graphs(bench: Bench) -> None:
+    """CUDA graphs, which the time to launch kernels does not limit: layouts and precisions, a larger batch, a teacher's
+    pass on all rows."""
+    variants: dict[str, tuple[tuple[str, ...], str, int]] = {
+        "channels_last_fp16": ((), "none", 128),
+        "nchw_fp16": (("train.channels_last=false",), "none", 128),
+        "channels_last_fp16_teacher": ((), "full", 128),
+        "channels_last_fp32": (("train.precision=fp32",), "none", 128),
+        "channels_last_fp16_batch_512": ((), "none", 512),
+        "nchw_fp16_batch_512": (("train.channels_last=false",), "none", 512),
+    }
+    for name, (settings, teacher, batch) in variants.items():
+        made = built(bench, *settings, "train.cuda_graphs=true", teacher=teacher, batch=batch)
+        bench.report(**{name: measured(bench, made)})
+        del made
+        dropped()
+
+
 def compiled(bench: Bench) -> None:
     """As configured, and `train.compile`: the time that compiling takes, and the speed after it, without a teacher's
     pass and then with one on all rows, which is compiled too."""
@@ -160,6 +178,14 @@ def compiled(bench: Bench) -> None:
         bench.report(**{name: {"compile_s": spent}})
         bench.report(**{name: {"compile_s": spent, **measured(bench, made)}})
         made.visits = planned
+    del made
+    dropped()
+    made = built(bench, "train.compile=true", "train.cuda_graphs=true", teacher="none")
+    began = time.perf_counter()
+    made.step()
+    synchronize(made.device)
+    spent = round(time.perf_counter() - began, 1)
+    bench.report(none_with_graphs={"compile_s": spent, **measured(bench, made)})
 
 
 def compiled_peer(bench: Bench) -> None:
@@ -187,8 +213,9 @@ CHECKS = (
     Check("P5", "float32", 25, float32),
     Check("P5", "large_batch", 20, large_batch),
     Check("P5", "profile", 20, profile),
-    Check("P5", "peers", 30, others),
-    Check("P5", "compiled", 90, compiled, "compiling the network takes minutes on a CPU"),
+    Check("P5", "peers", 40, others),
+    Check("P5", "graphs", 50, graphs, "CUDA graphs"),
+    Check("P5", "compiled", 200, compiled, "compiling the network takes minutes on a CPU"),
 )
 LAST = (Check("P5", "compiled_peer", 90, compiled_peer, "compiling the network takes minutes on a CPU"),)
 """After everything else: where time is short, it is what one can do without."""

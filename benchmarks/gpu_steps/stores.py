@@ -51,10 +51,10 @@ def sanitizer(bench: Bench) -> None:
     _sanitizer.enable_cuda_sanitizer()  # type: ignore[no-untyped-call]
     config = tiny("store.kind=pinned")
     with running(config, pixels(128, TINY_SHAPE), bench.scratch / "run", ranks) as (trainer, inputs):
-        for _ in range(bench.pick(40, 10)):
+        for _ in range(bench.pick(12, 10)):
             trainer.train_step(inputs)
         synchronize(ranks.device)
         bench.report(steps=trainer.step)
 
 
-CHECKS = (Check("P1", "conformance", 60, conformance), Check("P1", "sanitizer", 20, sanitizer, "the stream sanitizer"))
+CHECKS = (Check("P1", "conformance", 60, conformance), Check("P1", "sanitizer", 60, sanitizer, "the stream sanitizer"))

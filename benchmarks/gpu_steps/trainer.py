@@ -14,6 +14,7 @@ import torch
 from gpu_steps.harness import Bench, Check
 from gpu_steps.workloads import TINY_SHAPE, Shape, alone, pixels, preset, running, synchronize, tiny
 from udddm import networks
+from udddm.backends.engines.graphs import GraphedNetwork
 from udddm.config import RunConfig
 from udddm.diffusion import schedule
 from udddm.diffusion.denoise import denoise
@@ -23,13 +24,13 @@ from udddm.objectives import pseudo_huber
 STORES = ("gpu", "pinned", "zarr")
 
 
-def config(bench: Bench) -> tuple[RunConfig, Shape]:
+def config(bench: Bench, graphs: bool) -> tuple[RunConfig, Shape]:
     """A chain objective: half of the visits have a teacher's pass."""
     objective = "objective={name: chain, huber_c: 0.3, chain: {length: 2, stages: [{start: 0, levels: 16}]}}"
     if bench.small:
         return tiny(objective, "train.batch_size=32"), TINY_SHAPE
     settings = (objective, "train.batch_size=128", "train.precision=bf16", "network.dropout=0")
-    return preset("cifar10", *settings, "network.base_channels=64"), (3, 32, 32)
+    return preset("cifar10", *settings, f"train.cuda_graphs={graphs}", "network.base_channels=64"), (3, 32, 32)
 
 
 def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
@@ -39,6 +40,9 @@ def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
     network = networks.for_run(config, (shape[0], shape[1], shape[2])).to(device)
     if config.train.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    called: torch.nn.Module = network
+    if config.train.cuda_graphs:
+        called = GraphedNetwork(network, copy_gradients=False)
     optimizer = torch.optim.Adam(network.parameters(), lr=config.train.learning_rate, fused=True)
     state = torch.randn_like(images)
     found = steps.coefficients(steps.levels(config.objective.chain.stages[0].levels))
@@ -52,14 +56,16 @@ def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
         rows = torch.randint(len(images), (batch,), device=device)
         x0, target, eps = images[rows], state[rows], torch.randn(batch, *shape, device=device)
         level = torch.randint(1, levels.shape[1], (batch,), device=device)
-        first = torch.arange(batch // 2, device=device)
+        taught = batch // 2
+        evaluated = slice(batch if config.train.cuda_graphs else taught)  # as the trainer: a graph has one size
         enabled = config.train.precision == "bf16"
         with torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             with torch.no_grad():
-                below = Coefficients(*levels[:, level[first] - 1])
-                target[first] = denoise(network, noised(x0[first], eps[first], below), below, None, None)
+                below = Coefficients(*levels[:, level[evaluated] - 1])
+                estimate = denoise(called, noised(x0[evaluated], eps[evaluated], below), below, None, None)
+                target[:taught] = estimate[:taught]
             at = Coefficients(*levels[:, level])
-            output = denoise(network, noised(x0, eps, at), at, None, None)
+            output = denoise(called, noised(x0, eps, at), at, None, None)
         loss = pseudo_huber(output, target, c).mean()
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
@@ -69,9 +75,9 @@ def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
     return step
 
 
-def against_bare(bench: Bench) -> None:
+def against_bare(bench: Bench, graphs: bool = False) -> None:
     """Rounds of the bare loop and of the trainer take turns; ratios are of a round's neighbors."""
-    chosen, shape = config(bench)
+    chosen, shape = config(bench, graphs)
     ranks, dataset = alone(bench), pixels(bench.pick(8192, 256), shape)
     images = dataset.batch(torch.arange(len(dataset)).numpy())[0].to(ranks.device)
     steps: dict[str, Callable[[], Any]] = {"bare": bare_loop(chosen, images)}
@@ -130,4 +136,12 @@ def idle_share(step: Callable[[], Any], device: torch.device, count: int) -> flo
     return float(round(1 - busy / max(end - first, 1e-9), 4))
 
 
-CHECKS = (Check("P8", "against_bare", 45, against_bare),)
+def with_graphs(bench: Bench) -> None:
+    """Both through CUDA graphs, so that the device is busy; both evaluate all rows for targets."""
+    against_bare(bench, True)
+
+
+CHECKS = (
+    Check("P8", "against_bare", 70, against_bare),
+    Check("P8", "graphs", 70, with_graphs, "CUDA graphs"),
+)

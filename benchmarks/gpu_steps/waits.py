@@ -103,4 +103,13 @@ def fp16(bench: Bench) -> None:
     check(bench, "fp16", "train.grad_clip=1.0")
 
 
-CHECKS = (Check("P3", "bf16", 15, bf16), Check("P3", "fp16_clip", 15, fp16))
+def graphs(bench: Bench) -> None:
+    """Through CUDA graphs, which are captured while the threads of the store use the device."""
+    check(bench, "bf16", "train.cuda_graphs=true")
+
+
+CHECKS = (
+    Check("P3", "bf16", 30, bf16),
+    Check("P3", "fp16_clip", 30, fp16),
+    Check("P3", "graphs", 30, graphs, "CUDA graphs"),
+)

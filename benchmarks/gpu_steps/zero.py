@@ -152,7 +152,7 @@ def checkpoints(bench: Bench) -> None:
 
 CHECKS = (
     Check("P7", "import", 30, probing),
-    Check("P7", "fp16", 40, fp16, "DeepSpeed has no fp16 on a CPU"),
-    Check("P7", "bf16", 40, bf16),
+    Check("P7", "fp16", 80, fp16, "DeepSpeed has no fp16 on a CPU"),
+    Check("P7", "bf16", 80, bf16),
     Check("P7", "checkpoints", 30, checkpoints),
 )

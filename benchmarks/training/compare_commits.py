@@ -78,6 +78,9 @@ def main() -> int:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--config", metavar="FILE", help="a configuration, relative to the earlier checkout")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="more settings of both")
+    parser.add_argument(
+        "--set-after", action="append", default=[], metavar="KEY=VALUE", help="settings of this checkout alone"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     given = [f"train.steps={arguments.steps}", *arguments.set]
@@ -100,7 +103,9 @@ def main() -> int:
             for number in range(arguments.rounds):
                 sides = [(before, earlier), (after, ROOT)]
                 for rates, source in sides if number % 2 else reversed(sides):
-                    rates.append(rate(source, store, options, Path(name)))
+                    own = [part for setting in arguments.set_after for part in ("--set", setting)]
+                    chosen = options + own if source == ROOT else options
+                    rates.append(rate(source, store, chosen, Path(name)))
             ratios = [new / old for old, new in zip(before, after, strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             rows.append({"store": store, "before": before, "after": after, "ratio": middle, "half": [low, high]})

@@ -100,6 +100,11 @@ class TrainConfig(Section):
         description="compile the network with torch.compile, which needs a C++ compiler",
         json_schema_extra=CHANGEABLE,
     )
+    cuda_graphs: bool = Field(
+        False,
+        description="launch the network's kernels on a GPU all at once, as CUDA graphs; no effect on a CPU",
+        json_schema_extra=CHANGEABLE,
+    )
     tf32: bool = Field(
         True,
         description="use TF32 for float32 matrix products and convolutions on GPUs: faster, with 10 bits of mantissa",

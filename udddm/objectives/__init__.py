@@ -81,4 +81,6 @@ def _describe_refined(config: RunConfig, objective: Objective) -> str:
 
 def teacher_of(config: RunConfig, *, equal_forward_calls: bool) -> Teacher:
     """How the network of a run is called for targets. `equal_forward_calls` is that of the engine."""
-    return Teacher(every_row=config.network.dropout > 0 or config.train.compile, lockstep=equal_forward_calls)
+    train = config.train
+    static = train.compile or train.cuda_graphs  # they handle one number of rows
+    return Teacher(every_row=config.network.dropout > 0 or static, lockstep=equal_forward_calls)

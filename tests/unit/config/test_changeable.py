@@ -19,6 +19,7 @@ CHANGEABLE = {
     "train.power_ema_every_steps",
     "train.torch_threads",
     "train.compile",
+    "train.cuda_graphs",
     "train.tf32",
     "train.deterministic",
     "engine",

@@ -10,8 +10,22 @@ from torch.nn.parallel import DistributedDataParallel
 
 from udddm.backends.engines import optimizers
 from udddm.backends.engines.base import MOMENTS, Engine, EngineContext, Pieces, Slot
+from udddm.backends.engines.graphs import GraphedNetwork
 from udddm.config import RunConfig
 from udddm.errors import ConfigError
+
+
+def _same_strides(parameter: nn.Parameter) -> None:
+    """Give gradients the strides of a weight whose memory is the same in both formats, such as that of one channel.
+
+    DDP warns, and copies gradients, where their strides differ from the weight's.
+    """
+    both = (torch.contiguous_format, torch.channels_last)
+    if parameter.dim() == 4 and all(parameter.is_contiguous(memory_format=each) for each in both):
+        shape, strides = parameter.shape, parameter.stride()
+        parameter.register_hook(  # type: ignore[no-untyped-call]
+            lambda gradient: gradient.contiguous().as_strided(shape, strides)
+        )
 
 
 class TorchEngine(Engine):
@@ -25,13 +39,20 @@ class TorchEngine(Engine):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._parameters = dict(network.named_parameters())
         self.module = network
+        graphs = config.cuda_graphs and ranks.device.type == "cuda"
+        if graphs:
+            inner = torch.compile(network) if config.compile else network
+            copy = config.grad_accumulation > 1  # gradients that are added up must not share memory with the next
+            self.module = GraphedNetwork(inner, copy_gradients=copy)  # type: ignore[arg-type]
         self._ddp: DistributedDataParallel | None = None
         if ranks.world_size > 1:
+            for parameter in self._parameters.values():
+                _same_strides(parameter)
             # No device_ids: inputs are on the device already, and with device_ids DDP rejects the call without inputs
             # in `_settle_buckets`.
-            self.module = self._ddp = DistributedDataParallel(network, gradient_as_bucket_view=True)
-            self._settle_buckets(network, self._ddp)
-        if config.compile:
+            self.module = self._ddp = DistributedDataParallel(self.module, gradient_as_bucket_view=True)
+            self._settle_buckets(self._ddp)
+        if config.compile and not graphs:
             self.module = torch.compile(self.module)  # type: ignore[assignment]
         self.adam = self.optimizer(list(self._parameters.values()))
         self.scaler = torch.amp.GradScaler(ranks.device.type, enabled=config.precision == "fp16")
@@ -59,13 +80,14 @@ class TorchEngine(Engine):
                 "select it, or remove them"
             )
 
-    def _settle_buckets(self, network: nn.Module, ddp: DistributedDataParallel) -> None:
+    def _settle_buckets(self, ddp: DistributedDataParallel) -> None:
         """Run a first backward pass, of the sum of all parameters, so that the buckets of DDP do not change later.
 
         DDP rearranges its buckets after the first backward pass, in the order in which gradients arrived. With more
         than two ranks, their arrangement affects the rounding of sums. It must therefore not change after the first
         step, which is a different step in a resumed run.
         """
+        network = ddp.module
         network.forward = lambda: torch.stack([p.sum() for p in self._parameters.values()]).sum()
         ddp().backward()
         del network.forward

@@ -55,10 +55,12 @@ class DeepSpeedEngine(Engine):
         super().__init__(context)
         network, config, ranks = context.network, context.config, context.ranks
         train, self._offload = config.train, config.engine.offload
-        if train.compile:
-            raise ConfigError(
-                "train.compile is not supported with engine.name=deepspeed: set it to false, or use engine.name=torch"
-            )
+        for name in ("compile", "cuda_graphs"):
+            if getattr(train, name):
+                raise ConfigError(
+                    f"train.{name} is not supported with engine.name=deepspeed: set it to false, or use "
+                    "engine.name=torch"
+                )
         settings = deepspeed_config.resolve(config, ranks.world_size)
         deepspeed = _import(ranks.device)
         if train.precision == "fp16" and not deepspeed.accelerator.get_accelerator().is_fp16_supported():

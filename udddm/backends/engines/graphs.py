@@ -1,0 +1,134 @@
+"""CUDA graphs of a network's forward and backward pass, for `train.cuda_graphs`.
+
+A step of a small network, or of a small batch, takes as long as the host needs to launch its thousands of kernels. A
+graph launches all of them at once (https://pytorch.org/docs/stable/notes/cuda.html#cuda-graphs).
+`torch.cuda.make_graphed_callables` does the same, but captures in a mode in which no other thread may use CUDA, as the
+threads of the x0-state store do.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from udddm.errors import ConfigError
+
+WARM_UP = 3
+"""Passes before a capture, in which libraries choose algorithms and allocate workspaces."""
+MOST = 8
+"""Combinations of shapes that are captured. A run has one or two; others run without a graph."""
+
+Inputs = tuple[torch.Tensor | None, ...]
+
+
+class GraphedNetwork(nn.Module):
+    """Calls `network` through CUDA graphs, one pair for each combination of input shapes.
+
+    Inputs are tensors or None, without gradients, and the output is one tensor. Calls with and without gradients share
+    a graph. The output, and with `copy_gradients=False` the gradients of parameters, are valid until the next call.
+
+    The network may neither wait for the device nor choose its operations by values. Dropout draws new numbers in every
+    call, from the state of torch's generator.
+    """
+
+    def __init__(self, network: nn.Module, *, copy_gradients: bool):
+        super().__init__()
+        self.network, self._copy_gradients = network, copy_gradients
+        self._captured: dict[tuple[object, ...], _Captured] = {}
+
+    def forward(self, *inputs: torch.Tensor | None) -> torch.Tensor:
+        captured = self._graph(inputs)
+        if captured is None:
+            found: torch.Tensor = self.network(*inputs)
+            return found
+        given = [value for value in inputs if value is not None]
+        output: torch.Tensor = _Replay.apply(captured, len(given), *given, *captured.parameters)  # type: ignore[no-untyped-call]
+        return output
+
+    def _graph(self, inputs: Inputs) -> _Captured | None:
+        if not inputs or not all(value is None or value.is_cuda for value in inputs):
+            return None
+        key = (
+            self.training,
+            torch.is_autocast_enabled("cuda"),
+            *(None if value is None else (value.shape, value.dtype) for value in inputs),
+        )
+        if key not in self._captured:
+            if len(self._captured) == MOST:
+                return None
+            self._captured[key] = _Captured(self.network, inputs, self._copy_gradients)
+        return self._captured[key]
+
+
+class _Captured:
+    """A forward and a backward pass, with the memory of their inputs and outputs."""
+
+    def __init__(self, network: nn.Module, inputs: Inputs, copy_gradients: bool):
+        self.parameters = [p for p in network.parameters() if p.requires_grad]
+        self.copy_gradients = copy_gradients
+        static = [None if value is None else value.detach().clone() for value in inputs]
+        self.inputs = [value for value in static if value is not None]
+        device = self.inputs[0].device
+        kind = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+        # Casts of weights that autocast keeps would not be part of the graph.
+        autocast = torch.autocast("cuda", kind or torch.float16, enabled=kind is not None, cache_enabled=False)
+
+        def forward() -> torch.Tensor:
+            with torch.enable_grad(), autocast:
+                found: torch.Tensor = network(*static)
+                return found
+
+        def backward(output: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor | None]:
+            return list(torch.autograd.grad(output, self.parameters, gradient, allow_unused=True))
+
+        with torch.random.fork_rng(devices=[device]):
+            stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    output = forward()
+                    backward(output, torch.zeros_like(output))
+            torch.cuda.current_stream(device).wait_stream(stream)
+            del output
+            self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+            try:
+                with torch.cuda.graph(self.forward, capture_error_mode="thread_local"):
+                    output = forward()
+                self.gradient = torch.zeros_like(output)
+                with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
+                    self.gradients = backward(output, self.gradient)
+            except RuntimeError as error:
+                reason = str(error).strip().partition("\n")[0]
+                raise ConfigError(
+                    f"train.cuda_graphs: the network cannot be captured ({reason}); it must not wait for the device. "
+                    "Set train.cuda_graphs=false"
+                ) from error
+        self.output = output.detach()
+
+
+class _Replay(torch.autograd.Function):
+    """A pass of the network, as one operation with all parameters as inputs."""
+
+    @staticmethod
+    def forward(ctx: Any, captured: _Captured, count: int, *given: torch.Tensor) -> torch.Tensor:
+        ctx.captured, ctx.count = captured, count
+        for static, value in zip(captured.inputs, given, strict=False):
+            static.copy_(value)
+        captured.forward.replay()
+        return captured.output.detach()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        captured = ctx.captured
+        captured.gradient.copy_(gradient)
+        captured.backward.replay()
+        found = captured.gradients
+        if captured.copy_gradients:
+            present = [g for g in found if g is not None]
+            copies = iter(torch._foreach_mul(present, 1.0))
+            found = [None if g is None else next(copies) for g in found]
+        else:
+            found = [None if g is None else g.detach() for g in found]
+        return (None, None, *[None] * ctx.count, *found)
