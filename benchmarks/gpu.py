@@ -75,6 +75,18 @@ def commit() -> str:
         return "unknown"
 
 
+def command_line(given: Sequence[str]) -> str:
+    """The command without the places of its results, which tell a reader nothing."""
+    places, kept = {"--json", "--text", "--commit"}, ["python benchmarks/gpu.py"]
+    words = iter(given)
+    for word in words:
+        if word in places:
+            next(words, None)
+        elif word.partition("=")[0] not in places:
+            kept.append(word)
+    return " ".join(kept)
+
+
 def selected(only: str | None) -> list[Any]:
     """The checks named by `--only`, in their usual order. Raises ValueError for a name that is not known."""
     from gpu_steps import CHECKS
@@ -190,7 +202,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "device": arguments.device,
         "torch": torch.__version__,
         "commit": arguments.commit or commit(),
-        "command": " ".join(["python benchmarks/gpu.py", *(sys.argv[1:] if argv is None else argv)]),
+        "command": command_line(sys.argv[1:] if argv is None else argv),
         "small": arguments.small or arguments.device == "cpu",
     }
     results = Results(arguments.json, head)

@@ -53,7 +53,7 @@ def result(run: Path) -> dict[str, Any]:
 
 def demo(bench: Bench) -> None:
     """The preset digits from start to end; its images from the device and from a CPU; its scores."""
-    settings = SMALL if bench.small else ("train.cuda_graphs=true",)
+    settings = SMALL if bench.small else ()
     run = bench.scratch / "digits"
     seconds = succeed(bench, "train", "--config", "digits", "--run-dir", str(run), *settings)
     found = result(run)

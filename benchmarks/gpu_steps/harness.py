@@ -141,6 +141,7 @@ def _one(check: Check, bench: Bench, record: dict[str, Any], results: Results) -
             os.killpg(pid, signal.SIGKILL)
     record["seconds"] = round(time.monotonic() - began, 2)
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
+    lines = [text.replace(f"{bench.root}/", "") for text in lines]
     if status is None:
         record["status"] = "timeout"
         record["error"] = [f"killed after its limit of {check.limit:g} s", *lines[-LAST_LINES["timeout"] :]]
@@ -149,7 +150,8 @@ def _one(check: Check, bench: Bench, record: dict[str, Any], results: Results) -
         how = f"killed by {signal.Signals(number).name}" if number > 0 else f"ended with exit code {-number}"
         record["status"], record["error"] = "failed", [how, *lines[-LAST_LINES["failed"] :]]
     elif record["status"] == "failed":
-        record["error"] = [*record.get("error", []), *_context(lines)]
+        own_lines = [text.replace(f"{bench.root}/", "") for text in record.get("error", [])]
+        record["error"] = [*own_lines, *_context(lines)]
     shutil.rmtree(place, ignore_errors=True)
     results.save()
 

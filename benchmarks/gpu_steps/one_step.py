@@ -25,6 +25,7 @@ def trained(bench: Bench, name: str, steps: int) -> list[float]:
 def losses(bench: Bench) -> None:
     """All five objectives, float32 without TF32."""
     no_tf32()
+    torch.set_num_threads(1)  # of a network this small, more threads make a CPU's step longer
     steps = bench.pick(10, 3)
     on_cpu = Bench("cpu", bench.small, bench.root, bench.scratch)
     worst: dict[str, float] = {}

@@ -12,7 +12,7 @@ PRESETS: dict[str, Shape] = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28)}
 
 def eager(bench: Bench) -> None:
     for name, shape in PRESETS.items():
-        config = preset(name)
+        config = preset(name, "train.cuda_graphs=false")
         made = Passes(config, shape, bench, batch=config.train.batch_size, teacher="none")
         timing = timed(made.step, made.device, warm=3, count=bench.pick(50, 3))
         bench.report(**{name: {"images_per_s": timing.rate(made.batch), **timing.figures()}})

@@ -29,7 +29,7 @@ GIB = 1 << 30
 
 
 def built(bench: Bench, *settings: str, batch: int | None = None, teacher: str = "planned", plans: int = 4) -> Passes:
-    config = preset("cifar10", *(SMALLER if bench.small else ()), *settings)
+    config = preset("cifar10", *(SMALLER if bench.small else ()), "train.cuda_graphs=false", *settings)
     if bench.device == "cpu" and config.train.precision == "fp16":
         config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
     count = batch or bench.pick(128, 8)
@@ -150,11 +150,11 @@ def graphs(bench: Bench) -> None:
     """CUDA graphs, which the time to launch kernels does not limit: layouts and precisions, a larger batch, a teacher's
     pass on all rows."""
     variants: dict[str, tuple[tuple[str, ...], str, int]] = {
-        "channels_last_fp16": ((), "none", 128),
+        "channels_last_fp16": (("train.channels_last=true",), "none", 128),
         "nchw_fp16": (("train.channels_last=false",), "none", 128),
-        "channels_last_fp16_teacher": ((), "full", 128),
-        "channels_last_fp32": (("train.precision=fp32",), "none", 128),
-        "channels_last_fp16_batch_512": ((), "none", 512),
+        "nchw_fp16_teacher": (("train.channels_last=false",), "full", 128),
+        "nchw_fp32": (("train.channels_last=false", "train.precision=fp32"), "none", 128),
+        "channels_last_fp16_batch_512": (("train.channels_last=true",), "none", 512),
         "nchw_fp16_batch_512": (("train.channels_last=false",), "none", 512),
     }
     for name, (settings, teacher, batch) in variants.items():

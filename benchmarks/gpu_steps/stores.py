@@ -25,7 +25,7 @@ def conformance(bench: Bench) -> None:
     chosen = "TestDeviceStore or TestPinnedStore"
     if bench.small:
         chosen = f"({chosen}) and fp16 and not random and not snapshots"
-    command = [sys.executable, "-m", "pytest", "-c", str(settings), "--rootdir", str(bench.root), "-q", "-x"]
+    command = [sys.executable, "-m", "pytest", "-c", str(settings), "--rootdir", str(bench.root), "-q"]
     command += ["-p", "no:cacheprovider", "--basetemp", str(bench.scratch / "pytest"), "-k", chosen]
     began = time.perf_counter()
     done = subprocess.run(
@@ -37,8 +37,10 @@ def conformance(bench: Bench) -> None:
     lines = (done.stdout + done.stderr).strip().splitlines()
     bench.report(seconds=round(time.perf_counter() - began, 1), summary=lines[-1] if lines else "")
     if done.returncode:
+        failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
+        bench.report(failed=failed)
         print("\n".join(lines[-40:]))
-        raise AssertionError(f"pytest ended with exit code {done.returncode}")
+        raise AssertionError(f"pytest ended with exit code {done.returncode}: {len(failed)} tests failed")
 
 
 def sanitizer(bench: Bench) -> None:

@@ -14,6 +14,7 @@ import torch
 from gpu_steps.harness import Bench, Check
 from gpu_steps.workloads import TINY_SHAPE, Shape, alone, pixels, preset, running, synchronize, tiny
 from udddm import networks
+from udddm.backends.engines.ddp import channels_last
 from udddm.backends.engines.graphs import GraphedNetwork
 from udddm.config import RunConfig
 from udddm.diffusion import schedule
@@ -38,7 +39,7 @@ def bare_loop(config: RunConfig, images: torch.Tensor) -> Callable[[], None]:
     device, shape = images.device, tuple(images.shape[1:])
     steps = schedule.build(config.schedule)
     network = networks.for_run(config, (shape[0], shape[1], shape[2])).to(device)
-    if config.train.channels_last:
+    if channels_last(config.train, device):
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     called: torch.nn.Module = network
     if config.train.cuda_graphs:

@@ -33,7 +33,7 @@ Shape = tuple[int, int, int]
 TINY = (
     "network={base_channels: 32, channel_mult: [1, 2], blocks_per_level: 1, attention_resolutions: [4], dropout: 0, "
     "condition: none}",
-    "train={steps: 1000, batch_size: 16, learning_rate: 1.0e-4, ema: [0.9], channels_last: false}",
+    "train={steps: 1000, batch_size: 16, learning_rate: 1.0e-4, ema: [0.9], channels_last: false, cuda_graphs: false}",
     "sample={every_steps: 0, final: 0}",
 )
 TINY_SHAPE: Shape = (1, 8, 8)
@@ -121,7 +121,7 @@ class Passes:
         self.device, self.shape, self.taken = ranks.device, shape, 0
         self.network = networks.for_run(config, shape)
         self.engine = engines.build(self.network, config, ranks, 1_000_000)
-        self.teacher = objectives.teacher_of(config, equal_forward_calls=self.engine.equal_forward_calls)
+        self.teacher = objectives.teacher_of(config, self.engine)
         self.averages = ema.build(config.train, self.engine.weights())
         self.objective = objectives.build(config, schedule.build(config.schedule), 1000.0, shape)
         self.resize(batch, full=teacher == "full", plans=plans, epoch=epoch)

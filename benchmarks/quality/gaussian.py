@@ -168,7 +168,7 @@ def train(config: RunConfig, samples: int, width: int) -> Trained:
     assert config.train.steps is not None
     goal = objectives.build(config, chosen, config.train.steps / order.steps_per_epoch, (1, 2, 2))
     engine = engines.build(network, config, ranks, config.train.steps)
-    teacher = objectives.teacher_of(config, equal_forward_calls=engine.equal_forward_calls)
+    teacher = objectives.teacher_of(config, engine)
     ema = EMA(engine.weights(), config.train.ema[0], config.train.ema_warmup)
     states = store.build(
         Run(Path()).store_context(

@@ -277,7 +277,7 @@ def _steps(data: Data, overrides: list[str], ranks: Any) -> Iterator[int]:
     epochs = 60
     visit = objectives.build(config, schedule.build(config.schedule), epochs, images.shape)
     engine = engines.build(networks.for_run(config, images.shape), config, ranks, 10_000)
-    teacher = objectives.teacher_of(config, equal_forward_calls=engine.equal_forward_calls)
+    teacher = objectives.teacher_of(config, engine)
     emas = [EMA(engine.weights(), decay) for decay in config.train.ema]
     batch, step = config.train.batch_size, 0
     state = torch.zeros(batch, *images.shape)

@@ -62,7 +62,8 @@ def rate(source: Path, store: str, options: list[str], directory: Path) -> float
     run = Path(tempfile.mkdtemp(dir=directory)) / "run"
     command = [sys.executable, "-c", START, str(source)]
     command += ["--run-dir", str(run), "--store", store, *options]
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    places = [str(source), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(places), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise SystemExit(f"the run with {source} failed:\n{done.stderr}")
@@ -106,6 +107,10 @@ def main() -> int:
                     own = [part for setting in arguments.set_after for part in ("--set", setting)]
                     chosen = options + own if source == ROOT else options
                     rates.append(rate(source, store, chosen, Path(name)))
+                    side = "after" if source == ROOT else "before"
+                    print(
+                        f"  {store} round {number + 1}, {side}: {rates[-1]:.0f} images/s", file=sys.stderr, flush=True
+                    )
             ratios = [new / old for old, new in zip(before, after, strict=True)]
             low, middle, high = statistics.quantiles(ratios, n=4)
             rows.append({"store": store, "before": before, "after": after, "ratio": middle, "half": [low, high]})

@@ -55,7 +55,7 @@ def test_the_network_is_compiled_once_per_pass_without_graph_breaks(settings: di
     config = resolve({"objective": settings, "network": network, "train": {"steps": 1, "compile": True}})
     schedule = build(config.schedule)
     one = objectives.build(config, schedule, 40, SHAPE)
-    teacher = objectives.teacher_of(config, equal_forward_calls=False)
+    teacher = objectives.teacher_of(config)
     torch._dynamo.reset()
     compiled = torch.compile(networks.for_run(config, SHAPE), backend=compiler, fullgraph=True)
     for epoch in range(0, 40, 2):

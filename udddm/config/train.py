@@ -100,9 +100,10 @@ class TrainConfig(Section):
         description="compile the network with torch.compile, which needs a C++ compiler",
         json_schema_extra=CHANGEABLE,
     )
-    cuda_graphs: bool = Field(
-        False,
-        description="launch the network's kernels on a GPU all at once, as CUDA graphs; no effect on a CPU",
+    cuda_graphs: bool | None = Field(
+        None,
+        description="launch the network's kernels on a GPU all at once, as CUDA graphs; unset: with the built-in "
+        "network on one GPU, without compile, deterministic and grad_accumulation",
         json_schema_extra=CHANGEABLE,
     )
     tf32: bool = Field(
@@ -115,8 +116,11 @@ class TrainConfig(Section):
         description="use only deterministic kernels: a run repeats bit for bit on the same GPUs; slower on GPUs",
         json_schema_extra=CHANGEABLE,
     )
-    channels_last: bool = Field(
-        True, description="memory format of the network: channels last instead of channels first"
+    channels_last: bool | None = Field(
+        None,
+        description="memory format of the network: channels last instead of channels first; unset: channels last, but "
+        "on a GPU only with compile",
+        json_schema_extra=CHANGEABLE,
     )
 
     @model_validator(mode="after")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Protocol
 
 from udddm.config import RunConfig
 from udddm.config.plugins import OBJECTIVES
@@ -79,8 +80,18 @@ def _describe_refined(config: RunConfig, objective: Objective) -> str:
     return f" with {refined.share:.0%} refined visits above sigma {refined.above:g}"
 
 
-def teacher_of(config: RunConfig, *, equal_forward_calls: bool) -> Teacher:
-    """How the network of a run is called for targets. `equal_forward_calls` is that of the engine."""
-    train = config.train
-    static = train.compile or train.cuda_graphs  # they handle one number of rows
-    return Teacher(every_row=config.network.dropout > 0 or static, lockstep=equal_forward_calls)
+class ForwardCalls(Protocol):
+    """What an engine needs of the calls of its network (`Engine`)."""
+
+    @property
+    def equal_forward_calls(self) -> bool: ...
+
+    @property
+    def static_shapes(self) -> bool: ...
+
+
+def teacher_of(config: RunConfig, engine: ForwardCalls | None = None) -> Teacher:
+    """How the network of a run is called for targets, with the run's engine or with one that needs nothing special."""
+    static = config.train.compile or (engine is not None and engine.static_shapes)
+    equal = engine is not None and engine.equal_forward_calls
+    return Teacher(every_row=config.network.dropout > 0 or static, lockstep=equal)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +17,12 @@ Rows = npt.NDArray[Any]
 """Encoded states [n, C, H, W] in an encoding's `array` dtype."""
 
 _HALF_MAX = 65504.0
+
+
+@cache
+def _levels(device: torch.device) -> torch.Tensor:
+    """The 256 values of uint8, in float32. Computed on the host: a GPU divides with another rounding."""
+    return torch.arange(256, dtype=torch.float32).div(127.5).sub(1).to(device)
 
 
 class Encoding:
@@ -46,7 +53,7 @@ class Encoding:
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
         """Convert stored numbers to float32, on the same device."""
         if self.name == "uint8":
-            return stored.float().div(127.5).sub(1)
+            return _levels(stored.device)[stored.long()]
         return stored.float()
 
     def to_array(self, stored: torch.Tensor) -> Rows:

@@ -35,7 +35,7 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
     steps = train.steps or max(1, round((train.epochs or 0) * order.steps_per_epoch))
     visit = objectives.build(config, schedule.build(config.schedule), steps / order.steps_per_epoch, data.shape)
     cost = network_cost(config.network, data.shape)
-    calls = objectives.teacher_of(config, equal_forward_calls=False)
+    calls = objectives.teacher_of(config)
     teacher = teacher_share(visit, calls, data.samples, steps / order.steps_per_epoch)
     operations = train.batch_size * an_image(cost, teacher)
 

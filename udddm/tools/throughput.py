@@ -94,7 +94,7 @@ def measure(
         config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "fp32"})})
     engine = build_engine(networks.for_run(config, data.shape), config, ranks, steps)
     averages = ema.build(config.train, engine.weights())
-    teacher = teacher_of(config, equal_forward_calls=engine.equal_forward_calls)
+    teacher = teacher_of(config, engine)
     every = order.batch_of(order.lanes_of(ranks.rank, ranks.world_size), 0, 0).ids
     most = int(_OPERATIONS[ranks.device.type] / an_image(cost, 1))
     images = max(1, min(most, samples_a_part(config, ranks.world_size)))

@@ -60,7 +60,7 @@ class Trainer:
         self.schedule = schedule.build(config.schedule)
         self.objective = objectives.build(config, self.schedule, self.total_steps / self.order.steps_per_epoch, shape)
         self.engine = engines.build(networks.for_run(config, shape), config, ranks, self.total_steps)
-        self.teacher = objectives.teacher_of(config, equal_forward_calls=self.engine.equal_forward_calls)
+        self.teacher = objectives.teacher_of(config, self.engine)
         self.emas = ema.build(train, self.engine.weights())
         self.powers = [average for average in self.emas if isinstance(average, PowerEMA)]
         layout = StateLayout(self.order, self.lanes, shape, Encoding(config.store.dtype), ranks.device)

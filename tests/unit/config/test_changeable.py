@@ -20,6 +20,7 @@ CHANGEABLE = {
     "train.torch_threads",
     "train.compile",
     "train.cuda_graphs",
+    "train.channels_last",
     "train.tf32",
     "train.deterministic",
     "engine",

@@ -204,7 +204,7 @@ def test_teacher_and_student_drop_the_same_units_of_every_row(settings: dict[str
     config = resolve({"objective": settings, "network": {"dropout": 0.3}})
     schedule = build(config.schedule)
     one, network = objectives.build(config, schedule, 40, SHAPE), Probe()
-    teacher = objectives.teacher_of(config, equal_forward_calls=False)
+    teacher = objectives.teacher_of(config)
     images, ids = torch.zeros(64, *SHAPE), np.arange(64)
     partly = 0
     for epoch in (0, 9, 25):
@@ -230,7 +230,7 @@ def test_without_dropout_only_the_rows_that_need_it_are_evaluated(name: str) -> 
     tree = {"objective": {"name": name, "pretrain": 0.0}, "network": {"dropout": 0.0}, "train": {"steps": 1}}
     config, compiled = resolve(tree), resolve({**tree, "train": {"steps": 1, "compile": True}})
     one = objectives.build(config, build(config.schedule), 40, SHAPE)
-    some, every = (objectives.teacher_of(c, equal_forward_calls=False) for c in (config, compiled))
+    some, every = (objectives.teacher_of(c) for c in (config, compiled))
     g = torch.Generator().manual_seed(0)
     for epoch in range(40):
         for batch in (50, 7, 1):
@@ -253,7 +253,7 @@ def test_every_parameter_has_a_gradient_after_a_teacher_s_call_under_autocast(na
     config = resolve({"objective": {"name": name, "pretrain": 0}, "network": network, "train": train})
     one = objectives.build(config, build(config.schedule), 40, SHAPE)
     built = engines.build(networks.for_run(config, SHAPE), config, Ranks(0, 1, torch.device("cpu")), 8)
-    teacher = objectives.teacher_of(config, equal_forward_calls=built.equal_forward_calls)
+    teacher = objectives.teacher_of(config, built)
     x0, visits = torch.zeros(16, *SHAPE), one.plan(np.arange(16), 30)
     assert len(visits.teacher_rows)
     with built.autocast():

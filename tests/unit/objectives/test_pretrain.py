@@ -52,7 +52,7 @@ def test_the_loss_is_that_of_the_denoiser_with_its_weights_and_without_the_state
     config = resolve({"objective": {"name": name, "pretrain": 0.25}, "network": {"condition": condition}})
     schedule = build(config.schedule)
     built = objectives.build(config, schedule, 40, SHAPE)
-    teacher = objectives.teacher_of(config, equal_forward_calls=False)
+    teacher = objectives.teacher_of(config)
     g = torch.Generator().manual_seed(0)
     x0, state = torch.randn(50, *SHAPE, generator=g), torch.randn(50, *SHAPE, generator=g)
     for epoch in (0, 9):

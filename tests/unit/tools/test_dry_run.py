@@ -28,7 +28,7 @@ TINY = [
 
 def teacher(config: RunConfig, samples: int, epochs: float, shape: tuple[int, int, int]) -> float:
     visit = objectives.build(config, schedule.build(config.schedule), epochs, shape)
-    calls = objectives.teacher_of(config, equal_forward_calls=False)
+    calls = objectives.teacher_of(config)
     return throughput.teacher_share(visit, calls, samples, epochs)
 
 
@@ -91,7 +91,7 @@ def test_a_measured_step_counts_the_teachers_passes_it_made() -> None:
     ranks = dry_run.join("cpu", 8)
     found = throughput.measure(config, data, order, ranks, 6, visit, known)
     assert found.images == 64
-    calls = objectives.teacher_of(config, equal_forward_calls=False)
+    calls = objectives.teacher_of(config)
     evaluated = calls.evaluated(visit.plan(order.batch_of(range(8), 0, 0).ids, 0))
     assert evaluated > 40 and found.operations == 64 * known.training + evaluated * known.forward
     assert found.passes > 0 and found.update > 0

@@ -91,6 +91,11 @@ class Engine(ABC):
         """Whether all ranks must call `module` equally often, because the forward pass exchanges weights."""
         return False
 
+    @property
+    def static_shapes(self) -> bool:
+        """Whether `module` is faster if all calls have the same number of images."""
+        return False
+
     def describe(self) -> str:
         """The engine and its mode, for the first lines of a run's log."""
         return type(self).__name__

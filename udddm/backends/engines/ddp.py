@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from udddm.backends.distributed.ranks import Ranks
 from udddm.backends.engines import optimizers
 from udddm.backends.engines.base import MOMENTS, Engine, EngineContext, Pieces, Slot
 from udddm.backends.engines.graphs import GraphedNetwork
-from udddm.config import RunConfig
+from udddm.config import NetworkConfig, RunConfig, TrainConfig
 from udddm.errors import ConfigError
 
 
@@ -28,6 +29,23 @@ def _same_strides(parameter: nn.Parameter) -> None:
         )
 
 
+def channels_last(train: TrainConfig, device: torch.device) -> bool:
+    """Whether the network's memory format is channels last: `train.channels_last`, or what is faster.
+
+    PyTorch's group normalization on GPUs copies channels-last images to channels first and back (docs/gpu.md).
+    """
+    return train.compile or device.type != "cuda" if train.channels_last is None else train.channels_last
+
+
+def cuda_graphs(config: RunConfig, ranks: Ranks) -> bool:
+    """Whether the network is called through CUDA graphs: `train.cuda_graphs`, or where it was tested."""
+    train = config.train
+    if ranks.device.type != "cuda" or train.cuda_graphs is not None:
+        return ranks.device.type == "cuda" and bool(train.cuda_graphs)
+    plain = not train.compile and not train.deterministic and train.grad_accumulation == 1
+    return plain and ranks.world_size == 1 and config.network.name == NetworkConfig.model_fields["name"].default
+
+
 class TorchEngine(Engine):
     """The engine of `engine.name=torch`."""
 
@@ -35,11 +53,12 @@ class TorchEngine(Engine):
         super().__init__(context)
         network, config, ranks = context.network, context.config.train, context.ranks
         network.to(ranks.device)
-        if config.channels_last:
+        if channels_last(config, ranks.device):
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._parameters = dict(network.named_parameters())
         self.module = network
-        graphs = config.cuda_graphs and ranks.device.type == "cuda"
+        graphs = cuda_graphs(context.config, ranks)
+        self._graphs = graphs
         if graphs:
             inner = torch.compile(network) if config.compile else network
             copy = config.grad_accumulation > 1  # gradients that are added up must not share memory with the next
@@ -70,6 +89,10 @@ class TorchEngine(Engine):
 
     def describe(self) -> str:
         return "torch"
+
+    @property
+    def static_shapes(self) -> bool:
+        return self._graphs or self.config.compile
 
     @classmethod
     def check(cls, config: RunConfig, world_size: int) -> None:

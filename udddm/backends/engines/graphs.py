@@ -8,6 +8,8 @@ threads of the x0-state store do.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,6 +64,29 @@ class GraphedNetwork(nn.Module):
         return self._captured[key]
 
 
+@contextmanager
+def aliased(network: nn.Module, parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Put other parameters with the same memory into `network`, and yield them in the order of `parameters`.
+
+    The node that adds up the gradients of a parameter remembers the stream on which it was made. DDP keeps those nodes,
+    whose stream is not the one of the capture, which would fail.
+    """
+    others = {id(p): nn.Parameter(p.detach(), requires_grad=p.requires_grad) for p in parameters}
+    places = [
+        (module, name, p)
+        for module in network.modules()
+        for name, p in module._parameters.items()
+        if p is not None and id(p) in others
+    ]
+    for module, name, p in places:
+        module._parameters[name] = others[id(p)]
+    try:
+        yield [others[id(p)] for p in parameters]
+    finally:
+        for module, name, p in places:
+            module._parameters[name] = p
+
+
 class _Captured:
     """A forward and a backward pass, with the memory of their inputs and outputs."""
 
@@ -81,15 +106,16 @@ class _Captured:
                 return found
 
         def backward(output: torch.Tensor, gradient: torch.Tensor) -> list[torch.Tensor | None]:
-            return list(torch.autograd.grad(output, self.parameters, gradient, allow_unused=True))
+            return list(torch.autograd.grad(output, leaves, gradient, allow_unused=True))
 
-        with torch.random.fork_rng(devices=[device]):
+        with torch.random.fork_rng(devices=[device]), aliased(network, self.parameters) as leaves:
             stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 for _ in range(WARM_UP):
                     output = forward()
                     backward(output, torch.zeros_like(output))
+                _refuse_hidden(forward(), self.parameters)
             torch.cuda.current_stream(device).wait_stream(stream)
             del output
             self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
@@ -106,6 +132,16 @@ class _Captured:
                     "Set train.cuda_graphs=false"
                 ) from error
         self.output = output.detach()
+
+
+def _refuse_hidden(output: torch.Tensor, parameters: list[nn.Parameter]) -> None:
+    """Raise ConfigError if `output` depends on parameters that `aliased` did not find: they would have no gradient."""
+    found = torch.autograd.grad(output, parameters, torch.zeros_like(output), allow_unused=True)
+    if hidden := sum(gradient is not None for gradient in found):
+        raise ConfigError(
+            f"train.cuda_graphs: the network uses {hidden} parameters that are not attributes of its modules; set "
+            "train.cuda_graphs=false"
+        )
 
 
 class _Replay(torch.autograd.Function):

@@ -144,7 +144,7 @@ def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
 
 def _out_of_memory(config: RunConfig, error: RuntimeError) -> ConfigError:
     parts = config.train.grad_accumulation
-    reason = str(error).strip().partition("\n")[0]
+    reason = ". ".join(str(error).strip().partition("\n")[0].split(". ")[:3]).removesuffix(".")
     return ConfigError(
         f"out of memory ({reason}): set train.grad_accumulation={2 * parts} (it is {parts}), which splits each step "
         "into micro-batches with the same result; or use more --workers, a smaller network or train.precision=bf16"
