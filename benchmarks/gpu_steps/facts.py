@@ -6,6 +6,7 @@ import contextlib
 import importlib.metadata
 import os
 import platform
+import re
 import time
 from functools import partial
 from pathlib import Path
@@ -53,9 +54,11 @@ def installed() -> dict[str, str]:
 def driver() -> str:
     """The driver's version, or "" where /proc does not tell."""
     try:
-        return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
+        first = Path("/proc/driver/nvidia/version").read_text().partition("\n")[0]
     except OSError:
         return ""
+    found = re.search(r"\d+\.\d+[.\d]*", first)
+    return found[0] if found else first
 
 
 def autocast_keeps_gradients(device: torch.device) -> bool:

@@ -71,7 +71,8 @@ def _parser() -> Parser:
     parser.add_argument("--zero", type=int, choices=range(4), help="DeepSpeed's ZeRO stage (engine.zero)")
     parser.add_argument("--deepspeed", metavar="FILE", help='a DeepSpeed JSON file; "auto" values are filled in')
     _add_workers(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved run and its requirements, and exit")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run needs and its time, and exit")
+    parser.add_argument("--gpus", metavar="8xH100", help="with --dry-run: for these GPUs (default: those here)")
     add_version(parser)
     return parser
 
@@ -98,6 +99,8 @@ def _add_workers(parser: Parser) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse(argv)
+    if arguments.gpus and not arguments.dry_run:
+        parser.error("--gpus is for --dry-run: a run uses the GPUs that are here (--workers N)")
     for text in arguments.overrides:
         if not is_override(text):
             parser.error(not_an_override(text, arguments.overrides))
@@ -109,9 +112,11 @@ def main(argv: list[str] | None = None) -> int:
         config = configuration.load_config(arguments.config, [*overrides, *_flags(arguments)])
         run = arguments.run_dir or _default_run(arguments.config)
         if arguments.dry_run:
+            from udddm.tools import gpus
             from udddm.tools.dry_run import plan
 
-            for line in plan(config, arguments.device):
+            on = gpus.parse(arguments.gpus) if arguments.gpus else None
+            for line in plan(config, arguments.device, on=on):
                 print(line)
             return 0
         from udddm.api import train as run_training

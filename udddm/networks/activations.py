@@ -1,4 +1,4 @@
-"""The memory of activations: what the backward pass of a network needs of its forward pass, counted and not measured."""
+"""The memory of activations, counted and not measured: what the backward pass needs of the forward pass."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def bytes_per_image(config: NetworkConfig, shape: tuple[int, int, int], precisio
     Raises ConfigError for an invalid network.
     """
     counts = []
-    for images in _SIZES:
-        with FakeTensorMode(allow_non_fake_inputs=True):
-            network = assemble(NetworkContext(config, shape))
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network = assemble(NetworkContext(config, shape))
+        for images in _SIZES:
             image, level = torch.zeros(images, *shape), torch.zeros(images)
             labels = torch.zeros(images, dtype=torch.int64) if config.classes else None
             kept = _Kept()
             autocast = torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32")
             with autocast, saved_tensors_hooks(kept.pack, lambda tensor: tensor):
                 network(image, level, image if config.conditioned else None, labels)
-        counts.append(kept.bytes)
+            counts.append(kept.bytes)
     return (counts[1] - counts[0]) // (_SIZES[1] - _SIZES[0])

@@ -1,4 +1,4 @@
-"""`udddm-train --dry-run`: the cost of a run, counted and measured, without writing or downloading anything."""
+"""`udddm train --dry-run`: the cost of a run, counted and measured, without writing or downloading anything."""
 
 from __future__ import annotations
 
@@ -7,20 +7,37 @@ import torch
 from udddm import objectives
 from udddm import store as stores
 from udddm.backends import engines
-from udddm.backends.distributed.ranks import join
+from udddm.backends.distributed.ranks import Ranks, join
 from udddm.config import ExpectConfig, RunConfig
 from udddm.data import ImageDataset, MapDataset, expected, load_dataset
 from udddm.diffusion import schedule
 from udddm.errors import ConfigError
+from udddm.networks import activations
+from udddm.networks.cost import Cost
 from udddm.networks.cost import cost as network_cost
-from udddm.objectives.base import Objective
+from udddm.objectives import Objective
 from udddm.order import Order
 from udddm.store import Encoding, StateLayout
-from udddm.tools.throughput import GPUS, an_image, emulated, measure, on_h100s, teacher_share
+from udddm.tools import gpus
+from udddm.tools.gpus import GPUs
+from udddm.tools.throughput import UTILISATION, Speed, an_image, emulated, measure, teacher_share
+
+REFERENCE = "8xH100"
+"""The GPUs of the estimate, if none are named and none are here."""
+ALLOCATED = 1.12
+"""The bytes that a training pass takes on a GPU over those that autograd keeps: 1.11 to 1.12 for four presets on an
+H200 (docs/gpu.md, P10)."""
+CONTEXT = 1e9
+"""Bytes of CUDA's context and the workspaces of its libraries, approximately."""
+LONGEST = 1000 * 86400.0
+"""Seconds. How much longer a run would take does not matter."""
 
 
-def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = None) -> list[str]:
-    """Lines that describe a run of `config`: parameters, operations, state, memory, bandwidth, steps and time.
+def plan(
+    config: RunConfig, device: str = "auto", dataset: MapDataset | None = None, on: GPUs | None = None
+) -> list[str]:
+    """Lines that describe a run of `config`: data, network, memory, state and time. Memory and time are for the GPUs
+    `on`, or those here, or 8 H100.
 
     Without `dataset`, the data are loaded only if `data.path` is set or their size is not known otherwise. Raises
     ConfigError and DataError as a run would.
@@ -31,60 +48,90 @@ def plan(config: RunConfig, device: str = "auto", dataset: MapDataset | None = N
     train = config.train
     data, origin = _data(config, dataset)
     order = Order.build(config.order, config.seed, data.samples, train.batch_size, data.shape)
-    lanes = order.lanes_of(ranks.rank, ranks.world_size)
     steps = train.steps or max(1, round((train.epochs or 0) * order.steps_per_epoch))
     visit = objectives.build(config, schedule.build(config.schedule), steps / order.steps_per_epoch, data.shape)
     cost = network_cost(config.network, data.shape)
     calls = objectives.teacher_of(config)
     teacher = teacher_share(visit, calls, data.samples, steps / order.steps_per_epoch)
-    operations = train.batch_size * an_image(cost, teacher)
+    flops = an_image(cost, teacher)
 
+    here = _gpu_here(ranks)
+    if on is None:
+        on = here or gpus.parse(REFERENCE)
+    lanes = order.lanes_of(0, on.count)
+    target = StateLayout(order, lanes, data.shape, Encoding(config.store.dtype), torch.device("cuda"))
     speed = measure(config, data, order, ranks, steps, visit, cost)
-    step = speed.step(operations / ranks.world_size)
-    rate = train.batch_size / step
-    gpu = torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else None
-
-    layout = StateLayout(order, lanes, data.shape, Encoding(config.store.dtype), ranks.device)
-    averages = len(train.averages)
-    device = f"{ranks.device.type} in fp32" if emulated(config, ranks) else ranks.device.type
+    step = speed.step(train.batch_size * flops / ranks.world_size)
+    calls_for = f", with a teacher's pass for {teacher:.0%} of the visits" if teacher else ""
     return [
-        f"data: {data.samples} images {'x'.join(map(str, data.shape))} ({origin}), batches of {train.batch_size}",
-        f"network: {cost.parameters:,} parameters; objective: {objectives.describe(config, visit)}; "
-        f"schedule: {config.schedule.kind} ({config.schedule.preconditioning})",
-        f"compute: {an_image(cost, teacher) / 1e9:.4g} GFLOP per image and step: {cost.training / 1e9:.4g} forward and "
-        f"backward, and {cost.forward / 1e9:.4g} forward for targets that are not stored, at {teacher:.1%} of the "
-        "visits",
-        f"memory: {_size(cost.parameters * 4 * (4 + averages))} for weights, gradients, Adam's moments and "
-        f"{averages} EMA, and activations",
-        *_state(config, visit, layout, rate),
-        f"length: {steps:,} steps, {steps / order.steps_per_epoch:.1f} epochs of {order.steps_per_epoch} steps",
-        f"time: {_duration(steps * step)} at {_duration(step)} per step, {rate:.4g} images/s (measured here, "
-        f"{_count(ranks.world_size, 'rank')}, {device}: {_count(speed.images, 'image')} forward and backward in "
-        f"{_duration(speed.passes)}, scaled in proportion to a step's {train.batch_size}, and "
-        f"{_duration(speed.update)} for the optimizer and EMA)",
-        _h100s(
-            *on_h100s(speed, operations, train.precision, gpu),
-            steps,
-            train.batch_size,
-            layout.row_bytes if visit.reads_state else 0,
-        ),
+        f"data: {data.samples} images {'x'.join(map(str, data.shape))} ({origin}); {steps:,} steps of "
+        f"{train.batch_size}, {steps / order.steps_per_epoch:,.1f} epochs",
+        f"network: {cost.parameters:,} parameters, {flops / 1e9:.3g} GFLOP per image{calls_for}; "
+        f"objective: {objectives.describe(config, visit)}; schedule: {config.schedule.kind} "
+        f"({config.schedule.preconditioning})",
+        _memory(config, data, cost, visit, target, on),
+        _state(config, visit, target, train.batch_size / step),
+        f"time: {_on(on, here, config, flops, steps, step)}{_here(ranks, config, speed, steps, step)}",
     ]
 
 
-def _state(config: RunConfig, objective: Objective, layout: StateLayout, rate: float) -> list[str]:
+def _gpu_here(ranks: Ranks) -> GPUs | None:
+    """The GPUs that the run would use here, if their kind is known."""
+    if ranks.device.type != "cuda":
+        return None
+    kind = gpus.named(torch.cuda.get_device_name(ranks.device))
+    return GPUs(ranks.world_size, kind) if kind else None
+
+
+def _memory(
+    config: RunConfig, data: ExpectConfig, cost: Cost, objective: Objective, layout: StateLayout, on: GPUs
+) -> str:
+    """The memory of one of the GPUs `on`, and the accumulation with which it suffices."""
+    train, limit = config.train, on.kind.memory
+    copies = 4 + len(train.averages)
+    fixed = cost.parameters * 4 * copies + CONTEXT
+    if train.precision != "fp32":
+        fixed += cost.parameters * 2
+    chosen = stores.find(stores.for_objective(config.store, objective.reads_state))
+    if chosen.keeps_state and "GPU" in chosen.memory_kind(layout.device):
+        fixed += chosen.resident_bytes(layout)
+    try:
+        each = ALLOCATED * activations.bytes_per_image(config.network, data.shape, train.precision)
+    except Exception as error:  # a network of someone else that cannot run without data
+        return (
+            f"memory: {_size(fixed)} per GPU, and activations, which could not be counted "
+            f"({type(error).__name__}: {error})"
+        )
+    rows = train.batch_size // on.count
+    parts = train.grad_accumulation
+    images = -(-rows // parts)
+    needed = fixed + images * each
+    text = (
+        f"memory: {_size(needed)} per GPU: {_size(fixed)} for weights, gradients, moments, {len(train.averages)} EMA "
+        f"and CUDA, {_size(images * each)} for the activations of {_count(images, 'image')}"
+    )
+    whose = f"the {_size(limit)} of {'an' if on.kind.name[0] in 'AHLR' else 'a'} {on.kind.name}"
+    if needed <= limit:
+        return f"{text}; fits {whose}"
+    for more in range(parts + 1, rows + 1):
+        if rows % more == 0 and fixed + rows // more * each <= limit:
+            return f"{text}; does not fit {whose}: set train.grad_accumulation={more}"
+    return f"{text}; does not fit {whose}, not even one image at a time: use a smaller network, or larger GPUs"
+
+
+def _state(config: RunConfig, objective: Objective, layout: StateLayout, rate: float) -> str:
     """The size of the x0-state, its memory and its bandwidth at `rate` images/s, or why there is none."""
     order, row = layout.order, layout.row_bytes
     chosen = stores.find(stores.for_objective(config.store, objective.reads_state))
     if not chosen.keeps_state:
-        return [f"x0-state: none, because {config.objective.name} does not read it"]
-    return [
+        return f"x0-state: none, because {config.objective.name} does not read it"
+    return (
         f"x0-state: {_size(order.samples * row)} per generation in {config.store.dtype}; "
         f"{order.num_lanes} lanes of {order.num_chunks(0)} chunks of {order.chunk_size} samples "
-        f"({_size(order.chunk_size * row)})",
-        f"store {config.store.kind}: each rank holds at most {_size(chosen.resident_bytes(layout))} in "
-        f"{chosen.memory_kind(layout.device)}",
-        f"bandwidth: {_size(rate * row)}/s read and as much written, at the measured speed",
-    ]
+        f"({_size(order.chunk_size * row)}); store {config.store.kind}: each rank holds at most "
+        f"{_size(chosen.resident_bytes(layout))} in {chosen.memory_kind(layout.device)}; bandwidth: "
+        f"{_size(rate * row)}/s read and as much written, at the speed measured here"
+    )
 
 
 def _data(config: RunConfig, dataset: MapDataset | None) -> tuple[ExpectConfig, str]:
@@ -101,14 +148,36 @@ def _data(config: RunConfig, dataset: MapDataset | None) -> tuple[ExpectConfig, 
     return data, origin
 
 
-def _h100s(step: float | None, how: str, steps: int, batch: int, sample_bytes: int) -> str:
+def _on(on: GPUs, here: GPUs | None, config: RunConfig, flops: float, steps: int, measured: float) -> str:
+    """The time on the GPUs `on`: from the step measured on one of them here, or from their peak."""
+    train = config.train
+    if here is not None and on.kind == here.kind:
+        if on == here:
+            return ""
+        step: float | None = measured * here.count / on.count
+        how = f"the step measured here, divided by {on.count / here.count:g}; without communication"
+    else:
+        step = on.step(train.batch_size * flops, train.precision)
+        peak = on.kind.peak(train.precision) / 1e12
+        how = f"assumed: {UTILISATION:.0%} of {peak:.0f} TFLOP/s in {train.precision}; without communication"
     if step is None:
-        return f"on {GPUS} H100: {how}"
-    rate = batch / step
-    state = f"; the node then reads {_size(rate * sample_bytes)}/s of state and writes as much" if sample_bytes else ""
+        return f"no estimate for {on}: launching the kernels of so small a step takes longer than its operations; "
     return (
-        f"on {GPUS} H100: {steps * step / 86400:.2f} days at {_duration(step)} per step, {rate:.0f} images/s ({how}; "
-        f"without communication){state}"
+        f"{_duration(steps * step)} on {on} at {_duration(step)} per step, {train.batch_size / step:,.0f} images/s "
+        f"({how}); "
+    )
+
+
+def _here(ranks: Ranks, config: RunConfig, speed: Speed, steps: int, step: float) -> str:
+    """The time on this machine."""
+    device = f"{ranks.device.type} in fp32" if emulated(config, ranks) else ranks.device.type
+    if ranks.device.type == "cuda":
+        device = torch.cuda.get_device_name(ranks.device)
+    return (
+        f"{_duration(steps * step)} here at {_duration(step)} per step, {config.train.batch_size / step:.4g} images/s "
+        f"(measured here: {_count(ranks.world_size, 'rank')}, {device}, "
+        f"{_count(torch.get_num_threads(), 'thread')}, "
+        f"{_count(speed.images, 'image')} at a time)"
     )
 
 
@@ -117,15 +186,17 @@ def _count(number: int, what: str) -> str:
 
 
 def _duration(seconds: float) -> str:
-    for unit, length in (("years", 365.25 * 86400), ("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
+    if seconds > LONGEST:
+        return f"more than {LONGEST / 86400:,.0f} days"
+    for unit, length in (("days", 86400.0), ("h", 3600.0), ("min", 60.0), ("s", 1.0)):
         if seconds >= length:
             return f"{seconds / length:.3g} {unit}"
     return f"{seconds * 1000:.3g} ms"
 
 
 def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
-        if count < 1024 or unit == "TiB":
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if count < 1000 or unit == "TB":
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
+        count /= 1000
     raise AssertionError("unreachable")

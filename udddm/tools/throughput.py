@@ -1,4 +1,4 @@
-"""Estimates the time of a step, here and on 8 H100, from a measured micro-batch.
+"""Estimates the time of a step from a measured micro-batch.
 
 A full step of a large network may take more memory or time than the planning machine has. So the forward and backward
 pass of a micro-batch is measured, and scaled in proportion to the counted operations.
@@ -6,7 +6,6 @@ pass of a micro-batch is measured, and scaled in proportion to the counted opera
 
 from __future__ import annotations
 
-import re
 import time
 from dataclasses import dataclass
 
@@ -22,24 +21,10 @@ from udddm.networks.cost import Cost
 from udddm.objectives import Objective, Teacher, teacher_of, visit_loss
 from udddm.order import Order
 
-GPUS = 8
-PEAK = {"fp32": 494e12, "bf16": 989e12, "fp16": 989e12}
-"""FLOP/s of an H100 SXM by `train.precision`, without sparsity; fp32 is TF32, which cuDNN's convolutions use. (NVIDIA
-H100 Tensor Core GPU data sheet.)"""
 UTILISATION = 0.15
-"""The fraction of `PEAK` that training is assumed to reach if no GPU was measured. EDM's ImageNet-64 run reached it
-(github.com/NVlabs/edm: 2,500 M images in 13 days on 32 A100, with a network of the same cost as that of
-the preset imagenet-64)."""
-PEAKS = {
-    ("H100", "PCIe"): 756e12,
-    ("H100",): 989e12,
-    ("H200",): 989e12,
-    ("A100",): 312e12,
-    ("L4",): 121e12,
-    ("V100",): 125e12,
-    ("T4",): 65e12,
-}
-"""Dense bf16 (V100, T4: fp16) FLOP/s of GPUs by a part of their name; the first match counts (NVIDIA data sheets)."""
+"""The fraction of a GPU's peak that training is assumed to reach if it was not measured. EDM's ImageNet-64 run reached
+it (github.com/NVlabs/edm: 2,500 M images in 13 days on 32 A100, with a network of the same cost as that of the preset
+imagenet-64); the preset cifar10 with 128 images reaches 12% on an H200, and 17% compiled (docs/gpu.md)."""
 SHORTEST = 10e-3
 """Seconds. A step whose operations would take less is bound by launching a few thousand kernels."""
 
@@ -132,28 +117,3 @@ def _now(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
-
-
-def peak(name: str) -> float | None:
-    """The entry of `PEAKS` for the device that CUDA calls `name`; None if it is not in the table."""
-    words = set(re.split(r"[^A-Za-z0-9]+", name))
-    return next((flops for parts, flops in PEAKS.items() if words.issuperset(parts)), None)
-
-
-def on_h100s(speed: Speed, operations: float, precision: str, gpu: str | None) -> tuple[float | None, str]:
-    """Estimated seconds of a step of `operations` FLOP on 8 H100, and the method; or None and the reason why there is
-    no useful estimate. `gpu` is CUDA's name of the measured device, if any. Communication is not included."""
-    known = peak(gpu) if gpu else None
-    if known is None:
-        seconds = operations / (GPUS * PEAK[precision] * UTILISATION)
-        if seconds < SHORTEST:
-            return None, "not measured, and no estimate: launching the kernels of so small a step takes longer"
-        return seconds, (
-            f"not measured: counted operations at an assumed {UTILISATION:.0%} of the {PEAK[precision] / 1e12:.0f} "
-            f"TFLOP/s peak of an H100 SXM in {precision}"
-        )
-    reference = PEAKS[("H100",)]
-    how = f"the step measured on one {gpu}, divided by {GPUS}"
-    if known != reference:
-        how += f", scaled by peak bf16 TFLOP/s, {known / 1e12:.0f} to {reference / 1e12:.0f}"
-    return speed.step(operations / GPUS) * known / reference, how

@@ -73,7 +73,7 @@ def number(context: NetworkContext) -> int:
         (NoContext, r"is called as .*:NoContext\(context\)"),
         (NoParameters, "the network has no parameters to train"),
         (number, r"it returned a int; return a torch\.nn\.Module"),
-        (Exhausting, r"out of memory \(.*20 GiB\.\): set train\.grad_accumulation=2 \(it is 1\)"),
+        (Exhausting, r"out of memory \(.*20 GiB\): set train\.grad_accumulation=2 \(it is 1\)"),
     ],
 )
 def test_a_network_that_breaks_its_contract_is_named(network: Any, message: str, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from udddm.config import RunConfig, load_config, presets
 from udddm.data import expected
 from udddm.diffusion import schedule
 from udddm.errors import ConfigError, DataError
+from udddm.networks import activations
 from udddm.networks.cost import cost
-from udddm.tools import dry_run, throughput
+from udddm.tools import dry_run, gpus, throughput
 from udddm.tools.throughput import Speed
 
 TINY = [
@@ -39,7 +41,7 @@ def test_untrained_presets_are_marked_as_such() -> None:
 
 
 def test_the_state_is_samples_times_pixels_times_bytes() -> None:
-    for dtype, size in (("fp32", "1.0 GiB"), ("fp16", "512.0 MiB"), ("uint8", "256.0 MiB")):
+    for dtype, size in (("fp32", "1.1 GB"), ("fp16", "536.9 MB"), ("uint8", "268.4 MB")):
         settings = ["data={name: array, expect: {samples: 1048576, shape: [1, 16, 16]}}", f"store.dtype={dtype}"]
         lines = dry_run.plan(load_config(None, [*TINY, *settings]), "cpu")
         assert any(line.startswith(f"x0-state: {size} per generation in {dtype}") for line in lines)
@@ -51,15 +53,97 @@ def test_a_step_is_scaled_in_proportion_to_its_operations() -> None:
     assert measured.step(1000.0) - measured.step(500.0) == pytest.approx(10.0)
 
 
-def test_gpus_are_scaled_by_their_peak_and_others_by_the_assumption() -> None:
-    measured = Speed(images=4, operations=1e15, passes=2.0, update=0.5)
-    assert throughput.on_h100s(measured, 8e15, "bf16", "NVIDIA H100 80GB HBM3")[0] == pytest.approx(2.5)
-    seconds, how = throughput.on_h100s(measured, 8e15, "bf16", "NVIDIA A100-SXM4-80GB")
-    assert seconds == pytest.approx(2.5 * 312 / 989) and "scaled" in how
-    for gpu in (None, "NVIDIA L40S"):
-        seconds, how = throughput.on_h100s(measured, 8e15, "bf16", gpu)
-        assert seconds == pytest.approx(1e15 / (989e12 * throughput.UTILISATION)) and "assumed" in how
-    assert throughput.on_h100s(measured, 8e9, "bf16", None)[0] is None
+def test_gpus_are_known_by_name() -> None:
+    assert str(gpus.parse("8xH100")) == "8xH100" and gpus.parse("8 x nvidia h100").count == 8
+    assert gpus.parse("rtx 4090") == gpus.GPUs(1, gpus.parse("RTX4090").kind)
+    for name, kind in (
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA GeForce RTX 3090", "RTX3090"),
+        ("NVIDIA A10G", None),
+    ):
+        found = gpus.named(name)
+        assert (found.name if found else None) == kind
+    for text in ("8xH1000", "0xH100", "eight", "8x", ""):
+        with pytest.raises(ConfigError, match=r"--gpus .*such as 8xH100. Known kinds: B200, H200"):
+            gpus.parse(text)
+
+
+def test_a_step_takes_its_operations_at_the_assumed_share_of_the_peak() -> None:
+    eight = gpus.parse("8xH100")
+    assert eight.step(8e15, "bf16") == pytest.approx(1e15 / (989e12 * throughput.UTILISATION))
+    assert eight.step(8e15, "fp32") == pytest.approx(1e15 / (494e12 * throughput.UTILISATION))
+    assert eight.step(8e9, "bf16") is None
+
+
+def planned(*settings: str, on: str = "8xH100") -> list[str]:
+    return dry_run.plan(load_config(None, [*TINY, *settings]), "cpu", on=gpus.parse(on))
+
+
+def test_a_plan_has_five_lines() -> None:
+    lines = planned("data.name=digits")
+    assert [line.partition(":")[0] for line in lines] == ["data", "network", "memory", "x0-state", "time"]
+    assert "no estimate for 8xH100: launching the kernels" in lines[4] and "measured here: 1 rank, cpu" in lines[4]
+
+
+@pytest.fixture
+def heavy(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Settings of a network that a CPU cannot measure in seconds. Nothing is measured."""
+    monkeypatch.setattr(dry_run, "measure", lambda *_: Speed(images=1, operations=1e12, passes=1.0, update=0.5))
+    return ["network.base_channels=128", "train.precision=bf16", "train.batch_size=4096", "train.steps=2000000"]
+
+
+DATA = "data={name: array, expect: {samples: 1000000, shape: [3, 32, 32]}}"
+
+
+def test_what_does_not_fit_names_the_accumulation_that_does(heavy: list[str]) -> None:
+    found = planned(*heavy, DATA, on="1xT4")[2]
+    parts = re.search(r"does not fit the 16.0 GB of a T4: set train.grad_accumulation=(\d+)", found)
+    assert parts and 4096 % int(parts[1]) == 0
+    fits = planned(*heavy, DATA, f"train.grad_accumulation={parts[1]}", on="1xT4")[2]
+    assert "; fits the 16.0 GB of a T4" in fits
+    fewer = max(n for n in range(1, int(parts[1])) if 4096 % n == 0)
+    assert "does not fit" in planned(*heavy, DATA, f"train.grad_accumulation={fewer}", on="1xT4")[2]
+
+
+def test_what_cannot_fit_says_so(heavy: list[str]) -> None:
+    huge = [*heavy[1:], "network.base_channels=4096"]
+    assert "not even one image at a time" in planned(*huge, DATA, on="8xT4")[2]
+
+
+def test_the_state_counts_where_the_store_keeps_it_on_the_gpu(heavy: list[str]) -> None:
+    def fixed(*settings: str) -> float:
+        found = re.search(r"per GPU: ([\d.]+) GB for weights", planned(*heavy, DATA, *settings)[2])
+        assert found
+        return float(found[1])
+
+    stored = ("objective.name=chain", "store.dtype=fp32")
+    assert fixed(*stored, "store.kind=gpu") - fixed(*stored, "store.kind=pinned") == pytest.approx(1.54, abs=0.11)
+
+
+def test_a_run_that_takes_years_says_more_than_a_thousand_days(heavy: list[str]) -> None:
+    found = planned(*heavy, DATA)[4]
+    assert "more than 1,000 days here" in found and "year" not in found
+
+
+MEASURED = {"cifar10": 49.5, "ffhq-64": 213.6, "imagenet-64": 322.1, "imagenet-256-latents": 104.6}
+
+
+@pytest.mark.parametrize(("name", "measured"), MEASURED.items())
+def test_counted_activations_are_those_measured_on_a_gpu(name: str, measured: float) -> None:
+    """Megabytes per image, measured on an H200 (docs/gpu.md, P10)."""
+    config = load_config(name)
+    data = expected(config.data)
+    assert data is not None
+    counted = activations.bytes_per_image(config.network, data.shape, config.train.precision) / 1e6
+    assert dry_run.ALLOCATED * counted == pytest.approx(measured, rel=0.02)
+
+
+def test_float32_keeps_twice_the_bytes() -> None:
+    network = load_config("cifar10").network
+    half = activations.bytes_per_image(network, (3, 32, 32), "bf16")
+    assert activations.bytes_per_image(network, (3, 32, 32), "fp32") == pytest.approx(2 * half, rel=0.05)
 
 
 @pytest.mark.parametrize(
