@@ -9,6 +9,7 @@ The samples of a step therefore do not depend on the number of ranks, and a rank
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
@@ -36,6 +37,7 @@ def check_world(lanes: int, world: int) -> None:
         raise ConfigError(
             f"{world} ranks do not divide order.lanes={lanes}; the nearest numbers of ranks that do: "
             + " and ".join(str(w) for w in sorted(fitting))
+            + f"; a new run can begin with order.lanes={lanes * world // math.gcd(lanes, world)}"
         )
 
 
