@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from udddm import objectives
@@ -12,8 +14,6 @@ from udddm.config import ExpectConfig, RunConfig
 from udddm.data import ImageDataset, MapDataset, expected, load_dataset
 from udddm.diffusion import schedule
 from udddm.errors import ConfigError
-from udddm.networks import activations
-from udddm.networks.cost import Cost
 from udddm.networks.cost import cost as network_cost
 from udddm.objectives import Objective
 from udddm.order import Order
@@ -21,14 +21,10 @@ from udddm.store import Encoding, StateLayout
 from udddm.tools import gpus
 from udddm.tools.gpus import GPUs
 from udddm.tools.throughput import UTILISATION, Speed, an_image, emulated, measure, teacher_share
+from udddm.training import memory
 
 REFERENCE = "8xH100"
 """The GPUs of the estimate, if none are named and none are here."""
-ALLOCATED = 1.12
-"""The bytes that a training pass takes on a GPU over those that autograd keeps: 1.11 to 1.12 for four presets on an
-H200 (docs/gpu.md, P10)."""
-CONTEXT = 1e9
-"""Bytes of CUDA's context and the workspaces of its libraries, approximately."""
 LONGEST = 1000 * 86400.0
 """Seconds. How much longer a run would take does not matter."""
 
@@ -69,7 +65,7 @@ def plan(
         f"network: {cost.parameters:,} parameters, {flops / 1e9:.3g} GFLOP per image{calls_for}; "
         f"objective: {objectives.describe(config, visit)}; schedule: {config.schedule.kind} "
         f"({config.schedule.preconditioning})",
-        _memory(config, data, cost, visit, target, on),
+        _memory(config, data, visit, target, on),
         _state(config, visit, target, train.batch_size / step),
         f"time: {_on(on, here, config, flops, steps, step)}{_here(ranks, config, speed, steps, step)}",
     ]
@@ -83,40 +79,32 @@ def _gpu_here(ranks: Ranks) -> GPUs | None:
     return GPUs(ranks.world_size, kind) if kind else None
 
 
-def _memory(
-    config: RunConfig, data: ExpectConfig, cost: Cost, objective: Objective, layout: StateLayout, on: GPUs
-) -> str:
+def _memory(config: RunConfig, data: ExpectConfig, objective: Objective, layout: StateLayout, on: GPUs) -> str:
     """The memory of one of the GPUs `on`, and the accumulation with which it suffices."""
     train, limit = config.train, on.kind.memory
-    copies = 4 + len(train.averages)
-    fixed = cost.parameters * 4 * copies + CONTEXT
-    if train.precision != "fp32":
-        fixed += cost.parameters * 2
     chosen = stores.find(stores.for_objective(config.store, objective.reads_state))
-    if chosen.keeps_state and "GPU" in chosen.memory_kind(layout.device):
-        fixed += chosen.resident_bytes(layout)
+    on_gpu = chosen.keeps_state and "GPU" in chosen.memory_kind(layout.device)
+    state = chosen.resident_bytes(layout) if on_gpu else 0
     try:
-        each = ALLOCATED * activations.bytes_per_image(config.network, data.shape, train.precision)
+        found = memory.needed(config, data.shape)
     except Exception as error:  # a network of someone else that cannot run without data
-        return (
-            f"memory: {_size(fixed)} per GPU, and activations, which could not be counted "
-            f"({type(error).__name__}: {error})"
-        )
-    rows = train.batch_size // on.count
-    parts = train.grad_accumulation
+        return f"memory: not counted, because the network cannot run without data ({type(error).__name__}: {error})"
+    total = replace(found, fixed=found.fixed + state)
+    rows, parts = train.batch_size // on.count, train.grad_accumulation
     images = -(-rows // parts)
-    needed = fixed + images * each
+    kept = ", the x0-state" if on_gpu else ""
     text = (
-        f"memory: {_size(needed)} per GPU: {_size(fixed)} for weights, gradients, moments, {len(train.averages)} EMA "
-        f"and CUDA, {_size(images * each)} for the activations of {_count(images, 'image')}"
+        f"memory: {_size(total.of(images))} per GPU: {_size(total.fixed)} for weights, gradients, moments, "
+        f"{len(train.averages)} EMA{kept} and CUDA, {_size(images * total.per_image)} for the activations of "
+        f"{_count(images, 'image')}"
     )
     whose = f"the {_size(limit)} of {'an' if on.kind.name[0] in 'AHLR' else 'a'} {on.kind.name}"
-    if needed <= limit:
+    if total.of(images) <= limit:
         return f"{text}; fits {whose}"
-    for more in range(parts + 1, rows + 1):
-        if rows % more == 0 and fixed + rows // more * each <= limit:
-            return f"{text}; does not fit {whose}: set train.grad_accumulation={more}"
-    return f"{text}; does not fit {whose}, not even one image at a time: use a smaller network, or larger GPUs"
+    more = total.accumulation(rows, limit, parts)
+    if more is None:
+        return f"{text}; does not fit {whose}, not even one image at a time: use a smaller network, or larger GPUs"
+    return f"{text}; does not fit {whose}: set train.grad_accumulation={more}"
 
 
 def _state(config: RunConfig, objective: Objective, layout: StateLayout, rate: float) -> str:

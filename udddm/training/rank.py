@@ -25,6 +25,7 @@ from udddm.log import log
 from udddm.runs.remote import open_run
 from udddm.runs.run import Run, check_or_record
 from udddm.storage import local_path, open_object_store
+from udddm.training import memory
 from udddm.training.trainer import Trainer
 
 
@@ -116,6 +117,7 @@ def _train(
         return result
     if config.train.torch_threads is not None:
         torch.set_num_threads(config.train.torch_threads)
+    memory.check(config, images.shape, ranks)
     trainer = Trainer(config, images, run, ranks, listener)
     if ranks.is_rank_zero:
         for line in describe(trainer):

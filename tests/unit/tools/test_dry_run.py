@@ -20,6 +20,7 @@ from udddm.networks import activations
 from udddm.networks.cost import cost
 from udddm.tools import dry_run, gpus, throughput
 from udddm.tools.throughput import Speed
+from udddm.training import memory
 
 TINY = [
     "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], dropout: 0, "
@@ -137,7 +138,7 @@ def test_counted_activations_are_those_measured_on_a_gpu(name: str, measured: fl
     data = expected(config.data)
     assert data is not None
     counted = activations.bytes_per_image(config.network, data.shape, config.train.precision) / 1e6
-    assert dry_run.ALLOCATED * counted == pytest.approx(measured, rel=0.02)
+    assert memory.ALLOCATED * counted == pytest.approx(measured, rel=0.02)
 
 
 def test_float32_keeps_twice_the_bytes() -> None:
