@@ -15,10 +15,16 @@ from udddm.files import atomic_write
 
 
 def save_image_grid(images: torch.Tensor, path: Path, *, columns: int | None = None, side: int = 64) -> None:
-    """Write images [N, C, H, W], clamped to [-1, 1], to one PNG file.
+    """Write images [N, C, H, W], clamped to [-1, 1], to one PNG file, as `png` encodes them. Raises OSError."""
+    encoded = png(images, columns=columns, side=side)
+    atomic_write(path, lambda file: file.write(encoded))
+
+
+def png(images: torch.Tensor, *, columns: int | None = None, side: int = 64) -> bytes:
+    """Encode a grid of images [N, C, H, W], clamped to [-1, 1], as PNG.
 
     Images with three channels are shown as RGB; of any other images, the first channel is shown in gray. Small images
-    are enlarged, pixel by pixel, to about `side` pixels. `columns` defaults to a square grid. Raises OSError.
+    are enlarged, pixel by pixel, to about `side` pixels. `columns` defaults to a square grid.
     """
     count, channels, height, width = images.shape
     columns = columns or math.ceil(math.sqrt(count))
@@ -33,7 +39,7 @@ def save_image_grid(images: torch.Tensor, path: Path, *, columns: int | None = N
     for i, tile in enumerate(pixels):
         y, x = divmod(i, columns)
         canvas[gap + y * high :, gap + x * wide :][: high - gap, : wide - gap] = tile
-    atomic_write(path, lambda file: file.write(_png(canvas)))
+    return _png(canvas)
 
 
 def _png(pixels: npt.NDArray[np.uint8]) -> bytes:

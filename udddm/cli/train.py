@@ -96,6 +96,23 @@ def _add_workers(parser: Parser) -> None:
     )
 
 
+def _write_report(run: str | Path, device: str) -> None:
+    """Write `report.html` of a finished run in a local directory, unless there is one already. Failing is a warning."""
+    from udddm import report
+    from udddm.log import log
+    from udddm.storage import local_path
+
+    directory = local_path(run)
+    if directory is None or (directory / "report.html").exists():
+        return
+    try:
+        report.write([directory], directory / "report.html", device=device)
+    except Exception as error:  # the run is complete: whatever is wrong, a page about it is not worth an exit code
+        log.warning(f"no report of the run was written: {type(error).__name__}: {error}")
+    else:
+        print(f"report: {directory / 'report.html'}")
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse(argv)
@@ -134,6 +151,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         if os.environ.get("RANK", "0") == "0":  # one of the ranks of torchrun prints it
             print(last_line(config, run, result, time.monotonic() - began, _command()))
+            if config.sample.final:
+                _write_report(run, arguments.device)
         return 0
 
     return reported(body, clean_up=False)  # the run decides when to stop

@@ -245,6 +245,7 @@ class Trainer:
                     "data_wait_fraction": data_wait,
                     **counters.metrics(before, seconds),
                     **{f"store_{name}": value for name, value in self.store.gauges().items()},
+                    "elapsed_seconds": now - self._started,
                     "eta_seconds": (self.total_steps - self.step) / rate,
                 },
             )
