@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from udddm import report
 from udddm.cli.report import main as report_command
 from udddm.cli.train import main as train_command
 from udddm.testing.s3 import BUCKET, S3Server
+from udddm.tools import report
 
 TINY = [
     "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], condition: none, "

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         check_exists(parser, run)
 
     def body() -> int:
-        from udddm import report
+        from udddm.tools import report
 
         began = time.monotonic()
         out: Path = arguments.out or _default_out(arguments.runs)

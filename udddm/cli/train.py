@@ -98,9 +98,9 @@ def _add_workers(parser: Parser) -> None:
 
 def _write_report(run: str | Path, device: str) -> None:
     """Write `report.html` of a finished run in a local directory, unless there is one already. Failing is a warning."""
-    from udddm import report
     from udddm.log import log
     from udddm.storage import local_path
+    from udddm.tools import report
 
     directory = local_path(run)
     if directory is None or (directory / "report.html").exists():

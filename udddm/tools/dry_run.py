@@ -10,6 +10,7 @@ from udddm import objectives
 from udddm import store as stores
 from udddm.backends import engines
 from udddm.backends.distributed.ranks import Ranks, join
+from udddm.backends.engines import memory
 from udddm.config import ExpectConfig, RunConfig
 from udddm.data import ImageDataset, MapDataset, expected, load_dataset
 from udddm.diffusion import schedule
@@ -21,7 +22,6 @@ from udddm.store import Encoding, StateLayout
 from udddm.tools import gpus
 from udddm.tools.gpus import GPUs
 from udddm.tools.throughput import UTILISATION, Speed, an_image, emulated, measure, teacher_share
-from udddm.training import memory
 
 REFERENCE = "8xH100"
 """The GPUs of the estimate, if none are named and none are here."""

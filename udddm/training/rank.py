@@ -15,6 +15,7 @@ from udddm import networks, objectives
 from udddm import store as stores
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import Ranks
+from udddm.backends.engines import memory
 from udddm.config import RunConfig, StoreConfig
 from udddm.config.plugins import ENGINES, METRICS, NETWORKS, SAMPLERS, STORES
 from udddm.data import ImageDataset, MapDataset, check_agreement, load_dataset
@@ -25,7 +26,6 @@ from udddm.log import log
 from udddm.runs.remote import open_run
 from udddm.runs.run import Run, check_or_record
 from udddm.storage import local_path, open_object_store
-from udddm.training import memory
 from udddm.training.trainer import Trainer
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from udddm import objectives
+from udddm.backends.engines import memory
 from udddm.config import RunConfig, load_config, presets
 from udddm.data import expected
 from udddm.diffusion import schedule
@@ -20,7 +21,6 @@ from udddm.networks import activations
 from udddm.networks.cost import cost
 from udddm.tools import dry_run, gpus, throughput
 from udddm.tools.throughput import Speed
-from udddm.training import memory
 
 TINY = [
     "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], dropout: 0, "

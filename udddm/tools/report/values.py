@@ -59,7 +59,7 @@ BUDGET = 30.0
 
 
 def collect(run: str | Path, *, images: bool = True, device: str = "auto", trust: bool = False) -> dict[str, Any]:
-    """The values of a run in a directory or at a URL. See `udddm.report.write` for arguments and errors."""
+    """The values of a run in a directory or at a URL. See `udddm.tools.report.write` for arguments and errors."""
     opened = open_copy(run)
     file = opened.path / "run.json"
     if not file.exists():

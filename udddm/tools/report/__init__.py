@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from udddm.files import write_text
-from udddm.report.page import page
-from udddm.report.values import collect
+from udddm.tools.report.page import page
+from udddm.tools.report.values import collect
 
 __all__ = ["collect", "page", "write"]
 

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from udddm import config as configuration
-from udddm import report
 from udddm.data import ArrayImages, ImageDataset
 from udddm.errors import ConfigError
-from udddm.report import values
 from udddm.runs.run import check_or_record
+from udddm.tools import report
+from udddm.tools.report import values
 
 SETTINGS = [
     "objective={name: ict, pretrain: 0.5}",

@@ -6,9 +6,9 @@ import re
 
 import pytest
 
+from udddm.backends.engines import memory
 from udddm.config import load_config
 from udddm.errors import ConfigError
-from udddm.training import memory
 
 SHAPE = (3, 32, 32)
 SETTINGS = ["train.precision=bf16", "train.batch_size=4096", "train.steps=1", "network.base_channels=64"]

@@ -13,7 +13,7 @@ def page(runs: list[dict[str, Any]]) -> str:
     title = ", ".join(run["name"] for run in runs)
     # "</" would end the script; "<!--" would begin a comment in it
     data = json.dumps({"runs": runs}, allow_nan=False).replace("<", "\\u003c")
-    here = files("udddm.report")
+    here = files("udddm.tools.report")
     style, script = ((here / name).read_text() for name in ("page.css", "page.js"))
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
