@@ -26,6 +26,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 BIN = Path(sys.executable).parent
+LONGEST = 20
+"""Characters. Ray adds about 80 to a directory for the names of its sockets, which have at most 107."""
 
 
 @dataclass
@@ -146,7 +148,8 @@ def running(place: Path, cpus: int, **variables: str) -> Iterator[Cluster]:
     work = place / "work"
     work.mkdir(parents=True)
     port = free_port()
-    short = Path(tempfile.mkdtemp(prefix="udddm-"))
+    long = len(tempfile.gettempdir()) > LONGEST  # of TMPDIR, which Ray refuses for its sockets
+    short = Path(tempfile.mkdtemp(prefix="udddm-", dir="/tmp" if long else None))
     cluster = Cluster(environment, work, f"127.0.0.1:{port}", short)
     command = [str(BIN / "ray"), "start", "--head", "--block", f"--num-cpus={cpus}", f"--port={port}"]
     command += [f"--temp-dir={short / 'head'}"]
