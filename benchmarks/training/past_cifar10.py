@@ -165,7 +165,7 @@ def main() -> int:
         if "disk" in arguments.only:
             go(KILLED["disk"], full, True)
         if "s3" in arguments.only:
-            server = stack.enter_context(s3.running())
+            server = stack.enter_context(s3.running(directory=place / "s3"))
             go(KILLED["s3"], [*full, f"store.url=s3://{s3.BUCKET}/past"], True, server.environment())
     expected = rows["undisturbed on disk"]["fingerprints"]
     equal = all(rows[KILLED[place]]["fingerprints"] == expected for place in arguments.only)
