@@ -158,8 +158,6 @@ def not_an_override(text: str, others: Sequence[str] = ()) -> str:
     if text in ALIASES or text in keys_of(RunConfig):
         value = next((each for each in others if not is_override(each) and each != text), "...")
         return f"{text}: write {text}={value}"
-    if Path(text).expanduser().exists():
-        return f"{text}: to train on these images, write data.name=folder data.path={text} (or data.name=array)"
     close = difflib.get_close_matches(text, names(), 1, 0.6)
     meant = f"did you mean --config {close[0]}? Settings are written" if close else "write settings"
     return f"{text}: {meant} as KEY=VALUE, such as train.steps=500"

@@ -8,9 +8,13 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from udddm.cli.arguments import Parser, is_override, not_an_override
 from udddm.cli.command import add_version, reported
+
+if TYPE_CHECKING:
+    from udddm.config import RunConfig
 
 
 def _workers(text: str) -> tuple[int, int]:
@@ -33,8 +37,19 @@ def _parser() -> Parser:
     )
     parser.overrides = True
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="settings that replace those of the preset, such as steps=500"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="settings that replace those of the preset, such as steps=500; or the data set to train on: a folder of "
+        "images, an .npy, .npz or Zarr array",
     )
+    parser.add_argument(
+        "--data",
+        metavar="NAME|PATH",
+        help="train on this data set, with settings chosen for it: the same as its path without --data, or a name such "
+        "as cifar10",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print the configuration as YAML, and exit")
     parser.add_argument(
         "--config",
         metavar="NAME|FILE",
@@ -96,6 +111,49 @@ def _add_workers(parser: Parser) -> None:
     )
 
 
+def _data(parser: Parser, arguments: argparse.Namespace) -> str | None:
+    """The data set that the command names, or None. It is taken from the arguments."""
+    named = [text for text in arguments.overrides if not is_override(text) and _is_place(text)]
+    found: list[str] = [*named, *([arguments.data] if arguments.data else [])]
+    if len(found) > 1:
+        parser.error(f"two data sets: {found[0]} and {found[1]}; give one")
+    if found and arguments.config:
+        parser.error(f"--config {arguments.config} and the data set {found[0]}: give one, or set data.path={found[0]}")
+    arguments.overrides = [text for text in arguments.overrides if text not in named]
+    return found[0] if found else None
+
+
+def _is_place(text: str) -> bool:
+    from udddm.config.presets import SUFFIXES
+
+    return Path(text).suffix not in SUFFIXES and ("://" in text or Path(text).expanduser().exists())
+
+
+def _chosen(data: str, run: str, changes: list[str], device: str) -> RunConfig:
+    """The configuration for a data set: that of the run, if it was begun, or one that is chosen now, and logged."""
+    from udddm import config as configuration
+    from udddm.config.reading import overridden, resolve
+    from udddm.errors import ConfigError
+    from udddm.log import install, log
+    from udddm.storage import local_path
+    from udddm.tools import automatic
+
+    install()
+    directory = local_path(run)
+    begun = directory / "config.yaml" if directory is not None else None
+    section = automatic.data_section(data)
+    if begun is not None and begun.exists():
+        config = configuration.load_config(begun, changes)
+        if config.data.path != section.get("path"):
+            raise ConfigError(f"{run} was begun on {config.data.path or config.data.name}: give another --run-dir")
+        return config
+    config, lines = automatic.choose(section, automatic.machine(device))
+    for line in lines:
+        log.info(line)
+    log.info(f"These settings were chosen for the data; {run}/config.yaml has them, to be edited for another run")
+    return resolve(overridden(config.model_dump(mode="json"), changes, "the configuration"), "the configuration")
+
+
 def _write_report(run: str | Path, device: str) -> None:
     """Write `report.html` of a finished run in a local directory, unless there is one already. Failing is a warning."""
     from udddm.log import log
@@ -110,7 +168,7 @@ def _write_report(run: str | Path, device: str) -> None:
     except Exception as error:  # the run is complete: whatever is wrong, a page about it is not worth an exit code
         log.warning(f"no report of the run was written: {type(error).__name__}: {error}")
     else:
-        print(f"report: {directory / 'report.html'}")
+        log.info(f"report: {directory / 'report.html'}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
     arguments = parser.parse(argv)
     if arguments.gpus and not arguments.dry_run:
         parser.error("--gpus is for --dry-run: a run uses the GPUs that are here (--workers N)")
+    data = _data(parser, arguments)
     for text in arguments.overrides:
         if not is_override(text):
             parser.error(not_an_override(text, arguments.overrides))
@@ -126,8 +185,16 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         from udddm import config as configuration
 
-        config = configuration.load_config(arguments.config, [*overrides, *_flags(arguments)])
-        run = arguments.run_dir or _default_run(arguments.config)
+        changes = [*overrides, *_flags(arguments)]
+        if data is None:
+            config = configuration.load_config(arguments.config, changes)
+            run = arguments.run_dir or _default_run(arguments.config)
+        else:
+            run = arguments.run_dir or f"runs/{Path(data.rstrip('/')).stem}"
+            config = _chosen(data, run, changes, arguments.device)
+        if arguments.print_config:
+            print(configuration.as_yaml(config.model_dump(mode="json"), flow=False), end="")
+            return 0
         if arguments.dry_run:
             from udddm.tools import gpus
             from udddm.tools.dry_run import plan
@@ -150,9 +217,9 @@ def main(argv: list[str] | None = None) -> int:
             timeout=arguments.timeout,
         )
         if os.environ.get("RANK", "0") == "0":  # one of the ranks of torchrun prints it
-            print(last_line(config, run, result, time.monotonic() - began, _command()))
             if config.sample.final:
                 _write_report(run, arguments.device)
+            print(last_line(config, run, result, time.monotonic() - began, _command()))
         return 0
 
     return reported(body, clean_up=False)  # the run decides when to stop

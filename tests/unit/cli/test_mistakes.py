@@ -19,7 +19,6 @@ MISTAKES = [
     ("train digits", "digits: write --config digits"),
     ("train digit", "did you mean --config digits?"),
     ("train own.yaml", "own.yaml: write --config own.yaml"),
-    ("train pictures", "pictures: to train on these images, write data.name=folder data.path=pictures"),
     ("train --conifg digits", "there is no --conifg; did you mean --config?"),
     ("train --config", "--config needs a value: --config NAME|FILE"),
     ("train --config digits --steps 500", "there is no --steps; write train.steps=500"),

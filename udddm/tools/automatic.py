@@ -1,0 +1,221 @@
+"""A configuration for a data set that has none: `udddm train MY_FOLDER`.
+
+The values are those of the presets `digits` and `fashion-mnist`, which were measured, and of the large presets, which
+come from the literature, applied by the size, number and channels of the images and by the machine.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from udddm.backends.engines import memory
+from udddm.config import NetworkConfig, RunConfig, resolve
+from udddm.data import ImageDataset, load_dataset
+from udddm.data.folder import SUFFIXES
+from udddm.data.loading import BUILT_IN
+from udddm.errors import ConfigError, DataError
+from udddm.files import expanded
+from udddm.networks.cost import cost
+
+FEWEST = 64
+"""Images, of which there must be at least a batch."""
+FEW = 20_000
+"""Up to here iCT with refined pairs, as on the digits, and beyond ECT, as on Fashion-MNIST."""
+MOST_CLASSES = 1000
+SIDES = (128, 96, 64, 48, 32)
+"""Sizes to which images of different sizes are resized."""
+OPERATIONS = 3e14
+"""Floating-point operations that a core does in about an hour and a half."""
+MEASURED = 2048
+"""Images of which the standard deviation is measured."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run has here."""
+
+    cuda: bool
+    gigabytes: float = 0.0
+    """Memory of the GPU."""
+    bf16: bool = True
+
+
+def machine(device: str) -> Machine:
+    """This machine, for the option --device."""
+    if device == "cpu" or not torch.cuda.is_available():
+        return Machine(False)
+    total = torch.cuda.get_device_properties(0).total_memory
+    return Machine(True, total / 1e9, torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def data_section(where: str) -> dict[str, Any]:
+    """The section `data` for a folder of images, a .npy or .npz file, a Zarr array, or the name of a built-in data set.
+
+    Raises ConfigError for what is none of them.
+    """
+    path = expanded(where)
+    if where in BUILT_IN and where not in ("folder", "array") and not path.exists():
+        return {"name": where}
+    if "://" in where or path.suffix in (".npy", ".npz") or (path / "zarr.json").exists() or path.suffix == ".zarr":
+        return {"name": "array", "path": where if "://" in where else str(path.resolve())}
+    if path.is_dir():
+        found: dict[str, Any] = {"name": "folder", "path": str(path.resolve())}
+        size = _common_size(path)
+        return found if size is None else {**found, "size": size}
+    if path.is_file():
+        raise ConfigError(
+            f"{where}: unpack it, and give the folder with the images; or give a .npy, .npz or Zarr array"
+        )
+    names = ", ".join(name for name in BUILT_IN if name not in ("folder", "array"))
+    raise ConfigError(f"{where}: there is no such folder or file; the built-in data sets are {names}")
+
+
+def _common_size(root: Path) -> int | None:
+    """The size to resize images to if theirs differ or are large: the largest of SIDES that most of them have."""
+    from PIL import Image
+
+    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES]
+    sizes = []
+    for file in files[:: max(1, len(files) // 512)]:
+        try:
+            with Image.open(file) as image:
+                sizes.append(image.size)
+        except Exception:  # named when the data set is opened
+            continue
+    if not sizes or (len(set(sizes)) == 1 and max(sizes[0]) <= SIDES[2]):
+        return None
+    usual = float(np.median([min(size) for size in sizes]))
+    return next((side for side in SIDES[2:] if side <= usual), SIDES[-1])
+
+
+def choose(data: dict[str, Any], here: Machine) -> tuple[RunConfig, list[str]]:
+    """The configuration for a data set, and the lines that explain it. Raises ConfigError and DataError."""
+    base = resolve({"data": data, "train": {"steps": 1}})
+    images = ImageDataset(load_dataset(base.data))
+    channels, height, width = images.shape
+    count = len(images)
+    if count < FEWEST:
+        where = data.get("path") or data["name"]
+        raise DataError(f"{where}: {count} images are too few to train on; give {FEWEST} or more")
+    ids = np.unique(np.linspace(0, count - 1, MEASURED).astype(np.int64))
+    pixels = images.batch(ids)[0]
+    sigma_data = float(f"{max(0.05, float(pixels.std())):.3g}")
+    classes = images.classes if images.labelled and images.classes and images.classes <= MOST_CLASSES else 0
+
+    side = max(height, width)
+    network, train = _on_gpu(height, width, count) if here.cuda else _on_cpu(side, channels)
+    if here.cuda:
+        train["precision"] = "bf16" if here.bf16 else "fp16"
+    batch = train["batch_size"] = _batch(train["batch_size"], count)
+    seen = _images_seen(side, count, here, {**network, "condition": "none"}, images.shape)
+    steps = train["steps"] = max(100, round(seen / batch))
+    long = steps > 50_000
+    train |= {"lr_schedule": "cosine", "betas": [0.9, 0.99], "ema": [0.9999 if long else 0.999], "ema_warmup": True}
+    few = count <= FEW
+    refined = {"refined": {"share": 0.5}} if few else {}
+    objective = {"name": "ict" if few else "ect", "pretrain": 0.2 if few else 0.3, **refined}
+    schedule = {
+        "kind": "ve",
+        "sigma_min": 0.05 if side <= 16 else 0.02 if side < 32 else 0.002 if here.cuda else 0.01,
+        "sigma_max": 30.0 if side <= 16 else 50.0 if side < 32 else 80.0,
+        "sigma_data": sigma_data,
+        "preconditioning": "edm",
+    }
+    tree = {
+        "data": data,
+        "schedule": schedule,
+        "network": {**network, "condition": "none", "classes": classes},
+        "objective": objective,
+        "order": {"lanes": math.gcd(8, batch)},
+        "store": {"kind": "zarr", "dtype": "fp16"},
+        "train": train,
+        "checkpoint": {"every_steps": max(50, min(2000, steps // 20))},
+        "sample": {"every_steps": max(50, steps // 8), "final": 1000},
+    }
+    tree["train"]["grad_accumulation"] = _accumulation(tree, images.shape, here)
+    config = resolve(tree)
+    shape = f"{channels}x{height}x{width}"
+    resized = f", resized to {data['size']}x{data['size']}" if data.get("size") else ""
+    where = f"a GPU with {here.gigabytes:.0f} GB" if here.cuda else "a CPU"
+    why = f"{'at most' if few else 'more than'} {FEW:,} images"
+    return config, [
+        f"data: {count:,} images of {shape}{resized} in {data.get('path') or data['name']}",
+        f"classes: {classes or 'none'}{', trained with labels' if classes else ''}",
+        f"noise: sigma from {schedule['sigma_min']} to {schedule['sigma_max']:g}; sigma_data {sigma_data} (measured)",
+        f"network: U-Net, {network['base_channels']} channels times {network['channel_mult']}, patch "
+        f"{network['patch']}, {network['blocks_per_level']} blocks per level, dropout {network['dropout']} "
+        f"(for {side} pixels on {where})",
+        f"objective: {objective['name']}{' with refined pairs' if few else ''}, after a denoiser for "
+        f"{objective['pretrain']:.0%} of the run ({why})",
+        f"length: {steps:,} steps of {batch} images, {steps * batch / count:,.0f} epochs; train.steps=N changes it",
+        f"optimizer: Adam, learning rate {train['learning_rate']:g}, cosine; EMA {train['ema'][0]}; "
+        f"{train.get('precision', 'fp32')}; micro-batches of {batch // tree['train']['grad_accumulation']}",
+        "store: zarr in the run directory, if the objective reads the x0-state",
+    ]
+
+
+def _on_cpu(side: int, channels: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Network and training for minutes to an hour on a core, as in the presets digits and fashion-mnist."""
+    patch = max(2, 1 << math.ceil(math.log2(max(1.0, side / 16))))
+    grid = math.ceil(side / patch)
+    network = {
+        "patch": patch,
+        "base_channels": 64 if grid <= 4 or channels > 1 else 48,
+        "channel_mult": [1] if grid <= 4 else [1, 2],
+        "blocks_per_level": 1,
+        "attention_resolutions": [],
+        "dropout": 0.0,
+    }
+    return network, {"batch_size": 64, "learning_rate": 7e-4, "warmup_steps": 100, "torch_threads": 1}
+
+
+def _on_gpu(height: int, width: int, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Network and training for hours on a GPU, after the presets cifar10 and ffhq-64."""
+    side = max(height, width)
+    patch = 1 if side <= 64 else 2
+    levels = [1, 2] if side <= 16 else [1, 2, 2] if side <= 36 * patch else [1, 2, 2, 2]
+    multiple = 2 ** (len(levels) - 1)
+    rows = -(-height // (patch * multiple)) * multiple  # of the padded image
+    sides = [rows >> level for level in range(len(levels))]
+    network = {
+        "patch": patch,
+        "base_channels": 64 if side <= 16 else 128,
+        "channel_mult": levels,
+        "blocks_per_level": 2 if side <= 36 else 3,
+        "attention_resolutions": [] if side <= 16 else [each for each in sides if each <= 16],
+        "dropout": 0.3 if count <= 5_000 else 0.2 if count <= 100_000 else 0.1,
+    }
+    return network, {"batch_size": 256 if count > 5_000 else 128, "learning_rate": 2e-4, "warmup_steps": 1000}
+
+
+def _batch(wanted: int, count: int) -> int:
+    """The batch size: at most half of the images, and a power of two."""
+    return min(wanted, 1 << int(math.log2(count // 2)))
+
+
+def _images_seen(side: int, count: int, here: Machine, network: dict[str, Any], shape: tuple[int, int, int]) -> float:
+    """The length of the run in images: what a core does within an hour or two, or a GPU within a day."""
+    if not here.cuda:
+        counted = cost(NetworkConfig(**network), shape)
+        affordable = OPERATIONS / (counted.training + counted.forward)
+        return max(100_000, min(384_000 if side <= 16 else 600_000, affordable))
+    return min(40e6 if side <= 36 else 80e6, max(2e6, 2000.0 * count))
+
+
+def _accumulation(tree: dict[str, Any], shape: Sequence[int], here: Machine) -> int:
+    """The smallest accumulation that fits the GPU. Raises ConfigError if none does."""
+    if not here.cuda:
+        return 1
+    batch = tree["train"]["batch_size"]
+    needed = memory.needed(resolve(tree), (shape[0], shape[1], shape[2]))
+    parts = needed.accumulation(batch, 0.9e9 * here.gigabytes)
+    if parts is None:
+        raise ConfigError(f"no network for these images fits a GPU of {here.gigabytes:.0f} GB: give one with --config")
+    return parts
