@@ -37,7 +37,7 @@ def check_world(lanes: int, world: int) -> None:
         raise ConfigError(
             f"{world} ranks do not divide order.lanes={lanes}; the nearest numbers of ranks that do: "
             + " and ".join(str(w) for w in sorted(fitting))
-            + f"; a new run can begin with order.lanes={lanes * world // math.gcd(lanes, world)}"
+            + (f"; begin a new run with order.lanes={math.lcm(lanes, world)} for more" if world > lanes else "")
         )
 
 

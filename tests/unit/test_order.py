@@ -316,8 +316,15 @@ def test_the_error_names_the_nearest_numbers_of_ranks_that_divide_the_lanes(
     lanes: int, world: int, nearest: str
 ) -> None:
     order = Order(0, 100, lanes, lanes, 4, 2)
-    with pytest.raises(ConfigError, match=rf"{world} ranks .*order\.lanes={lanes}.*: {nearest}$"):
+    with pytest.raises(
+        ConfigError, match=rf"{world} ranks .*order\.lanes={lanes}.*: {nearest}(; begin a new run .*)?$"
+    ):
         order.lanes_of(0, world)
+
+
+def test_more_ranks_than_lanes_need_a_new_run_with_more_lanes() -> None:
+    with pytest.raises(ConfigError, match=r"begin a new run with order\.lanes=16 for more"):
+        Order(0, 100, 8, 8, 4, 2).lanes_of(0, 16)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])

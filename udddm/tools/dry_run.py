@@ -23,8 +23,8 @@ from udddm.tools import gpus
 from udddm.tools.gpus import GPUs
 from udddm.tools.throughput import UTILISATION, Speed, an_image, emulated, measure, teacher_share
 
-REFERENCE = "8xH100"
-"""The GPUs of the estimate, if none are named and none are here."""
+REFERENCE = gpus.parse("8xH100")
+"""The GPUs of the estimate, if none are named and none are here; fewer if the order has fewer lanes."""
 LONGEST = 1000 * 86400.0
 """Seconds. How much longer a run would take does not matter."""
 
@@ -53,7 +53,8 @@ def plan(
 
     here = _gpu_here(ranks)
     if on is None:
-        on = here or gpus.parse(REFERENCE)
+        most = max(count for count in range(1, REFERENCE.count + 1) if order.num_lanes % count == 0)
+        on = here or replace(REFERENCE, count=most)
     lanes = order.lanes_of(0, on.count)
     target = StateLayout(order, lanes, data.shape, Encoding(config.store.dtype), torch.device("cuda"))
     speed = measure(config, data, order, ranks, steps, visit, cost)
