@@ -62,7 +62,8 @@ class TorchEngine(Engine):
         if graphs:
             inner = torch.compile(network) if config.compile else network
             copy = config.grad_accumulation > 1  # gradients that are added up must not share memory with the next
-            self.module = GraphedNetwork(inner, copy_gradients=copy)  # type: ignore[arg-type]
+            required = config.cuda_graphs is not None
+            self.module = GraphedNetwork(inner, copy_gradients=copy, required=required)  # type: ignore[arg-type]
         self._ddp: DistributedDataParallel | None = None
         if ranks.world_size > 1:
             for parameter in self._parameters.values():

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from udddm.errors import ConfigError
+from udddm.log import log
 
 WARM_UP = 3
 """Passes before a capture, in which libraries choose algorithms and allocate workspaces."""
@@ -31,13 +32,16 @@ class GraphedNetwork(nn.Module):
     Inputs are tensors or None, without gradients, and the output is one tensor. Calls with and without gradients share
     a graph. The output, and with `copy_gradients=False` the gradients of parameters, are valid until the next call.
 
+    With `required=False`, a network that cannot be captured is called as it is, with a warning.
+
     The network may neither wait for the device nor choose its operations by values. Dropout draws new numbers in every
     call, from the state of torch's generator.
     """
 
-    def __init__(self, network: nn.Module, *, copy_gradients: bool):
+    def __init__(self, network: nn.Module, *, copy_gradients: bool, required: bool = True):
         super().__init__()
-        self.network, self._copy_gradients = network, copy_gradients
+        self.network, self._copy_gradients, self._required = network, copy_gradients, required
+        self._possible = True
         self._captured: dict[tuple[object, ...], _Captured] = {}
 
     def forward(self, *inputs: torch.Tensor | None) -> torch.Tensor:
@@ -50,7 +54,7 @@ class GraphedNetwork(nn.Module):
         return output
 
     def _graph(self, inputs: Inputs) -> _Captured | None:
-        if not inputs or not all(value is None or value.is_cuda for value in inputs):
+        if not self._possible or not inputs or not all(value is None or value.is_cuda for value in inputs):
             return None
         key = (
             self.training,
@@ -60,7 +64,14 @@ class GraphedNetwork(nn.Module):
         if key not in self._captured:
             if len(self._captured) == MOST:
                 return None
-            self._captured[key] = _Captured(self.network, inputs, self._copy_gradients)
+            try:
+                self._captured[key] = _Captured(self.network, inputs, self._copy_gradients)
+            except ConfigError as error:
+                if self._required:
+                    raise
+                self._possible = False
+                log.warning(f"training goes on without CUDA graphs, more slowly: {error}")
+                return None
         return self._captured[key]
 
 

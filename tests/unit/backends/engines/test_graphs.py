@@ -78,6 +78,24 @@ def test_on_a_cpu_the_network_is_called_directly() -> None:
     assert network.weight.grad is not None
 
 
+def test_a_network_that_cannot_be_captured_trains_without_graphs_unless_they_were_asked_for(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ConfigError("train.cuda_graphs: the network cannot be captured")
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True  # type: ignore[assignment]
+
+    monkeypatch.setattr("udddm.backends.engines.graphs._Captured", fail)
+    network, x = nn.Linear(3, 3), torch.randn(2, 3).as_subclass(OnGPU)
+    graphed = GraphedNetwork(network, copy_gradients=False, required=False)
+    assert torch.equal(graphed(x), network(x)) and torch.equal(graphed(x), network(x))
+    assert caplog.text.count("training goes on without CUDA graphs") == 1
+    with pytest.raises(ConfigError, match="cannot be captured"):
+        GraphedNetwork(network, copy_gradients=False)(x)
+
+
 def test_aliases_have_the_memory_of_the_parameters_and_nodes_of_their_own() -> None:
     network = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), nn.Linear(3, 3))
     network[2].weight = network[0].weight  # tied
