@@ -60,6 +60,9 @@ def config(engine: str, precision: str, steps: int) -> RunConfig:
                 "ema": [EMA],
                 "grad_clip": 1.0,
                 "precision": precision,
+                "tf32": False,  # and one memory format: float32 rows are compared to rounding
+                "channels_last": False,
+                "cuda_graphs": False,
             },
             "checkpoint": {"every_steps": steps},
             "sample": {"every_steps": 0, "final": 0},
