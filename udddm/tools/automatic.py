@@ -6,6 +6,7 @@ come from the literature, applied by the size, number and channels of the images
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,8 @@ def data_section(where: str) -> dict[str, Any]:
         return {"name": where}
     if "://" in where or path.suffix in (".npy", ".npz") or (path / "zarr.json").exists() or path.suffix == ".zarr":
         return {"name": "array", "path": where if "://" in where else str(path.resolve())}
+    if (path / "run.json").exists():
+        raise ConfigError(f"{where} is a run, not a data set: udddm train --config {where}/config.yaml resumes it")
     if path.is_dir():
         found: dict[str, Any] = {"name": "folder", "path": str(path.resolve())}
         size = _common_size(path)
@@ -79,6 +82,8 @@ def data_section(where: str) -> dict[str, Any]:
 
 def _common_size(root: Path) -> int | None:
     """The size to resize images to if theirs differ or are large: the largest of SIDES that most of them have."""
+    if importlib.util.find_spec("PIL") is None:  # reported when the data set is opened
+        return None
     from PIL import Image
 
     files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES]
