@@ -39,7 +39,7 @@ def _parser() -> Parser:
     parser.add_argument(
         "overrides",
         nargs="*",
-        metavar="KEY=VALUE",
+        metavar="DATA|KEY=VALUE",
         help="settings that replace those of the preset, such as steps=500; or the data set to train on: a folder of "
         "images, an .npy, .npz or Zarr array",
     )
@@ -60,6 +60,15 @@ def _parser() -> Parser:
         metavar="DIR|URL",
         help="directory or URL of the run (default: runs/<preset>, or the run of its config.yaml)",
     )
+    _add_training(parser)
+    _add_workers(parser)
+    parser.add_argument("--dry-run", action="store_true", help="print what the run needs and its time, and exit")
+    parser.add_argument("--gpus", metavar="8xH100", help="with --dry-run: for these GPUs (default: those here)")
+    add_version(parser)
+    return parser
+
+
+def _add_training(parser: Parser) -> None:
     parser.add_argument(
         "--store",
         metavar="KIND",
@@ -85,11 +94,6 @@ def _parser() -> Parser:
     )
     parser.add_argument("--zero", type=int, choices=range(4), help="DeepSpeed's ZeRO stage (engine.zero)")
     parser.add_argument("--deepspeed", metavar="FILE", help='a DeepSpeed JSON file; "auto" values are filled in')
-    _add_workers(parser)
-    parser.add_argument("--dry-run", action="store_true", help="print what the run needs and its time, and exit")
-    parser.add_argument("--gpus", metavar="8xH100", help="with --dry-run: for these GPUs (default: those here)")
-    add_version(parser)
-    return parser
 
 
 def _add_workers(parser: Parser) -> None:

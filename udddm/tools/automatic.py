@@ -145,23 +145,30 @@ def choose(data: dict[str, Any], here: Machine) -> tuple[RunConfig, list[str]]:
         "sample": {"every_steps": max(50, steps // 8), "final": 1000},
     }
     tree["train"]["grad_accumulation"] = _accumulation(tree, images.shape, here)
-    config = resolve(tree)
-    shape = f"{channels}x{height}x{width}"
+    return resolve(tree), _explained(tree, images, here)
+
+
+def _explained(tree: dict[str, Any], images: ImageDataset, here: Machine) -> list[str]:
+    """The choice in lines, with the reasons."""
+    data, network, schedule = tree["data"], tree["network"], tree["schedule"]
+    objective, train, count = tree["objective"], tree["train"], len(images)
+    few = "refined" in objective
     resized = f", resized to {data['size']}x{data['size']}" if data.get("size") else ""
     where = f"a GPU with {here.gigabytes:.0f} GB" if here.cuda else "a CPU"
-    why = f"{'at most' if few else 'more than'} {FEW:,} images"
-    return config, [
-        f"data: {count:,} images of {shape}{resized} in {data.get('path') or data['name']}",
+    batch, steps, classes = train["batch_size"], train["steps"], network["classes"]
+    return [
+        f"data: {count:,} images of {'x'.join(map(str, images.shape))}{resized} in {data.get('path') or data['name']}",
         f"classes: {classes or 'none'}{', trained with labels' if classes else ''}",
-        f"noise: sigma from {schedule['sigma_min']} to {schedule['sigma_max']:g}; sigma_data {sigma_data} (measured)",
+        f"noise: sigma from {schedule['sigma_min']} to {schedule['sigma_max']:g}; sigma_data "
+        f"{schedule['sigma_data']} (measured)",
         f"network: U-Net, {network['base_channels']} channels times {network['channel_mult']}, patch "
         f"{network['patch']}, {network['blocks_per_level']} blocks per level, dropout {network['dropout']} "
-        f"(for {side} pixels on {where})",
+        f"(for {max(images.shape[1:])} pixels on {where})",
         f"objective: {objective['name']}{' with refined pairs' if few else ''}, after a denoiser for "
-        f"{objective['pretrain']:.0%} of the run ({why})",
+        f"{objective['pretrain']:.0%} of the run ({'at most' if few else 'more than'} {FEW:,} images)",
         f"length: {steps:,} steps of {batch} images, {steps * batch / count:,.0f} epochs; train.steps=N changes it",
         f"optimizer: Adam, learning rate {train['learning_rate']:g}, cosine; EMA {train['ema'][0]}; "
-        f"{train.get('precision', 'fp32')}; micro-batches of {batch // tree['train']['grad_accumulation']}",
+        f"{train.get('precision', 'fp32')}; micro-batches of {batch // train['grad_accumulation']}",
         "store: zarr in the run directory, if the objective reads the x0-state",
     ]
 
