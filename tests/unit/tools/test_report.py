@@ -1,4 +1,4 @@
-"""Reports: what they take from a run's files, and that a page is safe and whole by itself."""
+"""Reports: the values read from a run's files, and the page, which is self-contained and escapes its text."""
 
 from __future__ import annotations
 
