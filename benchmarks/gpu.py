@@ -1,11 +1,11 @@
-"""Everything about the GPU paths that one GPU can show: correctness, waits, bits, speed and memory, in about 8 minutes.
+"""Everything about the GPU paths that one GPU can show: correctness, waits, bits, speed and memory, in about 13 minutes.
 
     python benchmarks/gpu.py --device cuda --json gpu.json --text gpu.txt
     python benchmarks/gpu.py --device cuda --only P2,P6,P5.compiled --seconds 200
     python benchmarks/gpu.py --device cpu          # what can be exercised without a GPU, at small sizes
     python benchmarks/gpu.py --list
 
-A step P0 to P11 is one or more checks. Each check runs in its own forked process with a wall limit, so a crash, a hang
+A step P0 to P12 is one or more checks. Each check runs in its own forked process with a wall limit, so a crash, a hang
 or a broken CUDA context ends that check alone; this process never uses CUDA. The JSON file is replaced after every
 check: what was measured before a machine is taken away is kept. A check is `ok`, `failed`, `timeout` or `skipped`, the
 last also where its limit does not fit what is left of `--seconds`.

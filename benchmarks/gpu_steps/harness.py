@@ -60,7 +60,7 @@ class Bench:
 @dataclass(frozen=True)
 class Check:
     step: str
-    """P0 to P11."""
+    """P0 to P12."""
     name: str
     limit: float
     """Seconds of wall time, after which the check and its processes are killed."""

@@ -9,6 +9,7 @@ import torch
 
 from gpu_steps.harness import Bench, Check
 from gpu_steps.workloads import SMALLER, Passes, Shape, preset
+from udddm.networks import activations
 
 PRESETS: dict[str, Shape] = {
     "cifar10": (3, 32, 32),
@@ -17,39 +18,6 @@ PRESETS: dict[str, Shape] = {
     "imagenet-256-latents": (4, 32, 32),
 }
 MB = 1e6
-
-
-class Kept:
-    """Bytes that a forward pass keeps for the backward pass, each storage once, parameters left out."""
-
-    def __init__(self, network: torch.nn.Module):
-        self._known = {p.untyped_storage().data_ptr() for p in network.parameters()}
-        self._alive: list[torch.Tensor] = []  # a freed storage's address would be used again
-        self.bytes = 0
-
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._known:
-            self._known.add(storage.data_ptr())
-            self._alive.append(tensor)
-            self.bytes += storage.nbytes()
-        return tensor
-
-
-def kept_bytes(made: Passes) -> float:
-    """Bytes per image, by counting what autograd saves; the same on every device.
-
-    From two sizes: autocast's casts of weights, which autograd keeps as well, do not grow with the number of images.
-    """
-    sizes = {}
-    for batch in (4, 8):
-        made.resize(batch)
-        kept = Kept(made.network)
-        with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda tensor: tensor), made.engine.autocast():
-            losses, _ = made.losses(made.visits[0])
-        del losses
-        sizes[batch] = kept.bytes
-    return (sizes[8] - sizes[4]) / 4
 
 
 def peak(made: Passes, batch: int) -> tuple[int, int]:
@@ -84,7 +52,8 @@ def presets(bench: Bench) -> None:
         if bench.device == "cpu":
             config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
         made = Passes(config, PRESETS[name], bench, batch=8, teacher="none", plans=1)
-        figures: dict[str, Any] = {"kept_mb_an_image": round(kept_bytes(made) / MB, 1)}
+        counted = activations.bytes_per_image(config.network, PRESETS[name], config.train.precision)
+        figures: dict[str, Any] = {"kept_mb_an_image": round(counted / MB, 1)}
         bench.report(**{name: figures})
         if bench.device == "cuda":
             figures |= measured(made)

@@ -103,3 +103,10 @@ def test_generation_zero_is_standard_normal() -> None:
     drawn = encoding.decode(generation_zero(0, np.arange(2000), (3, 8, 8), encoding))
     assert abs(float(drawn.mean())) < 5 / drawn.numel() ** 0.5
     assert abs(float(drawn.var()) - 1) < 5 * (2 / drawn.numel()) ** 0.5
+
+
+def test_uint8_decodes_to_the_same_bits_on_every_device() -> None:
+    """Dividing in float32 rounds as here on a CPU, but differently on a GPU (docs/gpu.md)."""
+    levels = np.arange(256, dtype=np.float32) / np.float32(127.5) - np.float32(1)
+    decoded = Encoding("uint8").decode(torch.arange(256).to(torch.uint8))
+    assert np.array_equal(decoded.numpy().view(np.int32), levels.view(np.int32))

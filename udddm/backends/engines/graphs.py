@@ -136,6 +136,8 @@ class _Captured:
                 self.gradient = torch.zeros_like(output)
                 with torch.cuda.graph(self.backward, pool=self.forward.pool(), capture_error_mode="thread_local"):
                     self.gradients = backward(output, self.gradient)
+            except torch.OutOfMemoryError:  # reported as that of any other step
+                raise
             except RuntimeError as error:
                 reason = str(error).strip().partition("\n")[0]
                 raise ConfigError(

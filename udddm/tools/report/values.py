@@ -23,7 +23,7 @@ from udddm.config.plugins import OBJECTIVES
 from udddm.diffusion import schedule
 from udddm.diffusion.denoise import add_noise, denoise
 from udddm.diffusion.schedule import Coefficients
-from udddm.errors import ConfigError, StoreError, UdddmError
+from udddm.errors import ConfigError, UdddmError
 from udddm.files import load_json
 from udddm.log import log
 from udddm.order import Order
@@ -242,7 +242,7 @@ def _states(run: Run, dataset: dict[str, Any]) -> list[dict[str, Any]]:
         for sample in samples:
             for name, estimate in inspect.estimates(place, int(sample)):
                 frames.setdefault(name, []).append(estimate)
-    except (StoreError, UdddmError):
+    except UdddmError:
         return []
     whole = [(name, rows) for name, rows in frames.items() if len(rows) == len(samples)]
     if len(whole) > FRAMES:
