@@ -1,4 +1,4 @@
-"""Everything about the GPU paths that one GPU can show: correctness, waits, bits, speed and memory, in about 13 minutes.
+"""What one GPU can show of the GPU paths: correctness, waits, bits, speed and memory, in about 13 minutes.
 
     python benchmarks/gpu.py --device cuda --json gpu.json --text gpu.txt
     python benchmarks/gpu.py --device cuda --only P2,P6,P5.compiled --seconds 200
