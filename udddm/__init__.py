@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from udddm.runs.model import load_model as load_model
     from udddm.runs.result import TrainResult as TrainResult
     from udddm.store.base import X0Store as X0Store
+    from udddm.training.callbacks import Callback as Callback
+    from udddm.training.callbacks import RunInfo as RunInfo
 else:
 
     def __getattr__(name):
@@ -46,6 +48,8 @@ _HOMES = {
     "train": "udddm.api",
     "RunConfig": "udddm.config",
     "load_config": "udddm.config",
+    "Callback": "udddm.training.callbacks",
+    "RunInfo": "udddm.training.callbacks",
     "CheckpointError": "udddm.errors",
     "ConfigError": "udddm.errors",
     "CorruptChunkError": "udddm.errors",
@@ -65,6 +69,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "Callback",
     "CheckpointError",
     "ConfigError",
     "CorruptChunkError",
@@ -74,6 +79,7 @@ __all__ = [
     "Model",
     "RankError",
     "RunConfig",
+    "RunInfo",
     "Scores",
     "StoreError",
     "TrainResult",

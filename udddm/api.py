@@ -21,6 +21,8 @@ from udddm.data import MapDataset
 from udddm.errors import ConfigError
 from udddm.runs.model import Model, SampleOptions, load_model
 from udddm.runs.result import TrainResult
+from udddm.training.callbacks import Given
+from udddm.training.callbacks import check as check_callbacks
 from udddm.urls import secret_in
 
 Overrides = Mapping[str, Any] | Sequence[str]
@@ -39,6 +41,9 @@ class TrainOptions(TypedDict, total=False):
     """Restarts after a worker was killed or hung."""
     timeout: float
     """Seconds after which a collective operation counts as hung."""
+    callbacks: Sequence[Given]
+    """Called during training on the first rank: objects of subclasses of `Callback`, functions that return one, or
+    their names."""
     store: Factory
     """Replaces store.kind."""
     network: Factory
@@ -83,7 +88,8 @@ def train(
         overrides: changes to the configuration, as {"train.steps": 500} or ["train.steps=500"].
         workers: the number of processes, or (minimum, maximum).
         **options: `device` (auto, cpu, cuda), `backend` (auto, local, ray, or a custom launcher), `max_failures`
-            (restarts after a worker was killed or hung), `timeout` (seconds after which a collective counts as hung);
+            (restarts after a worker was killed or hung), `timeout` (seconds after which a collective counts as hung),
+            `callbacks` (docs/callbacks.md; with several workers they are pickled, or imported by their names);
             and `store`, `network`, `objective`, `engine`, `schedule` and `sampler`, which replace the name in the
             configuration with a custom factory (docs/extending.md): a class or function at the top level of a module,
             or "package.module:name".
@@ -110,6 +116,7 @@ def train(
         workers=_range_of_workers(workers),
         max_failures=options.get("max_failures", 0),
         timeout=options.get("timeout", TIMEOUT),
+        callbacks=tuple(options.get("callbacks", ())),
     )
     try:
         return launch(job, name_of(options.get("backend", "auto"), "backend"))
@@ -154,6 +161,7 @@ def _check_arguments(run_dir: object, options: TrainOptions) -> None:
     """Raise ConfigError for an argument of a wrong type or out of range."""
     if not isinstance(run_dir, (str, Path)) or not str(run_dir).strip():
         raise ConfigError(f"run_dir={run_dir!r}: give a directory or URL, such as 'runs/mine'")
+    check_callbacks(options.get("callbacks", ()))
     failures: object = options.get("max_failures", 0)
     if isinstance(failures, bool) or not isinstance(failures, int) or failures < 0:
         raise ConfigError(f"max_failures={failures!r}: give the number of restarts, 0 or more")

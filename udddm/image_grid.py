@@ -21,7 +21,12 @@ def save_image_grid(images: torch.Tensor, path: Path, *, columns: int | None = N
 
 
 def png(images: torch.Tensor, *, columns: int | None = None, side: int = 64) -> bytes:
-    """Encode a grid of images [N, C, H, W], clamped to [-1, 1], as PNG.
+    """Encode a grid of images, as `pixels` draws it, as PNG."""
+    return encode(pixels(images, columns=columns, side=side))
+
+
+def pixels(images: torch.Tensor, *, columns: int | None = None, side: int = 64) -> npt.NDArray[np.uint8]:
+    """A grid of images [N, C, H, W], clamped to [-1, 1], as RGB pixels [height, width, 3].
 
     Images with three channels are shown as RGB; of any other images, the first channel is shown in gray. Small images
     are enlarged, pixel by pixel, to about `side` pixels. `columns` defaults to a square grid.
@@ -31,18 +36,18 @@ def png(images: torch.Tensor, *, columns: int | None = None, side: int = 64) -> 
     lines = -(-count // columns)
     scale = max(1, round(side / max(height, width)))
     shown = images if channels == 3 else images[:, :1].expand(-1, 3, -1, -1)
-    pixels = shown.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-    pixels = pixels.repeat(scale, 1).repeat(scale, 2)
+    tiles = shown.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    tiles = tiles.repeat(scale, 1).repeat(scale, 2)
     gap = 2
     high, wide = height * scale + gap, width * scale + gap
     canvas = np.full((lines * high + gap, columns * wide + gap, 3), 255, np.uint8)
-    for i, tile in enumerate(pixels):
+    for i, tile in enumerate(tiles):
         y, x = divmod(i, columns)
         canvas[gap + y * high :, gap + x * wide :][: high - gap, : wide - gap] = tile
-    return _png(canvas)
+    return canvas
 
 
-def _png(pixels: npt.NDArray[np.uint8]) -> bytes:
+def encode(pixels: npt.NDArray[np.uint8]) -> bytes:
     """Encode RGB pixels [H, W, 3] as PNG (ISO/IEC 15948), without filters: enlarged pixels compress well anyway."""
     height, width, _ = pixels.shape
     lines = np.zeros((height, 1 + 3 * width), np.uint8)  # each line starts with the number of its filter

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from udddm.ema import EMA
 from udddm.errors import CheckpointError, DataError, Diverged
 from udddm.runs.run import Run
 from udddm.runs.weights import Saved
-from udddm.store import StoreCounters
 from udddm.training.trainer import Trainer
 
 NETWORK = {
@@ -271,7 +269,9 @@ def test_a_row_that_is_not_finite_keeps_its_previous_state(kind: str, dtype: str
     after = states()
     visited = {int(i) for i in ids}
     assert {i for i in visited if before[i] == after[i]} == {int(ids[3]), int(ids[5])}
-    trainer._report(None, torch.zeros(()), (time.perf_counter(), 0, StoreCounters()))
+    reports = trainer._start_reports()
+    trainer.step += 1  # a report is of at least one step
+    trainer._report(None, reports)
     assert trainer.store.counters.kept == 2
     inputs.close()
     trainer.store.close()

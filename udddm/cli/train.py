@@ -60,6 +60,15 @@ def _parser() -> Parser:
         metavar="DIR|URL",
         help="directory or URL of the run (default: runs/<preset>, or the run of its config.yaml)",
     )
+    parser.add_argument(
+        "--profile",
+        type=int,
+        nargs="?",
+        const=20,
+        metavar="STEPS",
+        help="trace this many steps (default 20) into <run>/profile, with a table of where the time goes "
+        "(profile_steps)",
+    )
     _add_training(parser)
     _add_workers(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what the run needs and its time, and exit")
@@ -246,6 +255,7 @@ def _flags(arguments: argparse.Namespace) -> list[str]:
         "store.kind": arguments.store,
         "store.url": arguments.store_url,
         "store.on_corruption": arguments.on_corruption,
+        "profile_steps": arguments.profile,
         "engine.name": engine,
         "engine.zero": arguments.zero,
     }

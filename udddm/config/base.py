@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Annotated, Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, model_validator
@@ -41,5 +42,8 @@ class Section(BaseModel):
 
 
 def _is_list(annotation: Any) -> bool:
-    """Whether a type is a list of any length."""
+    """Whether a type is a list of any length, or such a list or null."""
+    options = [each for each in get_args(annotation) if each is not type(None)]
+    if isinstance(annotation, types.UnionType) and len(options) == 1:
+        annotation = options[0]
     return get_origin(annotation) is tuple and get_args(annotation)[-1] is Ellipsis

@@ -254,3 +254,12 @@ METRICS = Registry(
     },
     renamed={"fid": "frechet"},
 )
+LOGGERS = Registry(
+    "logger",
+    "loggers",
+    {
+        "tensorboard": "udddm.training.loggers.tensorboard:TensorBoard",
+        "wandb": "udddm.training.loggers.wandb:WeightsAndBiases",
+        "mlflow": "udddm.training.loggers.mlflow:MLflow",
+    },
+)

@@ -165,11 +165,13 @@ def schema() -> str:
     found = RunConfig.model_json_schema()
     for part in (found, *found["$defs"].values()):
         for name, inner in part["properties"].items():
-            if inner.get("type") == "array" and "prefixItems" not in inner and "$ref" not in inner["items"]:
-                part["properties"][name] = _either(inner, inner["items"])
+            lists = [each for each in (inner, *inner.get("anyOf", ())) if each.get("type") == "array"]
+            for each in lists:
+                if "prefixItems" not in each and "$ref" not in each["items"]:
+                    part["properties"][name] = _either(inner, each["items"])
     for registry in (each for each in vars(plugins).values() if isinstance(each, Registry)):
         section, _, leaf = registry.key.partition(".")
-        if section in RunConfig.model_fields and registry.key != plugins.METRICS.key:
+        if section in RunConfig.model_fields and registry.key not in (plugins.METRICS.key, plugins.LOGGERS.key):
             properties = _definition(found, section)["properties"]
             names = [*registry.members, *registry.renamed]
             properties[leaf] = _either(properties[leaf], {"enum": names}, {"type": "string", "pattern": ":"})

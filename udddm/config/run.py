@@ -12,7 +12,7 @@ from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from udddm.config.base import CHANGEABLE, Positive, Section, UnderOne, unit
 from udddm.config.objective import ObjectiveConfig
-from udddm.config.plugins import METRICS, NETWORKS, SAMPLERS, SCHEDULES, STORES
+from udddm.config.plugins import LOGGERS, METRICS, NETWORKS, SAMPLERS, SCHEDULES, STORES
 from udddm.config.train import EngineConfig, TrainConfig
 from udddm.errors import ConfigError
 
@@ -280,6 +280,17 @@ class RunConfig(Section):
     )
     log_every_steps: Positive = Field(
         50, description="steps between two log lines of metrics", json_schema_extra=CHANGEABLE | unit("steps")
+    )
+    loggers: tuple[Annotated[str, AfterValidator(LOGGERS.check)], ...] | None = Field(
+        None,
+        description="where metrics, pictures and scores go besides the run's own files: tensorboard, wandb, mlflow, or "
+        "package.module:function; unset: tensorboard, if it is installed",
+        json_schema_extra=CHANGEABLE,
+    )
+    profile_steps: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="steps to trace after the first 10 of a start, into <run>/profile (--profile)",
+        json_schema_extra=CHANGEABLE | unit("steps"),
     )
 
     @model_validator(mode="after")

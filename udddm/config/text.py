@@ -153,7 +153,7 @@ def value_of(text: str, source: str, model: type[BaseModel], key: str) -> Any:
             return quoted
     if wants_text(found):
         return None if bare in ("", "null") and type(None) in get_args(_plain(found)) else text
-    if "," in bare and bare[:1] not in ("[", "{") and get_origin(_plain(found)) is tuple:
+    if "," in bare and bare[:1] not in ("[", "{") and _is_tuple(found):
         bare = f"[{bare}]"
     if bare[:1] in ("[", "{"):
         return parse(bare, source, model, key)
@@ -194,6 +194,13 @@ def wants_text(found: Any) -> bool:
     if get_origin(found) in (Union, types.UnionType):
         return all(each is type(None) or wants_text(each) for each in get_args(found))
     return found is str
+
+
+def _is_tuple(found: Any) -> bool:
+    """Whether a type is a list, or a list or null."""
+    found = _plain(found)
+    options = get_args(found) if isinstance(found, types.UnionType) else (found,)
+    return any(get_origin(each) is tuple for each in options)
 
 
 def _plain(found: Any) -> Any:

@@ -9,13 +9,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from udddm.config.plugins import ENGINES, METRICS, NETWORKS, OBJECTIVES, SAMPLERS, SCHEDULES, STORES, Registry
+from udddm.config.plugins import (
+    ENGINES,
+    LOGGERS,
+    METRICS,
+    NETWORKS,
+    OBJECTIVES,
+    SAMPLERS,
+    SCHEDULES,
+    STORES,
+    Registry,
+)
 from udddm.config.reading import keys_set
 from udddm.config.run import RunConfig
 from udddm.errors import ConfigError
 
 NAMED: dict[str, Registry] = {
-    registry.key: registry for registry in (NETWORKS, SCHEDULES, OBJECTIVES, STORES, ENGINES, SAMPLERS, METRICS)
+    registry.key: registry
+    for registry in (NETWORKS, SCHEDULES, OBJECTIVES, STORES, ENGINES, SAMPLERS, METRICS, LOGGERS)
 }
 """Every key of a configuration that may name code, except data.name and evaluate.features."""
 MODEL = ("network", "schedule")
@@ -41,8 +52,10 @@ def _reaching(config: RunConfig) -> Iterator[tuple[str, object]]:
     """Every setting that imports code or opens a file or URL."""
     for key, registry in NAMED.items():
         section, _, leaf = key.partition(".")
-        value = getattr(getattr(config, section), leaf)
-        for name in (value,) if isinstance(value, str) else value:
+        value = getattr(config, section)
+        if leaf:
+            value = getattr(value, leaf)
+        for name in (value,) if isinstance(value, str) else value or ():
             if registry.is_import(name):
                 yield key, name
     data = config.data

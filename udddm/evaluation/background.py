@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, Future, wait
 from functools import partial
@@ -50,6 +51,7 @@ class BackgroundEvaluation:
         self._skipped = 0
         self._output = Dispensable("evaluation.jsonl")
         self._unwritten: list[dict[str, Any]] = []
+        self._found: deque[dict[str, Any]] = deque()
 
     def accepts(self, step: int) -> bool:
         """Whether another evaluation may be queued. If not, the step is skipped, with a message at the first time.
@@ -83,6 +85,10 @@ class BackgroundEvaluation:
         self._raise_failure()
         return not self._pending
 
+    def take(self) -> list[dict[str, Any]]:
+        """The scores found since the last call, as in evaluation.jsonl."""
+        return [self._found.popleft() for _ in range(len(self._found))]
+
     def cancel(self) -> None:
         """Drop the evaluations that are waiting, and stop the one in progress after its current batch.
 
@@ -112,6 +118,7 @@ class BackgroundEvaluation:
         found: dict[str, Any] = {"step": step, "evaluations": evaluations}
         found |= evaluate.score(*rows, self._reference, self._network.name, self._metrics)
         self._write(found)
+        self._found.append(found)
         shown = (f"{name} {found[name]:.4g}" for name in ("fid", "fd", "kid", "recall", "spread") if name in found)
         log.info(f"step {step}: {found['n']} images scored: {', '.join(shown) or 'see evaluation.jsonl'}")
         for note in evaluate.notes(found):
@@ -178,6 +185,10 @@ class RunEvaluation:
             if stop := max(self._ranks.gather(stop_signal())):
                 return stop
         return 0
+
+    def take(self) -> list[dict[str, Any]]:
+        """The scores found since the last call, on rank zero; [] on the others."""
+        return self._scores.take() if self._scores is not None else []
 
     def cancel(self) -> None:
         if self._scores is not None:

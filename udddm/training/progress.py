@@ -1,4 +1,4 @@
-"""Progress reports of a run: a progress bar or plain lines, metrics.jsonl, and TensorBoard."""
+"""Progress reports of a run: a progress bar or plain lines, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 
 from udddm.files import write_text
 from udddm.log import Dispensable, log, tqdm
-from udddm.training.tensorboard import open_events
 
 
 class Line:
@@ -78,7 +77,6 @@ class Progress:
         self._path, self._output = run / "metrics.jsonl", Dispensable("metrics.jsonl")
         with self._output.attempt():
             self._keep_until(start)
-        self._tensorboard = open_events(run / "tensorboard", start + 1)
         self._step, self._total, self._on_metrics = start, total, on_metrics
         self._line = Line()
 
@@ -104,8 +102,6 @@ class Progress:
         """Record the metrics of a step, and show the rates, the store's counters and the ETA."""
         with self._output.attempt():
             self._append(json.dumps({"step": step, **values}) + "\n")
-        if self._tensorboard is not None:
-            self._tensorboard.write(step, values)
         if self._on_metrics is None:
             self._line.show(step, self._total, values)
         else:
@@ -123,6 +119,4 @@ class Progress:
             raise
 
     def close(self) -> None:
-        if self._tensorboard is not None:
-            self._tensorboard.close()
         self._line.close()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import socket
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -26,11 +27,17 @@ from udddm.log import log
 from udddm.runs.remote import open_run
 from udddm.runs.run import Run, check_or_record
 from udddm.storage import local_path, open_object_store
+from udddm.training.callbacks import Given, check_loggers
 from udddm.training.trainer import Trainer
 
 
 def train_rank(
-    config: RunConfig, dataset: MapDataset | None, where: str | Path, ranks: Ranks, listener: Listener | None = None
+    config: RunConfig,
+    dataset: MapDataset | None,
+    where: str | Path,
+    ranks: Ranks,
+    listener: Listener | None = None,
+    callbacks: Sequence[Given] = (),
 ) -> dict[str, Any]:
     """Train this rank's part of the run in `where`, a directory or URL, after the ranks have joined.
 
@@ -74,7 +81,7 @@ def train_rank(
                 ranks.check_shared(directory, "the x0-state's directory")
             else:  # every rank must be able to reach it with the credentials of its machine
                 ranks.run_on_all(lambda: open_object_store(url).exists("zarr.json"), refused)
-        return _train(config, images, run, ranks, listener)
+        return _train(config, images, run, ranks, (listener, callbacks))
 
 
 def check_factories(config: RunConfig, shape: tuple[int, int, int]) -> None:
@@ -92,6 +99,7 @@ def check_factories(config: RunConfig, shape: tuple[int, int, int]) -> None:
     if not NETWORKS.is_import(config.network.name):
         networks.outline(config.network, shape)
     samplers.check_evaluations(config.sample.sampler, config.sample.steps, "sample.steps")
+    check_loggers(config)
     for metric in config.evaluate.metrics if config.evaluate.every_steps else ():
         METRICS.load(metric)
     store_of(config, shape)
@@ -104,7 +112,11 @@ def store_of(config: RunConfig, shape: tuple[int, int, int]) -> StoreConfig:
 
 
 def _train(
-    config: RunConfig, images: ImageDataset, run: Run, ranks: Ranks, listener: Listener | None
+    config: RunConfig,
+    images: ImageDataset,
+    run: Run,
+    ranks: Ranks,
+    audience: tuple[Listener | None, Sequence[Given]],
 ) -> dict[str, Any]:
     def finished() -> dict[str, Any] | None:
         path = run.path / "result.json"
@@ -118,7 +130,7 @@ def _train(
     if config.train.torch_threads is not None:
         torch.set_num_threads(config.train.torch_threads)
     memory.check(config, images.shape, ranks)
-    trainer = Trainer(config, images, run, ranks, listener)
+    trainer = Trainer(config, images, run, ranks, *audience)
     if ranks.is_rank_zero:
         for line in describe(trainer):
             log.info(line)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import math
 import resource
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from udddm import ema, image_grid, networks, objectives, rng, store
@@ -24,7 +22,6 @@ from udddm.backends.distributed.signals import StopRequest, handled
 from udddm.config import RunConfig
 from udddm.data import ImageDataset
 from udddm.diffusion import schedule
-from udddm.diffusion.samplers import SamplingOptions
 from udddm.ema import PowerEMA
 from udddm.errors import CheckpointError, ConfigError, Diverged, Interrupted, StoreError
 from udddm.evaluation.background import RunEvaluation
@@ -35,14 +32,17 @@ from udddm.order import Order
 from udddm.rng import Stream
 from udddm.runs import posthoc_ema, weights
 from udddm.runs.checkpoint import load_step, step_of
-from udddm.runs.model import Model
 from udddm.runs.pretrained import begin_from
-from udddm.runs.run import Run
-from udddm.store import Encoding, Snapshot, StateLayout, StoreCounters
+from udddm.runs.run import Run, run_id
+from udddm.store import Encoding, Snapshot, StateLayout
 from udddm.store.base import finite_rows
-from udddm.training.inputs import InputBuilder, Prefetch
+from udddm.training.callbacks import Callbacks, Given, RunInfo
+from udddm.training.inputs import InputBuilder, Prefetch, StepInput
 from udddm.training.phases import Phases
+from udddm.training.profile import Profile, region
 from udddm.training.progress import Progress
+from udddm.training.reports import LossBySigma, Reports, Sources
+from udddm.training.samples import Drawing
 from udddm.training.state_use import StateUse
 
 
@@ -50,9 +50,16 @@ class Trainer:
     """Trains a run on one rank. `train` resumes from the newest valid checkpoint, if there is one."""
 
     def __init__(
-        self, config: RunConfig, dataset: ImageDataset, run: Run, ranks: Ranks, listener: Listener | None = None
+        self,
+        config: RunConfig,
+        dataset: ImageDataset,
+        run: Run,
+        ranks: Ranks,
+        listener: Listener | None = None,
+        callbacks: Sequence[Given] = (),
     ):
         self.config, self.dataset, self.run, self.ranks, self.listener = config, dataset, run, ranks, listener
+        self._given_callbacks, self._told = callbacks, Callbacks()
         train, shape = config.train, dataset.shape
         self.order = Order.build(config.order, config.seed, len(dataset), train.batch_size, shape)
         self.lanes = self.order.lanes_of(ranks.rank, ranks.world_size)
@@ -72,6 +79,8 @@ class Trainer:
         self.step = 0
         self._kept_rows = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._state_use = StateUse(config, self.objective, ranks)
+        self._loss_by_sigma = LossBySigma(ranks.device)
+        self._drawing = Drawing(config, dataset.shape, self.schedule, self.engine, self.emas)
         self._newest: Path | None = None
         """The newest checkpoint that this process wrote or resumed from."""
         self._stop = StopRequest(once=ranks.launched)
@@ -84,19 +93,37 @@ class Trainer:
 
         Returns this rank's part of the loss as a scalar on the device; the sum over ranks is the loss of the step.
         """
-        parts = inputs.next()
-        states = self.store.read().chunk(len(parts))
+        with region("inputs"):
+            parts = inputs.next()
+        with region("x0-state: read"):
+            states = self.store.read().chunk(len(parts))
         self._seed_dropout()
         total, new_states = torch.zeros((), device=self.ranks.device), []
         for part, state in zip(parts, states, strict=True):
             with self.engine.micro_batch(last=part is parts[-1]):
-                with self.engine.autocast():
+                with region("forward"), self.engine.autocast():
                     losses, new = visit_loss(
                         self.engine.module, part.images, state, part.visits, part.labels, self.teacher
                     )
-                loss = (losses * part.weights).sum()
-                self.engine.backward(loss)
+                with region("backward"):
+                    loss = (losses * part.weights).sum()
+                    self.engine.backward(loss)
             total += loss.detach()
+            new_states.append(self._measured(part, state, new, losses))
+        with region("optimizer"):
+            self.engine.step(self.step)
+        self.step += 1
+        with region("averages of the weights"):
+            for average in self.emas:
+                average.update(self.step)
+        with region("x0-state: write"):
+            self.store.write(new_states[0] if len(new_states) == 1 else torch.cat(new_states))
+        return total
+
+    def _measured(self, part: StepInput, state: torch.Tensor, new: torch.Tensor, losses: torch.Tensor) -> torch.Tensor:
+        """The new x0-states of a micro-batch, where they are finite, after it is counted in the metrics."""
+        with region("metrics"):
+            self._loss_by_sigma.add(part, losses)
             self._state_use.count(part, state)
             if self._state_use.wants_age(part, self.step) and not self.engine.equal_forward_calls:
                 self._seed_dropout()
@@ -104,13 +131,7 @@ class Trainer:
                     self._state_use.measure_age(self.engine.module, part, state, new)
             new, kept = finite_rows(new, state)
             self._kept_rows += kept
-            new_states.append(new)
-        self.engine.step(self.step)
-        self.step += 1
-        for average in self.emas:
-            average.update(self.step)
-        self.store.write(new_states[0] if len(new_states) == 1 else torch.cat(new_states))
-        return total
+        return new
 
     def _seed_dropout(self) -> None:
         """Seed the only generator with a state; all else is a function of position."""
@@ -125,28 +146,43 @@ class Trainer:
         Raises Interrupted after SIGTERM, SIGINT or SIGHUP, Diverged, StoreError, CheckpointError or DataError.
         Checkpoints are intact in every case.
         """
-        with ExitStack() as stack:
-            stack.enter_context(handled(self._stop))
-            stack.callback(self.store.close)
-            inputs = self.begin()
-            stack.callback(inputs.close)
-            if self.evaluation is not None:
-                stack.callback(self.evaluation.cancel)
-            progress = None
-            if self.ranks.is_rank_zero:
-                on_metrics = self.listener.on_metrics if self.listener else None
-                progress = Progress(self.run.path, self.step, self.total_steps, on_metrics)
-                stack.callback(progress.close)
-            self._loop(inputs, progress)
-            if self.evaluation is not None and (stop := self.evaluation.finish(self._stop_signal)):
-                raise Interrupted(stop, self.step)
-            state = self.ranks.gather(self.store.sha256())
-            reinitialized = self.ranks.gather(self.store.counters.reinitialized)
-        result = self._result(state)
-        result["store_reinitialized"] = sum(reinitialized)
-        images = self._samples(self.config.sample.final) if self.config.sample.final else None
-        self.ranks.run_on_rank_zero(lambda: self._finish(result, images), (OSError, StoreError))
-        return result
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(handled(self._stop))
+                stack.callback(self.store.close)
+                inputs = self.begin()
+                stack.callback(inputs.close)
+                if self.evaluation is not None:
+                    stack.callback(self.evaluation.cancel)
+                progress = None
+                if self.ranks.is_rank_zero:
+                    on_metrics = self.listener.on_metrics if self.listener else None
+                    progress = Progress(self.run.path, self.step, self.total_steps, on_metrics)
+                    stack.callback(progress.close)
+                self._told = self._start_callbacks()
+                self._loop(inputs, progress)
+                if self.evaluation is not None and (stop := self.evaluation.finish(self._stop_signal)):
+                    raise Interrupted(stop, self.step)
+                self._tell_scores()
+                state = self.ranks.gather(self.store.sha256())
+                reinitialized = self.ranks.gather(self.store.counters.reinitialized)
+            result = self._result(state)
+            result["store_reinitialized"] = sum(reinitialized)
+            images = self._drawing.draw(self.config.sample.final) if self.config.sample.final else None
+            self.ranks.run_on_rank_zero(lambda: self._finish(result, images), (OSError, StoreError))
+            return result
+        finally:
+            self._told.end(None)
+
+    def _start_callbacks(self) -> Callbacks:
+        path, done = self.run.path, (self.step, self.total_steps)
+        info = RunInfo(run_id(path), str(self.run), path, self.config, self.dataset.shape, *done)
+        return Callbacks.start(info, self._given_callbacks, self.ranks)
+
+    def _tell_scores(self) -> None:
+        """Pass on the scores of the evaluations that are done."""
+        for scores in self.evaluation.take() if self.evaluation is not None else ():
+            self._told.scores(scores["step"], scores)
 
     def begin(self) -> Prefetch:
         """Resume or start the run, and start prefetching the inputs of the coming steps."""
@@ -163,27 +199,26 @@ class Trainer:
 
     def _loop(self, inputs: Prefetch, progress: Progress | None) -> None:
         config = self.config
-        every = config.log_every_steps
-        self._started, self._first_step = time.perf_counter(), self.step
-        window = (self._started, self.step, replace(self.store.counters))
-        losses = torch.zeros((), device=self.ranks.device)
+        every, device = config.log_every_steps, self.ranks.device
+        reports = self._reports = self._start_reports()
         vote, phases = Vote(self.ranks), Phases(self.objective, self.order.steps_per_epoch)
+        profile = Profile(self.run.path / "profile", config.profile_steps, device, self.ranks.rank)
         while self.step < self.total_steps:
             if self.ranks.is_rank_zero:
                 phases.reach(self.step)
             self._await_inputs(inputs)
-            losses += self.train_step(inputs)
+            reports.loss += self.train_step(inputs)
+            profile.after_step()
             if progress is not None:
                 progress.advance()
             last = self.step == self.total_steps
             if self.step % every == 0 or last:
-                window = self._report(progress, losses, window)
-                losses.zero_()
+                self._report(progress, reports)
             stop = vote.cast(self._stop_signal())
             saves = self.step % config.checkpoint.every_steps == 0 or last or bool(stop)
             averages = bool(self.powers) and (self.step % config.train.power_ema_every_steps == 0 or last)
             if saves or averages:
-                self._check_finite(losses)
+                self._check_finite(reports.loss)
             if averages:  # before the checkpoint, so that a run that resumes from it has them
                 posthoc_ema.write(self.run.path, self.step, self.powers, self.engine)
             if saves:
@@ -193,7 +228,10 @@ class Trainer:
             if stop and not last:
                 raise Interrupted(stop, self.step)
             if self.evaluation is not None:
-                self.evaluation.after_step(self.step, partial(self._samples, interruptible=True), last=last)
+                draw = partial(self._drawing.draw, stop_signal=self._stop_signal)
+                self.evaluation.after_step(self.step, draw, last=last)
+                self._tell_scores()
+        profile.close()
         vote.outcome()
 
     def _stop_signal(self) -> int:
@@ -217,39 +255,21 @@ class Trainer:
         if not math.isfinite(self.ranks.sum(losses + weights.not_finite(self.engine, self.emas))):
             raise Diverged(self._diverged("the loss, a weight, one of Adam's moments or an average"))
 
-    def _report(
-        self, progress: Progress | None, losses: torch.Tensor, window: tuple[float, int, StoreCounters]
-    ) -> tuple[float, int, StoreCounters]:
-        since, first, before = window
-        loss = self.ranks.sum(losses) / (self.step - first)  # waits for the device, once per log_every_steps
+    def _start_reports(self) -> Reports:
+        wait = self._inputs.wait_fraction
+        sources = Sources(self.ranks, self.engine, self.store, self.order, self._state_use, wait)
+        return Reports(sources, self.step, self.total_steps)
+
+    def _report(self, progress: Progress | None, reports: Reports) -> None:
+        loss = reports.mean_loss(self.step)  # waits for the device, once per log_every_steps
         if not math.isfinite(loss):
             raise Diverged(self._diverged("the loss"))
         self.store.counters.kept = int(self._kept_rows)
-        now = time.perf_counter()
-        counters, seconds = replace(self.store.counters), now - since
-        rate = (self.step - first) / seconds
-        images_per_step = self.order.samples / self.order.steps_per_epoch
-        state_use = self._state_use.report(self.step, (self.step - first) * images_per_step)
-        data_wait, norm = self._inputs.wait_fraction(seconds), self.engine.gradient_norm()
+        learning_rate = self.engine.learning_rate(self.step - 1)
+        metrics = reports.write(self.step, loss, self._loss_by_sigma, learning_rate)
         if progress is not None:
-            progress.write(
-                self.step,
-                {
-                    "epoch": self.step / self.order.steps_per_epoch,
-                    "images": round(self.step * images_per_step),
-                    "loss": loss,
-                    "learning_rate": self.engine.learning_rate(self.step - 1),
-                    **({} if norm is None else {"gradient_norm": norm}),
-                    "images_per_second": rate * images_per_step,
-                    **state_use,
-                    "data_wait_fraction": data_wait,
-                    **counters.metrics(before, seconds),
-                    **{f"store_{name}": value for name, value in self.store.gauges().items()},
-                    "elapsed_seconds": now - self._started,
-                    "eta_seconds": (self.total_steps - self.step) / rate,
-                },
-            )
-        return now, self.step, counters
+            progress.write(self.step, metrics)
+        self._told.metrics(self.step, metrics)
 
     def _diverged(self, what: str) -> str:
         advice = (
@@ -342,40 +362,19 @@ class Trainer:
 
     # Samples and the result.
 
-    def _samples(self, count: int, *, interruptible: bool = False) -> torch.Tensor:
-        """Sample `count` images with the first EMA, or with the weights if there is no EMA. Ranks share the work.
-
-        Returns them on rank zero as [count, C, H, W] in [-1, 1] on the host, and an empty tensor on other ranks. With
-        `interruptible`, there are fewer images if a signal asks to stop.
-        """
-        network = networks.for_run(self.config, self.dataset.shape)
-        pieces = self.emas[0].weights if self.emas else self.engine.weights()
-        with torch.no_grad():
-            for name, parameter in network.named_parameters():
-                parameter.copy_(self.engine.whole(pieces, name))  # type: ignore[arg-type]
-        network.to(self.ranks.device).eval()
-        model = Model(network, self.schedule, self.config, self.dataset.shape)
-        seeds = np.array_split(np.arange(count), self.ranks.world_size)[self.ranks.rank].tolist()
-        chosen = self.config.sample
-        options = SamplingOptions(chosen.steps, chosen.sampler, chosen.guidance, settings=chosen.settings)
-        drawn = model.batches(seeds, options=options)
-        if interruptible:
-            drawn = itertools.takewhile(lambda _: not self._stop_signal(), drawn)
-        own = torch.cat([torch.empty(0, *self.dataset.shape), *drawn]).clamp(-1, 1)
-        return torch.cat(self.ranks.gather_first(own) or [own[:0]])
-
     def _sample_grid(self) -> None:
         directory = self.run.path / "samples"
-        images = self._samples(64)
+        images = self._drawing.draw(64)
         if self.ranks.is_rank_zero:
             with self._pictures.attempt():
                 directory.mkdir(exist_ok=True)
                 image_grid.save_image_grid(images, directory / f"step-{self.step:08d}.png")
+            self._told.images(self.step, images)
 
     def _result(self, state: list[str]) -> dict[str, Any]:
-        elapsed = time.perf_counter() - self._started
+        elapsed = time.perf_counter() - self._reports.started
         counters = self.store.counters
-        visited = (self.step - self._first_step) / self.order.steps_per_epoch * self.order.samples
+        visited = (self.step - self._reports.first) / self.order.steps_per_epoch * self.order.samples
         return {
             "steps": self.step,
             "epochs": self.step / self.order.steps_per_epoch,
@@ -393,4 +392,5 @@ class Trainer:
             image_grid.save_image_grid(images[:100], self.run.path / "samples.png")
         self.run.persist()  # before the result, which says that the run is complete
         write_json(self.run.path / "result.json", result)
+        self._told.end(result)
         self.run.persist()

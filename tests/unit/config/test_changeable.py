@@ -29,6 +29,8 @@ CHANGEABLE = {
     "evaluate",
     "published",
     "log_every_steps",
+    "loggers",
+    "profile_steps",
 }
 
 

@@ -19,8 +19,8 @@ def test_every_member_can_be_imported(registry: Registry, name: str) -> None:
     assert callable(registry.load(name))
 
 
-def test_there_are_eight_plug_points_with_members() -> None:
-    assert len(REGISTRIES) == 8 and all(registry.members for registry in REGISTRIES)
+def test_there_are_nine_plug_points_with_members() -> None:
+    assert len(REGISTRIES) == 9 and all(registry.members for registry in REGISTRIES)
 
 
 def test_old_names_map_to_members() -> None:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from udddm.config import load_config, plugins
-from udddm.config.plugins import LAUNCHERS, METRICS, Registry
+from udddm.config.plugins import LAUNCHERS, LOGGERS, METRICS, Registry
 from udddm.config.trust import MODEL, NAMED, check_trusted, reaching
 from udddm.errors import ConfigError
 
-SECTIONS = ("data", "network", "schedule", "objective", "store", "engine", "sample", "evaluate")
+SECTIONS = ("data", "network", "schedule", "objective", "store", "engine", "sample", "evaluate", "loggers")
 
 
 def test_every_plug_point_is_covered() -> None:
@@ -24,7 +24,7 @@ def test_built_in_members_need_no_trust() -> None:
 
 @pytest.mark.parametrize("key", NAMED)
 def test_an_import_path_is_reported_with_its_key(key: str) -> None:
-    value = "evil:make" if key != METRICS.key else "[frechet, evil:make]"
+    value = "evil:make" if key not in (METRICS.key, LOGGERS.key) else "[evil:make]"
     config = load_config(None, [f"{key}={value}"])
     section = key.partition(".")[0]
     assert reaching(config, SECTIONS) == reaching(config, (section,)) == [f"{key}=evil:make"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,6 @@ import pytest
 import udddm
 from udddm.runs.run import Run
 from udddm.training.progress import Progress
-from udddm.training.tensorboard import open_events
 
 
 def steps(run: Path) -> list[int]:
@@ -107,31 +105,6 @@ def test_a_full_disk_is_reported_once_and_its_line_is_complete_or_absent(
     warned = [message for message in caplog.messages if "cannot write" in message]
     assert warned == ["cannot write metrics.jsonl: [Errno 28] No space left on device. Training continues without it"]
     progress.close()
-
-
-def test_tensorboard_reads_the_events_and_hides_those_of_steps_that_are_repeated(tmp_path: Path) -> None:
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    for start, last in ((0, 4), (2, 3)):
-        events = open_events(tmp_path, start + 1)
-        assert events is not None
-        for step in range(start + 1, last + 1):
-            events.write(step, {"loss": float(10 * start + step)})
-        events.close()
-    found = accumulator.EventAccumulator(str(tmp_path))
-    found.Reload()
-    assert [(event.step, event.value) for event in found.Scalars("loss")] == [(1, 1.0), (2, 2.0), (3, 23.0)]
-
-
-def test_a_full_disk_under_tensorboard_is_reported_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    pytest.importorskip("tensorboard")
-    events = open_events(tmp_path, 1)
-    assert events is not None
-    with Path("/dev/full").open("wb") as full:
-        os.dup2(full.fileno(), events._file.fileno())
-    for step in range(1, 4):
-        events.write(step, {"loss": 1.0})
-    events.close()
-    assert [message.partition(":")[0] for message in caplog.messages] == ["cannot write TensorBoard's files"]
 
 
 def test_a_run_continues_without_tensorboard_and_pictures_if_they_cannot_be_written(

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from udddm.errors import ConfigError, DataError, Diverged, Interrupted, RankErro
 from udddm.errors import picklable as picklable  # for launchers
 from udddm.log import install, log
 from udddm.order import check_world
+from udddm.training.callbacks import Given
 from udddm.training.rank import train_rank
 
 NON_RETRYABLE = (ConfigError, DataError, Diverged, Interrupted)
@@ -51,6 +52,8 @@ class Job:
     """Restarts after a lost or hung worker."""
     timeout: float = TIMEOUT
     """Seconds after which a collective counts as hung."""
+    callbacks: Sequence[Given] = ()
+    """Called on the first rank. With several workers, they are pickled, as the data set is."""
     versions: dict[str, str] = field(default_factory=lambda: versions())
     """The driver's versions, which every worker must have."""
     log_level: int = field(default_factory=log.getEffectiveLevel)
@@ -131,7 +134,7 @@ def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
         dataset = job.dataset
         factory = isinstance(dataset, type) or (callable(dataset) and not hasattr(dataset, "__getitem__"))
         made = dataset() if factory else dataset  # type: ignore[operator,misc]
-        return train_rank(job.config, made, job.run_dir, ranks, listener)  # type: ignore[arg-type]
+        return train_rank(job.config, made, job.run_dir, ranks, listener, job.callbacks)  # type: ignore[arg-type]
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise _out_of_memory(job.config, error) from error

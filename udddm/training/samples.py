@@ -1,0 +1,54 @@
+"""Images drawn during training, with the first EMA."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from udddm import networks
+from udddm.backends.engines import Engine
+from udddm.config import RunConfig
+from udddm.diffusion.samplers import SamplingOptions
+from udddm.diffusion.schedule import NoiseSchedule
+from udddm.ema import Average
+from udddm.runs.model import Model
+
+
+class Drawing:
+    """Draws images with the weights of a run as they are. Ranks share the work, and every rank must call `draw`."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        shape: tuple[int, int, int],
+        schedule: NoiseSchedule,
+        engine: Engine,
+        emas: Sequence[Average],
+    ):
+        self._config, self._shape, self._schedule, self._engine, self._emas = config, shape, schedule, engine, emas
+
+    def draw(self, count: int, stop_signal: Callable[[], int] | None = None) -> torch.Tensor:
+        """Draw `count` images, with the first EMA, or with the weights if there is none.
+
+        Returns them on rank zero as [count, C, H, W] in [-1, 1] on the host, and an empty tensor on other ranks. There
+        are fewer if `stop_signal` returns a signal before all are drawn.
+        """
+        engine, ranks = self._engine, self._engine.ranks
+        network = networks.for_run(self._config, self._shape)
+        pieces = self._emas[0].weights if self._emas else engine.weights()
+        with torch.no_grad():
+            for name, parameter in network.named_parameters():
+                parameter.copy_(engine.whole(pieces, name))  # type: ignore[arg-type]
+        network.to(ranks.device).eval()
+        model = Model(network, self._schedule, self._config, self._shape)
+        seeds = np.array_split(np.arange(count), ranks.world_size)[ranks.rank].tolist()
+        chosen = self._config.sample
+        options = SamplingOptions(chosen.steps, chosen.sampler, chosen.guidance, settings=chosen.settings)
+        drawn = model.batches(seeds, options=options)
+        if stop_signal is not None:
+            drawn = itertools.takewhile(lambda _: not stop_signal(), drawn)
+        own = torch.cat([torch.empty(0, *self._shape), *drawn]).clamp(-1, 1)
+        return torch.cat(ranks.gather_first(own) or [own[:0]])
