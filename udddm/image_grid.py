@@ -36,7 +36,7 @@ def pixels(images: torch.Tensor, *, columns: int | None = None, side: int = 64) 
     lines = -(-count // columns)
     scale = max(1, round(side / max(height, width)))
     shown = images if channels == 3 else images[:, :1].expand(-1, 3, -1, -1)
-    tiles = shown.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    tiles = to_uint8(shown)
     tiles = tiles.repeat(scale, 1).repeat(scale, 2)
     gap = 2
     high, wide = height * scale + gap, width * scale + gap
@@ -47,12 +47,25 @@ def pixels(images: torch.Tensor, *, columns: int | None = None, side: int = 64) 
     return canvas
 
 
+def to_uint8(images: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """Images [N, C, H, W] in [-1, 1], clamped, as pixels [N, H, W, C] from 0 to 255."""
+    found: npt.NDArray[np.uint8] = (
+        images.clamp(-1, 1).add(1).mul(127.5).round().byte().permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    )
+    return found
+
+
+COLOR_TYPES = {1: 0, 2: 4, 3: 2, 4: 6}
+"""PNG's color type by the number of channels: gray, gray and alpha, RGB, RGB and alpha."""
+
+
 def encode(pixels: npt.NDArray[np.uint8]) -> bytes:
-    """Encode RGB pixels [H, W, 3] as PNG (ISO/IEC 15948), without filters: enlarged pixels compress well anyway."""
-    height, width, _ = pixels.shape
-    lines = np.zeros((height, 1 + 3 * width), np.uint8)  # each line starts with the number of its filter
+    """Encode pixels [H, W, C] (C: gray, gray and alpha, RGB, or RGB and alpha) as PNG (ISO/IEC 15948), without filters:
+    enlarged pixels compress well anyway."""
+    height, width, channels = pixels.shape
+    lines = np.zeros((height, 1 + channels * width), np.uint8)  # each line starts with the number of its filter
     lines[:, 1:] = pixels.reshape(height, -1)
-    header = struct.pack(">2I5B", width, height, 8, 2, 0, 0, 0)  # 8 bits per channel, RGB, not interlaced
+    header = struct.pack(">2I5B", width, height, 8, COLOR_TYPES[channels], 0, 0, 0)  # 8 bits, not interlaced
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines.tobytes(), 9)), (b"IEND", b""))
     body = b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks

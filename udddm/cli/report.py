@@ -20,6 +20,9 @@ def _parser() -> Parser:
     parser.add_argument(
         "--out", type=path, metavar="FILE", help="default: report.html in the run, or here for a URL and several runs"
     )
+    parser.add_argument(
+        "--gif", type=path, metavar="FILE", help="write the pictures of training as an animated GIF instead of a page"
+    )
     parser.add_argument("--no-samples", action="store_true", help="do not load the model and draw samples")
     parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
@@ -33,7 +36,17 @@ def main(argv: list[str] | None = None) -> int:
     for run in arguments.runs:
         check_exists(parser, run)
 
+    if arguments.gif and len(arguments.runs) > 1:
+        parser.error("--gif is of one run")
+
     def body() -> int:
+        if arguments.gif:
+            from udddm.runs.remote import open_copy
+            from udddm.tools import pictures
+
+            count = pictures.film(open_copy(arguments.runs[0]), arguments.gif)
+            print(f"{arguments.gif}: {count} pictures, {arguments.gif.stat().st_size / 1e6:.1f} MB")
+            return 0
         from udddm.tools import report
 
         began = time.monotonic()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -19,6 +20,8 @@ from udddm.cli.command import (
 )
 
 DEFAULT_COUNT = 64
+KINDS = ("npy", "npz", "png", "grid")
+"""What `--save` takes."""
 
 
 def _parser() -> Parser:
@@ -39,14 +42,35 @@ def _parser() -> Parser:
         help="class labels, cycled over the seeds (default: seed modulo number of classes)",
     )
     add_guidance_and_average(parser)
+    parser.add_argument("--out", type=path, metavar="DIR", help="directory of the files (default: samples/<run>)")
     parser.add_argument(
-        "--out", type=path, metavar="DIR", help="directory for samples.npy and samples.png (default: samples/<run>)"
+        "--save",
+        type=_kinds,
+        default=("npy", "grid"),
+        metavar="KIND,...",
+        help="what to write: npy (samples.npy, float32 in [-1, 1]), npz (samples.npz, uint8 arr_0 [N, H, W, C] and "
+        "labels arr_1), png (<seed>.png each), grid (samples.png) (default npy,grid)",
     )
-    parser.add_argument("--batch", type=positive, default=250, metavar="N", help="batch size of sampling (default 250)")
+    parser.add_argument(
+        "--batch",
+        type=positive,
+        metavar="N",
+        help="images per call of the network, the last one padded, so that no bit of an image depends on the others "
+        "(default: as many as there are, up to 250; images then agree to about 1e-6)",
+    )
     parser.add_argument("--trust", action="store_true", help=TRUST)
     parser.add_argument("--device", choices=["auto", "cpu", "cuda"], default="auto")
     add_version(parser)
     return parser
+
+
+def _kinds(text: str) -> tuple[str, ...]:
+    """Argument type: kinds of files, `npz,grid`."""
+    wanted = tuple(text.split(","))
+    for each in wanted:
+        if each not in KINDS:
+            raise argparse.ArgumentTypeError(f"{each!r}: the choices are {', '.join(KINDS)}, separated by commas")
+    return wanted
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -62,13 +86,12 @@ def main(argv: list[str] | None = None) -> int:
 
     def body() -> int:
         import itertools
+        import time
 
-        import torch
-
-        from udddm.files import write_array
-        from udddm.image_grid import save_image_grid
         from udddm.runs.model import load_model
+        from udddm.tools import pictures
 
+        began = time.monotonic()
         model = load_model(
             run,
             ema=arguments.ema,
@@ -79,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
         labels = None
         if arguments.labels is not None:
             labels = list(itertools.islice(itertools.cycle(arguments.labels), len(seeds)))
+        loaded = time.monotonic()
         images = model.sample(
             seeds,
             steps=arguments.steps,
@@ -88,14 +112,15 @@ def main(argv: list[str] | None = None) -> int:
             guidance=arguments.guidance,
             batch=arguments.batch,
         )
+        drawn = time.monotonic()
         out: Path = arguments.out or _default_out(run)
-        out.mkdir(parents=True, exist_ok=True)
-        write_array(out / "samples.npy", images)
         classes = model.config.network.classes
         columns = classes if labels is None and 2 <= classes <= 20 else None  # one column per class
-        save_image_grid(torch.from_numpy(images[:400]), out / "samples.png", columns=columns)
+        written = pictures.save(out, images, seeds, labels or model.default_labels(seeds), arguments.save, columns)
+        spent = drawn - loaded
         print(
-            f"{len(images)} images in {out / 'samples.npy'}, the first {min(400, len(images))} in {out / 'samples.png'}"
+            f"{len(images)} images in {spent:.2f} s ({1e3 * spent / len(images):.3g} ms each; loading the model took "
+            f"{loaded - began:.2f} s): {', '.join(written)}"
         )
         return 0
 

@@ -22,6 +22,9 @@ from udddm.diffusion.schedule import Coefficients, NoiseSchedule
 from udddm.errors import ConfigError
 from udddm.rng import Stream
 
+MOST_AT_ONCE = 250
+"""Images per call of the network, if `SamplingOptions.batch` is None."""
+
 
 @dataclass(frozen=True)
 class SamplingOptions:
@@ -34,8 +37,9 @@ class SamplingOptions:
     guidance: float = 1.0
     """The weight w of classifier-free guidance (Ho & Salimans 2022). Every evaluation is f_none + w (f_label - f_none),
     which takes two calls of the network if w is not 1. Requires labels and a network trained with label dropout."""
-    batch: int = 250
-    """Images per call of the network."""
+    batch: int | None = 250
+    """Images per call of the network. The last call is padded to it, so that an image does not depend, not even by
+    rounding, on how many are drawn. None: as many as there are, up to `MOST_AT_ONCE`, without padding."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The settings of a custom sampler."""
 
@@ -184,17 +188,18 @@ def batches(
 ) -> Iterator[torch.Tensor]:
     """Run `sample` on many seeds, `options.batch` at a time. Yields images [<= batch, C, H, W] on the host.
 
-    The last batch is padded, and its result is cropped: the network always receives the same shape, so that the
-    rounding of an image does not depend on the number of images requested. Raises the errors of `sample`.
+    With a batch size, the last batch is padded, and its result is cropped: the network always receives the same shape,
+    so that the rounding of an image does not depend on the number of images requested. Raises the errors of `sample`.
     """
     chosen = options or SamplingOptions()
-    for start in range(0, len(seeds), chosen.batch):
-        wanted = list(seeds[start : start + chosen.batch])
-        padding = chosen.batch - len(wanted)
+    size = chosen.batch or MOST_AT_ONCE
+    for start in range(0, len(seeds), size):
+        wanted = list(seeds[start : start + size])
+        padding = size - len(wanted) if chosen.batch else 0
 
         def padded(some: list[int], padding: int = padding) -> torch.Tensor:
             return torch.tensor(some + some[:1] * padding, dtype=torch.int64, device=device or torch.device("cpu"))
 
-        some_labels = None if labels is None else padded(list(labels[start : start + chosen.batch]))
+        some_labels = None if labels is None else padded(list(labels[start : start + size]))
         drawn = sample(network, schedule, shape, padded(wanted), some_labels, chosen)
         yield drawn[: len(wanted)].cpu()

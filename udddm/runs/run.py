@@ -25,6 +25,8 @@ OWN_FILES = ("config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json", 
 """What a run writes at the top of its directory besides run.json."""
 APPENDED = ("metrics.jsonl", "tensorboard/*")
 """Files of a run that grow during training."""
+PICTURES = "samples"
+"""Subdirectory of a run for grids of samples, `step-*.png`."""
 AVERAGES = "ema"
 """Subdirectory of a run for the saved EMAs of the weights (udddm/runs/posthoc_ema.py)."""
 
@@ -62,6 +64,11 @@ class Run:
     def averages(self) -> Path:
         """A local directory with the run's saved EMAs (`AVERAGES`). Raises StoreError."""
         return self.path / AVERAGES
+
+    def pictures(self) -> Path:
+        """A local directory with the grids of samples that the run drew during training; it may not exist. Raises
+        StoreError."""
+        return self.path / PICTURES
 
     def trained(self) -> bool:
         """Whether the run has a checkpoint or saved EMAs, which a start with another configuration would lose."""

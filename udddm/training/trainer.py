@@ -33,7 +33,7 @@ from udddm.rng import Stream
 from udddm.runs import posthoc_ema, weights
 from udddm.runs.checkpoint import load_step, step_of
 from udddm.runs.pretrained import begin_from
-from udddm.runs.run import Run, run_id
+from udddm.runs.run import PICTURES, Run, run_id
 from udddm.store import Encoding, Snapshot, StateLayout
 from udddm.store.base import finite_rows
 from udddm.training.callbacks import Callbacks, Given, RunInfo
@@ -363,7 +363,7 @@ class Trainer:
     # Samples and the result.
 
     def _sample_grid(self) -> None:
-        directory = self.run.path / "samples"
+        directory = self.run.path / PICTURES
         images = self._drawing.draw(64)
         if self.ranks.is_rank_zero:
             with self._pictures.attempt():

@@ -116,7 +116,9 @@ def test_samples_have_a_directory_with_the_name_of_the_run(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["sample", str(run), "--count", "30", "--nfe", "2", "--device", "cpu"]) == 0
-    assert "30 images in samples/run/samples.npy" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert re.match(r"30 images in \d+\.\d\d s \([\d.]+ ms each; loading the model took \d+\.\d\d s\): ", told)
+    assert told.endswith(": samples/run/samples.npy, samples/run/samples.png\n")
     assert [path.name for path in tmp_path.iterdir()] == ["samples"]
     by_seeds = ["--checkpoint", str(run), "--seeds", "0-29", "--steps", "2", "--out", "other", "--device=cpu"]
     assert main(["sample", *by_seeds]) == 0

@@ -170,6 +170,18 @@ def test_the_batch_size_changes_nothing_but_rounding() -> None:
         torch.testing.assert_close(other, drawn[0], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("count", "calls"), [(1, [1]), (250, [250]), (251, [250, 1])])
+def test_without_a_batch_size_the_network_receives_what_is_asked_for(count: int, calls: list[int]) -> None:
+    network = Recorder()
+    options = samplers.SamplingOptions(batch=None)
+    drawn = torch.cat(
+        list(samplers.batches(network, build(ScheduleConfig()), SHAPE, list(range(count)), None, options))
+    )
+    assert [len(inputs[0]) for inputs in network.inputs] == calls
+    expected = samplers.sample(Recorder(), build(ScheduleConfig()), SHAPE, torch.arange(count))
+    torch.testing.assert_close(drawn, expected)
+
+
 def test_batches_give_every_seed_once_in_order_and_no_padding() -> None:
     schedule, network = build(ScheduleConfig()), Recorder()
     seeds = [5, 3, 9, 9, 1, 0, 12]

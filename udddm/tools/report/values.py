@@ -80,7 +80,7 @@ def collect(run: str | Path, *, images: bool = True, device: str = "auto", trust
         "config": as_yaml(config.model_dump(mode="json"), flow=False),
         "written": f"{time.strftime('%Y-%m-%d %H:%M')} by udddm {udddm.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
-        "film": _film(opened.path / "samples", order),
+        "film": _film(opened.pictures(), order),
         "state": _states(opened, recorded["dataset"]),
         "grids": [],
         "levels": None,
