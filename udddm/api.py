@@ -44,6 +44,8 @@ class TrainOptions(TypedDict, total=False):
     callbacks: Sequence[Given]
     """Called during training on the first rank: objects of subclasses of `Callback`, functions that return one, or
     their names."""
+    extend: bool
+    """Whether the run in `run_dir` may be a shorter one of the same configuration, which then becomes longer."""
     store: Factory
     """Replaces store.kind."""
     network: Factory
@@ -89,7 +91,8 @@ def train(
         workers: the number of processes, or (minimum, maximum).
         **options: `device` (auto, cpu, cuda), `backend` (auto, local, ray, or a custom launcher), `max_failures`
             (restarts after a worker was killed or hung), `timeout` (seconds after which a collective counts as hung),
-            `callbacks` (docs/callbacks.md; with several workers they are pickled, or imported by their names);
+            `callbacks` (docs/callbacks.md; with several workers they are pickled, or imported by their names), `extend`
+            (whether a shorter run of the same configuration in `run_dir` becomes longer: `udddm train --continue`);
             and `store`, `network`, `objective`, `engine`, `schedule` and `sampler`, which replace the name in the
             configuration with a custom factory (docs/extending.md): a class or function at the top level of a module,
             or "package.module:name".
@@ -117,6 +120,7 @@ def train(
         max_failures=options.get("max_failures", 0),
         timeout=options.get("timeout", TIMEOUT),
         callbacks=tuple(options.get("callbacks", ())),
+        extend=options.get("extend", False),
     )
     try:
         return launch(job, name_of(options.get("backend", "auto"), "backend"))

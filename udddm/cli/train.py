@@ -69,6 +69,15 @@ def _parser() -> Parser:
         help="trace this many steps (default 20) into <run>/profile, with a table of where the time goes "
         "(profile_steps)",
     )
+    parser.add_argument(
+        "--continue",
+        dest="going_on",
+        metavar="RUN",
+        help="make a finished run longer: udddm train --continue runs/digits train.steps=2x",
+    )
+    parser.add_argument(
+        "--new", action="store_true", help="start a new run in the run directory's name with a number, such as -001"
+    )
     _add_training(parser)
     _add_workers(parser)
     parser.add_argument("--dry-run", action="store_true", help="print what the run needs and its time, and exit")
@@ -184,12 +193,31 @@ def _write_report(run: str | Path, device: str) -> None:
         log.info(f"report: {directory / 'report.html'}")
 
 
+def _configured(arguments: argparse.Namespace, data: str | None, overrides: list[str]) -> tuple[RunConfig, str | Path]:
+    """The configuration and the directory or URL of the run. Raises ConfigError."""
+    from udddm import config as configuration
+    from udddm.runs import growing
+
+    changes = [*overrides, *_flags(arguments)]
+    if arguments.going_on:
+        return growing.planned(arguments.going_on, changes), arguments.going_on
+    if data is not None:
+        run = arguments.run_dir or f"runs/{Path(data.rstrip('/')).stem}"
+        return _chosen(data, run, changes, arguments.device), run
+    return configuration.load_config(arguments.config, changes), arguments.run_dir or _default_run(arguments.config)
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = _parser()
     arguments = parser.parse(argv)
     if arguments.gpus and not arguments.dry_run:
         parser.error("--gpus is for --dry-run: a run uses the GPUs that are here (--workers N)")
     data = _data(parser, arguments)
+    for option, given in (("--new", arguments.new), ("--continue", arguments.going_on)):
+        if given and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            parser.error(f"{option} is for one process, and WORLD_SIZE is above 1: start it with --workers instead")
+    if arguments.going_on and (given := data or arguments.config or arguments.run_dir or arguments.new):
+        parser.error(f"--continue {arguments.going_on} has its own configuration, data and directory: drop {given}")
     for text in arguments.overrides:
         if not is_override(text):
             parser.error(not_an_override(text, arguments.overrides))
@@ -198,13 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     def body() -> int:
         from udddm import config as configuration
 
-        changes = [*overrides, *_flags(arguments)]
-        if data is None:
-            config = configuration.load_config(arguments.config, changes)
-            run = arguments.run_dir or _default_run(arguments.config)
-        else:
-            run = arguments.run_dir or f"runs/{Path(data.rstrip('/')).stem}"
-            config = _chosen(data, run, changes, arguments.device)
+        config, run = _configured(arguments, data, overrides)
         if arguments.print_config:
             print(configuration.as_yaml(config.model_dump(mode="json"), flow=False), end="")
             return 0
@@ -219,6 +241,10 @@ def main(argv: list[str] | None = None) -> int:
         from udddm.api import train as run_training
         from udddm.runs.summary import last_line
 
+        if arguments.new:
+            from udddm.runs.growing import numbered
+
+            run = numbered(run)
         began = time.monotonic()
         result = run_training(
             config,
@@ -228,6 +254,7 @@ def main(argv: list[str] | None = None) -> int:
             workers=arguments.workers,
             max_failures=arguments.max_failures,
             timeout=arguments.timeout,
+            extend=bool(arguments.going_on),
         )
         if os.environ.get("RANK", "0") == "0":  # one of the ranks of torchrun prints it
             if config.sample.final:

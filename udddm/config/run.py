@@ -218,6 +218,10 @@ class CheckpointConfig(Section):
 
     every_steps: Positive = Field(1000, description="steps between checkpoints", json_schema_extra=unit("steps"))
     keep: Positive = Field(2, description="number of checkpoints to keep", json_schema_extra=unit("checkpoints"))
+    best: Literal["fid", "fd", "kid", "recall", "precision", "inception_score"] | None = Field(
+        None,
+        description="score of evaluations during training by which <run>/best keeps the best weights of the first EMA",
+    )
 
 
 class SampleConfig(Section):
@@ -301,6 +305,10 @@ class RunConfig(Section):
                 "each lane contributes the same number of samples to a step"
             )
         self.check_guidance(self.sample.guidance, "sample.guidance")
+        if self.checkpoint.best is not None and not self.evaluate.every_steps:
+            raise ValueError(
+                f"checkpoint.best={self.checkpoint.best} needs scores during training: set evaluate.every_steps"
+            )
         return self
 
     def check_guidance(self, weight: float, key: str) -> None:

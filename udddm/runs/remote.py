@@ -296,9 +296,13 @@ class RemoteRun(Run):
         if self._lease is not None:
             self._lease.release()
 
+    def remove(self, name: str) -> None:
+        super().remove(name)
+        self.objects.delete(name)
+
     def persist(self) -> None:
         """Upload the files that changed since the last call, `result.json` after all others. Raises StoreError."""
-        passed = {"checkpoints", ".lock"}
+        passed = {"checkpoints", ".lock", ".best"}
         files = [p for p in self.path.rglob("*") if p.is_file() and p.relative_to(self.path).parts[0] not in passed]
         for path in sorted(files, key=lambda p: (p.name == "result.json", p)):
             name, now = str(path.relative_to(self.path)), path.stat()

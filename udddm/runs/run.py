@@ -109,6 +109,11 @@ class Run:
     def leave(self) -> None:
         """End on every rank what `check_visible` started."""
 
+    def remove(self, name: str) -> None:
+        """Delete a file of the run, if it exists, once the lock is held. Raises OSError or StoreError."""
+        (self.path / name).unlink(missing_ok=True)
+        sync_directory(self.path)
+
     def persist(self) -> None:
         """Make the files written to `path` survive a power loss: here those that are appended to, because all others
         are written durably. Errors are logged once, because metrics are not worth a run. Raises StoreError."""

@@ -24,6 +24,7 @@ from udddm.diffusion import samplers, schedule
 from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
 from udddm.files import load_json
 from udddm.log import log
+from udddm.runs import growing
 from udddm.runs.remote import open_run
 from udddm.runs.run import Run, check_or_record
 from udddm.storage import local_path, open_object_store
@@ -38,9 +39,12 @@ def train_rank(
     ranks: Ranks,
     listener: Listener | None = None,
     callbacks: Sequence[Given] = (),
+    *,
+    extend: bool = False,
 ) -> dict[str, Any]:
     """Train this rank's part of the run in `where`, a directory or URL, after the ranks have joined.
 
+    With `extend`, the run that is there may be a shorter one, and becomes this one (udddm/runs/growing.py).
     Returns the contents of the run's result.json. Raises ConfigError, DataError, StoreError or CheckpointError on every
     rank if any rank cannot start, and the errors of `Trainer.train`.
     """
@@ -65,6 +69,8 @@ def train_rank(
             held.enter_context(run.lock())
             run.download()
             trained = run.trained()
+            if extend:
+                growing.extend(run, config, images)
             check_or_record(run.path, config, images, trained=trained)
             if not trained and not (run.path / "result.json").exists():
                 run.discard_state()

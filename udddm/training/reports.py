@@ -107,3 +107,15 @@ def gpu_memory(device: torch.device) -> dict[str, float]:
     if device.type != "cuda":
         return {}
     return {"gpu_memory_bytes": float(torch.cuda.max_memory_allocated(device))}
+
+
+def diverged(what: str, step: int, newest: tuple[str, int] | None) -> str:
+    """The message of a run that diverged: `what` is not finite. `newest` is its newest checkpoint, and its step."""
+    advice = "to lower train.learning_rate, set train.grad_clip or change train.precision, start a new run (--run-dir)"
+    if newest is None:
+        return f"{what} is not finite after step {step}, and there is no checkpoint yet; {advice}"
+    return (
+        f"{what} is not finite after step {step}. The newest checkpoint, from step {newest[1]}, is intact; the same "
+        f"command resumes from it, which helps if the hardware was at fault. Otherwise, {advice}, with "
+        f"train.init_from={newest[0]} to start from the weights of that checkpoint"
+    )

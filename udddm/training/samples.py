@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -30,11 +30,16 @@ class Drawing:
     ):
         self._config, self._shape, self._schedule, self._engine, self._emas = config, shape, schedule, engine, emas
 
-    def draw(self, count: int, stop_signal: Callable[[], int] | None = None) -> torch.Tensor:
+    def draw(
+        self,
+        count: int,
+        stop_signal: Callable[[], int] | None = None,
+        keep: Callable[[Mapping[str, torch.Tensor]], None] | None = None,
+    ) -> torch.Tensor:
         """Draw `count` images, with the first EMA, or with the weights if there is none.
 
         Returns them on rank zero as [count, C, H, W] in [-1, 1] on the host, and an empty tensor on other ranks. There
-        are fewer if `stop_signal` returns a signal before all are drawn.
+        are fewer if `stop_signal` returns a signal before all are drawn. `keep` receives the weights.
         """
         engine, ranks = self._engine, self._engine.ranks
         network = networks.for_run(self._config, self._shape)
@@ -42,6 +47,8 @@ class Drawing:
         with torch.no_grad():
             for name, parameter in network.named_parameters():
                 parameter.copy_(engine.whole(pieces, name))  # type: ignore[arg-type]
+        if keep is not None:
+            keep(dict(network.named_parameters()))
         network.to(ranks.device).eval()
         model = Model(network, self._schedule, self._config, self._shape)
         seeds = np.array_split(np.arange(count), ranks.world_size)[ranks.rank].tolist()

@@ -36,12 +36,13 @@ from udddm.runs.pretrained import begin_from
 from udddm.runs.run import PICTURES, Run, run_id
 from udddm.store import Encoding, Snapshot, StateLayout
 from udddm.store.base import finite_rows
+from udddm.training.best import Best
 from udddm.training.callbacks import Callbacks, Given, RunInfo
 from udddm.training.inputs import InputBuilder, Prefetch, StepInput
 from udddm.training.phases import Phases
 from udddm.training.profile import Profile, region
 from udddm.training.progress import Progress
-from udddm.training.reports import LossBySigma, Reports, Sources
+from udddm.training.reports import LossBySigma, Reports, Sources, diverged
 from udddm.training.samples import Drawing
 from udddm.training.state_use import StateUse
 
@@ -76,6 +77,8 @@ class Trainer:
         )
         self.checkpoints = run.checkpoints()
         self.evaluation = RunEvaluation(config, dataset, ranks, run.path) if config.evaluate.every_steps else None
+        keeps = config.checkpoint.best and ranks.is_rank_zero
+        self._best = Best(run.path, config, dataset.shape) if keeps else None
         self.step = 0
         self._kept_rows = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._state_use = StateUse(config, self.objective, ranks)
@@ -177,7 +180,8 @@ class Trainer:
     def _start_callbacks(self) -> Callbacks:
         path, done = self.run.path, (self.step, self.total_steps)
         info = RunInfo(run_id(path), str(self.run), path, self.config, self.dataset.shape, *done)
-        return Callbacks.start(info, self._given_callbacks, self.ranks)
+        own = [self._best] if self._best is not None else []
+        return Callbacks.start(info, [*own, *self._given_callbacks], self.ranks)
 
     def _tell_scores(self) -> None:
         """Pass on the scores of the evaluations that are done."""
@@ -228,7 +232,8 @@ class Trainer:
             if stop and not last:
                 raise Interrupted(stop, self.step)
             if self.evaluation is not None:
-                draw = partial(self._drawing.draw, stop_signal=self._stop_signal)
+                keep = partial(self._best.offer, self.step) if self._best is not None else None
+                draw = partial(self._drawing.draw, stop_signal=self._stop_signal, keep=keep)
                 self.evaluation.after_step(self.step, draw, last=last)
                 self._tell_scores()
         profile.close()
@@ -272,17 +277,8 @@ class Trainer:
         self._told.metrics(self.step, metrics)
 
     def _diverged(self, what: str) -> str:
-        advice = (
-            "to lower train.learning_rate, set train.grad_clip or change train.precision, start a new run (--run-dir)"
-        )
-        if self._newest is None:
-            return f"{what} is not finite after step {self.step}, and there is no checkpoint yet; {advice}"
-        newest = self.checkpoints.name(self._newest)
-        return (
-            f"{what} is not finite after step {self.step}. The newest checkpoint, from step "
-            f"{step_of(self._newest)}, is intact; the same command resumes from it, which helps if the hardware was at "
-            f"fault. Otherwise, {advice}, with train.init_from={newest} to start from the weights of that checkpoint"
-        )
+        newest = None if self._newest is None else (self.checkpoints.name(self._newest), step_of(self._newest))
+        return diverged(what, self.step, newest)
 
     # Checkpoints.
 

@@ -54,6 +54,8 @@ class Job:
     """Seconds after which a collective counts as hung."""
     callbacks: Sequence[Given] = ()
     """Called on the first rank. With several workers, they are pickled, as the data set is."""
+    extend: bool = False
+    """Whether a shorter run in `run_dir` becomes longer (`udddm train --continue`)."""
     versions: dict[str, str] = field(default_factory=lambda: versions())
     """The driver's versions, which every worker must have."""
     log_level: int = field(default_factory=log.getEffectiveLevel)
@@ -134,7 +136,7 @@ def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
         dataset = job.dataset
         factory = isinstance(dataset, type) or (callable(dataset) and not hasattr(dataset, "__getitem__"))
         made = dataset() if factory else dataset  # type: ignore[operator,misc]
-        return train_rank(job.config, made, job.run_dir, ranks, listener, job.callbacks)  # type: ignore[arg-type]
+        return train_rank(job.config, made, job.run_dir, ranks, listener, job.callbacks, extend=job.extend)  # type: ignore[arg-type]
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise _out_of_memory(job.config, error) from error
