@@ -68,6 +68,7 @@ def test_more_evaluations_score_better(executed: Any) -> None:
 
 
 def test_links_of_the_notebook_resolve() -> None:
-    text = "\n".join(cell.source for cell in nbformat.read(NOTEBOOK, as_version=4).cells if cell.cell_type == "markdown")
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    text = "\n".join(cell.source for cell in cells if cell.cell_type == "markdown")
     links = re.findall(r"\]\(([^)#]+)", text)
     assert links and not [link for link in links if not (NOTEBOOK.parent / link).exists()]
