@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,11 @@ def on_files(files: Files, *, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: Any, files: Files) -> str:
-    """Rewrite the links of a page for the site."""
+    """Rewrite the links of a page for the site. A link whose text is the name of a page's file shows its title."""
     source = Path(str(page.file.abs_src_path))
     pages = {str(file.abs_src_path): file.src_uri for file in files}
     start = posixpath.dirname(page.file.src_uri)
+    titles = {uri: title for section in config.nav for title, uri in _titles(section)}
 
     def rewrite(match: re.Match[str]) -> str:
         text, link = match.groups()
@@ -58,11 +60,24 @@ def on_page_markdown(markdown: str, *, page: Page, config: Any, files: Files) ->
             return match[0]
         anchor = link[link.index("#") :] if "#" in link else ""
         if str(found) in pages:
-            return f"{text}({posixpath.relpath(pages[str(found)], start or '.')}{anchor})"
+            uri = pages[str(found)]
+            if posixpath.basename(text.strip("[]")) == found.name and uri in titles:
+                text = f"[{titles[uri]}]"
+            return f"{text}({posixpath.relpath(uri, start or '.')}{anchor})"
         kind = "tree" if found.is_dir() else "blob"
         return f"{text}({HOST}/{kind}/main/{found.relative_to(ROOT).as_posix()}{anchor})"
 
     return LINK.sub(rewrite, markdown)
+
+
+def _titles(entry: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The titles of the pages in an entry of the navigation, each with the page's path on the site."""
+    for title, found in entry.items():
+        if isinstance(found, str):
+            yield title, found
+        else:
+            for inner in found:
+                yield from _titles(inner)
 
 
 def _in_repository(source: Path, link: str) -> Path | None:
