@@ -48,7 +48,7 @@ format: $(READY)
 
 # The documentation as a site, for reading from disk or from any server: build/site/index.html. Warnings are errors.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --config-file docs/site/mkdocs.yml
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file docs/site/mkdocs.yml
 
 # Rewrite constraints.txt with the newest versions that pyproject.toml allows. Run the tests before you commit it.
 lock:
