@@ -8,7 +8,7 @@ DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-unit test-all lint format lock clean
+.PHONY: demo test test-unit test-all lint format docs lock clean
 
 # The base installation, without Ray, DeepSpeed, S3 and test tools.
 $(DEMO_READY): pyproject.toml constraints.txt
@@ -45,6 +45,10 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The documentation as a site, for reading from disk or from any server: build/site/index.html. Warnings are errors.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --config-file docs/site/mkdocs.yml
 
 # Rewrite constraints.txt with the newest versions that pyproject.toml allows. Run the tests before you commit it.
 lock:

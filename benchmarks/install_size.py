@@ -22,7 +22,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = next(path for path in Path(__file__).resolve().parents if (path / "pyproject.toml").exists())
-EXTRAS = ("images", "tensorboard", "evaluation", "s3", "deepspeed", "ray")
+EXTRAS = ("images", "tensorboard", "evaluation", "s3", "deepspeed", "ray", "docs")
 
 
 @dataclass(frozen=True)

@@ -102,6 +102,23 @@ def test_python_names_exist(page: Path) -> None:
     assert not missing
 
 
+HOSTED = re.compile(
+    r"https://(?:github\.com/udddm/udddm/(?:blob|tree)|raw\.githubusercontent\.com/udddm/udddm)/main/([^)\s#]+)"
+)
+"""A link to a file of this project on the code host."""
+
+
+def test_the_readme_needs_no_checkout() -> None:
+    """A package index shows it too, where a relative link or picture would be broken."""
+    links = LINK.findall((ROOT / "README.md").read_text())
+    assert links and not [link for link in links if not link.startswith("https://")]
+
+
+@PAGE
+def test_links_to_the_code_host_resolve(page: Path) -> None:
+    assert not [name for name in HOSTED.findall(page.read_text()) if not (ROOT / name).exists()]
+
+
 @PAGE
 def test_relative_links_resolve(page: Path) -> None:
     links = [link.partition("#")[0] for link in LINK.findall(page.read_text()) if "://" not in link]

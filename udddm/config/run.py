@@ -44,7 +44,7 @@ class DataConfig(Section):
         json_schema_extra=CHANGEABLE | unit("processes"),
     )
     flip: bool = Field(
-        False, description="mirror half of the images horizontally, drawn anew with the noise of a visit"
+        False, description="mirror half of the images horizontally; the choice depends on the noise of a visit"
     )
     missing_chunks: Literal["stop", "fill"] = Field(
         "stop",

@@ -166,7 +166,7 @@ def half(images: object) -> object:
 def test_the_readme_makes_the_picture_above_its_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image = pytest.importorskip("PIL.Image")
     readme = (ROOT / "README.md").read_text()
-    [picture] = re.findall(r"!\[.*\]\((\S+grid\.png)\)", readme)
+    [picture] = re.findall(r"!\[.*\]\(https://\S+/main/(\S+grid\.png)\)", readme)
     [command] = re.findall(r"udddm (sample benchmarks/.*)", readme)
     arguments = [str(ROOT / each) if each.startswith("benchmarks/") else each for each in command.split()]
     monkeypatch.chdir(tmp_path)
