@@ -77,6 +77,17 @@ def test_settings_fit_the_data_and_train(name: str, tmp_path: Path) -> None:
     assert ImageDataset(load_dataset(load_config(run / "config.yaml").data)).shape == shape
 
 
+def test_the_choice_follows_the_settings_of_the_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    place = folder(tmp_path / "pictures", [(48, 48)], "RGB", 80)
+    shown = []
+    for changes in ([], ["data.size=16"]):
+        assert train_command([str(place), *changes, "--print-config", "--device", "cpu"]) == 0
+        shown.append(yaml.safe_load(capsys.readouterr().out))
+    assert [each["data"]["size"] for each in shown] == [None, 16]
+    small = automatic.choose({"name": "folder", "path": str(place), "size": 16}, Machine(False))[0]
+    assert shown[1]["network"] == small.model_dump(mode="json")["network"] != shown[0]["network"]
+
+
 def test_the_same_command_resumes_the_run_that_it_began(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it would now choose otherwise, as on another machine."""
     place, run = digits(tmp_path / "pictures"), tmp_path / "run"

@@ -154,7 +154,7 @@ def _is_place(text: str) -> bool:
 def _chosen(data: str, run: str, changes: list[str], device: str) -> RunConfig:
     """The configuration for a data set: that of the run, if it was begun, or one that is chosen now, and logged."""
     from udddm import config as configuration
-    from udddm.config.reading import overridden, resolve
+    from udddm.config.reading import keys_set, overridden, resolve
     from udddm.errors import ConfigError
     from udddm.log import install, log
     from udddm.storage import local_path
@@ -169,6 +169,8 @@ def _chosen(data: str, run: str, changes: list[str], device: str) -> RunConfig:
         if config.data.path != section.get("path"):
             raise ConfigError(f"{run} was begun on {config.data.path or config.data.name}: give another --run-dir")
         return config
+    of_data = [each for each in changes if all(key.startswith("data.") for key in keys_set(each))]
+    section = overridden({"data": section}, of_data, "the configuration")["data"]  # the choice depends on them
     config, lines = automatic.choose(section, automatic.machine(device))
     for line in lines:
         log.info(line)
