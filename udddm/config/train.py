@@ -75,6 +75,12 @@ class TrainConfig(Section):
     grad_clip: Annotated[float, Field(gt=0)] | None = Field(
         None, description="maximum norm of the gradient; unset: no clipping"
     )
+    spike_factor: Annotated[float, Field(gt=1)] | None = Field(
+        None,
+        description="go back to the newest checkpoint, with half the learning rate for a while, if the loss between "
+        "two reports is not finite or exceeds the usual one by this factor; unset: stop if it is not finite",
+        json_schema_extra=CHANGEABLE,
+    )
     ema: tuple[UnderOne, ...] = Field((0.9999,), description="decay of each exponential moving average")
     ema_warmup: bool = Field(False, description="limit the decay to (1 + step) / (10 + step)")
     power_ema: tuple[Annotated[float, Field(gt=0, lt=0.288)], ...] = Field(

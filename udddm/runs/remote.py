@@ -37,7 +37,7 @@ from udddm.store.zarr import LEASE_PATIENCE
 
 SCRATCH = "UDDDM_SCRATCH"
 """Environment variable: local directory for the files of runs at URLs before they are uploaded."""
-FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json")
+FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json", "spikes.json")
 """Files that a run appends to or reads again: all that it writes at the top of its directory, except the final samples.
 """
 WRITER = "writer.json"

@@ -6,6 +6,7 @@ import platform
 import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from udddm.runs import growing
 from udddm.runs.remote import open_run
 from udddm.runs.run import Run, check_or_record
 from udddm.storage import local_path, open_object_store
+from udddm.training import spikes
 from udddm.training.callbacks import Given, check_loggers
 from udddm.training.trainer import Trainer
 
@@ -136,11 +138,22 @@ def _train(
     if config.train.torch_threads is not None:
         torch.set_num_threads(config.train.torch_threads)
     memory.check(config, images.shape, ranks)
-    trainer = Trainer(config, images, run, ranks, *audience)
-    if ranks.is_rank_zero:
-        for line in describe(trainer):
-            log.info(line)
-    return trainer.train()
+    back, described = ranks.run_on_rank_zero(lambda: spikes.read(run.path), ()), False
+    while True:
+        trainer = Trainer(config, images, run, ranks, *audience)
+        trainer.stepped_back(back)
+        if ranks.is_rank_zero and not described:
+            for line in describe(trainer):
+                log.info(line)
+        described = True
+        try:
+            return trainer.train()
+        except spikes.LossSpike as spike:
+            event = spike.event
+        del trainer  # its GPU memory, before the next one needs it
+        back = ranks.run_on_rank_zero(partial(spikes.add, run.path, event), (OSError,))
+        if ranks.is_rank_zero:
+            log.warning(spikes.message(event))
 
 
 def describe(trainer: Trainer) -> list[str]:

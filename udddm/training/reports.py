@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -100,6 +101,18 @@ class Reports:
         self._since, self._step, self._counters = now, step, counters
         self.loss.zero_()
         return found
+
+    def result(self, step: int) -> dict[str, float]:
+        """The figures of `result.json` about this process's part of the run."""
+        order, counters = self._from.order, self._from.store.counters
+        elapsed = time.perf_counter() - self.started
+        return {
+            "steps": step,
+            "epochs": step / order.steps_per_epoch,
+            "images_per_second": (step - self.first) / order.steps_per_epoch * order.samples / elapsed,
+            "store_wait_fraction": (counters.read_wait + counters.write_wait) / elapsed,
+            "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
 
 
 def gpu_memory(device: torch.device) -> dict[str, float]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import resource
-import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
@@ -36,6 +34,7 @@ from udddm.runs.pretrained import begin_from
 from udddm.runs.run import PICTURES, Run, run_id
 from udddm.store import Encoding, Snapshot, StateLayout
 from udddm.store.base import finite_rows
+from udddm.training import spikes
 from udddm.training.best import Best
 from udddm.training.callbacks import Callbacks, Given, RunInfo
 from udddm.training.inputs import InputBuilder, Prefetch, StepInput
@@ -44,6 +43,7 @@ from udddm.training.profile import Profile, region
 from udddm.training.progress import Progress
 from udddm.training.reports import LossBySigma, Reports, Sources, diverged
 from udddm.training.samples import Drawing
+from udddm.training.spikes import LossSpike, SteppedBack, Watch
 from udddm.training.state_use import StateUse
 
 
@@ -80,6 +80,7 @@ class Trainer:
         keeps = config.checkpoint.best and ranks.is_rank_zero
         self._best = Best(run.path, config, dataset.shape) if keeps else None
         self.step = 0
+        self._watch = Watch(config.train.spike_factor)
         self._kept_rows = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._state_use = StateUse(config, self.objective, ranks)
         self._loss_by_sigma = LossBySigma(ranks.device)
@@ -258,6 +259,7 @@ class Trainer:
     def _check_finite(self, losses: torch.Tensor) -> None:
         """Raise Diverged unless losses, weights, moments and averages are finite; losses do not show the last update"""
         if not math.isfinite(self.ranks.sum(losses + weights.not_finite(self.engine, self.emas))):
+            self._step_back(math.nan, math.nan)
             raise Diverged(self._diverged("the loss, a weight, one of Adam's moments or an average"))
 
     def _start_reports(self) -> Reports:
@@ -267,6 +269,9 @@ class Trainer:
 
     def _report(self, progress: Progress | None, reports: Reports) -> None:
         loss = reports.mean_loss(self.step)  # waits for the device, once per log_every_steps
+        usual = self._watch.see(loss, self.objective.phase((self.step - 1) // self.order.steps_per_epoch))
+        if usual is not None:
+            self._step_back(loss, usual)
         if not math.isfinite(loss):
             raise Diverged(self._diverged("the loss"))
         self.store.counters.kept = int(self._kept_rows)
@@ -275,6 +280,16 @@ class Trainer:
         if progress is not None:
             progress.write(self.step, metrics)
         self._told.metrics(self.step, metrics)
+
+    def stepped_back(self, events: Sequence[SteppedBack]) -> None:
+        """Tell how often the run has stepped back from a spike of its loss, before `train`."""
+        self._watch = Watch(self.config.train.spike_factor if len(events) < spikes.MOST else None)
+        self.engine.lr_factor = lambda step: math.prod(each.factor(step) for each in events)
+
+    def _step_back(self, loss: float, usual: float) -> None:
+        """End this attempt on every rank, if `train.spike_factor` asks for that and there is a checkpoint."""
+        if self._watch.active and self._newest is not None:
+            raise LossSpike(spikes.event(self.step, step_of(self._newest), loss, usual))
 
     def _diverged(self, what: str) -> str:
         newest = None if self._newest is None else (self.checkpoints.name(self._newest), step_of(self._newest))
@@ -368,15 +383,8 @@ class Trainer:
             self._told.images(self.step, images)
 
     def _result(self, state: list[str]) -> dict[str, Any]:
-        elapsed = time.perf_counter() - self._reports.started
-        counters = self.store.counters
-        visited = (self.step - self._reports.first) / self.order.steps_per_epoch * self.order.samples
         return {
-            "steps": self.step,
-            "epochs": self.step / self.order.steps_per_epoch,
-            "images_per_second": visited / elapsed,
-            "store_wait_fraction": (counters.read_wait + counters.write_wait) / elapsed,
-            "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            **self._reports.result(self.step),
             "weights_sha256": weights.digest(self.engine, {"": self.engine.weights()}),
             "ema_sha256": weights.digest(self.engine, {f"{e.name}/": e.weights for e in self.emas}),
             "state_sha256": hashlib.sha256("".join(state).encode()).hexdigest(),

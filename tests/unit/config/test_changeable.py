@@ -16,6 +16,7 @@ CHANGEABLE = {
     "data.expect",
     "store",
     "train.grad_accumulation",
+    "train.spike_factor",
     "train.power_ema_every_steps",
     "train.torch_threads",
     "train.compile",

@@ -18,7 +18,7 @@ from __future__ import annotations
 import contextlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -79,6 +79,8 @@ class Engine(ABC):
 
     def __init__(self, context: EngineContext):
         self.config, self.ranks, self.total_steps = context.config.train, context.ranks, context.total_steps
+        self.lr_factor: Callable[[int], float] = lambda step: 1.0
+        """What the scheduled learning rate of a step is multiplied by."""
         self.shapes = {name: p.shape for name, p in context.network.named_parameters()}
 
     @classmethod
@@ -110,7 +112,10 @@ class Engine(ABC):
 
     def learning_rate(self, step: int) -> float:
         """The learning rate of step `step`, counted from 0: linear warmup, then constant or decaying to 0, and the
-        same again from `train.lr_restart` on."""
+        same again from `train.lr_restart` on; times `lr_factor`."""
+        return self._scheduled(step) * self.lr_factor(step)
+
+    def _scheduled(self, step: int) -> float:
         c, total = self.config, self.total_steps
         restart = round(c.lr_restart * total)
         if step >= restart:
