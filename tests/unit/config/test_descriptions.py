@@ -42,7 +42,7 @@ DIMENSIONLESS = {
     *("network.channel_mult", "network.dropout", "network.classes"),
     *("objective.huber_c", "objective.ect.q", "objective.ect.k", "objective.ect.b", "objective.refined.min_sharpness"),
     *("order.lanes", "engine.zero", "sample.guidance"),
-    *("train.learning_rate", "train.weight_decay", "train.betas", "train.grad_clip", "train.ema"),
+    *("train.learning_rate", "train.weight_decay", "train.betas", "train.grad_clip", "train.ema", "train.spike_factor"),
 }
 """Numbers without a unit."""
 
