@@ -181,9 +181,11 @@ def _refuse_secrets(config: RunConfig, run_dir: str | Path) -> None:
         "store.url": config.store.url,
         "data.path": config.data.path,
         "train.init_from": config.train.init_from,
+        **{f"evaluate.{name}_weights": place for name, place in config.evaluate.weights.items()},
+        "evaluate.reference": config.evaluate.reference,
     }
     for key, url in urls.items():
-        if url is not None and (what := secret_in(url)):
+        if url is not None and (what := secret_in(url.partition("#sha256=")[0])):
             raise ConfigError(
                 f"{key}: remove the {what} from the URL, which is recorded in run.json and every checkpoint. Pass "
                 "credentials through the environment or fsspec's configuration files, or copy the files to a local disk"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from udddm.cli import sweep
+from udddm.cli import references, sweep
 from udddm.cli.arguments import Parser, check_exists, is_override
 from udddm.cli.command import TRUST, add_guidance_and_average, add_sampler, add_version, path, positive, reported
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from udddm.backends.distributed.ranks import Ranks
+    from udddm.cli.references import Target
     from udddm.config import RunConfig
     from udddm.data import ImageDataset
     from udddm.evaluation.features import FeatureNetwork
@@ -40,19 +42,14 @@ def _parser() -> Parser:
     parser.add_argument("--config", metavar="NAME|FILE", help="the preset that names the data set, for --samples")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="the same without --set")
     parser.add_argument("--trust", action="store_true", help=TRUST)
-    parser.add_argument(
-        "--features",
-        default="inception",
-        metavar="NET",
-        help="feature network: inception (default), a TorchScript file or package.module:function. The last two are "
-        "programs that run with your permissions: use only those that you trust",
-    )
+    references.add_networks(parser)
     parser.add_argument(
         "--metrics",
         metavar="NAME,...",
         help="metrics to compute (default: all): frechet, kid, precision-recall, spread, inception-score, or "
         "package.module:function",
     )
+    references.add_references(parser)
     parser.add_argument(
         "--count", type=positive, default=50_000, metavar="N", help="number of samples (default 50,000)"
     )
@@ -128,6 +125,7 @@ def _check(parser: Parser, arguments: argparse.Namespace) -> None:
         parser.error("--repeat generates new samples each time, so it needs a run")
     if arguments.checkpoint and arguments.config:
         parser.error("--config names the data set of --samples; a run has its own, which data.path=... replaces")
+    references.check(parser, arguments)
 
 
 def _check_overrides(overrides: list[str]) -> None:
@@ -154,11 +152,12 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     from udddm.runs.model import load_model
 
     _check_overrides(arguments.set)
-    metrics = [name.strip() for name in arguments.metrics.split(",")] if arguments.metrics else list(METRICS.members)
-    for name in metrics:
+    for name in references.chosen_metrics(arguments) or ():
         METRICS.load(name)  # errors are reported before anything is computed
     refused = (ConfigError, DataError, CheckpointError, StoreError, OSError)
-    network = ranks.run_on_all(lambda: load_features(arguments.features, ranks.device), refused)
+    networks = ranks.run_on_all(
+        lambda: [load_features(name, ranks.device, arguments.weights) for name in arguments.networks], refused
+    )
     model, published = None, {}
     if arguments.checkpoint:
         chosen = {"ema": arguments.ema, "ema_length": arguments.ema_length, "trust": arguments.trust}
@@ -168,47 +167,51 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     else:
         config = configuration.load_config(arguments.config, list(arguments.set))
 
-    def load() -> ImageDataset | None:
-        if not ranks.is_rank_zero:
-            return None
+    def load_data() -> tuple[str, ImageDataset]:
         dataset = ImageDataset(load_dataset(config.data))
         if model is not None:
             _check_data(arguments, dataset)
-        return dataset
+        return config.data.name, dataset
 
-    dataset = ranks.run_on_all(load, refused)
+    target = ranks.run_on_all(lambda: references.load(arguments, load_data) if ranks.is_rank_zero else None, refused)
     rows = []
     if model is not None:
+        shape = model.shape
         for repetition in range(arguments.repeat):
-            rows.append(_share(arguments, model, network, ranks, arguments.first_seed + repetition * arguments.count))
-    elif dataset is not None:
-        rows.append(_features_of_file(arguments.samples, dataset.shape, network))
-    if dataset is None:
+            rows.append(_share(arguments, model, networks, ranks, arguments.first_seed + repetition * arguments.count))
+    elif target is not None:
+        shape, features = _features_of_file(arguments.samples, target, networks)
+        rows.append(features)
+    if target is None:
         return None
     # After the last collective: the statistics of a large data set may take longer than the collectives' timeout.
-    real = evaluate.reference(dataset, network, arguments.cache)
-    scores = [evaluate.score(features, logits, real, network.name, metrics) for features, logits in rows]
+    scores = references.score_each(networks, rows, target, shape, arguments)
+    summaries = [evaluate.summarize(each) for each in scores]
     return {
         "of": str(arguments.checkpoint or arguments.samples),
-        "data": config.data.name,
-        "features": network.name,
+        "data": target.name,
+        "features": networks[0].name,
         "evaluations": arguments.steps if model else None,
         "guidance": arguments.guidance if model else None,
-        "repeat": len(scores),
-        **evaluate.summarize(scores),
-        "published": published,
-        "each": scores if len(scores) > 1 else [],
+        "repeat": len(rows),
+        **evaluate.combined([network.name for network in networks], summaries),
+        "published": published if arguments.reference is None else {},
+        "each": scores[0] if len(rows) > 1 else [],
     }
 
 
-def _features_of_file(path: Path, shape: tuple[int, int, int], network: FeatureNetwork) -> Any:
-    """Features [N, D] and logits [N, K] of the images in an .npy file."""
+def _features_of_file(path: Path, target: Target, networks: Sequence[FeatureNetwork]) -> tuple[Any, Any]:
+    """The shape of the images in an .npy file, and their features [N, D] and logits [N, K] for each network."""
     import torch
 
     from udddm.evaluation import evaluate
-    from udddm.evaluation.features import extract
+    from udddm.evaluation.features import check_channels, extract_each
 
-    return extract(network, torch.split(read_samples(path, shape), evaluate.BATCH))
+    images = read_samples(path, None if target.dataset is None else target.dataset.shape)
+    shape = tuple(images.shape[1:])
+    for network in networks:
+        check_channels(network.name.partition("#")[0], shape[0])
+    return shape, extract_each(networks, torch.split(images, evaluate.BATCH))
 
 
 def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
@@ -253,8 +256,10 @@ def _check_data(arguments: argparse.Namespace, dataset: ImageDataset) -> None:
         ) from None
 
 
-def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, ranks: Ranks, first: int) -> Any:
-    """Features and logits of all samples, on rank zero. Other ranks return None.
+def _share(
+    arguments: argparse.Namespace, model: Any, networks: Sequence[FeatureNetwork], ranks: Ranks, first: int
+) -> Any:
+    """Features and logits of all samples for each network, on rank zero. Other ranks return None.
 
     Each rank generates its part of the samples and sends their features. Seeds start at `first`.
     """
@@ -262,22 +267,22 @@ def _share(arguments: argparse.Namespace, model: Any, network: FeatureNetwork, r
 
     from udddm.diffusion.samplers import SamplingOptions
     from udddm.evaluation.evaluate import prefetch
-    from udddm.evaluation.features import extract
+    from udddm.evaluation.features import extract_each, join
 
     seeds = (first + np.array_split(np.arange(arguments.count), ranks.world_size)[ranks.rank]).tolist()
     batch = min(arguments.batch, arguments.count)
     chosen = arguments.sampler, arguments.guidance, batch, arguments.sampler_settings
     options = SamplingOptions(arguments.steps, *chosen)
     drawn = model.batches(seeds, options=options)
-    pieces = [piece for piece in ranks.gather_first(extract(network, prefetch(drawn))) if len(piece[0])]
-    if not pieces:
-        return None
-    logits = None if pieces[0][1] is None else np.concatenate([piece[1] for piece in pieces])
-    return np.concatenate([piece[0] for piece in pieces]), logits
+    pieces = [piece for piece in ranks.gather_first(extract_each(networks, prefetch(drawn))) if len(piece[0][0])]
+    return [join(parts) for parts in zip(*pieces, strict=True)] or None
 
 
-def read_samples(file: Path, shape: tuple[int, int, int]) -> torch.Tensor:
-    """Images [N, *shape], float in [-1, 1], from an .npy file. Raises DataError, which names the file."""
+def read_samples(file: Path, shape: tuple[int, int, int] | None) -> torch.Tensor:
+    """Images [N, *shape], float in [-1, 1], from an .npy file. None: of any shape (C, H, W).
+
+    Raises DataError, which names the file.
+    """
     import numpy as np
     import torch
 
@@ -287,10 +292,10 @@ def read_samples(file: Path, shape: tuple[int, int, int]) -> torch.Tensor:
         array = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(f"cannot read the samples {file}: {error}") from error
-    if array.shape[1:] != shape or len(array) < 2:
-        raise DataError(
-            f"{file} has shape {list(array.shape)}: expected two or more images [N, {', '.join(map(str, shape))}]"
-        )
+    fits = array.ndim == 4 if shape is None else array.shape[1:] == shape
+    if not fits or len(array) < 2:
+        expected = ", ".join(map(str, shape or ("C", "H", "W")))
+        raise DataError(f"{file} has shape {list(array.shape)}: expected two or more images [N, {expected}]")
     if array.dtype == np.uint8:
         return torch.from_numpy(array).float() / 127.5 - 1
     if not np.issubdtype(array.dtype, np.floating):
@@ -302,28 +307,37 @@ def read_samples(file: Path, shape: tuple[int, int, int]) -> torch.Tensor:
     return images
 
 
-_ABOUT = ("of", "data", "features", "evaluations", "guidance", "repeat", "published", "each")
+_ABOUT = ("of", "data", "features", "evaluations", "guidance", "repeat", "published", "each", "networks")
 """Keys of the result of `_evaluate` that are not metrics."""
 
 
 def _table(found: dict[str, Any]) -> list[str]:
-    from udddm.evaluation.evaluate import figures, notes
+    from udddm.evaluation.evaluate import notes
 
-    names = {"fid": "FID", "fd": "fd", "inception_score": "IS", "kid": "KID", "precision": "P", "recall": "R"}
-    cells = []
-    for key, name in names.items():
-        if key in found:
-            over = f" ± {found[f'{key}_over_seeds']:.2g}" if f"{key}_over_seeds" in found else ""
-            stated = f" (published {found['published'][key]:g})" if key in found["published"] else ""
-            cells.append(f"{name} {found[key]:.4g}{over}{stated}")
-    cells += figures({key: value for key, value in found.items() if key not in _ABOUT})
     times = f" x {found['repeat']}" if found["repeat"] > 1 else ""
     evaluations = (
         f", {found['evaluations']} evaluation{'s' if found['evaluations'] != 1 else ''}" if found["evaluations"] else ""
     )
     guided = f", guidance {found['guidance']:g}" if found["guidance"] not in (None, 1) else ""
-    head = f"{found['of']} ({found['n']} images{times}{evaluations}{guided}; {found['features']})"
-    return [f"{head}: {'  '.join(cells)}", *notes(found)]
+    about = f"{found['of']} ({found['n']} images{times}{evaluations}{guided}"
+    lines = []
+    for name, scores in {found["features"]: found, **found.get("networks", {})}.items():
+        lines += [f"{about}; {name}): {'  '.join(_cells(scores, found['published']))}", *notes(scores)]
+    return lines
+
+
+def _cells(scores: dict[str, Any], published: dict[str, float]) -> list[str]:
+    """The scores in one feature space, as `name value`."""
+    from udddm.evaluation.evaluate import figures
+
+    names = {"fid": "FID", "fd": "fd", "inception_score": "IS", "kid": "KID", "precision": "P", "recall": "R"}
+    cells = []
+    for key, name in names.items():
+        if key in scores:
+            over = f" ± {scores[f'{key}_over_seeds']:.2g}" if f"{key}_over_seeds" in scores else ""
+            stated = f" (published {published[key]:g})" if key in published else ""
+            cells.append(f"{name} {scores[key]:.4g}{over}{stated}")
+    return cells + figures({key: value for key, value in scores.items() if key not in _ABOUT})
 
 
 if __name__ == "__main__":

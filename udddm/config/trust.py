@@ -21,7 +21,7 @@ from udddm.config.plugins import (
     Registry,
 )
 from udddm.config.reading import keys_set
-from udddm.config.run import RunConfig
+from udddm.config.run import PUBLISHED_NETWORKS, RunConfig
 from udddm.errors import ConfigError
 
 NAMED: dict[str, Registry] = {
@@ -64,8 +64,11 @@ def _reaching(config: RunConfig) -> Iterator[tuple[str, object]]:
     yield from ((f"data.arguments.{key}", value) for key, value in data.arguments.items())
     if data.path is not None:
         yield "data.path", data.path
-    if config.evaluate.features != type(config.evaluate).model_fields["features"].default:
-        yield "evaluate.features", config.evaluate.features
+    evaluate = config.evaluate
+    yield from (("evaluate.features", name) for name in evaluate.features if name not in PUBLISHED_NETWORKS)
+    for key in ("inception_weights", "dinov2_weights", "reference"):
+        if (place := getattr(evaluate, key)) is not None:
+            yield f"evaluate.{key}", place
 
 
 def check_trusted(

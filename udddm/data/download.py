@@ -8,6 +8,7 @@ import os
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -27,12 +28,31 @@ def cache_directory() -> Path:
 
 def md5_of(path: Path) -> str:
     """The MD5 of a file in hexadecimal. It detects corruption, not tampering."""
+    return _digest_of(path, _md5)
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file in hexadecimal."""
+    return _digest_of(path, hashlib.sha256)
+
+
+def _digest_of(path: Path, algorithm: Callable[[], hashlib._Hash]) -> str:
     with path.open("rb") as file:
-        return hashlib.file_digest(file, _md5).hexdigest()
+        return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-def fetch(url: str, destination: Path, md5: str, *, timeout: float = 30.0) -> Path:
-    """Download `url` to `destination` unless it exists with the checksum `md5`. Returns `destination`.
+def fetch(
+    url: str,
+    destination: Path,
+    checksum: str,
+    *,
+    timeout: float = 30.0,
+    manually: str = "download it manually and set data.path",
+) -> Path:
+    """Download `url` to `destination` unless it exists with this checksum. Returns `destination`.
+
+    `checksum` is an MD5 (32 hexadecimal digits) or a SHA-256 (64). `manually` says what to do on a machine without this
+    server, for error messages.
 
     The bytes are written to a temporary file in the same directory, which is renamed after its checksum was verified.
     An interrupted download therefore leaves nothing (a killed one leaves a `.part` file), and several processes may
@@ -40,22 +60,23 @@ def fetch(url: str, destination: Path, md5: str, *, timeout: float = 30.0) -> Pa
     server cannot be reached or returns an error, the transfer is interrupted, the checksum is wrong or the file cannot
     be written.
     """
-    if destination.is_file() and md5_of(destination) == md5:
+    name, algorithm = ("SHA-256", hashlib.sha256) if len(checksum) == 64 else ("MD5", _md5)
+    if destination.is_file() and _digest_of(destination, algorithm) == checksum:
         return destination
-    by_hand = f"if this machine cannot reach {url}, download it manually and set data.path"
+    by_hand = f"if this machine cannot reach {url}, {manually}"
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f"{destination.name}.", suffix=".part", dir=destination.parent)
+        handle, temporary = tempfile.mkstemp(prefix=f"{destination.name}.", suffix=".part", dir=destination.parent)
     except OSError as error:
         raise DataError(
             f"cannot write to {destination.parent}: {error}; set XDG_CACHE_HOME to a writable directory"
         ) from error
-    part = Path(name)
+    part = Path(temporary)
     try:
         with os.fdopen(handle, "wb") as file:
-            digest = _transfer(url, file, timeout)
-        if digest != md5:
-            raise DataError(f"{url} has the MD5 {digest} instead of {md5}: try again; {by_hand}")
+            digest = _transfer(url, file, timeout, algorithm())
+        if digest != checksum:
+            raise DataError(f"{url} has the {name} {digest} instead of {checksum}: try again; {by_hand}")
         part.chmod(0o644)  # mkstemp gives 0600, but a cache may be shared
         part.replace(destination)
     except urllib.error.HTTPError as error:
@@ -68,11 +89,10 @@ def fetch(url: str, destination: Path, md5: str, *, timeout: float = 30.0) -> Pa
     return destination
 
 
-def _transfer(url: str, file: BinaryIO, timeout: float) -> str:
-    """Copy the response to `file`, with a progress bar on a terminal. Returns its MD5."""
+def _transfer(url: str, file: BinaryIO, timeout: float, digest: hashlib._Hash) -> str:
+    """Copy the response to `file`, with a progress bar on a terminal. Returns its checksum, computed with `digest`."""
     from tqdm import tqdm
 
-    digest = _md5()
     with urllib.request.urlopen(url, timeout=timeout) as response:
         announced = response.headers.get("Content-Length")
         total = int(announced) if announced and announced.isdigit() else None

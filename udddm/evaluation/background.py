@@ -18,8 +18,9 @@ from udddm.config import EvaluateConfig, RunConfig
 from udddm.data import ImageDataset
 from udddm.errors import ConfigError, DataError
 from udddm.evaluation import evaluate
-from udddm.evaluation.features import check_channels, extract, load_features
+from udddm.evaluation.features import FeatureNetwork, check_channels, extract_each, load_features
 from udddm.evaluation.metrics import Reference
+from udddm.evaluation.reference import read_reference
 from udddm.files import write_text
 from udddm.log import Dispensable, log
 from udddm.storage.threads import Worker
@@ -35,14 +36,18 @@ PATIENCE = 5.0
 class BackgroundEvaluation:
     """Writes scores to `<run>/evaluation.jsonl`, one line per step, and to the log.
 
-    Raises ConfigError if the feature network cannot be loaded.
+    Raises ConfigError if a feature network cannot be loaded, DataError if `evaluate.reference` cannot be read.
     """
 
     def __init__(self, config: EvaluateConfig, dataset: ImageDataset, device: torch.device, run_dir: Path):
-        check_channels(config.features, dataset.shape[0])
-        self._network, self._metrics = load_features(config.features, device), config.metrics
+        for name in config.features:
+            check_channels(name, dataset.shape[0])
+        self._networks = [load_features(name, device, config.weights) for name in config.features]
         self._dataset, self._path = dataset, run_dir / "evaluation.jsonl"
-        self._reference: Reference | None = None
+        self._file = None if config.reference is None else read_reference(config.reference)
+        chosen = None if config.metrics == type(config).model_fields["metrics"].default else config.metrics
+        self._metrics = evaluate.applicable(chosen, self._file)
+        self._references: list[Reference] = []
         # A new thread's current device is the first GPU unless it is set.
         choose = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self._worker = Worker("evaluation", choose)
@@ -112,17 +117,26 @@ class BackgroundEvaluation:
             raise CancelledError
 
     def _score(self, step: int, images: torch.Tensor, evaluations: int) -> None:
-        if self._reference is None:
-            self._reference = evaluate.reference(self._dataset, self._network, check=self._check)
-        rows = extract(self._network, self._batches(images))
+        for network in self._networks[len(self._references) :]:
+            self._references.append(self._reference(network))
+        rows = extract_each(self._networks, self._batches(images))
+        scores = [
+            evaluate.score(*each, real, network.name, self._metrics)
+            for each, real, network in zip(rows, self._references, self._networks, strict=True)
+        ]
         found: dict[str, Any] = {"step": step, "evaluations": evaluations}
-        found |= evaluate.score(*rows, self._reference, self._network.name, self._metrics)
+        found |= evaluate.combined([network.name for network in self._networks], scores)
         self._write(found)
         self._found.append(found)
         shown = (f"{name} {found[name]:.4g}" for name in ("fid", "fd", "kid", "recall", "spread") if name in found)
         log.info(f"step {step}: {found['n']} images scored: {', '.join(shown) or 'see evaluation.jsonl'}")
         for note in evaluate.notes(found):
             log.info(note)
+
+    def _reference(self, network: FeatureNetwork) -> Reference:
+        if self._file is not None:
+            return evaluate.reference_of(self._file, network, self._dataset.shape, check=self._check)
+        return evaluate.reference(self._dataset, network, check=self._check)
 
     def _batches(self, images: torch.Tensor) -> Iterator[torch.Tensor]:
         for batch in torch.split(images, evaluate.BATCH):

@@ -16,12 +16,15 @@ import torch
 
 from udddm.backends.distributed.ranks import choose_device
 from udddm.config.plugins import METRICS, name_of
+from udddm.config.run import PUBLISHED_NETWORKS
 from udddm.data import ImageDataset, MapDataset
 from udddm.data.download import cache_directory
+from udddm.data.images import format_shape
 from udddm.errors import ConfigError, DataError
 from udddm.evaluation import metrics
-from udddm.evaluation.features import INCEPTION, FeatureNetwork, Rows, extract, load_features
-from udddm.evaluation.metrics import KERNEL, MetricInput, Reference
+from udddm.evaluation.features import INCEPTION, FeatureNetwork, Rows, extract, extract_each, load_features
+from udddm.evaluation.metrics import KERNEL, NEED_FEATURES, MetricInput, Reference
+from udddm.evaluation.reference import ReferenceFile
 from udddm.files import atomic_write, make_directory
 from udddm.log import log
 from udddm.storage.threads import Worker
@@ -96,6 +99,80 @@ def reference(
     return found
 
 
+def reference_of(
+    file: ReferenceFile,
+    network: FeatureNetwork,
+    shape: tuple[int, int, int],
+    cache: Path | None = None,
+    check: Callable[[], None] = _proceed,
+) -> Reference:
+    """The statistics in a file of reference statistics, for samples of `shape` (C, H, W).
+
+    The moments of the file, if they have the network's number of features, are used for Frechet distance and spread,
+    and features of its images for the other metrics. Without images, `Reference.rows` is None.
+
+    Raises DataError if its images are of another size than the samples, and if it has no images, and moments of another
+    number of features.
+    """
+    if file.images is not None and file.images.shape[1:] != shape[1:]:
+        raise DataError(
+            f"{file.path} has images of {format_shape(file.images.shape)}, and the samples are {format_shape(shape)}: "
+            "a distance between them would measure their resolutions. Give a reference of the samples' size"
+        )
+    found = None if file.images is None else reference(file.images, network, cache, check)
+    size = network.dimension(shape) if found is None else len(found.mean)
+    if file.moments is not None and len(file.moments[0]) == size:
+        log.info(f"{file.path} does not name its feature network: its statistics are taken to be of {network.name}")
+        return Reference(*file.moments, None if found is None else found.rows)
+    if found is None:
+        given = 0 if file.moments is None else len(file.moments[0])
+        raise DataError(
+            f"{file.path} has statistics of {given} features, and the feature network {network.name} has {size}: they "
+            "are of another network"
+        )
+    return found
+
+
+def applicable(metrics: Sequence[str] | None, real: ReferenceFile | None, *, quiet: bool = False) -> list[str]:
+    """The metrics to compute: `metrics`, or by default all that the reference allows, with a warning unless `quiet`.
+
+    Raises ConfigError for one of `metrics` that needs features, if the reference has only moments.
+    """
+    names = list(METRICS.members) if metrics is None else list(metrics)
+    if real is None or real.images is not None:
+        return names
+    missing = [name for name in names if name in NEED_FEATURES]
+    if missing and metrics is not None:
+        raise ConfigError(
+            f"the metrics {', '.join(missing)} need features of the reference, and {real.path} has only their mean and "
+            "covariance: leave them out, or give a reference with images (arr_0)"
+        )
+    if missing and not quiet:
+        log.warning(f"not computed, because {real.path} has only mean and covariance: {', '.join(missing)}")
+    return [name for name in names if name not in missing]
+
+
+def held_out(features: Rows, others: Rows, real: Reference) -> dict[str, float]:
+    """How far samples are from the reference, relative to real images that are not in it.
+
+    Args:
+        features: features of the samples, [N, D].
+        others: features of held-out real images, [M, D].
+        real: statistics of the reference.
+
+    Returns `fd_held_out`, the Frechet distance of held-out images, and `fd_ratio`, that of samples divided by it. Both
+    are computed from min(N, M) images, because the distance decreases with their number.
+    """
+    count = min(len(features), len(others))
+    model, floor = (metrics.frechet(metrics.moments(rows[:count]), real.moments) for rows in (features, others))
+    return {"fd_held_out": floor, "fd_ratio": model / max(floor, 1e-12)}
+
+
+def features_of(dataset: ImageDataset, networks: Sequence[FeatureNetwork]) -> list[tuple[Rows, Rows | None]]:
+    """For each network, features [N, D] and logits [N, K] or None of all images of a data set, which is read once."""
+    return extract_each(networks, prefetch(_read(dataset, _proceed)))
+
+
 def score(
     features: Rows, logits: Rows | None, real: Reference, name: str, chosen: Sequence[str] = tuple(METRICS.members)
 ) -> dict[str, Any]:
@@ -120,6 +197,12 @@ def score(
             )
         found |= {key: value.item() if hasattr(value, "item") else value for key, value in figures.items()}
     return found
+
+
+def combined(networks: Sequence[str], scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Scores in several feature spaces: those of the first network, and under `networks` those of the others by name."""
+    others = dict(zip(networks[1:], scores[1:], strict=True))
+    return {**scores[0], **({"networks": others} if others else {})}
 
 
 @dataclass(frozen=True)
@@ -172,6 +255,7 @@ def evaluate(
     dataset: MapDataset,
     *,
     features: str = INCEPTION,
+    weights: str | None = None,
     metrics: Sequence[str | Callable[..., Any]] = tuple(METRICS.members),
     device: str = "auto",
     cache: Path | None = None,
@@ -181,7 +265,9 @@ def evaluate(
     Args:
         images: two or more samples.
         dataset: a map-style data set.
-        features: inception, a TorchScript file, or package.module:function.
+        features: inception, dinov2, a TorchScript file, or package.module:function.
+        weights: file or URL of the weights of inception or dinov2, with #sha256=HEX unless they are the published ones
+            (docs/evaluation.md).
         metrics: names of metrics, or functions (docs/extending.md).
         device: auto, cpu or cuda.
         cache: directory for the data set's statistics. None: the user's cache directory.
@@ -195,7 +281,9 @@ def evaluate(
         raise DataError(
             f"images of shape {list(rows.shape)}: expected two or more [N, {', '.join(map(str, real.shape))}]"
         )
-    network = load_features(features, choose_device(device))
+    if weights is not None and features not in PUBLISHED_NETWORKS:
+        raise ConfigError(f"weights={weights!r} has no effect on the feature network {features!r}")
+    network = load_features(features, choose_device(device), {features: weights})
     extracted = extract(network, torch.split(rows, BATCH))
     return Scores.from_dict(score(*extracted, reference(real, network, cache), network.name, chosen))
 

@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from udddm.errors import ConfigError
+
 Features = npt.NDArray[np.floating[Any]]
 Array = npt.NDArray[np.float64]
 
@@ -16,6 +18,8 @@ MANIFOLD = 2000
 """The number of images, of the data and of the samples, used for precision and recall."""
 KERNEL = 10_000
 """The number of images of the data set that KID draws its subsets from."""
+NEED_FEATURES = ("kid", "precision-recall")
+"""Metrics of the package that need features of the reference, not only their mean and covariance."""
 COLLAPSED = 0.05
 """Below this ratio of the samples' variance to the data's, nearly all samples are alike: the model has collapsed."""
 
@@ -29,11 +33,14 @@ def moments(features: Features) -> tuple[Array, Array]:
 def frechet(a: tuple[Array, Array], b: tuple[Array, Array]) -> float:
     """||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017). On Inception features this is FID.
 
-    The trace of the square root is the sum of the square roots of the eigenvalues of C_a C_b, which are real and
-    nonnegative.
+    The trace of the square root is the sum of the square roots of the eigenvalues of C_a C_b, which are those of the
+    symmetric matrix S C_b S with S = C_a^(1/2). Symmetric eigenvalues take a fraction of the time of general ones, and
+    are real.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a, b
-    roots = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real.clip(0)).sum()
+    values, vectors = np.linalg.eigh(cov_a)
+    half = vectors * np.sqrt(values.clip(0))
+    roots = np.sqrt(np.linalg.eigvalsh(half.T @ cov_b @ half).clip(0)).sum()
     return float(((mean_a - mean_b) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * roots)
 
 
@@ -107,8 +114,21 @@ class Reference:
     """[D]."""
     covariance: Array
     """[D, D]."""
-    probe: Features
-    """[at most KERNEL, D]: features of random images. The last MANIFOLD of them are used for precision and recall."""
+    rows: Features | None
+    """[at most KERNEL, D]: features of random images; None if only the mean and the covariance are known."""
+
+    @property
+    def probe(self) -> Features:
+        """`rows`. The last MANIFOLD of them are used for precision and recall.
+
+        Raises ConfigError if the reference has none.
+        """
+        if self.rows is None:
+            raise ConfigError(
+                "this metric needs features of the reference, of which only the mean and the covariance are known: give "
+                "a reference file with images (arr_0), or leave the metric out of --metrics (evaluate.metrics)"
+            )
+        return self.rows
 
     @property
     def moments(self) -> tuple[Array, Array]:
