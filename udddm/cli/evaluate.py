@@ -177,6 +177,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     rows = []
     if model is not None:
         shape = model.shape
+        ranks.run_on_all(lambda: None if target is None else target.check(networks, shape), refused)
         for repetition in range(arguments.repeat):
             rows.append(_share(arguments, model, networks, ranks, arguments.first_seed + repetition * arguments.count))
     elif target is not None:
@@ -195,7 +196,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
         "guidance": arguments.guidance if model else None,
         "repeat": len(rows),
         **evaluate.combined([network.name for network in networks], summaries),
-        "published": published if arguments.reference is None else {},
+        "published": published,
         "each": scores[0] if len(rows) > 1 else [],
     }
 
@@ -205,12 +206,12 @@ def _features_of_file(path: Path, target: Target, networks: Sequence[FeatureNetw
     import torch
 
     from udddm.evaluation import evaluate
-    from udddm.evaluation.features import check_channels, extract_each
+    from udddm.evaluation.features import extract_each
 
     images = read_samples(path, None if target.dataset is None else target.dataset.shape)
-    shape = tuple(images.shape[1:])
-    for network in networks:
-        check_channels(network.name.partition("#")[0], shape[0])
+    channels, height, width = images.shape[1:]
+    shape = (channels, height, width)
+    target.check(networks, shape)
     return shape, extract_each(networks, torch.split(images, evaluate.BATCH))
 
 
@@ -228,7 +229,7 @@ def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
         for override in arguments.set:
             configuration.apply(tree, override)
         config = configuration.resolve(tree)
-    if not arguments.trust:
+    if not arguments.trust and arguments.reference is None:
         check_trusted(config, DATA, str(arguments.checkpoint), arguments.set)
     return config
 

@@ -66,7 +66,7 @@ def check(parser: Parser, arguments: argparse.Namespace) -> None:
         return
     if arguments.config:
         parser.error("--config names a data set, and --reference replaces it: give one")
-    ignored = [text for text in arguments.set if text.strip().startswith("data")]
+    ignored = [text for text in arguments.set if text.partition("=")[0].strip().partition(".")[0] == "data"]
     if ignored:
         parser.error(f"{ignored[0]} has no effect, because --reference replaces the data set")
 
@@ -79,6 +79,18 @@ class Target:
     dataset: ImageDataset | None
     file: ReferenceFile | None
     others: ImageDataset | None
+
+    def check(self, networks: Sequence[FeatureNetwork], shape: tuple[int, int, int]) -> None:
+        """Raise ConfigError or DataError if samples of `shape` (C, H, W) cannot be compared with this."""
+        from udddm.evaluation import evaluate
+        from udddm.evaluation.features import check_channels
+
+        if self.others is not None:
+            evaluate.check_same_size("--held-out", self.others.shape, shape)
+        for network in networks:
+            check_channels(network.name.partition("#")[0], shape[0])
+            if self.file is not None:
+                evaluate.check_reference(self.file, network, shape)
 
     def reference(self, network: FeatureNetwork, shape: tuple[int, int, int], cache: Path | None) -> Reference:
         """Statistics for samples of `shape` (C, H, W). Raises DataError if the file's are of another network."""

@@ -248,7 +248,10 @@ PUBLISHED_NETWORKS = ("inception", "dinov2")
 
 
 def split_networks(text: str) -> tuple[str, ...]:
-    """The feature networks that `text` names, separated by commas. Raises ValueError for an empty name or a repetition."""
+    """The feature networks that `text` names, separated by commas.
+
+    Raises ValueError for an empty name or a repetition.
+    """
     names = tuple(name.strip() for name in text.split(","))
     for name in names:
         if not name or names.count(name) > 1:

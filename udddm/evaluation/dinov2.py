@@ -32,7 +32,8 @@ class Scale(nn.Module):
         self.gamma = nn.Parameter(torch.ones(width))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.gamma
+        found: torch.Tensor = x * self.gamma
+        return found
 
 
 class Attention(nn.Module):
@@ -73,7 +74,8 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        found: torch.Tensor = x + self.ls2(self.mlp(self.norm2(x)))
+        return found
 
 
 class PatchEmbedding(nn.Module):
@@ -128,10 +130,10 @@ class DINOv2(nn.Module):
         side = SIDE // PATCH
         if side == self.grid:
             return self.pos_embed
-        patches = self.pos_embed[:, 1:].unflatten(1, (self.grid, self.grid)).permute(0, 3, 1, 2)
+        patches = self.pos_embed[:, 1:].transpose(1, 2).reshape(1, -1, self.grid, self.grid)
         factor = (side + OFFSET) / self.grid
         resized = nn.functional.interpolate(patches, scale_factor=(factor, factor), mode="bicubic")
-        return torch.cat([self.pos_embed[:, :1], resized.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+        return torch.cat([self.pos_embed[:, :1], resized.flatten(2).transpose(1, 2)], 1)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = nn.functional.interpolate(images.float(), size=(SIDE, SIDE), mode="bicubic", antialias=True) / 255

@@ -114,23 +114,33 @@ def reference_of(
     Raises DataError if its images are of another size than the samples, and if it has no images, and moments of another
     number of features.
     """
-    if file.images is not None and file.images.shape[1:] != shape[1:]:
-        raise DataError(
-            f"{file.path} has images of {format_shape(file.images.shape)}, and the samples are {format_shape(shape)}: "
-            "a distance between them would measure their resolutions. Give a reference of the samples' size"
-        )
+    check_reference(file, network, shape)
     found = None if file.images is None else reference(file.images, network, cache, check)
-    size = network.dimension(shape) if found is None else len(found.mean)
-    if file.moments is not None and len(file.moments[0]) == size:
+    if file.moments is not None and (found is None or len(file.moments[0]) == len(found.mean)):
         log.info(f"{file.path} does not name its feature network: its statistics are taken to be of {network.name}")
         return Reference(*file.moments, None if found is None else found.rows)
-    if found is None:
-        given = 0 if file.moments is None else len(file.moments[0])
+    assert found is not None
+    return found
+
+
+def check_reference(file: ReferenceFile, network: FeatureNetwork, shape: tuple[int, int, int]) -> None:
+    """Raise the errors of `reference_of`, before samples are drawn."""
+    if file.images is not None:
+        check_same_size(str(file.path), file.images.shape, shape)
+    elif file.moments is not None and (given := len(file.moments[0])) != (size := network.dimension(shape)):
         raise DataError(
             f"{file.path} has statistics of {given} features, and the feature network {network.name} has {size}: they "
             "are of another network"
         )
-    return found
+
+
+def check_same_size(name: str, images: tuple[int, int, int], samples: tuple[int, int, int]) -> None:
+    """Raise DataError if images of shape (C, H, W) and samples have different heights or widths."""
+    if images[1:] != samples[1:]:
+        raise DataError(
+            f"{name} has images of {format_shape(images)}, and the samples are {format_shape(samples)}: a distance "
+            "between them would measure their resolutions. Give images of the samples' size"
+        )
 
 
 def applicable(metrics: Sequence[str] | None, real: ReferenceFile | None, *, quiet: bool = False) -> list[str]:
@@ -200,7 +210,8 @@ def score(
 
 
 def combined(networks: Sequence[str], scores: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Scores in several feature spaces: those of the first network, and under `networks` those of the others by name."""
+    """Scores in several feature spaces: those of the first of `networks`, and those of the others by name under the key
+    `networks`."""
     others = dict(zip(networks[1:], scores[1:], strict=True))
     return {**scores[0], **({"networks": others} if others else {})}
 

@@ -39,7 +39,7 @@ class FeatureNetwork:
 
     @torch.no_grad()
     def __call__(self, images: torch.Tensor) -> tuple[Rows, Rows | None]:
-        """Raises DataError if an image is not finite, ConfigError if features or logits are not finite or not [B, D]."""
+        """Raises DataError if an image is not finite, ConfigError if features or logits are not, or are not [B, D]."""
         if not (finite := images.isfinite().flatten(1).all(1)).all():
             raise DataError(f"image {int((~finite).nonzero()[0])} of a batch to score has values that are not finite")
         found = self._call(images.to(self.device, torch.float32).clamp(-1, 1))

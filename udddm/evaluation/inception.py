@@ -80,11 +80,11 @@ class Mixed(nn.Module):
             width, names = channels, []
             for entry in branch:
                 steps = [entry] if isinstance(entry[0], str) else list(entry)
-                for name, out, kernel, stride in steps:  # type: ignore[misc]
+                for name, out, kernel, stride in steps:
                     padding = (kernel[0] // 2, kernel[1] // 2) if stride == 1 else (0, 0)
                     self.add_module(name, Convolution(width, out, kernel, stride, padding))
                 names.append([step[0] for step in steps])
-                width = sum(step[1] for step in steps)  # type: ignore[misc]
+                width = sum(step[1] for step in steps)
             self.branches.append(names)
         self.pooling = pooling
         self.branch_pool = Convolution(channels, pooled, (1, 1)) if pooled else nn.Identity()

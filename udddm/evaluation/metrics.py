@@ -125,8 +125,8 @@ class Reference:
         """
         if self.rows is None:
             raise ConfigError(
-                "this metric needs features of the reference, of which only the mean and the covariance are known: give "
-                "a reference file with images (arr_0), or leave the metric out of --metrics (evaluate.metrics)"
+                "this metric needs features of the reference, of which only mean and covariance are known: give a "
+                "reference file with images (arr_0), or leave the metric out of --metrics (evaluate.metrics)"
             )
         return self.rows
 

@@ -1,7 +1,7 @@
 """Published weights of feature networks: found on this machine or downloaded, and verified by their SHA-256.
 
-They are read as tensors. Nothing in a file is executed: `torch.load` with `weights_only`, names and shapes compared with
-those of the network.
+They are read as tensors, whose names and shapes must be those of the network. Nothing in a file is executed
+(`torch.load` with `weights_only`).
 """
 
 from __future__ import annotations
@@ -85,8 +85,8 @@ def locate(published: Published, given: str | None = None) -> tuple[Path, str]:
     if (found := _sha256(path)) != wanted:
         what = "the published weights have" if wanted == published.sha256 else "you gave"
         raise ConfigError(
-            f"{_key(published)}: {path} has the SHA-256 {found}, and {what} {wanted}. Copy the file again, or, if these "
-            f"other weights are meant, write {place}#sha256={found}"
+            f"{_key(published)}: {path} has the SHA-256 {found}, and {what} {wanted}. Copy the file again, or, if "
+            f"these other weights are meant, write {place}#sha256={found}"
         )
     return path, wanted
 
@@ -161,5 +161,6 @@ def fill(network: nn.Module, tensors: Mapping[str, torch.Tensor], path: Path) ->
             raise ConfigError(f"{path} has weights of another network: {name} is {has}, expected {wants}")
         if not given[name].isfinite().all():
             raise ConfigError(f"{path}: {name} has values that are not finite")
-    network.load_state_dict({name: value.float() for name, value in given.items()}, assign=True)
+    # Names were compared above; batch normalization adds counts of batches, which the network does not have.
+    network.load_state_dict({name: value.float() for name, value in given.items()}, strict=False, assign=True)
     return network.eval().requires_grad_(False)
