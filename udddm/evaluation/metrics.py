@@ -71,10 +71,10 @@ def kernel_distance(
 def inception_score(logits: Features, splits: int = 10) -> tuple[float, float]:
     """Mean and standard deviation of exp(mean KL(p(y|x) || p(y))) over `splits` equal parts (Salimans et al. 2016).
 
-    `logits` are [N, K].
+    `logits` are [N, K]. Parts are in the order of the samples; with fewer samples than parts, each is a part.
     """
     scores = []
-    for part in np.array_split(np.asarray(logits, np.float64), splits):
+    for part in np.array_split(np.asarray(logits, np.float64), min(splits, len(logits))):
         shifted = part - part.max(1, keepdims=True)
         log_p = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
         p = np.exp(log_p)
