@@ -15,6 +15,7 @@ from udddm import api
 from udddm.cli.evaluate import main
 from udddm.config import resolve
 from udddm.data.sources import digits
+from udddm.errors import ConfigError, DataError
 from udddm.testing.features import random_dinov2, random_inception
 
 YARDSTICK = Path(__file__).parents[2] / "benchmarks" / "yardstick"
@@ -113,7 +114,7 @@ def test_a_run_is_scored_against_a_reference_without_its_data(tmp_path: Path) ->
 
 def test_inception_scores_the_same_during_and_after_training(tmp_path: Path) -> None:
     network = {"base_channels": 8, "channel_mult": [1], "blocks_per_level": 1, "attention_resolutions": []}
-    images = np.random.default_rng(0).integers(0, 256, (16, 3, 8, 8), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (8, 3, 8, 8), dtype=np.uint8)
     np.save(tmp_path / "data.npy", images)
     weights = f"{tmp_path}/w.pth#sha256={random_inception(tmp_path / 'w.pth')}"
     config = {
@@ -121,11 +122,16 @@ def test_inception_scores_the_same_during_and_after_training(tmp_path: Path) -> 
         "train": {"steps": 1, "batch_size": 8, "torch_threads": 1},
         "data": {"name": "array", "path": str(tmp_path / "data.npy")},
         "sample": {"every_steps": 0},
-        "evaluate": {"every_steps": 1, "count": 8, "metrics": ["kid", "precision-recall"], "inception_weights": weights},
+        "evaluate": {
+            "every_steps": 1,
+            "count": 4,
+            "metrics": ["kid", "precision-recall"],
+            "inception_weights": weights,
+        },
     }
     api.train(resolve(config), run_dir=tmp_path / "run", device="cpu")
     (line,) = (json.loads(text) for text in (tmp_path / "run" / "evaluation.jsonl").read_text().splitlines())
-    options = ("--inception-weights", weights, "--metrics", "kid,precision-recall", "--count", "8", "--trust")
+    options = ("--inception-weights", weights, "--metrics", "kid,precision-recall", "--count", "4", "--trust")
     found = evaluated(tmp_path, str(tmp_path / "run"), *options)
     assert found["kid"] == pytest.approx(line["kid"], rel=1e-4) and found["precision"] == line["precision"]
 
@@ -168,9 +174,18 @@ def test_mistakes_are_one_clear_error(
     assert words in message and message.count("error:") == 1
 
 
-def test_configurations_with_settings_that_are_ignored_are_refused() -> None:
-    from udddm.errors import ConfigError
+def test_a_reference_of_another_network_is_refused_before_training(tmp_path: Path) -> None:
+    np.savez(tmp_path / "r.npz", mu=np.zeros(9), sigma=np.eye(9))
+    scores = {"every_steps": 1, "count": 4, "features": NETWORK, "reference": str(tmp_path / "r.npz")}
+    settings = {"data": {"name": "digits"}, "train": {"steps": 1, "batch_size": 8}, "evaluate": scores}
+    with pytest.raises(DataError, match=r"r\.npz has statistics of 9 features"):
+        api.train(resolve(settings), run_dir=tmp_path / "run", device="cpu")
+    scores["metrics"] = ["kid"]
+    with pytest.raises(ConfigError, match="the metrics kid need features"):
+        api.train(resolve(settings), run_dir=tmp_path / "run", device="cpu")
 
+
+def test_configurations_with_settings_that_are_ignored_are_refused() -> None:
     with pytest.raises(ConfigError, match="inception_weights has no effect"):
         resolve({"evaluate": {"features": "mine:function", "inception_weights": "w.pth"}})
     with pytest.raises(ConfigError, match="is named twice"):

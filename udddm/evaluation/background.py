@@ -47,6 +47,9 @@ class BackgroundEvaluation:
         self._file = None if config.reference is None else read_reference(config.reference)
         chosen = None if config.metrics == type(config).model_fields["metrics"].default else config.metrics
         self._metrics = evaluate.applicable(chosen, self._file)
+        if self._file is not None:
+            for network in self._networks:
+                evaluate.check_reference(self._file, network, dataset.shape)
         self._references: list[Reference] = []
         # A new thread's current device is the first GPU unless it is set.
         choose = partial(torch.cuda.set_device, device) if device.type == "cuda" else None

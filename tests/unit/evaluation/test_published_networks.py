@@ -1,4 +1,4 @@
-"""Inception and DINOv2: the features of the reference implementations, and weights that are verified and not executed."""
+"""Inception and DINOv2: features of the reference implementations, and weights that are verified and not executed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 
 from udddm.errors import ConfigError, DataError
 from udddm.evaluation import weights
-from udddm.evaluation.features import FeatureNetwork, load_features
+from udddm.evaluation.features import FeatureNetwork, load_features, to_pixels
 from udddm.evaluation.inception import resize_bilinear
 from udddm.evaluation.weights import Published, locate
 from udddm.testing.features import random_dinov2, random_inception
@@ -69,6 +69,15 @@ def test_gray_images_are_repeated_and_values_rounded_to_256_levels(inception: Fe
     assert not np.array_equal(inception(gray + 0.55 / 127.5)[0], expected)
 
 
+def test_values_are_rounded_as_edm_rounds_them() -> None:
+    """EDM truncates x * 127.5 + 128. Only values halfway between two levels differ."""
+    values = torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(0)) * 2.2 - 1.1
+    theirs = (values.double() * 127.5 + 128).clamp(0, 255).byte()
+    assert torch.equal(to_pixels(values.clamp(-1, 1)), theirs)
+    levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
+    assert torch.equal(to_pixels(images(levels))[:, :1], levels)
+
+
 def test_images_are_resized_as_in_tensorflow_1() -> None:
     ramp = torch.arange(4.0).view(1, 1, 1, 4)
     # Positions are i * 4 / 8, without a shift by half a pixel; beyond the last pixel, it is repeated.
@@ -110,7 +119,7 @@ def test_without_weights_the_error_says_where_to_put_them(caches: Path) -> None:
         locate(unreachable)
     for word in ("127.0.0.1:1", f"{caches}/cache/udddm/weights/inception.pth", "--inception-weights FILE"):
         assert word in str(error.value)
-    with pytest.raises(ConfigError, match="nowhere.pth does not exist.*put it at"):
+    with pytest.raises(ConfigError, match=r"nowhere\.pth does not exist.*put it at"):
         locate(unreachable, str(caches / "nowhere.pth"))
 
 
@@ -186,7 +195,9 @@ def test_damaged_values_are_refused(file: tuple[Path, str], tmp_path: Path) -> N
     tensors["Mixed_6a.branch3x3.conv.weight"][0, 0, 0, 0] = torch.nan
     torch.save(tensors, tmp_path / "w.pth")
     with pytest.raises(ConfigError, match=re.escape("Mixed_6a.branch3x3.conv.weight has values that are not finite")):
-        load_features("inception", CPU, {"inception": f"{tmp_path}/w.pth#sha256={weights.sha256_of(tmp_path / 'w.pth')}"})
+        load_features(
+            "inception", CPU, {"inception": f"{tmp_path}/w.pth#sha256={weights.sha256_of(tmp_path / 'w.pth')}"}
+        )
 
 
 def test_images_and_features_that_are_not_finite_are_refused() -> None:
