@@ -34,8 +34,7 @@ def frechet(a: tuple[Array, Array], b: tuple[Array, Array]) -> float:
     """||m_a - m_b||^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)) (Heusel et al. 2017). On Inception features this is FID.
 
     The trace of the square root is the sum of the square roots of the eigenvalues of C_a C_b, which are those of the
-    symmetric matrix S C_b S with S = C_a^(1/2). Symmetric eigenvalues take a fraction of the time of general ones, and
-    are real.
+    symmetric matrix S C_b S with S = C_a^(1/2). Symmetric eigenvalues are real, and faster than general ones.
     """
     (mean_a, cov_a), (mean_b, cov_b) = a, b
     values, vectors = np.linalg.eigh(cov_a)
