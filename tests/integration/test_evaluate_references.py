@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+import udddm
 from udddm import api
 from udddm.cli.evaluate import main
 from udddm.config import resolve
@@ -134,6 +135,17 @@ def test_inception_scores_the_same_during_and_after_training(tmp_path: Path) -> 
     options = ("--inception-weights", weights, "--metrics", "kid,precision-recall", "--count", "4", "--trust")
     found = evaluated(tmp_path, str(tmp_path / "run"), *options)
     assert found["kid"] == pytest.approx(line["kid"], rel=1e-4) and found["precision"] == line["precision"]
+
+
+def test_published_networks_from_python(tmp_path: Path) -> None:
+    images, _ = digits().batch(np.arange(40))
+    weights = f"{tmp_path}/w.pth#sha256={random_dinov2(tmp_path / 'w.pth')}"
+    found = udddm.evaluate(images[:20], images, features="dinov2", weights=weights, device="cpu")
+    assert found.fd is not None and found.fd > 0 and found.fid is None and found.precision == 1
+    with pytest.raises(ConfigError, match="has no effect on the feature network"):
+        udddm.evaluate(images[:20], images, features=NETWORK, weights=weights)
+    with pytest.raises(ConfigError, match=r"as TorchScript: .*--dinov2-weights"):
+        udddm.evaluate(images[:20], images, features=str(tmp_path / "w.pth"))
 
 
 def test_held_out_images_give_a_ratio(tmp_path: Path, samples: Path, capsys: pytest.CaptureFixture[str]) -> None:

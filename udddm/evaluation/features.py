@@ -97,7 +97,10 @@ def load_features(name: str, device: torch.device, weights: Mapping[str, str | N
                 module = torch.jit.load(str(expanded(name)), map_location=device).eval()  # type: ignore[no-untyped-call]
         except (RuntimeError, ValueError, OSError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise ConfigError(f"cannot load the feature network {name} as TorchScript: {reason}") from error
+            raise ConfigError(
+                f"cannot load the feature network {name} as TorchScript: {reason}. Weights of inception or dinov2 are "
+                "named with --inception-weights or --dinov2-weights (evaluate.inception_weights, dinov2_weights)"
+            ) from error
         return FeatureNetwork(name, module, device, hashlib.sha256(expanded(name).read_bytes()).hexdigest())
     if ":" in name:
         return FeatureNetwork(name, load_plugin(name, "feature network"), device)
