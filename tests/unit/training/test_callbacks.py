@@ -4,6 +4,7 @@ that they write for."""
 from __future__ import annotations
 
 import json
+import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ import torch
 
 import udddm
 from udddm import Callback, ConfigError, Interrupted, RunInfo
+from udddm.training import loggers
 from udddm.training.loggers.tensorboard import Events
 
 CONFIG: dict[str, Any] = {
@@ -246,3 +248,8 @@ def test_mlflow_goes_on_in_the_same_run(tmp_path: Path, monkeypatch: pytest.Monk
         "step-00000003.png",
         "step-00000006.png",
     ]
+
+
+def test_scores_of_several_networks_have_a_group_each() -> None:
+    scores = {"step": 1, "n": 8, "fid": 2.0, "kid": math.nan, "networks": {"dinov2#0a1b": {"n": 8, "fd": 3.0}}}
+    assert loggers.scalars(scores) == {"scores/fid": 2.0, "scores/dinov2_0a1b/fd": 3.0}

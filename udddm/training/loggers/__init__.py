@@ -6,6 +6,7 @@ metrics.jsonl and evaluation.jsonl, which every run writes, need no logger.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,11 +30,17 @@ def grouped(metrics: Mapping[str, float]) -> dict[str, float]:
     return {group(name): float(value) for name, value in metrics.items()}
 
 
-def scalars(scores: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among the scores of an evaluation, in the group `scores`."""
+def scalars(scores: Mapping[str, Any], group: str = "scores") -> dict[str, float]:
+    """The finite numbers among the scores of an evaluation, in the group `scores`.
+
+    Those of further feature networks are in a group per network, such as `scores/dinov2`.
+    """
     found = {name: value for name, value in scores.items() if name not in ("step", "n", "evaluations")}
-    return {
-        f"scores/{name}": float(value)
+    numbers = {
+        f"{group}/{name}": float(value)
         for name, value in found.items()
         if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     }
+    for network, others in scores.get("networks", {}).items():
+        numbers |= scalars(others, f"{group}/{re.sub(r'[^A-Za-z0-9_.-]+', '_', network)}")
+    return numbers
