@@ -53,7 +53,7 @@ def add_references(parser: argparse.ArgumentParser) -> None:
 
 def check(parser: Parser, arguments: argparse.Namespace) -> None:
     """End the command if options about networks and references do not fit each other."""
-    from udddm.config.run import check_weights, split_networks
+    from udddm.config.evaluate import check_weights, split_networks
 
     weights = {"inception": arguments.inception_weights, "dinov2": arguments.dinov2_weights}
     try:

@@ -4,12 +4,12 @@ This package imports neither torch nor numpy, so that `udddm-train --help` and c
 """
 
 from udddm.config.base import Section
+from udddm.config.evaluate import EvaluateConfig
 from udddm.config.objective import ChainConfig, ECTConfig, EDMConfig, ICTConfig, ObjectiveConfig, RefinedConfig, Stage
 from udddm.config.reading import apply, as_yaml, keys_set, load_config, overridden, resolve
 from udddm.config.run import (
     CheckpointConfig,
     DataConfig,
-    EvaluateConfig,
     ExpectConfig,
     NetworkConfig,
     OrderConfig,

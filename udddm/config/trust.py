@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from udddm.config.evaluate import PUBLISHED_NETWORKS
 from udddm.config.plugins import (
     ENGINES,
     LOGGERS,
@@ -21,7 +22,7 @@ from udddm.config.plugins import (
     Registry,
 )
 from udddm.config.reading import keys_set
-from udddm.config.run import PUBLISHED_NETWORKS, RunConfig
+from udddm.config.run import RunConfig
 from udddm.errors import ConfigError
 
 NAMED: dict[str, Registry] = {

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 
 from udddm.backends.distributed.ranks import choose_device
+from udddm.config.evaluate import PUBLISHED_NETWORKS
 from udddm.config.plugins import METRICS, name_of
-from udddm.config.run import PUBLISHED_NETWORKS
 from udddm.data import ImageDataset, MapDataset
 from udddm.data.download import cache_directory
 from udddm.data.images import format_shape

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import nn
 
+from udddm.config.evaluate import PUBLISHED_NETWORKS
 from udddm.config.plugins import load_plugin
-from udddm.config.run import PUBLISHED_NETWORKS
 from udddm.errors import ConfigError, DataError
 from udddm.evaluation import weights as published
 from udddm.evaluation.dinov2 import DINOv2
