@@ -190,6 +190,19 @@ def test_what_are_no_weights_is_refused_and_not_executed(
     assert not (tmp_path / "executed").exists()
 
 
+def test_files_in_the_format_of_early_versions_of_pytorch_are_read(tmp_path: Path) -> None:
+    digest = random_dinov2(tmp_path / "new.pth")
+    tensors = torch.load(tmp_path / "new.pth", weights_only=True)
+    torch.save(tensors, tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    old = weights.sha256_of(tmp_path / "old.pth")
+    given = {"new": digest, "old": old}
+    rows = [
+        load_features("dinov2", CPU, {"dinov2": f"{tmp_path / name}.pth#sha256={value}"})(images(pixels(1, 3, 8, 8)))[0]
+        for name, value in given.items()
+    ]
+    assert old != digest and np.array_equal(*rows)
+
+
 def test_damaged_values_are_refused(file: tuple[Path, str], tmp_path: Path) -> None:
     tensors = torch.load(file[0], weights_only=True)
     tensors["Mixed_6a.branch3x3.conv.weight"][0, 0, 0, 0] = torch.nan
