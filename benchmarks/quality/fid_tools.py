@@ -10,8 +10,8 @@ and with nothing published. With --weights, the published file is used and the f
 
     python benchmarks/quality/fid_tools.py --constants
 
-prints torch-fidelity's features that tests/unit/evaluation/test_published_networks.py compares with. With --dinov2 and
-a checkout of facebookresearch/dinov2, it prints those of its vision transformer too. That code is executed.
+compares torch-fidelity's features with udddm's, and prints those that tests/unit/evaluation/test_published_networks.py compares with. With --dinov2 and
+a checkout of facebookresearch/dinov2, it does so for its vision transformer too. That code is executed.
 """
 
 from __future__ import annotations
@@ -187,9 +187,12 @@ def constants(directory: Path, code: Path | None) -> None:
         ["2048", "logits_unbiased"],
         feature_extractor_weights_path=str(directory / "inception.pth"),
     )
+    own = fill(Inception(), read(directory / "inception.pth"), directory / "inception.pth")
     for size in ((8, 8), (32, 32), (299, 299), (330, 400)):
         rows, logits = (values.numpy() for values in network(pixels(1, 3, *size)))
+        difference = np.abs(own(pixels(1, 3, *size))[0].numpy() - rows).max()
         print(f"{size}: ({rows.mean():.7g}, {rows.std():.7g}, {rows[0, 0]:.7g}, {logits[0, 0]:.7g}),")
+        print(f"    the largest difference of a feature from udddm's is {difference:g}")
     if code is None:
         return
     sys.path.insert(0, str(code))
@@ -205,6 +208,9 @@ def constants(directory: Path, code: Path | None) -> None:
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (dinov2.MEAN, dinov2.DEVIATION))
     rows = theirs.eval()((resized / 255 - mean) / deviation).numpy()
     print([float(f"{value:.7g}") for value in (rows.mean(), rows.std(), *rows[:, 0])])
+    tensors = read(directory / "dinov2.pth")
+    ours = fill(dinov2.DINOv2.of(tensors), tensors, directory / "dinov2.pth")(pixels(2, 3, 32, 32)).numpy()
+    print(f"    the largest difference of a feature from udddm's is {np.abs(ours - rows).max():g}")
 
 
 def main() -> None:
