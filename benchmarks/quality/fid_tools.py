@@ -10,8 +10,9 @@ and with nothing published. With --weights, the published file is used and the f
 
     python benchmarks/quality/fid_tools.py --constants
 
-compares torch-fidelity's features with udddm's, and prints those that tests/unit/evaluation/test_published_networks.py compares with. With --dinov2 and
-a checkout of facebookresearch/dinov2, it does so for its vision transformer too. That code is executed.
+compares torch-fidelity's features with udddm's, and prints those that the tests compare with
+(tests/unit/evaluation/test_published_networks.py). With --dinov2 and a checkout of facebookresearch/dinov2, it does so
+for its vision transformer too. That code is executed.
 """
 
 from __future__ import annotations
