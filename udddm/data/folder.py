@@ -1,145 +1,167 @@
-"""A data set of the image files in a folder."""
+"""A data set of the image files in a folder, on a local disk or at a URL."""
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from udddm.data import folder_labels, pictures
-from udddm.data.images import Array, BatchSource, Ids, Labels, format_shape
+from udddm.data import access, folder_labels
+from udddm.data.encoded import (
+    LARGEST_FILE,
+    SUFFIXES,
+    EncodedImages,
+    Header,
+    ImageFiles,
+    read_header,
+    require_pillow,
+    unreadable,
+)
 from udddm.errors import DataError
+from udddm.files import expanded
 
 log = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 OTHER_IMAGES = re.compile(
     r"\.(avif|dng|exr|gif|gz|hdr|hei[cf]|jfif|jp2|jpe|jxl|np[yz]|p[bgnp]m|psd|svg|tar|tga|tiff?|zip)", re.IGNORECASE
 )
 """Files that may be images but are not read here. A warning reports their number."""
 
 
-class FolderImages(BatchSource):
+class FolderImages(EncodedImages):
     """All PNG, JPEG, WebP and BMP files below `root`, sorted by relative path, as uint8 [C, H, W].
 
-    C is 1 if all files are gray, otherwise 3. Images are read as a viewer shows them: rotated according to EXIF, with
-    transparent parts on white. Hidden files are skipped, and a warning counts files of other image formats.
+    Hidden files are skipped, and a warning counts files of other image formats. Pixels are decoded at each access, so a
+    large data set is faster as an array (`name: array`).
 
     Labels are read from `dataset.json` in `root`, in the format of dataset_tool.py of EDM and StyleGAN:
     `{"labels": [["00000/img00000000.png", 7], ...]}`. Without that file, if every image is in a direct subdirectory of
     `root`, the sorted names of the subdirectories are the classes, except numbered directories of a thousand files each
     (00000, 01000, ...).
 
-    `size` (pixels) crops each image to its central square and resizes it to `size` x `size` (Lanczos). Without it, all
-    images must have the same shape, which is checked here from the headers. Pixels are decoded at each access, so a
-    large data set is faster as an array (`name: array`).
-
-    Raises DataError for a folder that is missing or has no images, a directory that cannot be listed, a class without
-    images, an unreadable header, more than 8 bits per channel, or two files of different shape. `batch` raises
-    DataError for a corrupt file. Each error names the file.
+    Raises DataError as EncodedImages does, and for a folder that is missing or has no images, a directory that cannot
+    be listed, or a class without images. Each error names the file.
     """
 
     def __init__(self, root: Path, size: int | None = None) -> None:
+        files = LocalFolder(root, rotated=size is None)
+        self.files = files.files
+        if files.found.differs:
+            self.earlier_labels = folder_labels.of_directories(self.files)
+        super().__init__(files, size)
+
+
+class LocalFolder(ImageFiles):
+    """The image files below a local directory. Without `rotated`, headers have the stored width and height.
+
+    Raises DataError.
+    """
+
+    def __init__(self, root: Path, *, rotated: bool = True) -> None:
         if root.is_file():
             raise DataError(
                 f"{root} is a file, not a folder: unpack it, and set data.path to the folder with the images"
             )
         if not root.is_dir():
             raise DataError(f"{root} is not a local directory: data.path must be the folder with the images")
-        if importlib.util.find_spec("PIL") is None:
-            raise DataError(f"reading the image files in {root} needs Pillow: pip install 'udddm[images]'")
+        require_pillow(str(root))
         self.files, others = _find(root)
-        counted = Counter(file.suffix.lower() for file in others if OTHER_IMAGES.fullmatch(file.suffix))
-        kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counted.items()))
-        if not self.files:
-            there = f" (there are: {kinds})" if kinds else ""
-            raise DataError(f"{root} contains no images: none of its files ends in {', '.join(SUFFIXES)}{there}")
-        if kinds:
-            log.warning(
-                "data: %s: %d files are ignored: %s; only %s are read. Convert them to PNG to train on them",
-                root, counted.total(), kinds, ", ".join(SUFFIXES),
-            )  # fmt: skip
-        self._root = root
-        self._size = size
-        self._gray, (width, height) = self._check_headers()
-        self._shape = (1 if self._gray else 3, size or height, size or width)
-        found = folder_labels.find(root, self.files, others)
-        self._labels, self.class_names, self.classes = found.labels, found.class_names, found.classes
-        if found.differs:
-            self.earlier_labels = folder_labels.of_directories(self.files)
+        report_others(str(root), self.files, others)
+        self.where = str(root)
+        self._root, self._rotated = root, rotated
+        index = root / folder_labels.INDEX
+        self.found = folder_labels.find(
+            self.where,
+            self.files,
+            others,
+            index.read_bytes if index.is_file() else None,
+            [place.name for place in root.iterdir() if place.is_dir()],
+        )
 
     def __len__(self) -> int:
         return len(self.files)
 
-    @property
-    def labels(self) -> Labels | None:
-        return self._labels
+    def name(self, index: int) -> str:
+        return str(self._root / self.files[index])
 
-    def batch(self, ids: Ids) -> tuple[Array, Labels | None]:
-        images = np.empty((len(ids), *self._shape), dtype=np.uint8)
-        for row, index in enumerate(ids.tolist()):
-            images[row] = self._read(self._root / self.files[index])
-        return images, None if self._labels is None else self._labels[ids]
-
-    def _check_headers(self) -> tuple[bool, tuple[int, int]]:
-        """Returns whether all files are gray, and the width and height of the first. Only headers are read."""
-        from PIL import Image
-        from tqdm import tqdm
-
-        gray = True
-        first: tuple[int, int] | None = None
-        with tqdm(self.files, desc="image headers", unit="file", disable=None, delay=2) as files:
-            for file in files:
-                try:
-                    with (self._root / file).open("rb") as opened, Image.open(opened) as image:
-                        pictures.check_depth(image, str(self._root / file))
-                        gray = gray and pictures.is_gray(image)
-                        shape = image.size if self._size else pictures.shown_size(image, opened)
-                except DataError:
-                    raise
-                except Exception as error:
-                    raise _unreadable(self._root / file, error) from error
-                first = first or shape
-                if self._size is None and shape != first:
-                    raise DataError(
-                        f"{self._root / file} is {format_shape(shape)} (width x height), "
-                        f"but {self._root / self.files[0]} is {format_shape(first)}: "
-                        "give all images the same size, or set data.size to resize them"
-                    )
-        assert first is not None  # there is at least one file
-        return gray, first
-
-    def _read(self, file: Path) -> Array:
-        from PIL import Image
-
+    def read(self, index: int) -> bytes:
         try:
-            with Image.open(file) as image:
-                pixels = pictures.pixels(self._fit(pictures.shown(image, gray=self._gray, name=str(file))))
-        except DataError:
-            raise
-        except Exception as error:  # PIL raises OSError, SyntaxError, ValueError, zlib.error and others
-            raise _unreadable(file, error) from error
-        if pixels.shape != self._shape:
-            raise DataError(
-                f"{file} is now {format_shape(pixels.shape)}, but was {format_shape(self._shape)} at the start"
-            )
-        return pixels
+            return (self._root / self.files[index]).read_bytes()
+        except FileNotFoundError as error:
+            raise DataError(f"{self.name(index)} no longer exists: restore it, or start a new run") from error
+        except OSError as error:
+            raise unreadable(self.name(index), error) from error
 
-    def _fit(self, image: Any) -> Any:
-        from PIL import Image
+    def header(self, index: int) -> Header:
+        try:
+            with (self._root / self.files[index]).open("rb") as opened:
+                return read_header(opened, self.name(index), rotated=self._rotated)
+        except OSError as error:
+            raise unreadable(self.name(index), error) from error
 
-        if self._size is None or image.size == (self._size, self._size):
-            return image
-        side = min(image.size)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        square = image.crop((left, top, left + side, top + side))
-        return square.resize((self._size, self._size), Image.Resampling.LANCZOS)
+
+class RemoteFolder(ImageFiles):
+    """The image files below a URL, in the order of a local folder. Raises DataError."""
+
+    remote = True
+
+    def __init__(self, url: str) -> None:
+        require_pillow(url)
+        self.where = url.rstrip("/")
+        self._files, others, directories = split_names(access.find(self.where))
+        if not self._files and not others:
+            raise DataError(f"nothing exists at {url}: data.path must be the folder with the images")
+        report_others(url, self._files, others)
+        index = f"{self.where}/{folder_labels.INDEX}"
+        read = partial(access.read_all, index, folder_labels.LARGEST_INDEX)
+        there = Path(folder_labels.INDEX) in others
+        self.found = folder_labels.find(self.where, self._files, others, read if there else None, directories)
+        self._reader = access.RangeReader()
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+    def name(self, index: int) -> str:
+        return f"{self.where}/{self._files[index].as_posix()}"
+
+    def read(self, index: int) -> bytes:
+        return access.read_all(self.name(index), LARGEST_FILE)
+
+
+def split_names(names: Iterable[str]) -> tuple[list[Path], list[Path], list[str]]:
+    """Sorts relative names into image files, other files, and names of direct subdirectories.
+
+    Hidden files and files in hidden directories are left out.
+    """
+    shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
+    images = sorted((name for name in shown if name.lower().endswith(SUFFIXES)))
+    others = [Path(name) for name in shown if name and not name.lower().endswith((*SUFFIXES, "/"))]
+    return [Path(name) for name in images], others, sorted({name.split("/")[0] for name in shown if "/" in name})
+
+
+def report_others(where: str, files: Sequence[Path], others: Sequence[Path]) -> None:
+    """Raise DataError if there are no images, and warn of files that may be images and are not read."""
+    counted = Counter(file.suffix.lower() for file in others if OTHER_IMAGES.fullmatch(file.suffix))
+    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(counted.items()))
+    if not files:
+        there = f" (there are: {kinds})" if kinds else ""
+        raise DataError(f"{where} contains no images: none of its files ends in {', '.join(SUFFIXES)}{there}")
+    if kinds:
+        log.warning(
+            "data: %s: %d files are ignored: %s; only %s are read. Convert them to PNG to train on them",
+            where, counted.total(), kinds, ", ".join(SUFFIXES),
+        )  # fmt: skip
+
+
+def open_folder(where: str, size: int | None = None) -> EncodedImages:
+    """The images of a folder at a path or URL. Raises DataError."""
+    if access.is_url(where):
+        return EncodedImages(RemoteFolder(where), size)
+    return FolderImages(expanded(where), size)
 
 
 def _find(root: Path) -> tuple[list[Path], list[Path]]:
@@ -169,9 +191,3 @@ def _find(root: Path) -> tuple[list[Path], list[Path]]:
             if not name.startswith("."):
                 (images if name.lower().endswith(SUFFIXES) else others).append((here / name).relative_to(root))
     return sorted(images, key=lambda file: file.as_posix()), others
-
-
-def _unreadable(file: Path, error: Exception) -> DataError:
-    if isinstance(error, FileNotFoundError):
-        return DataError(f"{file} no longer exists: restore it, or start a new run")
-    return DataError(f"cannot read {file} as an image ({error}): repair or remove it")

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from udddm.errors import DataError
 log = logging.getLogger(__name__)
 
 INDEX = "dataset.json"
+LARGEST_INDEX = 256 << 20
+"""Bytes of a dataset.json in an archive or at a URL."""
 SHARD = 1000
 """Files per numbered directory in the layout of EDM, StyleGAN and FFHQ."""
 
@@ -35,25 +37,37 @@ class FolderLabels:
     """Whether earlier versions used the directories as classes here."""
 
 
-def find(root: Path, files: Sequence[Path], others: Sequence[Path]) -> FolderLabels:
-    """The labels of the images `files`. `others` are all other files; both are relative to `root`. Raises DataError."""
+def find(
+    where: str,
+    files: Sequence[Path],
+    others: Sequence[Path],
+    index: Callable[[], bytes] | None,
+    directories: Sequence[str],
+) -> FolderLabels:
+    """The labels of the images `files` at the place `where`.
+
+    `others` are all other files, both relative to `where`; `index` reads its dataset.json, and is None if there is
+    none; `directories` are the names of its direct subdirectories. Raises DataError.
+    """
     nested = all(len(file.parts) == 2 for file in files)
-    index = root / INDEX
-    entries = _read(index) if index.is_file() else None
+    name = f"{where}/{INDEX}"
+    entries, names = _read(name, index) if index is not None else (None, [])
     if entries is not None:
-        labels = _lookup(index, entries, files) if entries else None
+        labels = _lookup(name, entries, files) if entries else None
         if labels is not None or _are_shards(files):
-            return FolderLabels(labels, [], None if labels is None else int(labels.max()) + 1, differs=nested)
+            highest = 0 if labels is None else int(labels.max()) + 1
+            known = names if len(names) >= highest > 0 else []
+            return FolderLabels(labels, known, len(known) or highest or None, differs=nested)
     if not nested:
         return FolderLabels()
     if _are_shards(files):
         log.warning(
             "data: %s: its numbered directories are parts of a large data set, not classes: the images have no labels. "
             'Add a file dataset.json, {"labels": [["%s", 0], ...]}, or name the directories after their class',
-            root, files[0].as_posix(),
+            where, files[0].as_posix(),
         )  # fmt: skip
         return FolderLabels(differs=True)
-    _check_classes(root, files, others)
+    _check_classes(where, files, others, directories)
     names = sorted({file.parts[0] for file in files})
     return FolderLabels(of_directories(files), names, len(names))
 
@@ -64,26 +78,31 @@ def of_directories(files: Sequence[Path]) -> Labels:
     return np.array([numbers[file.parts[0]] for file in files], dtype=np.int64)
 
 
-def _read(index: Path) -> list[Any] | None:
-    """The entries of a dataset.json, empty for `"labels": null`. None if the file has no `labels`."""
+def _read(name: str, index: Callable[[], bytes]) -> tuple[list[Any] | None, list[str]]:
+    """The entries and the class names of a dataset.json.
+
+    The entries are empty for `"labels": null`, and None if the file has no `labels`. Class names (`"class_names"`) are
+    an addition of `udddm data resize` to EDM's format.
+    """
     try:
-        found = json.loads(index.read_text(encoding="utf-8-sig"))
+        found = json.loads(index().decode("utf-8-sig"))
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            f"cannot read {index} ({error}): repair it, or move it away if it does not belong to the data set"
+            f"cannot read {name} ({error}): repair it, or move it away if it does not belong to the data set"
         ) from error
     if not isinstance(found, dict) or "labels" not in found:
-        log.warning("data: %s has no list named labels and is ignored", index)
-        return None
-    entries = found["labels"]
+        log.warning("data: %s has no list named labels and is ignored", name)
+        return None, []
+    entries, names = found["labels"], found.get("class_names")
     if entries is None:
-        return []
+        return [], []
     if not isinstance(entries, list):
-        raise DataError(f'{index}: "labels" must be a list of [file, label] pairs or null')
-    return entries
+        raise DataError(f'{name}: "labels" must be a list of [file, label] pairs or null')
+    valid = isinstance(names, list) and all(isinstance(each, str) for each in names)
+    return entries, names if valid else []
 
 
-def _lookup(index: Path, entries: list[Any], files: Sequence[Path]) -> Labels:
+def _lookup(index: str, entries: list[Any], files: Sequence[Path]) -> Labels:
     labels = {}
     for entry in entries:
         if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
@@ -115,15 +134,16 @@ def _are_shards(files: Sequence[Path]) -> bool:
     return True
 
 
-def _check_classes(root: Path, files: Sequence[Path], others: Sequence[Path]) -> None:
+def _check_classes(where: str, files: Sequence[Path], others: Sequence[Path], directories: Sequence[str]) -> None:
     """Raise DataError for a directory without images. Skipping it would shift the labels of all later classes."""
     with_images = {file.parts[0] for file in files}
-    for place in sorted(root.iterdir()):
-        if place.name.startswith(".") or place.name in with_images or not place.is_dir():
+    for place in sorted(directories):
+        if place.startswith(".") or place in with_images:
             continue
-        kinds = Counter(file.suffix.lower() or "no suffix" for file in others if file.parts[0] == place.name)
+        kinds = Counter(file.suffix.lower() or "no suffix" for file in others if file.parts[0] == place)
         what = ", ".join(f"{count} {suffix}" for suffix, count in sorted(kinds.items())) or "no other file"
         raise DataError(
-            f"the class directory {place} contains no readable images (it contains: {what}), which would change the "
-            "labels of the classes after it: convert its files to PNG, or move the directory out of the data set"
+            f"the class directory {where}/{place} contains no readable images (it contains: {what}), which would "
+            "change the labels of the classes after it: convert its files to PNG, or move the directory out of the "
+            "data set"
         )

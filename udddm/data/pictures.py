@@ -16,6 +16,9 @@ from udddm.errors import DataError
 
 GRAY_MODES = ("1", "L", "LA", "La")  # PIL's modes without color and with at most 8 bits
 
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM")
+"""Pillow's formats that are decoded, whatever the name of a file. Others may start programs, as EPS does."""
+
 _ORIENTATION = 0x0112
 _LATE_CHUNKS = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")
 """PNG chunks that may contain an orientation."""
@@ -122,6 +125,17 @@ def _on_white(image: Any) -> Any:
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         image = Image.alpha_composite(white, image)
     return image.convert("RGB").convert("L") if gray else image.convert("RGB")
+
+
+def central_square(image: Any, size: int) -> Any:
+    """The central square of a PIL image, resized to `size` x `size` (Lanczos), as dataset_tool.py of EDM crops."""
+    from PIL.Image import Resampling
+
+    if image.size == (size, size):
+        return image
+    side = min(image.size)
+    left, top = (image.width - side) // 2, (image.height - side) // 2
+    return image.crop((left, top, left + side, top + side)).resize((size, size), Resampling.LANCZOS)
 
 
 def pixels(image: Any) -> npt.NDArray[np.uint8]:
