@@ -31,14 +31,25 @@ class DataConfig(Section):
 
     name: str = Field(
         "digits",
-        description="digits, fashion-mnist, cifar10, folder, array, or package.module:function",
+        description="digits, fashion-mnist, cifar10, folder, zip, webdataset, huggingface, array, or "
+        "package.module:function (docs/data.md)",
     )
     path: str | None = Field(
-        None, description="path or fsspec URL of the archive, folder or array", json_schema_extra=CHANGEABLE
+        None, description="path or fsspec URL of the archive, folder, shards or array", json_schema_extra=CHANGEABLE
     )
     size: Positive | None = Field(
-        None, description="side in pixels to which the images of a folder are resized", json_schema_extra=unit("pixels")
+        None,
+        description="side in pixels to which image files are cropped and resized (not an array)",
+        json_schema_extra=unit("pixels"),
     )
+    image: str | None = Field(
+        None, description="webdataset: extension of the images within a sample; huggingface: their column"
+    )
+    label: str | None = Field(
+        None,
+        description="webdataset: extension of the labels within a sample, or json.KEY; huggingface: their column",
+    )
+    split: str | None = Field(None, description="huggingface: split of a saved DatasetDict (default: train)")
     workers: Annotated[int, Field(ge=0)] = Field(
         0,
         description="processes per rank that read and decode images; 0: a thread of the rank. The batches are the same",

@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from udddm.errors import DataError
@@ -101,7 +102,7 @@ def stamp(place: str) -> Stamp:
     """The size and version of a file. Raises DataError if there is none."""
     if not is_url(place):
         try:
-            found = os.stat(place)
+            found = Path(place).stat()
         except OSError as error:
             raise DataError(f"cannot read {place}: {error.strerror}") from error
         return Stamp(found.st_size, str(found.st_mtime_ns))
@@ -124,7 +125,7 @@ def open_sequential(place: str) -> IO[bytes]:
     """A file to read from start to end, with seeks. Raises DataError."""
     if not is_url(place):
         try:
-            return open(place, "rb")  # noqa: SIM115, PTH123
+            return Path(place).open("rb")
         except OSError as error:
             raise DataError(f"cannot read {place}: {error.strerror}") from error
     opened: IO[bytes] = asking(place, lambda fs, path: fs.open(path, "rb"))

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from udddm.data.huggingface import wrapped
 from udddm.data.images import (
     ArrayImages,
     BatchSource,
@@ -34,11 +35,12 @@ PROBES = 16  # samples that a fingerprint covers
 class ImageDataset:
     """A map-style object, read in batches of float32 images [n, C, H, W] in [-1, 1], with or without labels.
 
-    `source` is a BatchSource, an array or tensor of all images, or any object whose `source[i]` is an image or
-    (image, label). An image is a torch tensor or NumPy array [C, H, W] or [H, W], uint8 [H, W, C] with 1, 3 or 4
-    channels, or a PIL image. uint8 values become value / 127.5 - 1; floats must be in [-1, 1]. All images must have the
-    same shape, and either all or none must have a label. The optional attribute `classes` of a source with labels is
-    the number of classes, or a list of their names as in torchvision.
+    `source` is a BatchSource, an array or tensor of all images, a `datasets.Dataset` (Hugging Face) with a column of
+    images, or any object whose `source[i]` is an image or (image, label). An image is a torch tensor or NumPy array
+    [C, H, W] or [H, W], uint8 [H, W, C] with 1, 3 or 4 channels, or a PIL image. uint8 values become value / 127.5 - 1;
+    floats must be in [-1, 1]. All images must have the same shape, and either all or none must have a label. The
+    optional attribute `classes` of a source with labels is the number of classes, or a list of their names as in
+    torchvision.
 
     Thread-safe: a source that is not a BatchSource is called by one thread at a time.
 
@@ -55,6 +57,7 @@ class ImageDataset:
     """The names of the classes. Empty if the source does not provide them."""
 
     def __init__(self, source: MapDataset | torch.Tensor | np.ndarray[Any, Any]) -> None:
+        source = wrapped(source)  # type: ignore[assignment]
         require_map_style(source, "the data set")
         if isinstance(source, torch.Tensor):
             source = source.detach().cpu()

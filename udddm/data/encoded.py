@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 
@@ -45,6 +45,8 @@ class ImageFiles(ABC):
     """The place, in messages."""
     found: FolderLabels
     """The labels of the files."""
+    earlier_labels: Labels | Literal["same"] | None = "same"
+    """As in BatchSource."""
     remote = False
     """Whether each read is a request to a server."""
 
@@ -145,6 +147,7 @@ class EncodedImages(BatchSource):
         self._gray, (width, height) = self._check_headers()
         self._shape = (1 if self._gray else 3, size or height, size or width)
         self._labels, self.class_names, self.classes = files.found.labels, files.found.class_names, files.found.classes
+        self.earlier_labels = files.earlier_labels
 
     def __len__(self) -> int:
         return len(self._files)

@@ -50,8 +50,6 @@ class FolderImages(EncodedImages):
     def __init__(self, root: Path, size: int | None = None) -> None:
         files = LocalFolder(root, rotated=size is None)
         self.files = files.files
-        if files.found.differs:
-            self.earlier_labels = folder_labels.of_directories(self.files)
         super().__init__(files, size)
 
 
@@ -81,6 +79,8 @@ class LocalFolder(ImageFiles):
             index.read_bytes if index.is_file() else None,
             [place.name for place in root.iterdir() if place.is_dir()],
         )
+        if self.found.differs:
+            self.earlier_labels = folder_labels.of_directories(self.files)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -138,7 +138,7 @@ def split_names(names: Iterable[str]) -> tuple[list[Path], list[Path], list[str]
     Hidden files and files in hidden directories are left out.
     """
     shown = [name for name in names if not any(part.startswith(".") for part in name.split("/"))]
-    images = sorted((name for name in shown if name.lower().endswith(SUFFIXES)))
+    images = sorted(name for name in shown if name.lower().endswith(SUFFIXES))
     others = [Path(name) for name in shown if name and not name.lower().endswith((*SUFFIXES, "/"))]
     return [Path(name) for name in images], others, sorted({name.split("/")[0] for name in shown if "/" in name})
 
@@ -157,11 +157,9 @@ def report_others(where: str, files: Sequence[Path], others: Sequence[Path]) -> 
         )  # fmt: skip
 
 
-def open_folder(where: str, size: int | None = None) -> EncodedImages:
-    """The images of a folder at a path or URL. Raises DataError."""
-    if access.is_url(where):
-        return EncodedImages(RemoteFolder(where), size)
-    return FolderImages(expanded(where), size)
+def open_folder(where: str, size: int | None = None) -> ImageFiles:
+    """The image files of a folder at a path or URL; `size` as in EncodedImages. Raises DataError."""
+    return RemoteFolder(where) if access.is_url(where) else LocalFolder(expanded(where), rotated=size is None)
 
 
 def _find(root: Path) -> tuple[list[Path], list[Path]]:

@@ -98,8 +98,8 @@ def _read(name: str, index: Callable[[], bytes]) -> tuple[list[Any] | None, list
         return [], []
     if not isinstance(entries, list):
         raise DataError(f'{name}: "labels" must be a list of [file, label] pairs or null')
-    valid = isinstance(names, list) and all(isinstance(each, str) for each in names)
-    return entries, names if valid else []
+    valid: list[str] = names if isinstance(names, list) and all(isinstance(each, str) for each in names) else []
+    return entries, valid
 
 
 def _lookup(index: str, entries: list[Any], files: Sequence[Path]) -> Labels:

@@ -10,19 +10,39 @@ from typing import Any
 
 from udddm.config import DataConfig, ExpectConfig
 from udddm.config.plugins import load_plugin
-from udddm.data import arrays, folder, sources
+from udddm.data import arrays, folder, huggingface, sources, webdataset, zip_archive
 from udddm.data.dataset import ImageDataset
+from udddm.data.encoded import EncodedImages, ImageFiles
 from udddm.data.images import MapDataset, format_shape, require_map_style
 from udddm.errors import ConfigError, DataError
 from udddm.files import expanded
+from udddm.storage import local_path
+
+FILES: dict[str, Callable[[DataConfig], ImageFiles]] = {
+    "folder": lambda config: folder.open_folder(_place(config), config.size),
+    "zip": lambda config: zip_archive.ZipFiles(_place(config)),
+    "webdataset": lambda config: webdataset.TarShards(_place(config), config.image, config.label),
+    "huggingface": lambda config: huggingface.open_huggingface(
+        _place(config), image=config.image, label=config.label, split=config.split
+    ),
+}
+"""The data sets of image files, which are decoded at each access."""
 
 BUILT_IN: dict[str, Callable[[DataConfig], MapDataset]] = {
     "digits": lambda config: sources.digits(),
     "fashion-mnist": lambda config: sources.fashion_mnist(_optional_path(config)),
     "cifar10": lambda config: sources.cifar10(_optional_path(config)),
-    "folder": lambda config: folder.FolderImages(expanded(_path(config)), size=config.size),
+    **dict.fromkeys(FILES, lambda config: EncodedImages(open_files(config), config.size)),
     "array": lambda config: arrays.open_array(_path(config), missing_chunks=config.missing_chunks),
 }
+
+_TAKEN: dict[str, tuple[str, ...]] = {
+    "size": tuple(FILES),
+    "image": ("webdataset", "huggingface"),
+    "label": ("webdataset", "huggingface"),
+    "split": ("huggingface",),
+}
+"""The data sets to which a setting applies."""
 
 _ALWAYS = {
     "digits": ExpectConfig(samples=1797, shape=(1, 8, 8), classes=10),
@@ -66,9 +86,14 @@ def _check(dataset: MapDataset, name: str, expect: ExpectConfig) -> None:
         )
 
 
+def open_files(config: DataConfig) -> ImageFiles:
+    """The image files of a data set whose name is one of FILES, not decoded. Raises DataError."""
+    return FILES[config.name](config)
+
+
 def _open(config: DataConfig) -> MapDataset:
     if ":" in config.name:
-        _refuse(config, path=config.path, size=config.size)
+        _refuse(config, path=config.path, **{key: getattr(config, key) for key in _TAKEN})
         return _from_factory(config.name, config.arguments)
     if config.name not in BUILT_IN:
         match = difflib.get_close_matches(config.name, BUILT_IN, 1, 0.5)
@@ -79,8 +104,8 @@ def _open(config: DataConfig) -> MapDataset:
     _refuse(
         config,
         path=config.path if config.name == "digits" else None,
-        size=config.size if config.name != "folder" else None,
         arguments=config.arguments or None,
+        **{key: getattr(config, key) for key, names in _TAKEN.items() if config.name not in names},
     )
     return BUILT_IN[config.name](config)
 
@@ -98,14 +123,21 @@ def _remedy(config: DataConfig, key: str) -> str:
         return "move it to data.arguments"
     if key == "path":
         return f"to train on {config.path}, set data.name=folder (image files) or data.name=array (.npy or Zarr)"
-    meant = {"size": "data.name=folder", "arguments": "data.name=package.module:function"}[key]
-    return f"set {meant}, or remove data.{key}"
+    meant = ", ".join(_TAKEN.get(key, ("package.module:function",)))
+    return f"set data.name={meant}, or remove data.{key}"
 
 
 def _path(config: DataConfig) -> str:
     if not config.path:
         raise ConfigError(f"the data set {config.name!r} needs data.path, the location of its images")
     return config.path
+
+
+def _place(config: DataConfig) -> str:
+    """The path, with ~ expanded, or the URL of the data."""
+    path = _path(config)
+    local = local_path(path)
+    return path if local is None else str(local)
 
 
 def _optional_path(config: DataConfig) -> Path | None:

@@ -98,7 +98,10 @@ def test_an_error_inside_a_factory_keeps_its_type(module: str) -> None:
     [
         ("fashion_mnist", "did you mean fashion-mnist?"),
         ("cifar-10", "did you mean cifar10?"),
-        ("imagenet", "unknown data set 'imagenet'.*digits, fashion-mnist, cifar10, folder, array, and package.module"),
+        (
+            "imagenet",
+            "unknown data set 'imagenet'.*digits, fashion-mnist, cifar10, folder, zip, webdataset, huggingface, array, and package.module",
+        ),
     ],
 )
 def test_an_unknown_name_gets_a_suggestion(name: str, message: str) -> None:
@@ -110,8 +113,12 @@ def test_an_unknown_name_gets_a_suggestion(name: str, message: str) -> None:
     ("name", "settings", "message"),
     [
         ("digits", {"path": "x"}, r"digits: to train on x, set data\.name=folder \(image files\) or data\.name=array"),
-        ("digits", {"size": 8}, r"data\.size does not apply.*: set data\.name=folder, or remove data\.size"),
+        ("digits", {"size": 8}, r"data\.size does not apply.*: set data\.name=folder, zip, .*, or remove data\.size"),
         ("cifar10", {"size": 8}, r"data\.size does not apply"),
+        ("folder", {"path": "x", "label": "cls"}, r"data\.label does not apply.*: set data\.name=webdataset, hugging"),
+        ("zip", {"path": "x", "image": "png"}, r"data\.image does not apply"),
+        ("webdataset", {"path": "x", "split": "test"}, r"data\.split does not apply.*: set data\.name=huggingface, or"),
+        ("a.b:c", {"image": "png"}, r"data\.image does not apply.*move it to data\.arguments"),
         ("array", {"path": "x.npy", "arguments": {"a": 1}}, r"set data\.name=package\.module:function, or remove"),
         ("a.b:c", {"path": "x"}, "data.path does not apply to the data set a.b:c: move it to data.arguments"),
         ("folder", {}, "needs data.path"),
