@@ -20,6 +20,8 @@ OPEN_FILES = 64
 """Local files that a reader keeps open."""
 ATTEMPTS = 5
 """Attempts of a request to a remote file system."""
+_RANGES = "support range requests"
+"""A part of the message of fsspec's HTTP file system."""
 LISTED = 20_000_000
 """Files that a folder at a URL may have."""
 
@@ -76,7 +78,9 @@ class RangeReader:
                 data = self._local(place, start, length)
             except OSError as error:
                 raise DataError(f"cannot read {place}: {error.strerror}") from error
-        if len(data) != length:
+        if len(data) > length:
+            raise without_ranges(place)
+        if len(data) < length:
             raise DataError(
                 f"{place} has {len(data)} bytes at {start} instead of {length}: it is truncated or was replaced"
             )
@@ -154,6 +158,18 @@ def find(place: str) -> list[str]:
     return asking(place, names)
 
 
+def failed(place: str, kind: str, error: Exception) -> DataError:
+    """The error for a failure while a file is read as `kind`, such as "a ZIP archive"."""
+    if _RANGES in str(error):
+        return without_ranges(place)
+    return DataError(f"cannot read {place} as {kind}: {error}. Copy it again")
+
+
+def without_ranges(place: str) -> DataError:
+    """The error for a web server that only sends entire files."""
+    return DataError(f"the server of {place} does not support range requests: download the file")
+
+
 def asking(place: str, request: Callable[[Any, str], T]) -> T:
     """The result of `request(file system, path)` for a URL, retried after transient failures. Raises DataError.
 
@@ -177,8 +193,8 @@ def asking(place: str, request: Callable[[Any, str], T]) -> T:
         except DataError:
             raise
         except Exception as error:  # the errors differ between file systems
-            if "range request" in str(error).lower():
-                raise DataError(f"the server of {place} does not support range requests: download the file") from error
+            if _RANGES in str(error):
+                raise without_ranges(place) from error
             failure = of_fsspec(error)
             if isinstance(failure, FileNotFoundError):
                 raise DataError(f"nothing exists at {place}") from error

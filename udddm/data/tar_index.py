@@ -105,7 +105,7 @@ def read_or_build(shard: str, selection: Selection) -> ShardIndex:
     except DataError:
         raise
     except Exception as error:  # tarfile.TarError, OSError, EOFError, and those of remote file systems
-        raise DataError(f"cannot read {shard} as a tar archive ({error}): copy it again, uncompressed") from error
+        raise access.failed(shard, "an uncompressed tar archive", error) from error
     kept = {"identity": identity, "labelled": labelled, "fields": _FIELDS, "samples": rows}
     content = json.dumps(kept).encode()
     for place in (beside, cached):

@@ -127,7 +127,7 @@ class ZipFiles(ImageFiles):
         except DataError:
             raise
         except Exception as error:  # BadZipFile, NotImplementedError, struct.error, UnicodeDecodeError and others
-            raise DataError(f"cannot read {self.where} as a ZIP archive: {error}") from error
+            raise access.failed(self.where, "a ZIP archive", error) from error
         for info in found:
             # zipfile cuts names at a NUL and turns the separators of other systems around; the original is checked.
             check_name(info.orig_filename, self.where)

@@ -1,7 +1,7 @@
 """Writes the same images as every kind of data set, with the packages that users write them with.
 
-Every writer takes a directory or URL, and images uint8 [N, C, H, W] with labels int [N], and returns the data set's path.
-It needs webdataset and datasets (the extra `test`).
+Every writer takes a directory or URL, and images uint8 [N, C, H, W] with labels int [N], and returns the path of the
+data set. They need webdataset and datasets (the extra `test`).
 """
 
 from __future__ import annotations

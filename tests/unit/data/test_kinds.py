@@ -238,7 +238,7 @@ def test_a_saved_folder_that_names_files_elsewhere_is_refused(tmp_path: Path) ->
     state = (place / "state.json").read_text()
     name = next(place.glob("*.arrow")).name
     (place / "state.json").write_text(state.replace(name, "../elsewhere.arrow"))
-    with pytest.raises(DataError, match="names the file '../elsewhere.arrow' outside of its folder"):
+    with pytest.raises(DataError, match=r"names the file '\.\./elsewhere\.arrow' outside of its folder"):
         load("huggingface", str(place))
 
 
