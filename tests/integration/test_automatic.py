@@ -131,12 +131,12 @@ def test_sigma_data_is_that_of_the_pixels(tmp_path: Path) -> None:
         (["HERE/few", "--config", "digits"], "give one, or set data.path="),
         (["HERE/few", "--data", "digits"], "two data sets"),
         (["HERE/run"], "is a run, not a data set: udddm train --config"),
-        (["HERE/archive.tar"], "unpack it, and give the folder with the images"),
+        (["HERE/archive.7z"], "unpack it, and give the folder with the images"),
     ],
 )
 def test_mistakes(arguments: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder(tmp_path / "few", [(8, 8)], "L", 5)
-    (tmp_path / "archive.tar").write_bytes(b"")
+    (tmp_path / "archive.7z").write_bytes(b"")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "run.json").write_text("{}")
     given = [each.replace("HERE", str(tmp_path)) for each in arguments]

@@ -14,6 +14,7 @@ COMMANDS = {
     "sample": "generate images with a trained model (udddm-sample)",
     "evaluate": "score a model, or samples, against a data set (udddm-evaluate)",
     "store": "inspect, copy, clean up, plan and benchmark x0-state stores (udddm-store)",
+    "data": "inspect and resize data sets, and encode them as latents",
     "report": "write one HTML page about a run, or about several side by side",
     "config": "list and show presets, and explain every setting",
     "completion": "print the completion script of bash or zsh",

@@ -41,7 +41,7 @@ def _parser() -> Parser:
         nargs="*",
         metavar="DATA|KEY=VALUE",
         help="settings that replace those of the preset, such as steps=500; or the data set to train on: a folder of "
-        "images, an .npy, .npz or Zarr array",
+        "images, a .zip, .tar shards, a Hugging Face data set, an .npy, .npz or Zarr array (docs/data.md)",
     )
     parser.add_argument(
         "--data",
@@ -148,7 +148,8 @@ def _data(parser: Parser, arguments: argparse.Namespace) -> str | None:
 def _is_place(text: str) -> bool:
     from udddm.config.presets import SUFFIXES
 
-    return Path(text).suffix not in SUFFIXES and ("://" in text or Path(text).expanduser().exists())
+    known = "://" in text or Path(text).suffix == ".tar" or Path(text).expanduser().exists()  # x-{000..127}.tar
+    return Path(text).suffix not in SUFFIXES and known
 
 
 def _chosen(data: str, run: str, changes: list[str], device: str) -> RunConfig:

@@ -183,6 +183,9 @@ def _open_zarr(url: str, missing_chunks: str) -> ArrayImages:
         labels = None if label_key is None else _read_labels(node[label_key], f"{url}/{label_key}", missing_chunks)
     found = ZarrImages(images, labels, name=url)
     found.check_missing = missing_chunks == "stop"
+    names = node.attrs.get("class_names")
+    if found.classes and isinstance(names, list) and len(names) >= found.classes:
+        found.class_names, found.classes = [str(name) for name in names], len(names)
     _note_earlier(found, label_key)
     return found
 

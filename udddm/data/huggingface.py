@@ -172,7 +172,7 @@ def _image_column(features: Any, wanted: str | None, where: str) -> str:
     """The name of the column of images. Raises DataError."""
     kinds = {name: type(feature).__name__ for name, feature in features.items()}
     binary = [name for name, feature in features.items() if getattr(feature, "dtype", "") in ("binary", "large_binary")]
-    images = [name for name, kind in kinds.items() if kind == "Image"] or binary
+    images: list[str] = [name for name, kind in kinds.items() if kind == "Image"] or binary
     if wanted is None and len(images) > 1 and "image" in images:
         return "image"
     if wanted is None and len(images) == 1:

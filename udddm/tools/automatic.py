@@ -10,20 +10,17 @@ import importlib.util
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from udddm.backends.engines import memory
-from udddm.config import NetworkConfig, RunConfig, resolve
+from udddm.config import DataConfig, NetworkConfig, RunConfig, resolve
 from udddm.data import ImageDataset, load_dataset
-from udddm.data.folder import SUFFIXES
-from udddm.data.loading import BUILT_IN
+from udddm.data.loading import FILES, open_files
 from udddm.errors import ConfigError, DataError
-from udddm.files import expanded
 from udddm.networks.cost import cost
+from udddm.tools.dataset.place import common_size, measured_ids, section_of
 
 FEWEST = 64
 """Images, of which there must be at least a batch."""
@@ -34,8 +31,6 @@ SIDES = (128, 96, 64, 48, 32)
 """Sizes to which images of different sizes are resized."""
 OPERATIONS = 3e14
 """Floating-point operations that a core does in about an hour and a half."""
-MEASURED = 2048
-"""Images of which the standard deviation is measured."""
 
 
 @dataclass(frozen=True)
@@ -57,47 +52,15 @@ def machine(device: str) -> Machine:
 
 
 def data_section(where: str) -> dict[str, Any]:
-    """The section `data` for a folder of images, a .npy or .npz file, a Zarr array, or the name of a built-in data set.
+    """The section `data` for any data set that `section_of` knows, with the size to which its images are resized.
 
-    Raises ConfigError for what is none of them.
+    Raises ConfigError and DataError as `section_of` does.
     """
-    path = expanded(where)
-    if where in BUILT_IN and where not in ("folder", "array") and not path.exists():
-        return {"name": where}
-    if "://" in where or path.suffix in (".npy", ".npz") or (path / "zarr.json").exists() or path.suffix == ".zarr":
-        return {"name": "array", "path": where if "://" in where else str(path.resolve())}
-    if (path / "run.json").exists():
-        raise ConfigError(f"{where} is a run, not a data set: udddm train --config {where}/config.yaml resumes it")
-    if path.is_dir():
-        found: dict[str, Any] = {"name": "folder", "path": str(path.resolve())}
-        size = _common_size(path)
-        return found if size is None else {**found, "size": size}
-    if path.is_file():
-        raise ConfigError(
-            f"{where}: unpack it, and give the folder with the images; or give a .npy, .npz or Zarr array"
-        )
-    names = ", ".join(name for name in BUILT_IN if name not in ("folder", "array"))
-    raise ConfigError(f"{where}: there is no such folder or file; the built-in data sets are {names}")
-
-
-def _common_size(root: Path) -> int | None:
-    """The size to resize images to if theirs differ or are large: the largest of SIDES that most of them have."""
-    if importlib.util.find_spec("PIL") is None:  # reported when the data set is opened
-        return None
-    from PIL import Image
-
-    files = [path for path in sorted(root.rglob("*")) if path.suffix.lower() in SUFFIXES]
-    sizes = []
-    for file in files[:: max(1, len(files) // 512)]:
-        try:
-            with Image.open(file) as image:
-                sizes.append(image.size)
-        except Exception:  # named when the data set is opened
-            continue
-    if not sizes or (len(set(sizes)) == 1 and max(sizes[0]) <= SIDES[2]):
-        return None
-    usual = float(np.median([min(size) for size in sizes]))
-    return next((side for side in SIDES[2:] if side <= usual), SIDES[-1])
+    found = section_of(where)
+    if found["name"] not in FILES or importlib.util.find_spec("PIL") is None:  # reported when the data set is opened
+        return found
+    size = common_size(open_files(DataConfig(**found)), SIDES[2:], SIDES[2])
+    return found if size is None else {**found, "size": size}
 
 
 def choose(data: dict[str, Any], here: Machine) -> tuple[RunConfig, list[str]]:
@@ -109,8 +72,7 @@ def choose(data: dict[str, Any], here: Machine) -> tuple[RunConfig, list[str]]:
     if count < FEWEST:
         where = data.get("path") or data["name"]
         raise DataError(f"{where}: {count} images are too few to train on; give {FEWEST} or more")
-    ids = np.unique(np.linspace(0, count - 1, MEASURED).astype(np.int64))
-    pixels = images.batch(ids)[0]
+    pixels = images.batch(measured_ids(count))[0]
     sigma_data = float(f"{max(0.05, float(pixels.std())):.3g}")
     classes = images.classes if images.labelled and images.classes and images.classes <= MOST_CLASSES else 0
 
