@@ -40,7 +40,13 @@ def _parser() -> Parser:
         "--measured", type=positive, default=10_000, metavar="N", help="images whose latents are measured (10000)"
     )
     decode = commands.add_parser("decode", help="write the images of latents", description="Write images of latents.")
-    decode.add_argument("data", metavar="LATENTS", help="a Zarr group of udddm data encode")
+    decode.add_argument("data", metavar="LATENTS", help="a Zarr group of udddm data encode, or samples.npy of a model")
+    decode.add_argument(
+        "--moments",
+        default="",
+        metavar="GROUP",
+        help="the Zarr group of udddm data encode that samples were trained on",
+    )
     _add_target(decode)
     for command in (encode, decode):
         command.add_argument(
@@ -107,13 +113,14 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _decode(arguments: argparse.Namespace) -> int:
-    from udddm.tools.dataset.latents import decode
+    from udddm.tools.dataset.latents import Decoding, decode
     from udddm.tools.dataset.output import format_of
 
     target: Path = arguments.target
     kind = arguments.format or format_of(target)
     device = _device(arguments.device)
-    print(decode(arguments.data, target, arguments.autoencoder, device, arguments.batch, kind))
+    settings = Decoding(arguments.autoencoder, device, arguments.batch, kind, arguments.moments)
+    print(decode(arguments.data, target, settings))
     return 0
 
 

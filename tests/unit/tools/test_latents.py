@@ -92,6 +92,18 @@ def test_decoding_gives_the_images_back(tmp_path: Path, script: Path, target: st
     assert labels is not None and (labels == LABELS).all()
 
 
+def test_samples_are_decoded_with_the_moments_of_the_data(tmp_path: Path, script: Path) -> None:
+    source, group = image_sets.zip_archive(str(tmp_path), PIXELS, LABELS), tmp_path / "z.zarr"
+    assert command("encode", source, group, "--autoencoder", script) == 0
+    np.save(tmp_path / "samples.npy", zarr.open_group(group, mode="r")["images"][...])
+    assert command("decode", group, tmp_path / "a", "--autoencoder", script) == 0
+    assert command("decode", tmp_path / "samples.npy", tmp_path / "b", "--autoencoder", script, "--moments", group) == 0
+    for file in (tmp_path / "b").rglob("*.png"):
+        assert file.read_bytes() == (tmp_path / "a" / file.relative_to(tmp_path / "b")).read_bytes()
+    with pytest.raises(DataError, match="lacks the attributes mean, std and deviations"):
+        latents.decode(str(tmp_path / "samples.npy"), tmp_path / "c", latents.Decoding(script))
+
+
 def test_a_command_that_fails_halfway_resumes_with_the_same_bytes(
     tmp_path: Path, script: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,7 +186,7 @@ def test_what_is_not_an_autoencoder_is_one_error(tmp_path: Path) -> None:
         latents.open_autoencoder(tmp_path / "y.pt", "cpu")
     zarr.create_group(tmp_path / "z.zarr").create_array("images", data=np.zeros((3, 4, 2, 2), np.float32))
     with pytest.raises(DataError, match="lacks the attributes mean, std and deviations"):
-        latents.decode(str(tmp_path / "z.zarr"), tmp_path / "o.zip", tmp_path / "y.pt", "cpu", 4, "zip")
+        latents.decode(str(tmp_path / "z.zarr"), tmp_path / "o.zip", latents.Decoding(tmp_path / "y.pt"))
     (tmp_path / "kl").mkdir()
     (tmp_path / "kl" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
     with pytest.raises(ConfigError, match="is not a folder of diffusers"):

@@ -23,7 +23,7 @@ def adm(image: Any, size: Size) -> Any:
     """That of ADM (Dhariwal & Nichol 2021; `center_crop_arr` in openai/guided-diffusion, image_datasets.py).
 
     The image is halved by a box filter while both sides are at least twice the target's, resized by a bicubic filter so
-    that it covers the target, and cropped to its center. EDM calls it center-crop-dhariwal. ImageNet 64 and 256 in the
+    that it covers the target, and cropped to its center. EDM2 calls it center-crop-dhariwal. ImageNet 64 and 256 in the
     literature are made like this. For a square target it gives the pixels of the original.
     """
     from PIL.Image import Resampling

@@ -168,21 +168,29 @@ def encode(config: DataConfig, target: Path, where: Path, device: str, batch: in
     ]
 
 
-def decode(latents: str, target: Path, where: Path, device: str, batch: int, kind: str) -> str:
-    """Write the images of latents that `encode` wrote, uint8, to `target`. Returns a line about them.
+@dataclass(frozen=True)
+class Decoding:
+    """Settings of `decode`: the autoencoder, its device, images per batch, and the format of the target."""
 
-    Raises DataError for a Zarr group without the attributes of `encode`, and ConfigError.
+    autoencoder: Path
+    device: str = "cpu"
+    batch: int = 64
+    kind: str = "zip"
+    moments: str = ""
+    """The Zarr group of `encode` whose attributes scale the latents. Default: the latents themselves."""
+
+
+def decode(latents: str, target: Path, settings: Decoding) -> str:
+    """Write the images of latents as uint8 to `target`: those of `encode`, or samples of a model trained on them.
+
+    Returns a line about them. Raises DataError if there are no attributes of `encode`, and ConfigError.
     """
-    import zarr
-
     rows = open_array(latents)
-    try:
-        attributes: dict[str, Any] = dict(zarr.open_group(latents, mode="r").attrs)
-        mean, std = (torch.tensor(attributes[key], dtype=torch.float32)[:, None, None] for key in ("mean", "std"))
-        deviations = float(attributes["deviations"])
-    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
-        raise DataError(f"{latents} lacks the attributes mean, std and deviations of udddm data encode") from error
-    autoencoder = open_autoencoder(where, device)
+    moments, deviations = _recorded(settings.moments or latents)
+    autoencoder, batch = open_autoencoder(settings.autoencoder, settings.device), settings.batch
+    mean, std = (torch.from_numpy(each).float()[:, None, None] for each in (moments.mean, moments.std))
+    if rows.batch(np.arange(1))[0].shape[1] != len(mean):
+        raise DataError(f"{latents} does not have the {len(mean)} channels of {settings.moments or 'its attributes'}")
 
     def images(ids: Ids) -> tuple[npt.NDArray[Any], dict[str, Any]]:
         found = []
@@ -193,9 +201,10 @@ def decode(latents: str, target: Path, where: Path, device: str, batch: int, kin
 
     plan = {
         "command": "decode",
-        "autoencoder": _digest(where),
+        "autoencoder": _digest(settings.autoencoder),
         "batch": batch,
-        "format": kind,
+        "format": settings.kind,
+        "moments": [moments.mean.tolist(), moments.std.tolist(), deviations],
         "data": ImageDataset(rows).fingerprint(),
         "version": 1,
     }
@@ -203,10 +212,25 @@ def decode(latents: str, target: Path, where: Path, device: str, batch: int, kin
     if work.ended():
         return f"{target} is complete"
     with work.locked():
-        sink = open_sink(work, kind, len(rows), images(np.arange(1))[0].shape[1:])
+        sink = open_sink(work, settings.kind, len(rows), images(np.arange(1))[0].shape[1:])
         write_parts(work, sink, len(rows), images)
         work.finish(sink, rows.labels, rows.class_names)
     return f"{len(rows)} images in {target}"
+
+
+def _recorded(group: str) -> tuple[Moments, float]:
+    """The moments and the number of deviations that `encode` wrote. Raises DataError."""
+    import zarr
+
+    try:
+        attributes: dict[str, Any] = dict(zarr.open_group(group, mode="r").attrs)
+        mean, std = (np.array(attributes[key], np.float64) for key in ("mean", "std"))
+        deviations = float(attributes["deviations"])
+    except (KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+        raise DataError(f"{group} lacks the attributes mean, std and deviations of udddm data encode") from error
+    if mean.ndim != 1 or mean.shape != std.shape or not np.isfinite([*mean, *std, deviations]).all():
+        raise DataError(f"the attributes mean, std and deviations of {group} are not those of udddm data encode")
+    return Moments(mean, std), deviations
 
 
 def _encoded(
