@@ -75,7 +75,7 @@ def run_fingerprints(place: Path, count: int) -> dict[str, list[str | None]]:
     import udddm
 
     pixels = np.random.default_rng(1).integers(0, 256, (count, 3, 8, 8), dtype=np.uint8)
-    found = {}
+    found: dict[str, list[str | None]] = {}
     for kind, (name, path) in open_all(place / "data", pixels, np.arange(count) % 4).items():
         tree = {**TREE, "data": {"name": name, "path": path}}
         result = udddm.train(tree, run_dir=place / "runs" / kind.replace(" ", "-"), device="cpu")

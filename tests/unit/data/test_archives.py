@@ -6,11 +6,13 @@ import io
 import json
 import os
 import stat
+import struct
 import subprocess
 import sys
 import tarfile
 import tracemalloc
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,6 +135,15 @@ def test_a_directory_that_announces_gigabytes_is_not_read(tmp_path: Path) -> Non
     patched(path, b"PK\5\6", 12, 0xFFFFFFFF)
     with pytest.raises(DataError, match="announces a directory of 1 members and 4294967295 bytes"):
         load("zip", path)
+
+
+def test_an_image_of_billions_of_pixels_is_not_decoded(tmp_path: Path) -> None:
+    """A PNG file whose header announces 60,000 x 60,000 pixels."""
+    header = struct.pack(">II", 60_000, 60_000) + IMAGE[24:29]
+    start = IMAGE[:16] + header + zlib.crc32(b"IHDR" + header).to_bytes(4, "big")
+    path = zip_of(tmp_path / "a.zip", [("a.png", start + IMAGE[33:])])
+    with pytest.raises(DataError, match=r"cannot read a\.png in .* as an image .*(exceeds limit|decompression bomb)"):
+        load("zip", path, size=8)
 
 
 def test_encrypted_and_exotic_members_are_refused(tmp_path: Path) -> None:
