@@ -117,6 +117,11 @@ def stamp(place: str) -> Stamp:
     return Stamp(int(info["size"]), next((str(info[name]) for name in names if info.get(name)), ""))
 
 
+def read_start(url: str, most: int) -> bytes:
+    """The first `most` bytes of the file at a URL, or all of it, in one request. Raises DataError."""
+    return asking(url, lambda fs, path: bytes(fs.cat_file(path, start=0, end=most)))[:most]
+
+
 def read_all(place: str, most: int) -> bytes:
     """The contents of a file of at most `most` bytes. Raises DataError."""
     size = stamp(place).size

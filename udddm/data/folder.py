@@ -13,6 +13,7 @@ from pathlib import Path
 from udddm.data import access, folder_labels
 from udddm.data.encoded import (
     LARGEST_FILE,
+    PREFIX,
     SUFFIXES,
     EncodedImages,
     Header,
@@ -120,7 +121,6 @@ class RemoteFolder(ImageFiles):
         read = partial(access.read_all, index, folder_labels.LARGEST_INDEX)
         there = Path(folder_labels.INDEX) in others
         self.found = folder_labels.find(self.where, self._files, others, read if there else None, directories)
-        self._reader = access.RangeReader()
 
     def __len__(self) -> int:
         return len(self._files)
@@ -129,7 +129,13 @@ class RemoteFolder(ImageFiles):
         return f"{self.where}/{self._files[index].as_posix()}"
 
     def read(self, index: int) -> bytes:
-        return access.read_all(self.name(index), LARGEST_FILE)
+        data = access.read_start(self.name(index), LARGEST_FILE + 1)
+        if len(data) > LARGEST_FILE:
+            raise DataError(f"{self.name(index)} has more than {LARGEST_FILE} bytes: it is not read")
+        return data
+
+    def prefix(self, index: int) -> bytes:
+        return access.read_start(self.name(index), PREFIX)
 
 
 def split_names(names: Iterable[str]) -> tuple[list[Path], list[Path], list[str]]:

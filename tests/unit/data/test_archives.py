@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from udddm.config import DataConfig
 from udddm.data import ImageDataset, load_dataset
@@ -174,6 +175,17 @@ def test_a_damaged_zip_archive_is_one_error_with_its_name(tmp_path: Path, change
         read_all("zip", path)
 
 
+def test_a_changed_pixel_is_found_by_the_checksum_of_the_archive(tmp_path: Path) -> None:
+    """BMP files have no checksum of their own."""
+    file = io.BytesIO()
+    Image.fromarray(PIXELS[0].transpose(1, 2, 0)).save(file, format="BMP")
+    path = zip_of(tmp_path / "a.zip", [("a.bmp", file.getvalue())])
+    content = path.read_bytes()
+    path.write_bytes(_flip(content, content.find(file.getvalue()) + len(file.getvalue()) - 5))
+    with pytest.raises(DataError, match=r"a\.bmp in .* is damaged: its checksum is wrong"):
+        read_all("zip", path)
+
+
 def test_every_byte_of_a_zip_archive_may_be_wrong(tmp_path: Path) -> None:
     """Any change of one byte gives the right images or a DataError, never another exception."""
     path = Path(image_sets.zip_archive(str(tmp_path), PIXELS[:3], LABELS[:3]))
@@ -290,7 +302,7 @@ def test_a_truncated_or_damaged_shard_does_not_lose_samples_silently(tmp_path: P
     image_sets.shards(str(tmp_path), each=40)
     path = tmp_path / "shards-000.tar"
     content = path.read_bytes()
-    middle = content.find(b"000020.png")
+    middle = content.find(b"000020.")
     ends = (middle + 50, middle + 512, middle + 520)
     for damaged in (*(content[:end] for end in ends), _flip(content, middle + 3)):
         path.write_bytes(damaged)

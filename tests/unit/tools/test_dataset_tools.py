@@ -233,6 +233,22 @@ def test_a_killed_command_resumes_with_the_same_bytes(tmp_path: Path, suffix: st
     pytest.fail("the last kill was not after the end")
 
 
+def test_temporary_files_of_zarr_do_not_stay(tmp_path: Path, small_parts: None) -> None:
+    source, target = image_sets.zip_archive(str(tmp_path)), tmp_path / "o.zarr"
+
+    def command() -> None:
+        data_command(["resize", source, str(target), "--size", "4"])
+
+    data = tmp_path / "o.zarr.partial" / "data"
+    count = 10
+    while not list(data.glob("images/c/0/0/0/*")):  # killed after the first part
+        assert killed_at(count, command)
+        count += 10
+    (data / "zarr.json.0123.partial").write_bytes(b"{")
+    command()
+    assert len(load(target)) == 40 and not list(target.rglob("*.partial"))
+
+
 def test_a_target_that_exists_or_belongs_to_another_command_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], small_parts: None
 ) -> None:
