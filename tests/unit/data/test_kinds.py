@@ -6,6 +6,7 @@ import http.server
 import os
 import pickle
 import shutil
+import sys
 import threading
 import uuid
 from collections.abc import Iterator
@@ -22,10 +23,11 @@ from PIL import Image
 from udddm.config import DataConfig
 from udddm.data import ImageDataset, access, load_dataset
 from udddm.data.reading import ProcessReader
-from udddm.errors import DataError
+from udddm.errors import ConfigError, DataError
 from udddm.testing import image_sets
 from udddm.testing.image_sets import ANYWHERE, LABELS, LOCAL, NAMES, PIXELS
 from udddm.testing.s3 import BUCKET, S3Server
+from udddm.tools.dataset.latents import open_autoencoder
 
 EXPECTED = torch.from_numpy(PIXELS).float() / 127.5 - 1
 SHUFFLED = np.random.default_rng(1).permutation(len(PIXELS))
@@ -182,6 +184,16 @@ def test_a_dataset_object_is_a_data_set() -> None:
         ImageDataset(datasets.DatasetDict({"train": rows}))  # type: ignore[arg-type]
     with pytest.raises(DataError, match="IterableDataset, which has no random access"):
         ImageDataset(rows.to_iterable_dataset())  # type: ignore[arg-type]
+
+
+def test_a_missing_package_names_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = image_sets.saved(str(tmp_path))
+    for name in ("datasets", "diffusers"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(DataError, match=r"needs Hugging Face datasets: pip install 'udddm\[hf\]'"):
+        load("huggingface", path)
+    with pytest.raises(ConfigError, match=r"needs diffusers: pip install 'udddm\[autoencoder\]'"):
+        open_autoencoder(tmp_path, "cpu")
 
 
 def test_columns_are_found_or_named(tmp_path: Path) -> None:
