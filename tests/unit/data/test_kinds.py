@@ -72,6 +72,12 @@ def test_processes_read_the_same_samples(tmp_path: Path, kind: str) -> None:
 def test_worker_processes_and_forks_read_shards(tmp_path: Path) -> None:
     dataset = load("webdataset", image_sets.shards(str(tmp_path)))
     dataset.batch(SHUFFLED)
+    child = os.fork()  # shares the open files
+    for _ in range(20):
+        same = torch.equal(dataset.batch(SHUFFLED)[0], EXPECTED[SHUFFLED])
+    if child == 0:
+        os._exit(0 if same else 1)
+    assert same and os.waitpid(child, 0)[1] == 0
     reader = ProcessReader(dataset, 2)
     try:
         images, _ = reader.request(SHUFFLED)(SHUFFLED)
