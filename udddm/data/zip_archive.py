@@ -8,6 +8,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import PurePosixPath
 
 import numpy as np
 
@@ -132,9 +133,10 @@ class ZipFiles(ImageFiles):
             # zipfile cuts names at a NUL and turns the separators of other systems around; the original is checked.
             check_name(info.orig_filename, self.where)
             check_mode(info.external_attr >> 16, info.filename, self.where)
-            if info.filename in names:
-                raise DataError(f"{self.where} has two members named {info.filename!r}: it is ambiguous which is meant")
-            names.add(info.filename)
+            name = PurePosixPath(info.filename).as_posix()  # without ./ and //
+            if name in names:
+                raise DataError(f"{self.where} has two members named {name!r}: it is ambiguous which is meant")
+            names.add(name)
             if info.is_dir():
                 continue
             if info.flag_bits & 0x1:
@@ -147,7 +149,7 @@ class ZipFiles(ImageFiles):
             if not 0 <= info.header_offset <= self._stamp.size - info.compress_size:
                 raise DataError(f"{info.filename} in {self.where} lies beyond the end of the archive: copy it again")
             deflated = info.compress_type == zipfile.ZIP_DEFLATED
-            yield _Member(info.filename, info.header_offset, info.compress_size, info.file_size, info.CRC, deflated)
+            yield _Member(name, info.header_offset, info.compress_size, info.file_size, info.CRC, deflated)
 
     def _check_directory_size(self) -> None:
         """Raise DataError for a central directory that is too large, before zipfile reads it into memory."""

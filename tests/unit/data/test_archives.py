@@ -175,6 +175,14 @@ def test_a_damaged_zip_archive_is_one_error_with_its_name(tmp_path: Path, change
         read_all("zip", path)
 
 
+def test_names_with_dots_and_double_slashes_are_one_name(tmp_path: Path) -> None:
+    path = zip_of(tmp_path / "a.zip", [("./x//b.png", IMAGE), ("x/a.png", png(PIXELS[1]))])
+    assert torch.equal(load("zip", path).batch(np.arange(2))[0][1], torch.from_numpy(PIXELS[0]).float() / 127.5 - 1)
+    path = zip_of(tmp_path / "b.zip", [("./x//b.png", IMAGE), ("x/b.png", IMAGE)])
+    with pytest.raises(DataError, match=r"two members named 'x/b\.png'"):
+        load("zip", path)
+
+
 def test_a_changed_pixel_is_found_by_the_checksum_of_the_archive(tmp_path: Path) -> None:
     """BMP files have no checksum of their own."""
     file = io.BytesIO()
