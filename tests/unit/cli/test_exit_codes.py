@@ -54,7 +54,7 @@ def test_an_error_has_its_code(error: BaseException, code: int, capsys: pytest.C
         ([*DIGITS, "data=digtis"], "data.name: unknown data set 'digtis'; did you mean digits?"),
         ([*DIGITS, "data=folder"], "the data set 'folder' needs data.path"),
         ([*DIGITS, "data.path=images"], "to train on images, set data.name=folder"),
-        ([*DIGITS, "data.size=16"], "set data.name=folder, or remove data.size"),
+        ([*DIGITS, "data.size=16"], "set data.name=folder, zip, webdataset, huggingface, or remove data.size"),
         ([*DIGITS, "network.attention_resolutions=5"], "no stage has side 5"),
         ([*DIGITS, "classes=8"], "set network.classes to 10"),
         ([*DIGITS, "sample.sampler=heun", "sample.steps=2"], "sample.steps 2: heun takes an odd number"),
