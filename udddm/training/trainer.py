@@ -346,7 +346,10 @@ class Trainer:
         if name is None:
             if initial := self.config.train.init_from:
                 refused = (ConfigError, CheckpointError, StoreError)
-                begun = self.ranks.run_on_all(lambda: begin_from(initial, self.engine, self.emas), refused)
+                shape = self.dataset.shape
+                begun = self.ranks.run_on_all(
+                    lambda: begin_from(initial, self.config, shape, self.engine, self.emas), refused
+                )
                 if len(seen := set(self.ranks.gather(begun))) > 1:
                     raise CheckpointError(
                         f"the ranks see different checkpoints as the newest of {initial} ({', '.join(sorted(seen))}): "
