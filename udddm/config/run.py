@@ -110,7 +110,9 @@ class NetworkConfig(Section):
     name: Annotated[str, AfterValidator(NETWORKS.check)] = Field(
         "unet", description="unet, dit, ddpmpp (docs/networks.md), or package.module:factory"
     )
-    settings: dict[str, Any] = Field(default_factory=dict, description="settings of dit, or of a custom network")
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="settings of dit, of ddpmpp, or of a custom network"
+    )
     patch: Annotated[int, Field(ge=1, le=1024)] = Field(
         1,
         description="side of the pixel blocks that become channels (pixel unshuffle); 1 disables it",

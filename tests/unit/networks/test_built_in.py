@@ -120,7 +120,7 @@ def test_noise_levels_matter_one_by_one(kind: str) -> None:
 def test_wrong_inputs_are_named(kind: str) -> None:
     network = randomized(config(kind))
     x, level, image = inputs()
-    with pytest.raises(ValueError, match="takes a conditioning image .*, but none was given"):
+    with pytest.raises(ValueError, match=r"takes a conditioning image .*, but none was given"):
         network(x, level)
     with pytest.raises(ValueError, match=r"x is \[2, 1, 8, 7\]"):
         network(x[..., :7], level, image)
@@ -128,7 +128,9 @@ def test_wrong_inputs_are_named(kind: str) -> None:
 
 @EVERY
 def test_settings_of_another_network_are_refused(kind: str) -> None:
-    with pytest.raises(ConfigError, match=r"network\.patch: network\.name=\w+ does not use it; .* write network\.patch=1"):
+    with pytest.raises(
+        ConfigError, match=r"network\.patch: network\.name=\w+ does not use it; .* write network\.patch=1"
+    ):
         outline(config(kind, patch=2), (1, 8, 8))
     with pytest.raises(ConfigError, match=r"network\.condition=cross-attention: \w+ has no .* network\.condition=none"):
         outline(config(kind, condition="cross-attention"), (1, 8, 8))

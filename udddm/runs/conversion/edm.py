@@ -30,8 +30,6 @@ NAMES = {
     *inert_pickle.DICTS,
     PERSISTENT,
     MODULE_DICT,
-    "builtins.set",
-    "_codecs.encode",
     "numpy.dtype",
     "numpy.ndarray",
     *(

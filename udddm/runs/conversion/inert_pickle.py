@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, cast
 
 from udddm.errors import CheckpointError
 
-MOST_OPERATIONS = 2_000_000
+MOST_OPERATIONS = 500_000
 """A pickle of a network with 55 M parameters has about 20 thousand."""
 DICTS = ("collections.OrderedDict", "dnnlib.util.EasyDict")
 """Classes that are read as a dict."""
