@@ -46,7 +46,7 @@ class TrainConfig(Section):
     init_from: str | None = Field(
         None,
         description="initialize the weights with the first average of this run, checkpoint or release (a path or URL), "
-        "or with a network snapshot of EDM (.pkl) or a DiT or DDPM in diffusers' format (docs/networks.md); unset: random "
+        "or with EDM's network snapshot (.pkl) or a DiT or DDPM in diffusers' format (docs/networks.md); unset: random "
         "weights",
     )
     batch_size: Positive = Field(128, description="samples per step, over all ranks", json_schema_extra=unit("samples"))

@@ -26,8 +26,14 @@ def test_the_page_is_current() -> None:
 def test_the_page_has_every_key_once() -> None:
     rows = [line.split("`")[1] for line in reference.markdown().splitlines() if line.startswith("| `")]
     keys = [row for row in rows if not row.endswith(("=", "=NAME"))]
+    settings = [
+        f"{registry.key.rpartition('.')[0]}.settings.{key}"
+        for registry, _, model in reference.plugin_settings()
+        for key in model.model_fields
+    ]
+    assert {"network.settings.size", "network.settings.rescale"} <= set(settings)
     assert sorted(keys) == sorted(
-        {*keys_of(RunConfig), "objective.chain.stages.start", "objective.chain.stages.levels"}
+        [*keys_of(RunConfig), "objective.chain.stages.start", "objective.chain.stages.levels", *settings]
     )
     assert {f"{alias}=" for alias in ALIASES} <= set(rows)
 
