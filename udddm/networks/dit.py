@@ -27,6 +27,9 @@ FREQUENCIES = 256
 """Channels of the sinusoids that embed the noise level, as in the paper's code."""
 _EPS = 1e-6
 
+_MOST_TOKENS = 1 << 16
+"""Attention to more tokens would not fit any device."""
+
 Dimension = Annotated[int, Field(ge=1, le=1 << 16)]
 
 
@@ -40,7 +43,7 @@ class DiTSettings(Section):
     width: Dimension | None = Field(
         None, description="channels of a token; unset: that of `size`", json_schema_extra={"unit": "channels"}
     )
-    depth: Dimension | None = Field(
+    depth: Annotated[int, Field(ge=1, le=1024)] | None = Field(
         None, description="number of blocks; unset: that of `size`", json_schema_extra={"unit": "blocks"}
     )
     heads: Dimension | None = Field(
@@ -118,7 +121,7 @@ class DiT(nn.Module):
     conditioning image is concatenated with the noisy one. The output has the channels of the image: the variances that
     the paper's models also predict have no use here.
 
-    Raises ValueError if the shape is not three positive numbers.
+    Raises ValueError if the shape is not three positive numbers, and for more than 65,536 tokens.
     """
 
     Settings = DiTSettings
@@ -129,6 +132,11 @@ class DiT(nn.Module):
         self._images, self._patch = ImageInputs(context.config, context.shape, settings.patch), settings.patch
         width, depth, heads = settings.dimensions
         self._rows, columns = (side // settings.patch for side in self._images.size)
+        if self._rows * columns > _MOST_TOKENS:
+            raise ValueError(
+                f"network.settings.patch={settings.patch} makes {self._rows * columns} tokens of an image, more than "
+                f"{_MOST_TOKENS}; use larger patches"
+            )
         self.embed = nn.Linear(self._images.channels * settings.patch**2, width)
         self.noise_embedding = NoiseEmbedding(FREQUENCIES, width, context.max_frequency)
         self.label_embedding = nn.Embedding(self.config.classes + 1, width) if self.config.classes else None

@@ -145,6 +145,11 @@ def test_dit_names_every_key_that_it_does_not_use() -> None:
         outline(config("dit", settings={"width": 32, "heads": 5}), (1, 8, 8))
 
 
+def test_dit_refuses_more_tokens_than_fit_before_it_allocates_their_positions() -> None:
+    with pytest.raises(ConfigError, match=r"network\.settings\.patch=2 makes 1048576 tokens .* use larger patches"):
+        build(config("dit"), (3, 2048, 2048), max_frequency=1.0, seed=0)
+
+
 def test_ddpmpp_names_a_resolution_that_no_stage_has() -> None:
     with pytest.raises(ConfigError, match="no stage has side 3; images of 8x8 pixels give 2 stages with sides 8, 4"):
         outline(config("ddpmpp", attention_resolutions=(3,)), (1, 8, 8))
