@@ -32,9 +32,8 @@ def test_the_page_has_every_key_once() -> None:
         for key in model.model_fields
     ]
     assert {"network.settings.size", "network.settings.rescale"} <= set(settings)
-    assert sorted(keys) == sorted(
-        [*keys_of(RunConfig), "objective.chain.stages.start", "objective.chain.stages.levels", *settings]
-    )
+    own = {*keys_of(RunConfig), "objective.chain.stages.start", "objective.chain.stages.levels"}
+    assert sorted(keys) == sorted([*own, *settings])
     assert {f"{alias}=" for alias in ALIASES} <= set(rows)
 
 
