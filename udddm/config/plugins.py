@@ -208,7 +208,15 @@ OBJECTIVES = Registry(
     },
     renamed={"consistency": "ict", "tuning": "ect", "denoiser": "edm", "algorithm-1": "uddm"},
 )
-NETWORKS = Registry("network", "network.name", {"unet": "udddm.networks.unet:build"})
+NETWORKS = Registry(
+    "network",
+    "network.name",
+    {
+        "unet": "udddm.networks.unet:build",
+        "dit": "udddm.networks.dit:DiT",
+        "ddpmpp": "udddm.networks.ddpmpp:DDPMpp",
+    },
+)
 SCHEDULES = Registry(
     "noise schedule",
     "schedule.kind",

@@ -94,10 +94,10 @@ class ScheduleConfig(Section):
     sigma_data: Annotated[float, Field(ge=1e-9, le=1e9)] = Field(
         0.5, description="standard deviation of the data", json_schema_extra=unit("noise level")
     )
-    preconditioning: Literal["paper", "linear", "quadratic", "edm"] = Field(
+    preconditioning: Literal["paper", "linear", "quadratic", "edm", "epsilon"] = Field(
         "edm",
         description="c_skip and c_out: those of the paper (VP: x_t - F; VE: kappa = sigma_min/sigma), its other kappas "
-        "(linear and quadratic, VE), or those of EDM",
+        "(linear and quadratic, VE), those of EDM, or those of a network that predicts the noise (epsilon, VP)",
     )
 
     @model_validator(mode="after")
@@ -110,14 +110,20 @@ class ScheduleConfig(Section):
             raise ValueError(
                 f"preconditioning '{self.preconditioning}' is a kappa of the VE schedule; use paper or edm for VP"
             )
+        if self.kind == "ve" and self.preconditioning == "epsilon":
+            raise ValueError("preconditioning 'epsilon' is DDPM's, of the VP schedule; use paper or edm for VE")
         return self
 
 
 class NetworkConfig(Section):
     """The network. The default is the ADM U-Net (Dhariwal & Nichol 2021) with cross-attention to an image."""
 
-    name: Annotated[str, AfterValidator(NETWORKS.check)] = Field("unet", description="unet, or package.module:factory")
-    settings: dict[str, Any] = Field(default_factory=dict, description="settings of a custom network")
+    name: Annotated[str, AfterValidator(NETWORKS.check)] = Field(
+        "unet", description="unet, dit, ddpmpp (docs/networks.md), or package.module:factory"
+    )
+    settings: dict[str, Any] = Field(
+        default_factory=dict, description="settings of dit, of ddpmpp, or of a custom network"
+    )
     patch: Annotated[int, Field(ge=1, le=1024)] = Field(
         1,
         description="side of the pixel blocks that become channels (pixel unshuffle); 1 disables it",

@@ -45,8 +45,9 @@ class TrainConfig(Section):
     )
     init_from: str | None = Field(
         None,
-        description="initialize the weights with the first average of this run, checkpoint or release (a path or URL); "
-        "unset: random weights",
+        description="initialize the weights with the first average of this run, checkpoint or release (a path or URL), "
+        "or with EDM's network snapshot (.pkl) or a DiT or DDPM in diffusers' format (docs/networks.md); unset: random "
+        "weights",
     )
     batch_size: Positive = Field(128, description="samples per step, over all ranks", json_schema_extra=unit("samples"))
     grad_accumulation: Positive = Field(
@@ -108,8 +109,8 @@ class TrainConfig(Section):
     )
     cuda_graphs: bool | None = Field(
         None,
-        description="launch the network's kernels on a GPU all at once, as CUDA graphs; unset: with the built-in "
-        "network on one GPU, without compile, deterministic and grad_accumulation",
+        description="launch the network's kernels on a GPU all at once, as CUDA graphs; unset: with network.name=unet "
+        "on one GPU, without compile, deterministic and grad_accumulation",
         json_schema_extra=CHANGEABLE,
     )
     tf32: bool = Field(

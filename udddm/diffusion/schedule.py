@@ -166,6 +166,8 @@ class VariancePreserving(NoiseSchedule):
         if self.config.preconditioning == "edm":
             return super().precondition(t, sigma, signal)
         one = np.ones_like(t)
+        if self.config.preconditioning == "epsilon":  # DDPM's steps are numbered from 0
+            return 1 / signal, -sigma, one, 1000 * (t - 1) / self.last
         return one, -one, one, 1000 * t / self.last
 
 

@@ -36,12 +36,12 @@ class GroupNorm(nn.GroupNorm):
             return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
+def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
     """Group normalization with at most 32 groups, each of at least four channels if there are that many.
 
     Groups of a single channel would remove the channel's mean, which is the only information in a stage of 1x1 pixels.
     """
-    return GroupNorm(divisor(channels, min(32, channels // 4)), channels)
+    return GroupNorm(divisor(channels, min(32, channels // 4)), channels, eps)
 
 
 def zero(module: Module) -> Module:
@@ -51,10 +51,21 @@ def zero(module: Module) -> Module:
     return module
 
 
+def noise_angles(noise_level: torch.Tensor, count: int, max_frequency: float) -> torch.Tensor:
+    """Noise levels [B] -> the arguments of sinusoids [B, count], float32.
+
+    Frequencies, in radians per unit of noise level, decrease geometrically from `max_frequency` to 1e-4 of it.
+    """
+    # The frequencies are not a buffer because `module.bfloat16()` would round it: at noise level 1000, an error of 0.4%
+    # rotates the fastest sinusoid by several radians.
+    exponent = torch.linspace(0, -math.log(1e4), count, dtype=torch.float32, device=noise_level.device)
+    return noise_level.float()[:, None] * (max_frequency * exponent.exp())
+
+
 class NoiseEmbedding(nn.Module):
     """Noise levels [B] -> [B, out_width]: sinusoids in `width` channels (rounded up to even), followed by an MLP.
 
-    Frequencies, in radians per unit of noise level, decrease geometrically from `max_frequency` to 1e-4 of it.
+    The frequencies are those of `noise_angles`.
     """
 
     def __init__(self, width: int, out_width: int, max_frequency: float):
@@ -65,14 +76,18 @@ class NoiseEmbedding(nn.Module):
         self.linear_out = nn.Linear(out_width, out_width)
 
     def forward(self, noise_level: torch.Tensor) -> torch.Tensor:
-        # The frequencies are not a buffer because `module.bfloat16()` would round it: at noise level 1000, an error
-        # of 0.4% rotates the fastest sinusoid by several radians.
-        exponent = torch.linspace(0, -math.log(1e4), self.pairs, dtype=torch.float32, device=noise_level.device)
-        angle = noise_level.float()[:, None] * (self.max_frequency * exponent.exp())
+        angle = noise_angles(noise_level, self.pairs, self.max_frequency)
         waves = torch.cat([angle.cos(), angle.sin()], dim=1)
         hidden = F.silu(self.linear_in(waves.to(self.linear_in.weight.dtype)))
         embedding: torch.Tensor = self.linear_out(hidden)
         return embedding
+
+
+def resampled(x: torch.Tensor, resample: Resample) -> torch.Tensor:
+    """[B, C, H, W] -> [B, C, H', W']: averages of 2x2 pixels ("down"), or each pixel as 2x2 pixels ("up")."""
+    if resample == "down":
+        return F.avg_pool2d(x, 2)
+    return F.interpolate(x, scale_factor=2.0) if resample == "up" else x
 
 
 class ResidualBlock(nn.Module):
@@ -97,12 +112,8 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        h = F.silu(self.norm_in(x))
-        if self.resample == "down":
-            h, x = F.avg_pool2d(h, 2), F.avg_pool2d(x, 2)
-        elif self.resample == "up":
-            h, x = F.interpolate(h, scale_factor=2.0), F.interpolate(x, scale_factor=2.0)
-        h = self.conv_in(h)
+        h = self.conv_in(resampled(F.silu(self.norm_in(x)), self.resample))
+        x = resampled(x, self.resample)
         scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
         h = F.silu(torch.addcmul(shift, self.norm_out(h), scale + 1))
         out: torch.Tensor = self.shortcut(x) + self.conv_out(self.dropout(h))

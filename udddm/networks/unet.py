@@ -24,6 +24,7 @@ from udddm.networks.blocks import (
     group_norm,
     zero,
 )
+from udddm.networks.images import ImageInputs, attended_stages
 
 
 class Layer(nn.Module):
@@ -71,15 +72,11 @@ class UNet(nn.Module):
 
     def __init__(self, config: NetworkConfig, shape: tuple[int, int, int], *, max_frequency: float = 1.0):
         super().__init__()
-        if len(shape) != 3 or min(shape) < 1:
-            raise ValueError(f"an image's shape must be (channels, height, width), all at least 1, not {tuple(shape)}")
-        self.config, self.shape = config, (shape[0], shape[1], shape[2])
-        image_channels, height, width = self.shape
         stages = len(config.channel_mult)
-        multiple = config.patch * 2 ** (stages - 1)
-        down, across = -height % multiple, -width % multiple
-        self._padding = (across // 2, across - across // 2, down // 2, down - down // 2)
-        rows, columns = (height + down) // config.patch, (width + across) // config.patch
+        self.config, self._images = config, ImageInputs(config, shape, config.patch * 2 ** (stages - 1))
+        self.shape = self._images.shape
+        image_channels, _, _ = self.shape
+        rows, columns = (side // config.patch for side in self._images.size)
         self._grids = [(rows >> i, columns >> i) for i in range(stages)]
         self._channels = [config.base_channels * multiplier for multiplier in config.channel_mult]
         self._embedding_width = 4 * config.base_channels
@@ -96,7 +93,7 @@ class UNet(nn.Module):
 
         channels = self._channels[0]
         pixels = image_channels * config.patch**2
-        self.stem = nn.Conv2d(pixels * (2 if config.condition == "channels" else 1), channels, 3, padding=1)
+        self.stem = nn.Conv2d(self._images.channels * config.patch**2, channels, 3, padding=1)
         skips = [channels]
         self.encoder = nn.ModuleList()
         for stage, out_channels in enumerate(self._channels):
@@ -136,22 +133,16 @@ class UNet(nn.Module):
 
         Raises ValueError if the shape of an image differs from the network's, or if a required condition is missing.
         """
-        self._check(x, "x")
+        self._images.check(x, condition)
         embedding = self.noise_embedding(noise_level)
         if self.label_embedding is not None:
             if labels is None:
                 labels = torch.full((len(x),), self.config.classes, device=x.device)
             embedding = embedding + self.label_embedding(labels)
         embedding = F.silu(embedding)
-        if self.config.conditioned:
-            self._check_condition(condition, len(x))
         tokens = self._tokens(condition)
-
-        x = F.pixel_unshuffle(self._pad(x), self.config.patch)
-        if self.config.condition == "channels":
-            assert condition is not None
-            x = torch.cat([x, F.pixel_unshuffle(self._pad(condition), self.config.patch)], dim=1)
-        x = self.stem(x)
+        x = self._images.stack(x, condition, self.stem.weight.dtype)
+        x = self.stem(F.pixel_unshuffle(x, self.config.patch))
         skips = [x]
         for layer in self.encoder:
             x = layer(x, embedding, tokens)
@@ -160,50 +151,20 @@ class UNet(nn.Module):
         for layer in self.decoder:
             x = layer(torch.cat([x, skips.pop()], dim=1), embedding, tokens)
         x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch)
-        left, _, top, _ = self._padding
-        _, height, width = self.shape
-        return x[:, :, top : top + height, left : left + width].float()
-
-    def _check_condition(self, condition: torch.Tensor | None, count: int) -> None:
-        if condition is None:
-            raise ValueError(
-                f"this network takes a conditioning image (network.condition={self.config.condition}), but none was "
-                "given: pass one, or set network.condition=none"
-            )
-        self._check(condition, "condition")
-        if len(condition) != count:
-            raise ValueError(f"there are {count} images, but {len(condition)} conditioning images: pass one per image")
+        return self._images.crop(x).float()
 
     def _tokens(self, condition: torch.Tensor | None) -> list[torch.Tensor | None]:
         """Per stage, the tokens [B, h * w, C] of the conditioning images, or None without cross-attention."""
         tokens: list[torch.Tensor | None] = [None] * len(self._grids)
         if not self.condition_tokens or condition is None:
             return tokens
-        image = self._pad(condition)
+        image = self._images.pad(condition, self.stem.weight.dtype)
         for stage, embed in self.condition_tokens.items():
             tokens[int(stage)] = embed(image)
         return tokens
 
-    def _pad(self, image: torch.Tensor) -> torch.Tensor:
-        image = image.to(self.stem.weight.dtype)  # for a network cast with `module.to`; no effect under autocast
-        return F.pad(image, self._padding, mode="replicate") if any(self._padding) else image
-
-    def _check(self, image: torch.Tensor, name: str) -> None:
-        if image.shape[1:] != self.shape:
-            raise ValueError(f"{name} is {list(image.shape)}, but the network was built for [B, *{list(self.shape)}]")
-
     def _attended_stages(self) -> set[int]:
-        sides = [grid[0] for grid in self._grids]
-        missing = sorted(set(self.config.attention_resolutions) - set(sides))
-        default = self.config.attention_resolutions == NetworkConfig.model_fields["attention_resolutions"].default
-        if missing and not default:
-            _, height, width = self.shape
-            padded = f", padded to {sides[0]}x{self._grids[0][1]}" if any(self._padding) else ""
-            raise ValueError(
-                f"network.attention_resolutions: no stage has side {', '.join(map(str, missing))}; images of "
-                f"{height}x{width} pixels{padded} give {len(sides)} stages with sides {', '.join(map(str, sides))}"
-            )
-        return {stage for stage, side in enumerate(sides) if side in self.config.attention_resolutions}
+        return attended_stages(self.config, self._images, [rows for rows, _ in self._grids])
 
     def _layer(self, stage: int, in_channels: int, attention: bool) -> Layer:
         channels, head_dim = self._channels[stage], self.config.head_dim

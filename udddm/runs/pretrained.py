@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from udddm.backends.engines.base import Engine
+from udddm.config import RunConfig
 from udddm.ema import Average
 from udddm.errors import CheckpointError
 from udddm.files import load_json
 from udddm.runs.checkpoint import NAME, corruption, load_config
+from udddm.runs.conversion import Converted, convert
 from udddm.runs.remote import open_copy
 from udddm.runs.run import Run
 from udddm.runs.weights import Saved
@@ -92,20 +94,30 @@ def recorded_data(where: str | Path) -> dict[str, Any] | None:
     return None
 
 
-def begin_from(where: str | Path, engine: Engine, emas: Sequence[Average]) -> str:
-    """Initialize a new run's weights and all its EMAs from the first EMA of `where`. Optimizer state is not loaded.
+def begin_from(
+    where: str | Path, config: RunConfig, shape: tuple[int, int, int], engine: Engine, emas: Sequence[Average]
+) -> str:
+    """Initialize a new run's weights and all its EMAs from the first EMA of `where`, or from the weights of another
+    project's file (`udddm/runs/conversion/`). Optimizer state is not loaded.
 
-    Returns the checkpoint's name. Raises CheckpointError, StoreError, ConfigError.
+    `config` is the new run's, and `shape` (C, H, W) that of its images. Returns the checkpoint's name. Raises
+    CheckpointError, StoreError, ConfigError.
     """
 
-    def load(directory: Path) -> str:
-        trained, _ = load_config(directory)
-        weights = Saved.average(directory, trained.train.averages, None)
+    def fill(weights: Saved | Converted) -> None:
         weights.check_network(engine.shapes)
         engine.load_weights(weights)
         for average in emas:
             for name in engine.shapes:
                 engine.fill(average.weights, name, weights[name])
+
+    def load(directory: Path) -> str:
+        trained, _ = load_config(directory)
+        fill(Saved.average(directory, trained.train.averages, None))
         return directory.resolve().name
 
+    converted = convert(where, config, shape)
+    if converted is not None:
+        fill(converted)
+        return Path(where).name
     return read_checkpoint(where, load)

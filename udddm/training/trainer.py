@@ -345,8 +345,8 @@ class Trainer:
         self._retain(kept)
         if name is None:
             if initial := self.config.train.init_from:
-                refused = (ConfigError, CheckpointError, StoreError)
-                begun = self.ranks.run_on_all(lambda: begin_from(initial, self.engine, self.emas), refused)
+                begin = partial(begin_from, initial, self.config, self.dataset.shape, self.engine, self.emas)
+                begun = self.ranks.run_on_all(begin, (ConfigError, CheckpointError, StoreError))
                 if len(seen := set(self.ranks.gather(begun))) > 1:
                     raise CheckpointError(
                         f"the ranks see different checkpoints as the newest of {initial} ({', '.join(sorted(seen))}): "

@@ -26,9 +26,14 @@ def test_the_page_is_current() -> None:
 def test_the_page_has_every_key_once() -> None:
     rows = [line.split("`")[1] for line in reference.markdown().splitlines() if line.startswith("| `")]
     keys = [row for row in rows if not row.endswith(("=", "=NAME"))]
-    assert sorted(keys) == sorted(
-        {*keys_of(RunConfig), "objective.chain.stages.start", "objective.chain.stages.levels"}
-    )
+    settings = [
+        f"{registry.key.rpartition('.')[0]}.settings.{key}"
+        for registry, _, model in reference.plugin_settings()
+        for key in model.model_fields
+    ]
+    assert {"network.settings.size", "network.settings.rescale"} <= set(settings)
+    own = {*keys_of(RunConfig), "objective.chain.stages.start", "objective.chain.stages.levels"}
+    assert sorted(keys) == sorted([*own, *settings])
     assert {f"{alias}=" for alias in ALIASES} <= set(rows)
 
 

@@ -77,6 +77,20 @@ def test_vp_combines_by_1_and_minus_1_in_the_paper() -> None:
     np.testing.assert_allclose(found.c_noise, 1000 * t / 8000, rtol=1e-6)
 
 
+def test_epsilon_is_the_estimate_of_a_network_that_predicts_the_noise() -> None:
+    """If F is the noise, f is x_0, whatever the step; steps are numbered from 0, as in DDPM."""
+    t = np.arange(1.0, 1001)
+    ddpm = ScheduleConfig(kind="vp", timesteps=1000, beta_min=1e-4, beta_max=0.02, preconditioning="epsilon")
+    found = at(build(ddpm), t)
+    x0, noise = 0.7, -1.3
+    xt = found.alpha.astype(np.float64) * x0 + found.sigma.astype(np.float64) * noise
+    np.testing.assert_allclose(found.c_skip * xt + found.c_out * noise, x0, atol=1e-4)
+    assert (found.c_in == 1).all()
+    np.testing.assert_allclose(found.c_noise, t - 1, rtol=1e-6)
+    with pytest.raises(ConfigError, match="preconditioning 'epsilon' is DDPM's, of the VP schedule"):
+        resolve({"schedule": {"kind": "ve", "preconditioning": "epsilon"}})
+
+
 @pytest.mark.parametrize("data", [0.5, 0.3])
 @pytest.mark.parametrize(
     ("name", "kappa"),
