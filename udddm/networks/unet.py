@@ -140,11 +140,11 @@ class UNet(nn.Module):
         embedding = self.noise_embedding(noise_level)
         if self.label_embedding is not None:
             if labels is None:
-                labels = torch.full((len(x),), self.config.classes, device=x.device)
+                labels = torch.full((x.shape[0],), self.config.classes, device=x.device)
             embedding = embedding + self.label_embedding(labels)
         embedding = F.silu(embedding)
         if self.config.conditioned:
-            self._check_condition(condition, len(x))
+            self._check_condition(condition, x.shape[0])
         tokens = self._tokens(condition)
 
         x = F.pixel_unshuffle(self._pad(x), self.config.patch)
@@ -171,8 +171,10 @@ class UNet(nn.Module):
                 "given: pass one, or set network.condition=none"
             )
         self._check(condition, "condition")
-        if len(condition) != count:
-            raise ValueError(f"there are {count} images, but {len(condition)} conditioning images: pass one per image")
+        if condition.shape[0] != count:
+            raise ValueError(
+                f"there are {count} images, but {condition.shape[0]} conditioning images: pass one per image"
+            )
 
     def _tokens(self, condition: torch.Tensor | None) -> list[torch.Tensor | None]:
         """Per stage, the tokens [B, h * w, C] of the conditioning images, or None without cross-attention."""
