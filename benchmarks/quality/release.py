@@ -22,7 +22,7 @@ from udddm.data import load_dataset
 from udddm.image_grid import save_image_grid
 from udddm.runs import pretrained
 from udddm.runs.checkpoint import load_step
-from udddm.tools.export import release
+from udddm.runs.release import write_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, write_json
@@ -64,7 +64,7 @@ def main() -> None:
     best = min(by_decay, key=lambda decay: by_decay[decay]["1"]["fd"])
 
     destination.mkdir(parents=True, exist_ok=True)
-    release.write_weights(udddm.load_model(arguments.run, ema=best, device="cpu"), best, destination)
+    write_weights(udddm.load_model(arguments.run, ema=best, device="cpu"), best, destination)
     with pretrained.checkpoint_files(arguments.run) as checkpoint:
         position = load_step(checkpoint)
     model = udddm.load_model(destination, device="cpu")

@@ -10,7 +10,7 @@ from udddm import networks
 from udddm.config import load_config
 from udddm.diffusion import schedule
 from udddm.runs.model import Model
-from udddm.tools.export import release
+from udddm.runs.release import write_weights
 
 
 def random_model(*settings: str, shape: tuple[int, int, int] = (1, 8, 8), scale: float = 0.3) -> Model:
@@ -31,5 +31,5 @@ def random_model(*settings: str, shape: tuple[int, int, int] = (1, 8, 8), scale:
 def saved(model: Model, folder: Path, average: str = "0.9") -> Path:
     """Write a release of a model to the new directory `folder`, which is returned."""
     folder.mkdir()
-    release.write_weights(model, average, folder)
+    write_weights(model, average, folder)
     return folder

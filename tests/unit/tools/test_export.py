@@ -84,6 +84,10 @@ def test_a_run_becomes_a_release_with_the_same_images_and_no_path(tmp_path: Path
     assert "another average of this run (EMA 0.9, not 0.5)" in (tmp_path / "second" / "README.md").read_text()
     other = udddm.sample(load_model(run, ema=0.5), range(4))
     assert np.array_equal(udddm.sample(tmp_path / "second", range(4)), other)
+    theirs = json.loads((run / "run.json").read_text())
+    theirs["config"]["schedule"]["kind"] = "json:loads"
+    (run / "run.json").write_text(json.dumps(theirs))  # unlike the checkpoint's: it would be called with a Section
+    export.write(run, tmp_path / "third", "safetensors")
     for path in (*(tmp_path / "first").iterdir(), *(tmp_path / "second").iterdir()):
         assert str(tmp_path).encode() not in path.read_bytes(), path
     assert np.array_equal(np.load(tmp_path / "first" / "samples.npy"), udddm.sample(run, range(64)))

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from udddm.config import as_yaml
-from udddm.tools.export.facts import shareable
+from udddm.runs.release import shareable
 
 if TYPE_CHECKING:
     from udddm.tools.export import Source

@@ -19,8 +19,8 @@ from udddm.errors import ConfigError
 from udddm.files import write_text
 from udddm.image_grid import save_image_grid
 from udddm.runs.model import Model
+from udddm.runs.release import shareable
 from udddm.tools.export.card import card
-from udddm.tools.export.facts import shareable
 from udddm.tools.report import grid_size
 
 if TYPE_CHECKING:

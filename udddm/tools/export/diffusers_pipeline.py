@@ -98,9 +98,7 @@ class UdddmPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise ConfigError(f"output_type={output_type!r}: give pil, np or pt")
         model = self.generator.model()
         chosen = _seeds(batch_size, generator) if seeds is None else seeds
-        drawn = model.sample(
-            chosen, steps=num_inference_steps, labels=class_labels, guidance=guidance_scale, batch=min(250, len(chosen))
-        )
+        drawn = model.sample(chosen, steps=num_inference_steps, labels=class_labels, guidance=guidance_scale)
         images = _converted(drawn, output_type)
         return ImagePipelineOutput(images=images) if return_dict else (images,)
 

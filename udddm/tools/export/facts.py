@@ -1,4 +1,4 @@
-"""What an export says of a model besides its weights: how it was trained and scored, without paths of this machine."""
+"""What an export says of a model besides its weights: how it was trained and scored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from udddm.config import RunConfig
 from udddm.runs import hub
 from udddm.runs.checkpoint import NAME
 from udddm.runs.remote import open_copy
@@ -41,15 +40,3 @@ def facts_of(run: str | Path) -> Facts:
     found = recorded(run, opened)
     last = max((row["images"] for row in found["scores"]), default=0)
     return Facts(name, found["facts"], [row for row in found["scores"] if row["images"] == last])
-
-
-def shareable(config: RunConfig) -> dict[str, Any]:
-    """The configuration as JSON without the settings that say where things are on the machine of the run: paths, URLs,
-    and the arguments of a data set."""
-    tree: dict[str, Any] = config.model_dump(mode="json")
-    tree["data"] |= {"path": None, "arguments": {}}
-    tree["store"] |= {"url": None, "settings": {}}
-    tree["train"] |= {"init_from": None}
-    if tree["evaluate"]["features"] != type(config.evaluate).model_fields["features"].default:
-        tree["evaluate"]["features"] = Path(str(tree["evaluate"]["features"])).name
-    return tree

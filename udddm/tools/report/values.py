@@ -19,7 +19,7 @@ import torch
 import udddm
 from udddm import image_grid, objectives, rng
 from udddm.config import RunConfig, as_yaml, resolve
-from udddm.config.plugins import OBJECTIVES
+from udddm.config.plugins import OBJECTIVES, SCHEDULES
 from udddm.diffusion import schedule
 from udddm.diffusion.denoise import add_noise, denoise
 from udddm.diffusion.schedule import Coefficients
@@ -197,8 +197,8 @@ def _resumed(rows: list[dict[str, Any]]) -> list[float]:
 
 
 def _phases(config: RunConfig, order: Order) -> list[dict[str, Any]]:
-    """Where the phases of the objective begin. None for an objective of someone else, which is not imported."""
-    if OBJECTIVES.is_import(config.objective.name):
+    """Where the phases of the objective begin. None for a custom objective or schedule, which is not imported."""
+    if OBJECTIVES.is_import(config.objective.name) or SCHEDULES.is_import(config.schedule.kind):
         return []
     total = _total_steps(config, order)
     epochs = total / order.steps_per_epoch
