@@ -48,6 +48,8 @@ def command_line() -> str:
             "--plot",
             "--directory",
             "--runs",
+            "--screenshot",
+            "--runtime",
         ):  # where files are on this machine tells a reader nothing
             if not equals:
                 next(arguments, None)

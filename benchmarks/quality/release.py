@@ -16,13 +16,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 
 import udddm
 from udddm.data import load_dataset
 from udddm.image_grid import save_image_grid
 from udddm.runs import pretrained
-from udddm.runs.weights import Saved
+from udddm.runs.checkpoint import load_step
+from udddm.runs.release import write_weights
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, write_json
@@ -64,13 +64,9 @@ def main() -> None:
     best = min(by_decay, key=lambda decay: by_decay[decay]["1"]["fd"])
 
     destination.mkdir(parents=True, exist_ok=True)
+    write_weights(udddm.load_model(arguments.run, ema=best, device="cpu"), best, destination)
     with pretrained.checkpoint_files(arguments.run) as checkpoint:
-        # Merged, if several ranks had written separate files.
-        save_file(dict(Saved(checkpoint, f"ema-{best}")), destination / f"ema-{best}.safetensors")
-        saved = json.loads((checkpoint / "config.json").read_text())
-        position = json.loads((checkpoint / "position.json").read_text())
-    saved["config"]["train"]["ema"] = [float(best)]
-    (destination / "config.json").write_text(json.dumps(saved, indent=1) + "\n")
+        position = load_step(checkpoint)
     model = udddm.load_model(destination, device="cpu")
     images = udddm.sample(model, range(arguments.count))
     np.save(destination / "samples-1.npy", pixels(images))
@@ -78,8 +74,8 @@ def main() -> None:
     save_image_grid(torch.from_numpy(udddm.sample(model, range(100), steps=2)), destination / "grid-2.png")
     metrics = [json.loads(line) for line in (arguments.run / "metrics.jsonl").read_text().splitlines()]
     report = {
-        "steps": position["step"],
-        "images": position["step"] * saved["config"]["train"]["batch_size"],
+        "steps": position,
+        "images": position * first.config.train.batch_size,
         "images_per_second": float(np.median([line["images_per_second"] for line in metrics])),
         "parameters": sum(p.numel() for p in model.network.parameters()),
         "ema": best,

@@ -15,7 +15,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 RELEASE = "fashion-mnist/consistency/ema-0.9998.safetensors"  # the checkpoint from which the README samples
-FOLDERS = ("quality", "store", "training", "robustness")
+FOLDERS = ("quality", "store", "tools", "training", "robustness")
 SCRIPTS = sorted(
     str(path.relative_to(BENCHMARKS))
     for folder in FOLDERS

@@ -49,7 +49,7 @@ def test_the_base_installation_trains_samples_and_draws(tmp_path: Path) -> None:
     code = (
         "import json, sys\n"
         f"sys.modules.update(dict.fromkeys({lacking!r}))\n"  # makes importing them fail, as if they were not installed
-        "from udddm.cli import sample, train\n"
+        "from udddm.cli import export, sample, train\n"
         "for name in ('ict', 'ect', 'chain'):\n"
         "    run = sys.argv[1] + '/' + name\n"
         "    code = train.main(['--config', sys.argv[2], '--run-dir', run, '--store=zarr', '--device=cpu',\n"
@@ -59,11 +59,13 @@ def test_the_base_installation_trains_samples_and_draws(tmp_path: Path) -> None:
         "        f'--set=objective={{name: {name}}}', '--set=sample={every_steps: 0, final: 9}'])\n"
         "    assert code == 0, (name, code)\n"
         "assert sample.main(['--checkpoint', run, '--seeds', '0-3', '--out', sys.argv[1] + '/samples']) == 0\n"
+        "assert export.main([run, '--to=safetensors', '--out', sys.argv[1] + '/release']) == 0\n"
+        "assert export.main([run, '--to=onnx', '--out', sys.argv[1] + '/onnx']) == 2\n"
     )
     command = [sys.executable, "-c", code, str(tmp_path), "digits"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert "pip install 'udddm[tensorboard]'" in done.stderr
+    assert "pip install 'udddm[tensorboard]'" in done.stderr and "pip install 'udddm[onnx]'" in done.stderr
     for name in ("ict", "ect", "chain"):
         assert json.loads((tmp_path / name / "result.json").read_text())["steps"] == 6
         assert (tmp_path / name / "samples.png").exists() and not (tmp_path / name / "tensorboard").exists()

@@ -128,6 +128,12 @@ def run_of(parser: Parser, arguments: argparse.Namespace) -> Any:
     return run
 
 
+def name_of(run: str) -> str:
+    """The last part of the path of a run or checkpoint that names it."""
+    *_, name = [part for part in run.rstrip("/").split("/") if part not in ("", ".", "..", "checkpoints")] or ["run"]
+    return name
+
+
 def check_exists(parser: Parser, run: str) -> None:
     """End the command if a run is neither a URL nor an existing path."""
     from udddm.config.presets import names

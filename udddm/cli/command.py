@@ -154,6 +154,11 @@ def add_guidance_and_average(parser: argparse.ArgumentParser, length: Callable[[
     parser.add_argument(
         "--guidance", type=float, default=1.0, metavar="W", help="classifier-free guidance weight (default 1: none)"
     )
+    add_average(parser, length)
+
+
+def add_average(parser: argparse.ArgumentParser, length: Callable[[str], Any] = float) -> None:
+    """Add the options for the average of the weights. `length` is the type of its length."""
     average = parser.add_mutually_exclusive_group()
     average.add_argument(
         "--ema",

@@ -16,6 +16,7 @@ COMMANDS = {
     "store": "inspect, copy, clean up, plan and benchmark x0-state stores (udddm-store)",
     "data": "inspect and resize data sets, and encode them as latents",
     "report": "write one HTML page about a run, or about several side by side",
+    "export": "write a trained model as safetensors, ONNX, a diffusers pipeline, or a page for the browser",
     "config": "list and show presets, and explain every setting",
     "completion": "print the completion script of bash or zsh",
 }

@@ -6,7 +6,7 @@ import argparse
 import sys
 from pathlib import Path
 
-from udddm.cli.arguments import Parser, add_run, run_of
+from udddm.cli.arguments import Parser, add_run, name_of, run_of
 from udddm.cli.command import (
     MOST,
     TRUST,
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
             batch=arguments.batch,
         )
         drawn = time.monotonic()
-        out: Path = arguments.out or _default_out(run)
+        out: Path = arguments.out or Path("samples") / name_of(run)
         classes = model.config.network.classes
         columns = classes if labels is None and 2 <= classes <= 20 else None  # one column per class
         written = pictures.save(out, images, seeds, labels or model.default_labels(seeds), arguments.save, columns)
@@ -125,12 +125,6 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     return reported(body)
-
-
-def _default_out(run: str) -> Path:
-    """A directory below the current one, with the name of the run or of its checkpoint."""
-    *_, name = [part for part in run.rstrip("/").split("/") if part not in ("", ".", "..", "checkpoints")] or ["run"]
-    return Path("samples") / name
 
 
 if __name__ == "__main__":

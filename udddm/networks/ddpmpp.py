@@ -239,7 +239,7 @@ class DDPMpp(nn.Module):
         if self.label is not None:
             classes = self.config.classes
             if labels is None:
-                labels = torch.full((len(noise_level),), classes, device=noise_level.device)
+                labels = torch.full((noise_level.shape[0],), classes, device=noise_level.device)
             one_hot = (labels[:, None] == torch.arange(classes, device=labels.device)).to(dtype)
             embedding = embedding + self.label(one_hot * math.sqrt(classes))
         return F.silu(self.noise_out(F.silu(self.noise_in(embedding))))

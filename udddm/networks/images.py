@@ -43,8 +43,9 @@ class ImageInputs:
                 "given: pass one, or set network.condition=none"
             )
         self._check_shape(condition, "condition")
-        if len(condition) != len(x):
-            raise ValueError(f"there are {len(x)} images, but {len(condition)} conditioning images: pass one per image")
+        count, given = x.shape[0], condition.shape[0]  # len() would make the number of images a constant of an export
+        if given != count:
+            raise ValueError(f"there are {count} images, but {given} conditioning images: pass one per image")
 
     def stack(self, x: torch.Tensor, condition: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Padded images [B, channels, *size] of type `dtype`, with the condition if it is additional channels."""

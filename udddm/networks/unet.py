@@ -137,7 +137,7 @@ class UNet(nn.Module):
         embedding = self.noise_embedding(noise_level)
         if self.label_embedding is not None:
             if labels is None:
-                labels = torch.full((len(x),), self.config.classes, device=x.device)
+                labels = torch.full((x.shape[0],), self.config.classes, device=x.device)
             embedding = embedding + self.label_embedding(labels)
         embedding = F.silu(embedding)
         tokens = self._tokens(condition)

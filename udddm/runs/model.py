@@ -23,6 +23,7 @@ from udddm.diffusion.schedule import NoiseSchedule
 from udddm.errors import CheckpointError, ConfigError
 from udddm.runs import posthoc_ema
 from udddm.runs.checkpoint import NAME, load_config
+from udddm.runs.hub import on_hub
 from udddm.runs.pretrained import read_checkpoint
 from udddm.runs.remote import open_copy
 from udddm.runs.run import Run
@@ -155,7 +156,8 @@ def load_model(
     device: str | torch.device = "auto",
     trust: bool = False,
 ) -> Model:
-    """Load the model of a run, checkpoint or release from a directory or URL.
+    """Load the model of a run, checkpoint or release from a directory or URL, or of a release on the Hugging Face Hub
+    (`hf://user/model`, or `hf://user/model@revision`).
 
     `ema` selects the EMA of the weights: a decay that the run kept, "power-<length>", "none" for the raw weights, None
     for the first EMA. `ema_length` computes the EMA of this relative length from the snapshots of a run (not of a
@@ -205,7 +207,7 @@ def _run_of(where: str | Path) -> Run:
     """Open a run to compute an EMA of a chosen length from its snapshots. Raises ConfigError for a checkpoint."""
     local = local_path(where)
     name = local.resolve().name if local is not None else str(where).rstrip("/").rpartition("/")[2]
-    if NAME.fullmatch(name) or (local is not None and (local / "config.json").exists()):
+    if on_hub(where) or NAME.fullmatch(name) or (local is not None and (local / "config.json").exists()):
         raise CheckpointError(
             f"{where} is a single checkpoint, but ema_length needs all the snapshots of a run; give the run"
         )

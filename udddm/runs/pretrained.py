@@ -1,4 +1,4 @@
-"""Find trained weights in a run, a checkpoint or a release, in a directory or at a URL."""
+"""Find trained weights in a run, a checkpoint or a release: in a directory, at a URL, or on the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from udddm.config import RunConfig
 from udddm.ema import Average
 from udddm.errors import CheckpointError
 from udddm.files import load_json
+from udddm.runs import hub
 from udddm.runs.checkpoint import NAME, corruption, load_config
 from udddm.runs.conversion import Converted, convert
 from udddm.runs.remote import open_copy
@@ -27,8 +28,11 @@ ATTEMPTS = 20
 @contextmanager
 def checkpoint_files(where: str | Path, wanted: tuple[str, ...] = ("config", "model", "ema")) -> Iterator[Path]:
     """A local directory with the files of a checkpoint. `where` is a checkpoint, or a run, whose newest valid
-    checkpoint is used. From a URL, only files whose names start with one of `wanted` are downloaded. Raises
-    CheckpointError, StoreError."""
+    checkpoint is used, or a release on the Hub (`hf://user/model`). From a URL, only files whose names start with one
+    of `wanted` are downloaded. Raises CheckpointError, StoreError, ConfigError."""
+    if hub.on_hub(where):
+        yield hub.snapshot(str(where))
+        return
     local = local_path(where)
     if local is not None:
         yield _local_checkpoint(local)
@@ -79,6 +83,8 @@ def _local_checkpoint(where: Path) -> Path:
 def recorded_data(where: str | Path) -> dict[str, Any] | None:
     """The fingerprint of the data that a run was started with, given the run or one of its checkpoints; None for a
     release, which has none. Raises StoreError, CheckpointError."""
+    if hub.on_hub(where):
+        return None
     local = local_path(where)
     if local is not None:
         place = local.resolve()

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from udddm.files import write_text
-from udddm.tools.report.page import page
-from udddm.tools.report.values import collect
+from udddm.tools.report.page import document, page
+from udddm.tools.report.values import collect, grid_size, recorded
 
-__all__ = ["collect", "page", "write"]
+__all__ = ["collect", "document", "grid_size", "page", "recorded", "write"]
 
 
 def write(

@@ -19,7 +19,7 @@ import torch
 import udddm
 from udddm import image_grid, objectives, rng
 from udddm.config import RunConfig, as_yaml, resolve
-from udddm.config.plugins import OBJECTIVES
+from udddm.config.plugins import OBJECTIVES, SCHEDULES
 from udddm.diffusion import schedule
 from udddm.diffusion.denoise import add_noise, denoise
 from udddm.diffusion.schedule import Coefficients
@@ -61,27 +61,13 @@ BUDGET = 30.0
 def collect(run: str | Path, *, images: bool = True, device: str = "auto", trust: bool = False) -> dict[str, Any]:
     """The values of a run in a directory or at a URL. See `udddm.tools.report.write` for arguments and errors."""
     opened = open_copy(run)
-    file = opened.path / "run.json"
-    if not file.exists():
-        raise ConfigError(f"{run} is not a run: it has no run.json")
-    recorded = load_json(file, "config", "dataset")
-    config = resolve(recorded["config"], str(file))
-    rows, scores = list(_lines(opened.path / "metrics.jsonl")), list(_lines(opened.path / "evaluation.jsonl"))
-    result = load_json(opened.path / "result.json") if (opened.path / "result.json").exists() else None
-    order = _order(config, recorded["dataset"])
-    found: dict[str, Any] = {
-        "name": str(run).rstrip("/").rpartition("/")[2] or str(run),
-        "status": _status(config, order, rows, result),
-        "facts": _facts(config, order, recorded["dataset"]["shape"], rows, scores, result),
-        "metrics": _columns(rows),
-        "resumed": _resumed(rows),
-        "phases": _phases(config, order),
-        "scores": [_scored(row, order) for row in scores],
-        "config": as_yaml(config.model_dump(mode="json"), flow=False),
+    found = recorded(run, opened)
+    dataset, order = found.pop("dataset"), found.pop("order")
+    found |= {
         "written": f"{time.strftime('%Y-%m-%d %H:%M')} by udddm {udddm.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
         "film": _film(opened.pictures(), order),
-        "state": _states(opened, recorded["dataset"]),
+        "state": _states(opened, dataset),
         "grids": [],
         "levels": None,
         "notes": [],
@@ -94,6 +80,31 @@ def collect(run: str | Path, *, images: bool = True, device: str = "auto", trust
             found["notes"].append(f"No samples: {error}")
             log.warning(f"{run}: no samples in the report: {error}")
     return found
+
+
+def recorded(run: str | Path, opened: Run) -> dict[str, Any]:
+    """The values that the `opened` run at `run` has written down, without its images: name, status, facts, metrics,
+    scores, configuration; the fingerprint of its data set, and its order. Raises ConfigError, CheckpointError."""
+    file = opened.path / "run.json"
+    if not file.exists():
+        raise ConfigError(f"{run} is not a run: it has no run.json")
+    found = load_json(file, "config", "dataset")
+    config = resolve(found["config"], str(file))
+    rows, scores = list(_lines(opened.path / "metrics.jsonl")), list(_lines(opened.path / "evaluation.jsonl"))
+    result = load_json(opened.path / "result.json") if (opened.path / "result.json").exists() else None
+    order = _order(config, found["dataset"])
+    return {
+        "name": str(run).rstrip("/").rpartition("/")[2] or str(run),
+        "status": _status(config, order, rows, result),
+        "facts": _facts(config, order, found["dataset"]["shape"], rows, scores, result),
+        "metrics": _columns(rows),
+        "resumed": _resumed(rows),
+        "phases": _phases(config, order),
+        "scores": [_scored(row, order) for row in scores],
+        "config": as_yaml(config.model_dump(mode="json"), flow=False),
+        "dataset": found["dataset"],
+        "order": order,
+    }
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -186,8 +197,8 @@ def _resumed(rows: list[dict[str, Any]]) -> list[float]:
 
 
 def _phases(config: RunConfig, order: Order) -> list[dict[str, Any]]:
-    """Where the phases of the objective begin. None for an objective of someone else, which is not imported."""
-    if OBJECTIVES.is_import(config.objective.name):
+    """Where the phases of the objective begin. None for a custom objective or schedule, which is not imported."""
+    if OBJECTIVES.is_import(config.objective.name) or SCHEDULES.is_import(config.schedule.kind):
         return []
     total = _total_steps(config, order)
     epochs = total / order.steps_per_epoch
@@ -257,11 +268,16 @@ def _in_words(name: str) -> str:
     return f"{words[kind]} {int(number)}" if kind in words and number.isdigit() else name
 
 
-def _grids(model: Model) -> list[dict[str, Any]]:
-    """Samples of the same seeds with 1, 2 and 4 evaluations; a class per column."""
+def grid_size(model: Model) -> tuple[int, int]:
+    """(images, columns) of a grid of samples: a class per column if there are 2 to 20, otherwise 8 x 8."""
     classes = model.config.network.classes
     columns = classes if 2 <= classes <= 20 else 8
-    count = SEEDS if columns == 8 else columns * max(1, min(8, 96 // columns))
+    return SEEDS if columns == 8 else columns * max(1, min(8, 96 // columns)), columns
+
+
+def _grids(model: Model) -> list[dict[str, Any]]:
+    """Samples of the same seeds with 1, 2 and 4 evaluations; a class per column."""
+    count, columns = grid_size(model)
     found: list[dict[str, Any]] = []
     began = time.monotonic()
     for evaluations in (1, 2, 4):
