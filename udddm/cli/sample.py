@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from udddm.cli.arguments import Parser, add_run, name_of, run_of
 from udddm.cli.command import (
@@ -20,6 +21,8 @@ from udddm.cli.command import (
 )
 
 DEFAULT_COUNT = 64
+DECODED_AT_ONCE = 16
+"""Images per call of an autoencoder."""
 KINDS = ("npy", "npz", "png", "grid")
 """What `--save` takes."""
 
@@ -50,6 +53,16 @@ def _parser() -> Parser:
         metavar="KIND,...",
         help="what to write: npy (samples.npy, float32 in [-1, 1]), npz (samples.npz, uint8 arr_0 [N, H, W, C] and "
         "labels arr_1), png (<seed>.png each), grid (samples.png) (default npy,grid)",
+    )
+    parser.add_argument(
+        "--autoencoder",
+        type=path,
+        metavar="PLACE",
+        help="for a model of latents: decode them with this folder of diffusers' AutoencoderKL or TorchScript file, as "
+        "udddm data decode; a TorchScript file is a program",
+    )
+    parser.add_argument(
+        "--moments", metavar="GROUP", help="with --autoencoder: the Zarr group that udddm data encode wrote"
     )
     parser.add_argument(
         "--batch",
@@ -83,6 +96,8 @@ def main(argv: list[str] | None = None) -> int:
     if count > MOST:
         parser.error(f"--count {count}: more than {MOST} images; use several commands with --seeds")
     seeds = arguments.seeds or list(range(count))
+    if (arguments.autoencoder is None) != (arguments.moments is None):
+        parser.error("--autoencoder and --moments go together: the autoencoder, and the group of the latents")
 
     def body() -> int:
         import itertools
@@ -112,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
             guidance=arguments.guidance,
             batch=arguments.batch,
         )
+        if arguments.autoencoder is not None:
+            images = _decoded(images, arguments.autoencoder, arguments.moments, str(model.device))
         drawn = time.monotonic()
         out: Path = arguments.out or Path("samples") / name_of(run)
         classes = model.config.network.classes
@@ -125,6 +142,19 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
     return reported(body)
+
+
+def _decoded(latents: Any, autoencoder: Path, moments: str, device: str) -> Any:
+    """The images [N, 3, H, W] of latents [N, C, h, w]."""
+    import numpy as np
+    import torch
+
+    from udddm.tools.dataset.latents import Decoder
+
+    decoder = Decoder(moments, autoencoder, device)
+    decoder.check(latents.shape[1], "this model")
+    parts = [decoder(part) for part in torch.split(torch.from_numpy(latents), DECODED_AT_ONCE)]
+    return np.concatenate([part.numpy() for part in parts])
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ def shareable(config: RunConfig) -> dict[str, Any]:
     tree["data"] |= {"path": None, "arguments": {}}
     tree["store"] |= {"url": None, "settings": {}}
     tree["train"] |= {"init_from": None}
-    if tree["evaluate"]["features"] != type(config.evaluate).model_fields["features"].default:
-        tree["evaluate"]["features"] = Path(str(tree["evaluate"]["features"])).name
+    names = [Path(name).name for name in config.evaluate.features]
+    tree["evaluate"] |= {"features": names, "inception_weights": None, "dinov2_weights": None, "reference": None}
+    tree["loggers"] = None
     return tree

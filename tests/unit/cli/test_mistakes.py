@@ -30,6 +30,7 @@ MISTAKES = [
     ("train --config digits --profile five", "--profile 'five': give a whole number"),
     ("train --config digits loggers=wandbb", "unknown logger 'wandbb'; did you mean wandb?"),
     ("sample RELEASE --save jpg", "--save: 'jpg': the choices are npy, npz, png, grid, separated by commas"),
+    ("sample RELEASE --autoencoder vae", "--autoencoder and --moments go together"),
     ("train --config digits --steps 500", "there is no --steps; write train.steps=500"),
     ("train --config digits --batch-size=32", "there is no --batch-size; write train.batch_size=32"),
     ("train --config digits --lr 1e-3", "there is no --lr; write train.learning_rate=1e-3"),

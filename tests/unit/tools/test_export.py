@@ -19,8 +19,10 @@ from torch import nn
 import udddm
 from udddm import rng
 from udddm.cli.main import main
+from udddm.config import load_config, resolve
 from udddm.errors import CheckpointError, ConfigError
 from udddm.runs.model import load_model
+from udddm.runs.release import shareable
 from udddm.testing.models import random_model, saved
 from udddm.tools import export
 from udddm.tools.export import web
@@ -91,6 +93,22 @@ def test_a_run_becomes_a_release_with_the_same_images_and_no_path(tmp_path: Path
     for path in (*(tmp_path / "first").iterdir(), *(tmp_path / "second").iterdir()):
         assert str(tmp_path).encode() not in path.read_bytes(), path
     assert np.array_equal(np.load(tmp_path / "first" / "samples.npy"), udddm.sample(run, range(64)))
+
+
+def test_no_setting_of_a_release_names_a_place() -> None:
+    places = {
+        "data": "{name: array, path: /private/x.npy}",
+        "store.url": "/private/state",
+        "train.init_from": "/private/run",
+        "evaluate.features": "inception,/private/features.pt",
+        "evaluate.inception_weights": "/private/weights.pth",
+        "evaluate.reference": "/private/reference.npz",
+        "loggers": "private:Logger",
+    }
+    config = load_config("digits", [f"{key}={value}" for key, value in places.items()])
+    tree = shareable(config)
+    assert "private" not in json.dumps(tree)
+    assert resolve(tree).evaluate.features == ("inception", "features.pt")
 
 
 @pytest.mark.parametrize("average", ["none", "power-0.1", "0.99"])

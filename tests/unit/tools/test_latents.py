@@ -12,11 +12,13 @@ import zarr
 from torch import nn
 
 from udddm.cli.data import main as data_command
+from udddm.cli.main import main
 from udddm.config import DataConfig
 from udddm.data import ImageDataset, load_dataset
 from udddm.errors import ConfigError, DataError
 from udddm.testing import image_sets
 from udddm.testing.image_sets import LABELS
+from udddm.testing.models import random_model, saved
 from udddm.tools.dataset import latents, output
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (40, 3, 8, 8), dtype=np.uint8)
@@ -102,6 +104,25 @@ def test_samples_are_decoded_with_the_moments_of_the_data(tmp_path: Path, script
         assert file.read_bytes() == (tmp_path / "a" / file.relative_to(tmp_path / "b")).read_bytes()
     with pytest.raises(DataError, match="lacks the attributes mean, std and deviations"):
         latents.decode(str(tmp_path / "samples.npy"), tmp_path / "c", latents.Decoding(script))
+
+
+def test_a_model_of_latents_draws_images(tmp_path: Path, script: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, group = image_sets.zip_archive(str(tmp_path), PIXELS, LABELS), tmp_path / "z.zarr"
+    assert command("encode", source, group, "--autoencoder", script) == 0
+    channels, *side = zarr.open_group(group, mode="r")["images"].shape[1:]
+    network = "network={base_channels: 4, channel_mult: [1], blocks_per_level: 1, attention_resolutions: []}"
+    model = saved(random_model(network, shape=(channels, *side)), tmp_path / "model")
+    arguments = ["sample", str(model), "--count", "20", "--device", "cpu", "--batch", "20"]
+    assert main([*arguments, "--out", str(tmp_path / "latents")]) == 0
+    decoding = ["--autoencoder", str(script), "--moments", str(group)]
+    assert main([*arguments, *decoding, "--save", "npy,png", "--out", str(tmp_path / "images")]) == 0
+    drawn = np.load(tmp_path / "images" / "samples.npy")
+    whole = latents.Decoder(str(group), script, "cpu")(torch.from_numpy(np.load(tmp_path / "latents" / "samples.npy")))
+    np.testing.assert_allclose(drawn, whole.numpy(), atol=1e-5)
+    assert len(list((tmp_path / "images").glob("*.png"))) == 20
+    other = saved(random_model(network, shape=(channels + 1, *side)), tmp_path / "other")
+    assert main(["sample", str(other), "--count", "1", "--device", "cpu", *decoding, "--out", str(tmp_path / "x")]) == 1
+    assert f"this model has {channels + 1} channels" in capsys.readouterr().err
 
 
 def test_a_command_that_fails_halfway_resumes_with_the_same_bytes(

@@ -180,23 +180,49 @@ class Decoding:
     """The Zarr group of `encode` whose attributes scale the latents. Default: the latents themselves."""
 
 
+class Decoder:
+    """Decodes scaled latents.
+
+    Args:
+        group: the group that `encode` wrote, whose attributes have the moments.
+        autoencoder: the file or folder of the autoencoder.
+        device: the device of the autoencoder.
+
+    Raises DataError if the group has no such attributes, and ConfigError for a place that is no autoencoder.
+    """
+
+    def __init__(self, group: str, autoencoder: Path, device: str):
+        self.moments, self.deviations = _recorded(group)
+        self._group, self._autoencoder = group, open_autoencoder(autoencoder, device)
+        mean, std = (torch.from_numpy(each).float()[:, None, None] for each in (self.moments.mean, self.moments.std))
+        self._mean, self._std = mean, std
+
+    def check(self, channels: int, name: str) -> None:
+        """Raise DataError if latents `name` have another number of channels."""
+        if channels != len(self._mean):
+            raise DataError(f"{name} has {channels} channels, and the latents of {self._group} have {len(self._mean)}")
+
+    def __call__(self, latents: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W] in [-1, 1] of scaled latents [B, C, h, w], on the host."""
+        z = latents.float() * self.deviations * self._std + self._mean
+        return self._autoencoder.decode(z).clamp(-1, 1)
+
+
 def decode(latents: str, target: Path, settings: Decoding) -> str:
     """Write the images of latents as uint8 to `target`: those of `encode`, or samples of a model trained on them.
 
     Returns a line about them. Raises DataError if there are no attributes of `encode`, and ConfigError.
     """
-    rows = open_array(latents)
-    moments, deviations = _recorded(settings.moments or latents)
-    autoencoder, batch = open_autoencoder(settings.autoencoder, settings.device), settings.batch
-    mean, std = (torch.from_numpy(each).float()[:, None, None] for each in (moments.mean, moments.std))
-    if rows.batch(np.arange(1))[0].shape[1] != len(mean):
-        raise DataError(f"{latents} does not have the {len(mean)} channels of {settings.moments or 'its attributes'}")
+    rows, batch = open_array(latents), settings.batch
+    decoder = Decoder(settings.moments or latents, settings.autoencoder, settings.device)
+    decoder.check(rows.batch(np.arange(1))[0].shape[1], latents)
+    moments, deviations = decoder.moments, decoder.deviations
 
     def images(ids: Ids) -> tuple[npt.NDArray[Any], dict[str, Any]]:
         found = []
         for some in np.array_split(ids, -(-len(ids) // batch)):
-            z = torch.from_numpy(rows.batch(some)[0]).float() * deviations * std + mean
-            found.append(((autoencoder.decode(z).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy())
+            decoded = decoder(torch.from_numpy(rows.batch(some)[0]))
+            found.append(((decoded + 1) * 127.5).round().to(torch.uint8).numpy())
         return np.concatenate(found), {}
 
     plan = {
