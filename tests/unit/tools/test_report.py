@@ -61,6 +61,14 @@ def test_curves_scores_phases_and_resumes(tmp_path: Path) -> None:
     assert ("fd, last and best", "3, 3") in found["facts"]
 
 
+def test_the_loss_has_a_curve_for_each_band_of_the_noise_level(tmp_path: Path) -> None:
+    run = recorded(tmp_path / "run")
+    rows = [row(1, loss_sigma_above_5=0.5), row(2, loss_sigma_above_5=0.25, **{"loss_sigma_below_0.2": 4.0})]
+    write_lines(run / "metrics.jsonl", rows)
+    curves = report.collect(run, images=False)["metrics"]
+    assert curves["loss_sigma_above_5"] == [0.5, 0.25] and curves["loss_sigma_below_0.2"] == [None, 4.0]
+
+
 def test_a_long_curve_shows_means_of_neighbors(tmp_path: Path) -> None:
     run = recorded(tmp_path / "run")
     write_lines(run / "metrics.jsonl", [{**row(step), "loss": float(step % 2)} for step in range(1, 4001)])

@@ -118,6 +118,8 @@
   const columns = (run, name) => (run.metrics[name] ? run.metrics[name].map((y, i) => [run.metrics.images ? run.metrics.images[i] : run.metrics.step[i], y]) : []);
   const several = runs.length > 1;
   const curves = (name, label) => runs.map((run, i) => ({ name: several ? run.name : label, color: color(i), points: columns(run, name) }));
+  const bands = (run) => Object.keys(run.metrics).filter((name) => name.startsWith("loss_sigma_")).map((name, i) => (
+    { name: `sigma ${name.slice("loss_sigma_".length).replaceAll("_", " ")}`, color: color(i), points: columns(run, name) }));
   const marks = several ? [] : [
     ...runs[0].phases.map((p) => ({ x: p.images, text: `from here on: ${p.text}`, kind: "mark" })),
     ...runs[0].resumed.map((x) => ({ x, text: "resumed here", kind: "resumed" })),
@@ -149,6 +151,7 @@
   const plots = [
     ...scored,
     chart("Loss", curves("loss", "loss"), { log: true, marks }),
+    several ? null : chart("Loss by noise level", bands(runs[0]), { log: true, marks }),
     chart("Gradient norm", curves("gradient_norm", "norm"), { log: true, marks }),
     chart("Learning rate", curves("learning_rate", "rate"), { marks }),
   ].filter(Boolean);

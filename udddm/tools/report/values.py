@@ -45,6 +45,8 @@ CURVES = (
     "refined_fraction",
 )
 """The metrics of which the page has curves."""
+BANDS = 8
+"""The most bands of the noise level of which the page has curves."""
 POINTS = 500
 """Points of a curve. A longer one shows means."""
 FRAMES = 24
@@ -171,7 +173,8 @@ def _columns(rows: list[dict[str, Any]]) -> dict[str, list[float | None]]:
     """The curves of the page, with at most POINTS points each: means of neighbors."""
     size = max(1, math.ceil(len(rows) / POINTS))
     found: dict[str, list[float | None]] = {}
-    for name in CURVES:
+    bands = dict.fromkeys(name for row in rows for name in row if name.startswith("loss_sigma_"))
+    for name in [*CURVES, *list(bands)[:BANDS]]:
         values = [row.get(name) for row in rows]
         if any(isinstance(value, (int, float)) for value in values):
             found[name] = [
