@@ -180,10 +180,10 @@ class ObjectiveConfig(Section):
         "with train.init_from",
         json_schema_extra=unit("fraction of the run"),
     )
-    huber_c: Annotated[float, Field(gt=0)] | None = Field(
+    huber_c: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="c of the pseudo-Huber loss, Eq. 4; unset: 0.19 sqrt(C H W) for chain, 0.00054 sqrt(C H W) for ict "
-        "and ect, the paper's 0.00014 or 0.00015 for Algorithm 1",
+        description="c of the pseudo-Huber loss, Eq. 4; 0: the distance ||x - y||, as in ECT; unset: 0.19 "
+        "sqrt(C H W) for chain, 0.00054 sqrt(C H W) for ict and ect, the paper's 0.00014 or 0.00015 for Algorithm 1",
     )
     chain: ChainConfig = Field(ChainConfig(), description="settings of chain")
     ict: ICTConfig = Field(ICTConfig(), description="settings of ict")

@@ -87,6 +87,10 @@ class Objective(ABC):
         return ""
 
 
+SMALLEST_C = 1e-12
+"""Its square is not 0 in float32."""
+
+
 @dataclass(frozen=True)
 class ObjectiveContext:
     """The argument of an objective factory, called as `factory(context)` or `factory(context, settings)`."""
@@ -106,6 +110,14 @@ class ObjectiveContext:
         """The number of values of an image, C H W."""
         channels, height, width = self.shape
         return channels * height * width
+
+    def huber_c(self, default: float) -> float:
+        """c of Eq. 4: `objective.huber_c`, or `default` if it is not set.
+
+        0 becomes `SMALLEST_C`, at which Eq. 4 is ||x - y|| to float32, with a gradient of 0 instead of NaN where x = y.
+        """
+        given = self.config.huber_c
+        return default if given is None else max(given, SMALLEST_C)
 
     @property
     def condition(self) -> Condition:

@@ -51,7 +51,7 @@ class Chain(TargetObjective):
     @classmethod
     def create(cls, context: ObjectiveContext) -> Self:
         """The objective of a run."""
-        c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
+        c = context.huber_c(HUBER_C * math.sqrt(context.pixels))
         return cls(context.schedule, context.config.chain, c, context.seed, context.epochs, context.conditioned)
 
     def position(self, ids: Ids, epoch: int) -> tuple[int, Ids, Ids, Ids]:

@@ -56,7 +56,7 @@ class ECT(TargetObjective):
     @classmethod
     def create(cls, context: ObjectiveContext) -> Self:
         """The objective of a run. Raises ConfigError for refined pairs together with stored targets."""
-        c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
+        c = context.huber_c(HUBER_C * math.sqrt(context.pixels))
         config, seed = context.config, context.seed
         if config.refined.share and config.ect.length > 1:
             raise ConfigError(

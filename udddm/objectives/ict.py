@@ -55,7 +55,7 @@ class ICT(TargetObjective):
     @classmethod
     def create(cls, context: ObjectiveContext) -> Self:
         """The objective of a run."""
-        c = context.config.huber_c or HUBER_C * math.sqrt(context.pixels)
+        c = context.huber_c(HUBER_C * math.sqrt(context.pixels))
         config, seed = context.config, context.seed
         return cls(context.schedule, config.ict, c, seed, context.epochs, context.conditioned, config.refined)
 

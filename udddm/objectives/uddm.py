@@ -30,7 +30,7 @@ class UDDM(Objective):
             raise ConfigError(
                 "Algorithm 1 conditions the network on the x0-state: set network.condition=cross-attention"
             )
-        return cls(context.schedule, context.config.huber_c or context.schedule.huber_c, context.seed)
+        return cls(context.schedule, context.huber_c(context.schedule.huber_c), context.seed)
 
     def plan(self, ids: Ids, epoch: int) -> Visits:
         t = 1 + rng.randint(self.schedule.config.timesteps, rng.keys(self.seed, Stream.TIME, ids, epoch))

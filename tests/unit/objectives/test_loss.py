@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from udddm.config import ScheduleConfig
+from udddm import objectives
+from udddm.config import ScheduleConfig, load_config
 from udddm.diffusion.denoise import add_noise, denoise
 from udddm.diffusion.schedule import Coefficients, build
 from udddm.objectives.base import Visits
@@ -61,6 +62,20 @@ def test_gradient_of_the_distance_has_at_most_unit_norm() -> None:
         x = torch.zeros(1, *SHAPE, requires_grad=True)
         pseudo_huber(x, torch.full((1, *SHAPE), apart), 0.01).sum().backward()
         assert x.grad is not None and float(x.grad.norm()) == pytest.approx(force, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["ict", "ect", "chain"])
+def test_c_of_0_is_the_distance_itself(name: str) -> None:
+    config = load_config("digits", [f"objective.name={name}", "objective.huber_c=0", "objective.refined.share=0"])
+    objective = objectives.build(config, build(config.schedule), 100.0, SHAPE)
+    c = objective.plan(np.arange(4), 90).huber_c
+    x = torch.randn(4, *SHAPE, requires_grad=True)
+    y = x.detach() + torch.tensor([0.0, 1e-6, 1.0, 100.0])[:, None, None, None]
+    distance = pseudo_huber(x, y, c)
+    torch.testing.assert_close(distance, (x - y).flatten(1).norm(dim=1))
+    distance.sum().backward()
+    norms = x.grad.flatten(1).norm(dim=1)  # type: ignore[union-attr]
+    torch.testing.assert_close(norms, torch.tensor([0.0, 1.0, 1.0, 1.0]))
 
 
 def test_loss_is_equation_3() -> None:
