@@ -189,7 +189,8 @@ def test_a_resumed_run_keeps_the_files_it_wrote_under_the_same_names(
     """Its scores and metrics, which a start on another disk can only get from the URL."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    settings = config("evaluate={every_steps: 6, count: 16, features: 'test_remote_run:pixels'}", "train.steps=30")
+    evaluated = "evaluate={every_steps: 6, count: 16, features: 'test_remote_run:pixels', metrics: frechet}"
+    settings = config(evaluated, "train.steps=30", "checkpoint.best=fd")
     persist, calls = RemoteRun.persist, 0
 
     def lost(run: RemoteRun) -> None:
@@ -212,7 +213,11 @@ def test_a_resumed_run_keeps_the_files_it_wrote_under_the_same_names(
     steps = [json.loads(line)["step"] for line in objects.get("evaluation.jsonl").splitlines()]
     assert steps == [6, 12, 18, 24, 30]
     held = {name for name in objects.list("") if "." in name and name not in ("samples.npy", "samples.png")}
-    assert held == set(remote.FETCHED) | {name for name in held if name == "lease.json"}
+    always = set(remote.FETCHED) - set(remote.OPTIONAL)
+    assert held == always | {name for name in held if name == "lease.json"}
+    scores = [json.loads(line) for line in objects.get("evaluation.jsonl").splitlines()]
+    assert json.loads(objects.get("best/scores.json")) == min(scores, key=lambda each: each["fd"])
+    assert objects.exists("best/config.json")
 
 
 def test_a_second_writer_is_refused(files: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -37,9 +37,10 @@ from udddm.store.zarr import LEASE_PATIENCE
 
 SCRATCH = "UDDDM_SCRATCH"
 """Environment variable: local directory for the files of runs at URLs before they are uploaded."""
-FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json", "spikes.json")
-"""Files that a run appends to or reads again: all that it writes at the top of its directory, except the final samples.
-"""
+OPTIONAL = ("spikes.json", "best/scores.json")
+FETCHED = ("run.json", "config.yaml", "metrics.jsonl", "evaluation.jsonl", "result.json", *OPTIONAL)
+"""Files that a run appends to or reads again: all that it writes at the top of its directory, except the final samples,
+and the scores of its best weights."""
 WRITER = "writer.json"
 """File in a checkpoint: the lease under which its write was started."""
 
@@ -269,9 +270,12 @@ class RemoteRun(Run):
                 left.unlink()
         for name in FETCHED:
             try:
-                (self.path / name).write_bytes(self.objects.get(name))
+                content = self.objects.get(name)
             except FileNotFoundError:
                 (self.path / name).unlink(missing_ok=True)
+            else:
+                (self.path / name).parent.mkdir(exist_ok=True)
+                (self.path / name).write_bytes(content)
 
     def check_visible(self, ranks: Ranks) -> None:
         if self._lease is None:
