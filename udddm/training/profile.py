@@ -6,10 +6,11 @@ import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
+from udddm.backends.distributed.ranks import Ranks
 from udddm.files import make_directory, write_text
 from udddm.log import Dispensable, log
 
@@ -28,15 +29,21 @@ def region(name: str) -> Iterator[None]:
 
 
 class Profile:
-    """Traces `steps` steps of a rank. Files: `<directory>/rank<r>.trace.json`, for chrome://tracing or
+    """Traces `steps` steps of a rank. Files: `<run>/profile/rank<r>.trace.json`, for chrome://tracing or
     https://ui.perfetto.dev, and `rank<r>.txt`, the tables."""
 
-    def __init__(self, directory: Path, steps: int, device: torch.device, rank: int):
-        self._directory, self._steps, self._device, self._rank = directory, steps, device, rank
+    def __init__(self, run: Path, steps: int, ranks: Ranks):
+        self._directory, self._steps, self._device, self._rank = run / "profile", steps, ranks.device, ranks.rank
         self._output = Dispensable("the profile")
         self._seen = 0
         self._profiler: Any = None
         self._began = 0.0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
 
     def after_step(self) -> None:
         """Begin or end the trace, if it is time."""

@@ -164,6 +164,7 @@ class Trainer:
                     progress = Progress(self.run.path, self.step, self.total_steps, on_metrics)
                     stack.callback(progress.close)
                 self._told = self._start_callbacks()
+                self._profile = stack.enter_context(Profile(self.run.path, self.config.profile_steps, self.ranks))
                 self._loop(inputs, progress)
                 if self.evaluation is not None and (stop := self.evaluation.finish(self._stop_signal)):
                     raise Interrupted(stop, self.step)
@@ -204,16 +205,15 @@ class Trainer:
 
     def _loop(self, inputs: Prefetch, progress: Progress | None) -> None:
         config = self.config
-        every, device = config.log_every_steps, self.ranks.device
+        every = config.log_every_steps
         reports = self._reports = self._start_reports()
         vote, phases = Vote(self.ranks), Phases(self.objective, self.order.steps_per_epoch)
-        profile = Profile(self.run.path / "profile", config.profile_steps, device, self.ranks.rank)
         while self.step < self.total_steps:
             if self.ranks.is_rank_zero:
                 phases.reach(self.step)
             self._await_inputs(inputs)
             reports.loss += self.train_step(inputs)
-            profile.after_step()
+            self._profile.after_step()
             if progress is not None:
                 progress.advance()
             last = self.step == self.total_steps
@@ -237,7 +237,6 @@ class Trainer:
                 draw = partial(self._drawing.draw, stop_signal=self._stop_signal, keep=keep)
                 self.evaluation.after_step(self.step, draw, last=last)
                 self._tell_scores()
-        profile.close()
         vote.outcome()
 
     def _stop_signal(self) -> int:

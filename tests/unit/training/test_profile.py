@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import udddm
+from udddm import Callback, Interrupted
 
 CONFIG: dict[str, Any] = {
     "network": {"base_channels": 4, "channel_mult": [1], "blocks_per_level": 1, "attention_resolutions": []},
@@ -37,6 +41,22 @@ def test_a_profile_has_a_trace_of_the_steps_and_a_table_of_their_parts(
     assert shares.pop("step") == 100
     assert sum(shares.values()) == pytest.approx(100, abs=1)
     assert "profile of 4 steps in" in caplog.text
+
+
+class Stopping(Callback):
+    """Stops the run in the middle of its profile."""
+
+    def on_metrics(self, step: int, metrics: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:torch.profiler")
+def test_a_run_that_stops_ends_its_profile(tmp_path: Path) -> None:
+    stopping = CONFIG | {"profile_steps": 100, "log_every_steps": 13}
+    with pytest.raises(Interrupted):
+        udddm.train(stopping, DATA, run_dir=tmp_path / "run", device="cpu", callbacks=[Stopping()])
+    assert not torch.autograd.profiler._is_profiler_enabled
+    assert (tmp_path / "run" / "profile" / "rank0.txt").exists()
 
 
 def test_a_run_that_is_too_short_for_a_profile_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
