@@ -169,7 +169,11 @@ def sample(
 
     host = seeds.cpu().numpy()
 
+    conditioned = getattr(getattr(network, "config", None), "conditioned", True)
+
     def draw(stream: Stream, *parts: int) -> torch.Tensor:
+        if stream == Stream.SAMPLE_CONDITION and not conditioned:  # nothing reads it
+            return torch.zeros((), device=seeds.device).expand(len(host), *shape)
         return rng.normal(rng.as_tensor(rng.keys(0, stream, host, *parts)).to(seeds.device), shape)
 
     task = SamplingTask(schedule, chosen.steps, len(seeds), seeds.device, denoise, draw)
