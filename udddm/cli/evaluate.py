@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from udddm.config import RunConfig
     from udddm.data import ImageDataset
     from udddm.evaluation.features import FeatureNetwork
+    from udddm.runs.model import Model
 
 
 def _parser() -> Parser:
@@ -149,6 +150,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
     from udddm.evaluation import evaluate
     from udddm.evaluation.features import load_features
+    from udddm.runs.conditions import sample_conditions
     from udddm.runs.model import load_model
 
     _check_overrides(arguments.set)
@@ -173,13 +175,18 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
             _check_data(arguments, dataset)
         return config.data.name, dataset
 
+    def conditions(seeds: list[int]) -> Any:
+        assert model is not None
+        return sample_conditions(model.config, ImageDataset(load_dataset(config.data)), seeds)
+
     target = ranks.run_on_all(lambda: references.load(arguments, load_data) if ranks.is_rank_zero else None, refused)
     rows = []
     if model is not None:
         shape = model.shape
         ranks.run_on_all(lambda: None if target is None else target.check(networks, shape), refused)
         for repetition in range(arguments.repeat):
-            rows.append(_share(arguments, model, networks, ranks, arguments.first_seed + repetition * arguments.count))
+            first = arguments.first_seed + repetition * arguments.count
+            rows.append(_share(arguments, (model, conditions), networks, ranks, first))
     elif target is not None:
         shape, features = _features_of_file(arguments.samples, target, networks)
         rows.append(features)
@@ -229,7 +236,7 @@ def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
         for override in arguments.set:
             configuration.apply(tree, override)
         config = configuration.resolve(tree)
-    if not arguments.trust and arguments.reference is None:
+    if not arguments.trust and (arguments.reference is None or config.data.condition.used):
         check_trusted(config, DATA, str(arguments.checkpoint), arguments.set)
     return config
 
@@ -258,15 +265,21 @@ def _check_data(arguments: argparse.Namespace, dataset: ImageDataset) -> None:
 
 
 def _share(
-    arguments: argparse.Namespace, model: Any, networks: Sequence[FeatureNetwork], ranks: Ranks, first: int
+    arguments: argparse.Namespace,
+    conditioned: tuple[Model, Callable[[list[int]], Any]],
+    networks: Sequence[FeatureNetwork],
+    ranks: Ranks,
+    first: int,
 ) -> Any:
     """Features and logits of all samples for each network, on rank zero. Other ranks return None.
 
-    Each rank generates its part of the samples and sends their features. Seeds start at `first`.
+    Each rank generates its part of the samples and sends their features. Seeds start at `first`. `conditioned` is the
+    model, and a function from seeds to conditioning images for a model with `data.condition`.
     """
     import numpy as np
 
     from udddm.diffusion.samplers import SamplingOptions
+    from udddm.errors import ConfigError, DataError
     from udddm.evaluation.evaluate import prefetch
     from udddm.evaluation.features import extract_each, join
 
@@ -274,7 +287,9 @@ def _share(
     batch = min(arguments.batch, arguments.count)
     chosen = arguments.sampler, arguments.guidance, batch, arguments.sampler_settings
     options = SamplingOptions(arguments.steps, *chosen)
-    drawn = model.batches(seeds, options=options)
+    model, conditions = conditioned
+    rows = ranks.run_on_all(lambda: conditions(seeds), (DataError, ConfigError)) if model.conditions else None
+    drawn = model.batches(seeds, options=options, conditions=rows)
     pieces = [piece for piece in ranks.gather_first(extract_each(networks, prefetch(drawn))) if len(piece[0][0])]
     return [join(parts) for parts in zip(*pieces, strict=True)] or None
 
