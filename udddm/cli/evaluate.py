@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from udddm.backends.distributed.ranks import Ranks
     from udddm.cli.references import Target
-    from udddm.config import RunConfig
+    from udddm.config import DataConfig, RunConfig
     from udddm.data import ImageDataset
     from udddm.evaluation.features import FeatureNetwork
     from udddm.runs.model import Model
@@ -150,7 +150,6 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
     from udddm.evaluation import evaluate
     from udddm.evaluation.features import load_features
-    from udddm.runs.conditions import sample_conditions
     from udddm.runs.model import load_model
 
     _check_overrides(arguments.set)
@@ -175,10 +174,6 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
             _check_data(arguments, dataset)
         return config.data.name, dataset
 
-    def conditions(seeds: list[int]) -> Any:
-        assert model is not None
-        return sample_conditions(model.config, ImageDataset(load_dataset(config.data)), seeds)
-
     target = ranks.run_on_all(lambda: references.load(arguments, load_data) if ranks.is_rank_zero else None, refused)
     rows = []
     if model is not None:
@@ -186,7 +181,7 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
         ranks.run_on_all(lambda: None if target is None else target.check(networks, shape), refused)
         for repetition in range(arguments.repeat):
             first = arguments.first_seed + repetition * arguments.count
-            rows.append(_share(arguments, (model, conditions), networks, ranks, first))
+            rows.append(_share(arguments, (model, config.data), networks, ranks, first))
     elif target is not None:
         shape, features = _features_of_file(arguments.samples, target, networks)
         rows.append(features)
@@ -266,29 +261,35 @@ def _check_data(arguments: argparse.Namespace, dataset: ImageDataset) -> None:
 
 def _share(
     arguments: argparse.Namespace,
-    conditioned: tuple[Model, Callable[[list[int]], Any]],
+    generated: tuple[Model, DataConfig],
     networks: Sequence[FeatureNetwork],
     ranks: Ranks,
     first: int,
 ) -> Any:
     """Features and logits of all samples for each network, on rank zero. Other ranks return None.
 
-    Each rank generates its part of the samples and sends their features. Seeds start at `first`. `conditioned` is the
-    model, and a function from seeds to conditioning images for a model with `data.condition`.
+    Each rank generates its part of the samples and sends their features. Seeds start at `first`. `generated` is the
+    model, and the data set with the conditioning images of a model with `data.condition`.
     """
     import numpy as np
 
+    from udddm.data import ImageDataset, load_dataset
     from udddm.diffusion.samplers import SamplingOptions
     from udddm.errors import ConfigError, DataError
     from udddm.evaluation.evaluate import prefetch
     from udddm.evaluation.features import extract_each, join
+    from udddm.runs.conditions import sample_conditions
 
     seeds = (first + np.array_split(np.arange(arguments.count), ranks.world_size)[ranks.rank]).tolist()
     batch = min(arguments.batch, arguments.count)
     chosen = arguments.sampler, arguments.guidance, batch, arguments.sampler_settings
     options = SamplingOptions(arguments.steps, *chosen)
-    model, conditions = conditioned
-    rows = ranks.run_on_all(lambda: conditions(seeds), (DataError, ConfigError)) if model.conditions else None
+    model, data = generated
+    rows = None
+    if model.conditions is not None:
+        rows = ranks.run_on_all(
+            lambda: sample_conditions(model.config, ImageDataset(load_dataset(data)), seeds), (DataError, ConfigError)
+        )
     drawn = model.batches(seeds, options=options, conditions=rows)
     pieces = [piece for piece in ranks.gather_first(extract_each(networks, prefetch(drawn))) if len(piece[0][0])]
     return [join(parts) for parts in zip(*pieces, strict=True)] or None

@@ -23,6 +23,8 @@ def read_images(place: Path, shape: tuple[int, int, int]) -> npt.NDArray[Any]:
     Image files give uint8; `shape` (C, H, W) is what a model needs. Raises DataError, which names the file, for one
     that cannot be read or has another size, and OSError.
     """
+    if not place.exists():
+        raise DataError(f"{place} does not exist: give an image file, a folder of them, or an .npy file")
     if place.suffix == ".npy":
         return _read_array(place, shape)
     require_pillow(str(place))
@@ -79,6 +81,8 @@ def read_mask(text: str, shape: tuple[int, int, int]) -> torch.Tensor:
         mask[y : y + height, x : x + width] = True
     else:
         file = Path(text).expanduser()
+        if not file.is_file():
+            raise DataError(f"--mask {text}: give an existing image file, or a rectangle x,y,width,height in pixels")
         require_pillow(text)
         mask = _read_image(file, (1, *shape[1:]))[0] >= 128
     if not mask.any():
