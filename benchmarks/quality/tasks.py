@@ -5,9 +5,9 @@
 Trains the preset's network with iCT and `data.condition` (7x7 to 28x28, a factor of 4) on all but 2,000 of the images,
 and enlarges the small versions of these 2,000 with one and two evaluations. The highest noise level is 10 instead of
 50: the condition shows what higher ones would decide, and short runs rarely draw them. PSNR is the mean over images,
-for values from black to white. Bicubic interpolation of the same small images is the baseline, and so are their pixels as blocks.
-fd is the Frechet distance in the features of the yardstick's classifier to the training images; that of the real
-held-out images is the least that can be expected. Inpainting edits held-out images with the model in
+for values from black to white. Bicubic interpolation of the same small images is the baseline, and so are their pixels
+as blocks. fd is the Frechet distance in the features of the yardstick's classifier to the training images; that of the
+real held-out images is the least that can be expected. Inpainting edits held-out images with the model in
 benchmarks/results/fashion-mnist/consistency, which was trained on all 60,000 images: its figure is only about the
 pixels that are known, how many of them differ from the input in 8 bits.
 """
