@@ -171,7 +171,7 @@ def slerp(first: torch.Tensor, second: torch.Tensor, fraction: torch.Tensor) -> 
     `first` and `second` to the last bit.
     """
     a, b = first.double().flatten(1), second.double().flatten(1)
-    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1))
+    cosine = (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-30)  # 0 where a network reads no condition
     angle = cosine.clamp(-1, 1).acos()[:, None]
     share = fraction.to(a.device, torch.float64)[:, None]
     sine = angle.sin()

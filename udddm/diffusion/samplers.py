@@ -197,7 +197,7 @@ def task_of(
     return SamplingTask(schedule, options.steps, len(seeds), seeds.device, denoise, draw)
 
 
-def conditioned(task: SamplingTask, images: torch.Tensor) -> SamplingTask:
+def with_conditions(task: SamplingTask, images: torch.Tensor) -> SamplingTask:
     """The same task with the conditioning images `images` [B, C, H, W] instead of noise, at every evaluation."""
 
     def denoise(xt: torch.Tensor, at: Coefficients, condition: torch.Tensor) -> torch.Tensor:

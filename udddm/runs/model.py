@@ -139,7 +139,7 @@ class Model:
             seeds,
             labels,
             chosen,
-            lambda task, rows: samplers.run_sampler(samplers.conditioned(task, conditions(rows)), chosen),
+            lambda task, rows: samplers.run_sampler(samplers.with_conditions(task, conditions(rows)), chosen),
         )
 
     def edit(

@@ -134,6 +134,7 @@ def test_interpolated_noise_is_as_large_as_noise() -> None:
     assert torch.equal(between[0], a[0]) and torch.equal(between[-1], b[-1])
     assert (between.std((1, 2, 3)) - 1).abs().max() < 0.05
     assert torch.equal(editing.slerp(a, a, torch.full((6,), 0.3)), a)
+    assert torch.equal(editing.slerp(0 * a, 0 * a, torch.full((6,), 0.3)), 0 * a)
 
 
 def test_classes_are_those_of_the_labels() -> None:
