@@ -187,11 +187,15 @@ class Model:
         """Images [count, C, H, W] on the way from that of one seed to that of another, both included.
 
         All noise is interpolated spherically. Every image has the class of the first seed unless there are `labels`,
-        one for each image. Raises the errors of `sample`, and ConfigError for a count below 2.
+        one for each image. Raises the errors of `sample`, and ConfigError for a count below 2 or another
+        number of seeds than two.
         """
-        first, second = _integers(between, "between")
+        ends = _integers(between, "between")
+        if len(ends) != 2:
+            raise ConfigError(f"between: give two seeds, such as (3, 17), not {len(ends)}")
         if count < 2:
             raise ConfigError(f"count {count}: interpolation needs at least 2 images")
+        first, second = ends
         chosen = options or SamplingOptions(batch=None)
         if self.config.data.condition.used:
             raise ConfigError("interpolate: this model is conditioned on images; generate with conditions= instead")

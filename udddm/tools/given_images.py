@@ -69,7 +69,7 @@ def read_mask(text: str, shape: tuple[int, int, int]) -> torch.Tensor:
     """A mask [H, W] bool: white parts of an image file, or a rectangle `x,y,width,height` in pixels from the top left.
 
     Raises DataError for a mask of another size than images of `shape` (C, H, W), a rectangle that is not inside, and a
-    mask with neither part; OSError.
+    mask that marks nothing; OSError.
     """
     mask = np.zeros(shape[1:], bool)
     if box := _BOX.fullmatch(text):

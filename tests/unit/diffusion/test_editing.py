@@ -158,6 +158,7 @@ def test_classes_are_those_of_the_labels() -> None:
         (lambda: RGB.edit(EXTREMES[:1], [0], Stroke(1e9)), "sigma 1e.09: the noise levels of this model are"),
         (lambda: RGB.edit(EXTREMES[:2], [0, 1, 2], Stroke()), r"give 1 or 3 images \[N, 3, 8, 8\], not \[2, 3"),
         (lambda: RGB.edit(torch.full((3, 8, 8), 4.0), [0], Stroke()), r"values in \[4, 4\]: scale float images"),
+        (lambda: GRAY.interpolate([1, 2, 3], 4), "between: give two seeds"),
         (lambda: GRAY.interpolate((1, 2), 1), "count 1: interpolation needs at least 2"),
     ],
 )
