@@ -43,6 +43,7 @@ class Stream(IntEnum):
     LABEL_DROPOUT = 16
     REFINED = 17
     FLIP = 18
+    CONDITION_MASK = 19
 
 
 def splitmix64(z: Keys) -> Keys:

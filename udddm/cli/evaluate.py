@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
     from udddm.backends.distributed.ranks import Ranks
     from udddm.cli.references import Target
-    from udddm.config import RunConfig
+    from udddm.config import DataConfig, RunConfig
     from udddm.data import ImageDataset
     from udddm.evaluation.features import FeatureNetwork
+    from udddm.runs.model import Model
 
 
 def _parser() -> Parser:
@@ -179,7 +180,8 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
         shape = model.shape
         ranks.run_on_all(lambda: None if target is None else target.check(networks, shape), refused)
         for repetition in range(arguments.repeat):
-            rows.append(_share(arguments, model, networks, ranks, arguments.first_seed + repetition * arguments.count))
+            first = arguments.first_seed + repetition * arguments.count
+            rows.append(_share(arguments, (model, config.data), networks, ranks, first))
     elif target is not None:
         shape, features = _features_of_file(arguments.samples, target, networks)
         rows.append(features)
@@ -229,7 +231,7 @@ def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
         for override in arguments.set:
             configuration.apply(tree, override)
         config = configuration.resolve(tree)
-    if not arguments.trust and arguments.reference is None:
+    if not arguments.trust and (arguments.reference is None or config.data.condition.used):
         check_trusted(config, DATA, str(arguments.checkpoint), arguments.set)
     return config
 
@@ -258,23 +260,37 @@ def _check_data(arguments: argparse.Namespace, dataset: ImageDataset) -> None:
 
 
 def _share(
-    arguments: argparse.Namespace, model: Any, networks: Sequence[FeatureNetwork], ranks: Ranks, first: int
+    arguments: argparse.Namespace,
+    generated: tuple[Model, DataConfig],
+    networks: Sequence[FeatureNetwork],
+    ranks: Ranks,
+    first: int,
 ) -> Any:
     """Features and logits of all samples for each network, on rank zero. Other ranks return None.
 
-    Each rank generates its part of the samples and sends their features. Seeds start at `first`.
+    Each rank generates its part of the samples and sends their features. Seeds start at `first`. `generated` is the
+    model, and the data set with the conditioning images of a model with `data.condition`.
     """
     import numpy as np
 
+    from udddm.data import ImageDataset, load_dataset
     from udddm.diffusion.samplers import SamplingOptions
+    from udddm.errors import ConfigError, DataError
     from udddm.evaluation.evaluate import prefetch
     from udddm.evaluation.features import extract_each, join
+    from udddm.runs.conditions import sample_conditions
 
     seeds = (first + np.array_split(np.arange(arguments.count), ranks.world_size)[ranks.rank]).tolist()
     batch = min(arguments.batch, arguments.count)
     chosen = arguments.sampler, arguments.guidance, batch, arguments.sampler_settings
     options = SamplingOptions(arguments.steps, *chosen)
-    drawn = model.batches(seeds, options=options)
+    model, data = generated
+    rows = None
+    if model.conditions is not None:
+        rows = ranks.run_on_all(
+            lambda: sample_conditions(model.config, ImageDataset(load_dataset(data)), seeds), (DataError, ConfigError)
+        )
+    drawn = model.batches(seeds, options=options, conditions=rows)
     pieces = [piece for piece in ranks.gather_first(extract_each(networks, prefetch(drawn))) if len(piece[0][0])]
     return [join(parts) for parts in zip(*pieces, strict=True)] or None
 

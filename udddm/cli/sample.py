@@ -19,6 +19,7 @@ from udddm.cli.command import (
     positive,
     reported,
 )
+from udddm.cli.sample_tasks import Given, add_tasks, check_tasks
 
 DEFAULT_COUNT = 64
 DECODED_AT_ONCE = 16
@@ -45,6 +46,8 @@ def _parser() -> Parser:
         help="class labels, cycled over the seeds (default: seed modulo number of classes)",
     )
     add_guidance_and_average(parser)
+    add_tasks(parser)
+    parser.set_defaults(steps=None)
     parser.add_argument("--out", type=path, metavar="DIR", help="directory of the files (default: samples/<run>)")
     parser.add_argument(
         "--save",
@@ -92,10 +95,9 @@ def main(argv: list[str] | None = None) -> int:
     run = run_of(parser, arguments)
     if run is None:
         parser.error("give a run or a checkpoint, such as udddm sample runs/digits")
-    count = arguments.count or DEFAULT_COUNT
-    if count > MOST:
-        parser.error(f"--count {count}: more than {MOST} images; use several commands with --seeds")
-    seeds = arguments.seeds or list(range(count))
+    if (arguments.count or 0) > MOST:
+        parser.error(f"--count {arguments.count}: more than {MOST} images; use several commands with --seeds")
+    check_tasks(parser, arguments)
     if (arguments.autoencoder is None) != (arguments.moments is None):
         parser.error("--autoencoder and --moments go together: the autoencoder, and the group of the latents")
 
@@ -114,26 +116,21 @@ def main(argv: list[str] | None = None) -> int:
             device=arguments.device,
             trust=arguments.trust,
         )
+        given = Given(arguments, model)
+        seeds = given.seeds(DEFAULT_COUNT)
         labels = None
         if arguments.labels is not None:
             labels = list(itertools.islice(itertools.cycle(arguments.labels), len(seeds)))
         loaded = time.monotonic()
-        images = model.sample(
-            seeds,
-            steps=arguments.steps,
-            sampler=arguments.sampler,
-            settings=arguments.sampler_settings,
-            labels=labels,
-            guidance=arguments.guidance,
-            batch=arguments.batch,
-        )
+        images = given.draw(seeds, labels)
         if arguments.autoencoder is not None:
             images = _decoded(images, arguments.autoencoder, arguments.moments, str(model.device))
         drawn = time.monotonic()
         out: Path = arguments.out or Path("samples") / name_of(run)
         classes = model.config.network.classes
-        columns = classes if labels is None and 2 <= classes <= 20 else None  # one column per class
-        written = pictures.save(out, images, seeds, labels or model.default_labels(seeds), arguments.save, columns)
+        by_class = labels is None and not given.used and 2 <= classes <= 20
+        columns = classes if by_class else None  # one column per class
+        written = pictures.save(out, images, seeds, labels or given.labels(seeds), arguments.save, columns)
         spent = drawn - loaded
         print(
             f"{len(images)} images in {spent:.2f} s ({1e3 * spent / len(images):.3g} ms each; loading the model took "

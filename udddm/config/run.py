@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, Field, model_validator
 
 from udddm.config.base import CHANGEABLE, Positive, Section, UnderOne, unit
+from udddm.config.condition import ConditionConfig
 from udddm.config.evaluate import EvaluateConfig
 from udddm.config.objective import ObjectiveConfig
 from udddm.config.plugins import LOGGERS, NETWORKS, SAMPLERS, SCHEDULES, STORES
@@ -58,6 +59,7 @@ class DataConfig(Section):
     flip: bool = Field(
         False, description="mirror half of the images horizontally; the choice depends on the noise of a visit"
     )
+    condition: ConditionConfig = Field(ConditionConfig(), description="conditioning image of each visit")
     missing_chunks: Literal["stop", "fill"] = Field(
         "stop",
         description="meaning of a missing chunk of a Zarr data set: corruption (stop), or a chunk that contains only "
@@ -306,6 +308,11 @@ class RunConfig(Section):
                 "each lane contributes the same number of samples to a step"
             )
         self.check_guidance(self.sample.guidance, "sample.guidance")
+        if self.data.condition.used and not self.network.conditioned:
+            raise ValueError(
+                f"data.condition.kind={self.data.condition.kind} needs a network that takes a conditioning image: set "
+                "network.condition=channels or cross-attention"
+            )
         if self.checkpoint.best is not None and not self.evaluate.every_steps:
             raise ValueError(
                 f"checkpoint.best={self.checkpoint.best} needs scores during training: set evaluate.every_steps"

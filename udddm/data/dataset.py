@@ -38,9 +38,10 @@ class ImageDataset:
     `source` is a BatchSource, an array or tensor of all images, a `datasets.Dataset` (Hugging Face) with a column of
     images, or any object whose `source[i]` is an image or (image, label). An image is a torch tensor or NumPy array
     [C, H, W] or [H, W], uint8 [H, W, C] with 1, 3 or 4 channels, or a PIL image. uint8 values become value / 127.5 - 1;
-    floats must be in [-1, 1]. All images must have the same shape, and either all or none must have a label. The
-    optional attribute `classes` of a source with labels is the number of classes, or a list of their names as in
-    torchvision.
+    floats must be in [-1, 1]. All images must have the same shape, and either all or none must have a label. Samples of
+    a paired data set are (image, condition) or (image, condition, label), where the condition is an image of the same
+    shape (`data.condition`). The optional attribute `classes` of a source with labels is the number of classes, or a
+    list of their names as in torchvision.
 
     Thread-safe: a source that is not a BatchSource is called by one thread at a time.
 
@@ -49,6 +50,8 @@ class ImageDataset:
 
     shape: tuple[int, int, int]
     """(C, H, W) of every image."""
+    paired: bool
+    """Whether every sample has a conditioning image."""
     labelled: bool
     """Whether the samples have labels."""
     classes: int | None
@@ -70,16 +73,16 @@ class ImageDataset:
         first = np.zeros(1, dtype=np.int64)
         if isinstance(self._source, BatchSource):
             images, labels = self._source.batch(first)
-            image, label = images[0], None if labels is None else labels[0]
+            image, condition, label = images[0], None, None if labels is None else labels[0]
         else:
-            image, label = self._sample(0)
+            image, condition, label = self._sample(0)
         channels, height, width = image.shape
         self.shape = (channels, height, width)
-        self.labelled = label is not None
+        self.labelled, self.paired = label is not None, condition is not None
         self.classes = _count_classes(self._source) if self.labelled else None
         self._remedy = ""
         self.class_names = _class_names(self._source) if self.labelled else []
-        self.batch(first)  # reports a wrong range or label now instead of in the first step
+        self.read(first)  # reports a wrong range or label now instead of in the first step
 
     def __len__(self) -> int:
         return self._length
@@ -96,13 +99,22 @@ class ImageDataset:
         vars(self).update(state, _lock=threading.Lock())
 
     def batch(self, ids: Ids) -> tuple[torch.Tensor, Labels | None]:
-        """Returns the samples `ids` (int64 [n], each in 0..N-1).
+        """Returns the samples `ids` (int64 [n], each in 0..N-1), without conditioning images.
 
         These are images, float32 [n, C, H, W] in [-1, 1] on the CPU, and labels, int64 [n], or None if the data set has
         none.
 
         Raises IndexError for an id out of range. Raises DataError, which names the sample, for a shape that differs
         from sample 0, NaN, a value out of range, an integer type other than uint8, or a missing or invalid label.
+        """
+        images, labels = self.read(ids)
+        return images[:, : self.shape[0]].contiguous(), labels
+
+    def read(self, ids: Ids) -> tuple[torch.Tensor, Labels | None]:
+        """The same as `batch`, with conditioning images: [n, 2 C, H, W] if the data set is paired.
+
+        The conditioning images are the last C channels. Raises the errors of `batch`, and DataError for a sample
+        without a conditioning image, or with one of another shape.
         """
         ids = np.asarray(ids, dtype=np.int64)
         if len(ids) and not (ids.min() >= 0 and ids.max() < self._length):  # NumPy would accept negative ids
@@ -116,16 +128,18 @@ class ImageDataset:
                 worst = int(labels.argmax())
                 check_labels(labels[worst : worst + 1], 1, self.classes, f"sample {ids[worst]}", self._remedy)
         else:
-            images = np.empty((len(ids), *self.shape), dtype=np.float32)
+            channels, *sides = self.shape
+            images = np.empty((len(ids), channels * (2 if self.paired else 1), *sides), dtype=np.float32)
             labels = np.empty(len(ids), dtype=np.int64) if self.labelled else None
             for row, index in enumerate(ids.tolist()):
-                image, label = self._sample(index)
+                image, condition, label = self._sample(index)
                 if image.shape != self.shape:
                     raise DataError(
                         f"sample {index} is {format_shape(image.shape)}, but sample 0 is {self._describe()}: "
                         "all images must have the same shape"
                     )
-                images[row] = scaled(image[None], ids[row : row + 1])[0]
+                images[row, :channels] = scaled(image[None], ids[row : row + 1])[0]
+                self._add_condition(images[row, channels:], condition, index)
                 if labels is not None:
                     labels[row] = self._label(label, index)
                 elif label is not None:
@@ -174,15 +188,15 @@ class ImageDataset:
         cheap, and does not detect changes of other samples. It is None if reading a sample twice gives other images.
         """
         probes = np.unique(np.linspace(0, self._length - 1, PROBES).round().astype(np.int64))
-        images, labels = self.batch(probes)
+        images, labels = self.read(probes)
         digest: str | None = _digest(images, labels)
-        if not isinstance(self._source, BatchSource) and _digest(*self.batch(probes)) != digest:
+        if not isinstance(self._source, BatchSource) and _digest(*self.read(probes)) != digest:
             digest = None
             log.warning(
                 "the data set returns different images when read again (a random transform?); each stored state "
                 "belongs to one image, so prefer fixed images"
             )
-        elif images.min() >= 0 and images.max() > 0:
+        elif images[:, : self.shape[0]].min() >= 0 and images.max() > 0:
             log.warning(
                 "no sampled image has a value below 0; if your images are scaled to [0, 1], scale them to [-1, 1]"
             )
@@ -199,7 +213,23 @@ class ImageDataset:
     def _describe(self) -> str:
         return format_shape(self.shape)
 
-    def _sample(self, index: int) -> tuple[np.ndarray[Any, Any], Any]:
+    def _add_condition(self, row: np.ndarray[Any, Any], condition: np.ndarray[Any, Any] | None, index: int) -> None:
+        """Write the conditioning image of sample `index` to `row`, which has no channels if there is to be none."""
+        if (condition is not None) != self.paired:
+            first, this = ("one", "no") if self.paired else ("none", "a")
+            raise DataError(
+                f"sample {index} has {this} conditioning image, but sample 0 has {first}: give all samples one, or none"
+            )
+        if condition is None:
+            return
+        if condition.shape != self.shape:
+            raise DataError(
+                f"the conditioning image of sample {index} is {format_shape(condition.shape)}, but the images are "
+                f"{self._describe()}: give it the same shape, for example by enlarging it"
+            )
+        row[:] = scaled(condition[None], np.array([index]))[0]
+
+    def _sample(self, index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any] | None, Any]:
         try:
             with self._lock:
                 sample = self._source[index]
@@ -208,8 +238,10 @@ class ImageDataset:
         except Exception as error:
             error.add_note(f"while reading sample {index} of the data set")
             raise
-        image, label = split_sample(sample, f"sample {index}")
-        return as_channels_first(image, f"sample {index}"), label
+        image, condition, label = split_sample(sample, f"sample {index}")
+        if condition is not None:
+            condition = as_channels_first(condition, f"the conditioning image of sample {index}")
+        return as_channels_first(image, f"sample {index}"), condition, label
 
     def _label(self, label: Any, index: int) -> int:
         if label is None:

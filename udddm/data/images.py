@@ -156,18 +156,32 @@ def require_map_style(source: object, name: str) -> None:
         raise DataError(f"{name} is a {type(source).__name__}, not a sequence of images or (image, label) pairs")
 
 
-def split_sample(sample: object, name: str) -> tuple[Any, Any]:
-    """Split the result of a user's `__getitem__` into (image, label). The label is None if there is none."""
+def split_sample(sample: object, name: str) -> tuple[Any, Any, Any]:
+    """Split the result of a user's `__getitem__` into (image, condition, label), of which the last two may be None.
+
+    It is an image, (image, label), (image, condition) or (image, condition, label). Raises DataError.
+    """
     if isinstance(sample, Mapping):
         keys = ", ".join(map(repr, sample))
         raise DataError(f"{name} is a mapping with the keys {keys}: __getitem__ must return an image or (image, label)")
     if not isinstance(sample, Sequence) or isinstance(sample, str | bytes):
-        return sample, None
-    if len(sample) not in (1, 2):  # torch's TensorDataset returns (image,)
+        return sample, None, None
+    if len(sample) not in (1, 2, 3) or (len(sample) == 3 and not _is_image(sample[1])):  # TensorDataset: (image,)
         raise DataError(
-            f"{name} is a {type(sample).__name__} of length {len(sample)}: return an image or a pair (image, label)"
+            f"{name} is a {type(sample).__name__} of length {len(sample)}: return an image or a pair (image, label), "
+            "or (image, condition, label), where the condition is an image"
         )
-    return sample[0], sample[1] if len(sample) == 2 else None
+    if len(sample) > 1 and _is_image(sample[1]):
+        return sample[0], sample[1], sample[2] if len(sample) == 3 else None
+    return sample[0], None, sample[1] if len(sample) == 2 else None
+
+
+def _is_image(part: object) -> bool:
+    """Whether a part of a sample is an image, not a label."""
+    if isinstance(part, np.ndarray | torch.Tensor):
+        return part.ndim >= 2
+    pil = sys.modules.get("PIL.Image")
+    return pil is not None and isinstance(part, pil.Image)
 
 
 def as_channels_first(image: object, name: str) -> Array:

@@ -25,7 +25,8 @@ from udddm.errors import ConfigError, DataError, picklable
 log = logging.getLogger(__name__)
 
 LabeledImages = tuple[torch.Tensor, Labels | None]
-"""Images, float32 [n, C, H, W] in [-1, 1], and labels, int64 [n] or None: the result of `ImageDataset.batch`."""
+"""Images, float32 [n, C, H, W] in [-1, 1] (2 C channels if paired), and labels, int64 [n] or None: the result of
+`ImageDataset.read`."""
 
 
 class ProcessReader:
@@ -120,7 +121,7 @@ def _read(ids: Ids) -> tuple[np.ndarray[Any, Any], Labels | None]:
     if isinstance(_opened, BaseException):
         raise _opened
     try:
-        images, labels = _opened.batch(ids)
+        images, labels = _opened.read(ids)
     except Exception as error:
         raise picklable(error, DataError) from error
     return images.numpy(), labels

@@ -7,7 +7,7 @@ A sampler is a function `sampler(task)`, or `sampler(task, settings)`, from a `S
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -154,9 +154,27 @@ def sample(
     Raises ConfigError for an unknown sampler, and ValueError for fewer than one step or for guidance without labels.
     """
     chosen = options or SamplingOptions()
-    guidance = chosen.guidance
-    if chosen.steps < 1:
-        raise ValueError(f"steps must be at least 1, not {chosen.steps}")
+    return run_sampler(task_of(network, schedule, shape, seeds, labels, chosen), chosen)
+
+
+def run_sampler(task: SamplingTask, options: SamplingOptions) -> torch.Tensor:
+    """The images [B, C, H, W] of the sampler that `options` name. Raises ConfigError for an unknown one."""
+    images: torch.Tensor = SAMPLERS.build(options.sampler, options.settings, task)
+    return images
+
+
+def task_of(
+    network: nn.Module,
+    schedule: NoiseSchedule,
+    shape: tuple[int, int, int],
+    seeds: torch.Tensor,
+    labels: torch.Tensor | None,
+    options: SamplingOptions,
+) -> SamplingTask:
+    """The input of a sampler for `seeds` [B] int64 and `labels` [B] int64. Raises ValueError as `sample` does."""
+    guidance = options.guidance
+    if options.steps < 1:
+        raise ValueError(f"steps must be at least 1, not {options.steps}")
     if guidance != 1 and labels is None:
         raise ValueError(f"guidance {guidance:g} needs labels: pass labels, or use guidance 1")
 
@@ -176,11 +194,23 @@ def sample(
             return torch.zeros((), device=seeds.device).expand(len(host), *shape)
         return rng.normal(rng.as_tensor(rng.keys(0, stream, host, *parts)).to(seeds.device), shape)
 
-    task = SamplingTask(schedule, chosen.steps, len(seeds), seeds.device, denoise, draw)
-    images: torch.Tensor = SAMPLERS.build(chosen.sampler, chosen.settings, task)
-    return images
+    return SamplingTask(schedule, options.steps, len(seeds), seeds.device, denoise, draw)
 
 
+def with_conditions(task: SamplingTask, images: torch.Tensor) -> SamplingTask:
+    """The same task with the conditioning images `images` [B, C, H, W] instead of noise, at every evaluation."""
+
+    def denoise(xt: torch.Tensor, at: Coefficients, condition: torch.Tensor) -> torch.Tensor:
+        return task.denoise(xt, at, images.to(xt.device))
+
+    return replace(task, denoise=denoise)
+
+
+Draw = Callable[[SamplingTask, list[int]], torch.Tensor]
+"""A function from a task and the positions of its B images among all to images [B, C, H, W]."""
+
+
+@torch.no_grad()
 def batches(
     network: nn.Module,
     schedule: NoiseSchedule,
@@ -189,21 +219,24 @@ def batches(
     labels: Sequence[int] | None = None,
     options: SamplingOptions | None = None,
     device: torch.device | None = None,
+    run: Draw | None = None,
 ) -> Iterator[torch.Tensor]:
     """Run `sample` on many seeds, `options.batch` at a time. Yields images [<= batch, C, H, W] on the host.
 
     With a batch size, the last batch is padded, and its result is cropped: the network always receives the same shape,
-    so that the rounding of an image does not depend on the number of images requested. Raises the errors of `sample`.
+    so that the rounding of an image does not depend on the number of images requested. `run` draws the images of a
+    batch; by default, the sampler does. Raises the errors of `sample`.
     """
     chosen = options or SamplingOptions()
     size = chosen.batch or MOST_AT_ONCE
     for start in range(0, len(seeds), size):
-        wanted = list(seeds[start : start + size])
-        padding = size - len(wanted) if chosen.batch else 0
+        wanted = min(size, len(seeds) - start)
+        rows = list(range(start, start + wanted)) + [start] * (size - wanted if chosen.batch else 0)
 
-        def padded(some: list[int], padding: int = padding) -> torch.Tensor:
-            return torch.tensor(some + some[:1] * padding, dtype=torch.int64, device=device or torch.device("cpu"))
+        def padded(values: Sequence[int], rows: list[int] = rows) -> torch.Tensor:
+            return torch.tensor([values[row] for row in rows], dtype=torch.int64, device=device or torch.device("cpu"))
 
-        some_labels = None if labels is None else padded(list(labels[start : start + size]))
-        drawn = sample(network, schedule, shape, padded(wanted), some_labels, chosen)
-        yield drawn[: len(wanted)].cpu()
+        some_labels = None if labels is None else padded(labels)
+        task = task_of(network, schedule, shape, padded(seeds), some_labels, chosen)
+        drawn = run_sampler(task, chosen) if run is None else run(task, rows)
+        yield drawn[:wanted].cpu()

@@ -6,11 +6,13 @@ import math
 from dataclasses import replace
 from typing import Protocol
 
+import numpy as np
+
 from udddm.config import RunConfig
 from udddm.config.plugins import OBJECTIVES
 from udddm.diffusion.schedule import NoiseSchedule
 from udddm.errors import ConfigError
-from udddm.objectives.base import Objective, ObjectiveContext, Visits
+from udddm.objectives.base import Objective, ObjectiveContext, Visits, check_free_condition
 from udddm.objectives.edm import EDM
 from udddm.objectives.flips import HorizontalFlips
 from udddm.objectives.labels import LabelDropout
@@ -47,6 +49,8 @@ def build(config: RunConfig, schedule: NoiseSchedule, epochs: float, shape: tupl
             "objective.refined.use=condition: the network takes no conditioning image; set network.condition=channels "
             "or cross-attention"
         )
+    if config.data.condition.used:
+        check_free_condition(built.plan(np.zeros(1, np.int64), 0))
     return Pretrained(EDM.create(context), built, first) if first else built
 
 

@@ -12,11 +12,13 @@ import torch
 
 from udddm.config import ObjectiveConfig
 from udddm.diffusion.schedule import NoiseSchedule
+from udddm.errors import ConfigError
 from udddm.objectives.refined import Refined
 
 Ids = npt.NDArray[np.int64]
-Condition = Literal["noise", "state", "none"]
-"""The conditioning image of a visit: noise generated from `condition_key`, the x0-state, or none."""
+Condition = Literal["noise", "state", "data", "none"]
+"""The conditioning image of a visit: noise generated from `condition_key`, the x0-state, one from the data set
+(`Visits.condition_images`), or none. A plan never has "data", which `Visits.conditioned_on` sets."""
 
 
 @dataclass
@@ -46,6 +48,16 @@ class Visits:
     """[6, S] float32: the coefficients of the level at which these targets were stored."""
     refined: Refined | None = None
     """The visits that may use an estimate as their image or their condition, if any."""
+    condition_images: torch.Tensor | None = None
+    """[B, C, H, W] float32: the conditioning images if `condition` is "data"."""
+
+    def conditioned_on(self, images: torch.Tensor) -> Visits:
+        """The same plan with the conditioning images `images` [B, C, H, W] from the data set instead of noise.
+
+        Raises ConfigError if the plan uses the conditioning image for something else.
+        """
+        check_free_condition(self)
+        return replace(self, condition="data", condition_images=images)
 
     def _map(self, name: str, **arguments: object) -> Visits:
         given = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -60,6 +72,18 @@ class Visits:
         """A copy on the device. Does not wait for the transfer."""
         refined = self.refined and self.refined.to(device)
         return replace(self._map("to", device=device, non_blocking=True), refined=refined)
+
+
+def check_free_condition(visits: Visits) -> None:
+    """Raise ConfigError unless the conditioning image of a plan may come from the data set."""
+    refines = visits.refined is not None and visits.refined.use == "condition"
+    if visits.condition != "noise" or refines:
+        what = "an estimate (objective.refined.use=condition)" if refines else f"the {visits.condition}"
+        raise ConfigError(
+            f"data.condition: the objective conditions the network on {what.replace('the state', 'the x0-state')}, and "
+            "a network has only one conditioning image: choose another objective, such as ect, or set "
+            "data.condition.kind=none"
+        )
 
 
 class Objective(ABC):

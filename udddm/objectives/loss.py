@@ -113,6 +113,8 @@ def visit_loss(
         condition = rng.normal(visits.condition_key, shape)
     elif visits.condition == "state":
         condition = state
+    elif visits.condition == "data":
+        condition = visits.condition_images
 
     def f(at: Coefficients, rows: slice | torch.Tensor) -> torch.Tensor:
         xt = add_noise(x0[rows], eps[rows], at)

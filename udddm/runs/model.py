@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -17,10 +17,14 @@ from udddm.backends.distributed.ranks import choose_device
 from udddm.config import RunConfig
 from udddm.config.plugins import NETWORKS, name_of
 from udddm.config.trust import MODEL, check_trusted
-from udddm.diffusion import samplers, schedule
-from udddm.diffusion.samplers import SamplingOptions
+from udddm.data.images import scaled as scaled_images
+from udddm.diffusion import editing, samplers, schedule
+from udddm.diffusion.conditions import ConditionImages
+from udddm.diffusion.editing import Edit
+from udddm.diffusion.samplers import SamplingOptions, SamplingTask
 from udddm.diffusion.schedule import NoiseSchedule
-from udddm.errors import CheckpointError, ConfigError
+from udddm.errors import CheckpointError, ConfigError, DataError
+from udddm.rng import Stream
 from udddm.runs import posthoc_ema
 from udddm.runs.checkpoint import NAME, load_config
 from udddm.runs.hub import on_hub
@@ -40,6 +44,7 @@ class SampleOptions(TypedDict, total=False):
     labels: Sequence[int] | None
     guidance: float
     batch: int | None
+    conditions: Any
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Model:
         labels: Sequence[int] | None = None,
         guidance: float = 1.0,
         batch: int | None = None,
+        conditions: Any = None,
     ) -> npt.NDArray[np.float32]:
         """Generate images [len(seeds), C, H, W], float32 in [-1, 1], with `steps` network evaluations each.
 
@@ -75,32 +81,156 @@ class Model:
         `sampler` is a name or a custom function, and `settings` are its settings (docs/extending.md). A `guidance`
         other than 1 weighs the labels (docs/method.md) and takes two network calls per evaluation.
 
+        A model with `data.condition` needs `conditions`, an array or tensor of one image for each seed, or one for all:
+        uint8, or floats in [-1, 1]. Its shape [N, C, H, W] is that of `ConditionImages.given_shape`: the small image
+        for `downscale`, one channel for `gray`, the image with NaN in hidden pixels for `mask`, and the conditioning
+        image itself for `pairs` (docs/tasks.md).
+
         By default, the network is called with as many images as there are, up to 250. The rounding of its sums depends
         on that number, so that an image changes by about 1e-6 with the number of `seeds`. Given `batch`, every call
         has exactly this many images, the last one padded, and an image is the same to the last bit, whatever else is
         drawn.
 
         Raises ConfigError if seeds or labels are not a sequence of integers, if the number of labels differs from that
-        of the seeds or the model lacks one of their classes, if the sampler is unknown, and if the model was not
-        trained for guidance.
+        of the seeds or the model lacks one of their classes, if the sampler is unknown, if the model was not trained
+        for guidance, and if `conditions` are missing, not used by the model, or of another shape or range.
         """
         if not len(_integers(seeds, "seeds")):
             raise ConfigError("seeds: there are none; give one for each image, such as range(64)")
         options = SamplingOptions(steps, name_of(sampler, "sampler"), guidance, batch, settings or {})
-        drawn = list(self.batches(seeds, labels, options))
-        images: npt.NDArray[np.float32] = torch.cat([torch.empty(0, *self.shape), *drawn]).clamp(-1, 1).numpy()
-        return images
+        rows = None
+        if conditions is not None and self.conditions is not None:
+            shape = self.conditions.given_shape
+            hides = self.config.data.condition.kind == "mask"
+            prepared = self.conditions.prepared(_images(conditions, shape, len(seeds), "conditions", holes=hides))
+            rows = prepared.__getitem__
+        elif conditions is not None:
+            raise ConfigError(
+                "conditions: this model was trained without data.condition; leave them out, or edit an image "
+                "(Model.edit, udddm sample --edit)"
+            )
+        return _joined(self.batches(seeds, labels, options, rows), self.shape)
 
     def batches(
-        self, seeds: Sequence[int], labels: Sequence[int] | None = None, options: SamplingOptions | None = None
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None = None,
+        options: SamplingOptions | None = None,
+        conditions: Callable[[list[int]], torch.Tensor] | None = None,
     ) -> Iterator[torch.Tensor]:
-        """Same as `sample`, but yields batches: tensors [<= options.batch, C, H, W] on the host, not clamped."""
+        """Same as `sample`, but yields batches: tensors [<= options.batch, C, H, W] on the host, not clamped.
+
+        `conditions` returns the conditioning images [B, C, H, W] of the seeds at B positions, as the network takes
+        them.
+        """
         chosen = options or SamplingOptions()
+        if conditions is None and self.config.data.condition.used:
+            raise ConfigError(
+                f"this model is conditioned on images (data.condition.kind={self.config.data.condition.kind}): give "
+                "one for each seed with conditions=, or udddm sample --condition"
+            )
+        if conditions is None:
+            return self._drawn(seeds, labels, chosen)
+        if chosen.sampler == "algorithm-2" and chosen.steps > 1:
+            raise ConfigError(
+                "sampler algorithm-2 conditions the network on its estimate, and this model on images: use renoise"
+            )
+        return self._drawn(
+            seeds,
+            labels,
+            chosen,
+            lambda task, rows: samplers.run_sampler(samplers.with_conditions(task, conditions(rows)), chosen),
+        )
+
+    def edit(
+        self,
+        images: Any,
+        seeds: Sequence[int],
+        kind: Edit,
+        *,
+        steps: int = editing.STEPS,
+        labels: Sequence[int] | None = None,
+        guidance: float = 1.0,
+        batch: int | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Edit images without training for it (Song et al. 2023, Algorithm 4): [len(seeds), C, H, W] in [-1, 1].
+
+        `kind` is `Inpaint(mask)`, `Upscale(factor)`, `Colorize()` or `Stroke(sigma)` of `udddm.diffusion.editing`.
+        `images` is an array or tensor, uint8 or floats in [-1, 1], of one image for each seed or one for all:
+        [N, C, H, W], with the smaller shape that `kind.input_shape` states for upscaling and coloring. `steps` is the
+        number of network evaluations. The other arguments, and how the result depends on them, are those of `sample`.
+
+        Raises the errors of `sample`, and ConfigError if `kind` does not apply to this model or `images` have another
+        shape.
+        """
+        if self.config.data.condition.used:
+            raise ConfigError("edit: this model is conditioned on images; generate with conditions= instead")
+        kind.check(self.shape)
+        low, high = self.schedule.lowest, self.schedule.highest
+        if kind.sigma is not None and not low <= kind.sigma <= high:
+            raise ConfigError(f"sigma {kind.sigma:g}: the noise levels of this model are {low:g} to {high:g}")
+        given = _images(images, kind.input_shape(self.shape), len(_integers(seeds, "seeds")), "images")
+
+        def run(task: SamplingTask, rows: list[int]) -> torch.Tensor:
+            return editing.edit(task, given[rows].to(task.device), kind)
+
+        return _joined(self._drawn(seeds, labels, SamplingOptions(steps, "renoise", guidance, batch), run), self.shape)
+
+    def interpolate(
+        self,
+        between: tuple[int, int],
+        count: int,
+        *,
+        labels: Sequence[int] | None = None,
+        options: SamplingOptions | None = None,
+    ) -> npt.NDArray[np.float32]:
+        """Images [count, C, H, W] on the way from that of one seed to that of another, both included.
+
+        All noise is interpolated spherically. Every image has the class of the first seed unless there are `labels`,
+        one for each image. Raises the errors of `sample`, and ConfigError for a count below 2 or another
+        number of seeds than two.
+        """
+        ends = _integers(between, "between")
+        if len(ends) != 2:
+            raise ConfigError(f"between: give two seeds, such as (3, 17), not {len(ends)}")
+        if count < 2:
+            raise ConfigError(f"count {count}: interpolation needs at least 2 images")
+        first, second = ends
+        chosen = options or SamplingOptions(batch=None)
+        if self.config.data.condition.used:
+            raise ConfigError("interpolate: this model is conditioned on images; generate with conditions= instead")
+        fractions = torch.linspace(0, 1, count, dtype=torch.float64)
+
+        def run(task: SamplingTask, rows: list[int]) -> torch.Tensor:
+            seeds = torch.full((len(rows),), second, device=task.device)
+            draw = samplers.task_of(self.network, self.schedule, self.shape, seeds, None, SamplingOptions()).draw
+
+            def between(stream: Stream, *parts: int) -> torch.Tensor:
+                return editing.slerp(task.draw(stream, *parts), draw(stream, *parts), fractions[rows])
+
+            return samplers.run_sampler(replace(task, draw=between), chosen)
+
+        return _joined(self._drawn([first] * count, labels, chosen, run), self.shape)
+
+    def _drawn(
+        self,
+        seeds: Sequence[int],
+        labels: Sequence[int] | None,
+        options: SamplingOptions,
+        run: samplers.Draw | None = None,
+    ) -> Iterator[torch.Tensor]:
+        """The batches of `run`, or of the sampler, after checking the arguments of `sample`."""
         wanted = _integers(seeds, "seeds")
-        _check(chosen)
-        self.config.check_guidance(chosen.guidance, "guidance")
+        _check(options)
+        self.config.check_guidance(options.guidance, "guidance")
         given = self.default_labels(wanted) if labels is None else self._checked(labels, len(wanted))
-        return samplers.batches(self.network, self.schedule, self.shape, wanted, given, chosen, self.device)
+        return samplers.batches(self.network, self.schedule, self.shape, wanted, given, options, self.device, run)
+
+    @property
+    def conditions(self) -> ConditionImages | None:
+        """What prepares the conditioning images of a model with `data.condition`. None for any other model."""
+        section = self.config.data.condition
+        return ConditionImages(section, self.shape, self.config.seed) if section.used else None
 
     def default_labels(self, seeds: Sequence[int]) -> list[int] | None:
         """The default class of each seed, `seed % classes`. None for a model without classes."""
@@ -117,6 +247,32 @@ class Model:
             wrong = next(label for label in given if not 0 <= label < classes)
             raise ConfigError(f"labels: there is no class {wrong}; the model has {classes} classes, numbered from 0")
         return given
+
+
+def _joined(drawn: Iterator[torch.Tensor], shape: tuple[int, int, int]) -> npt.NDArray[np.float32]:
+    images: npt.NDArray[np.float32] = torch.cat([torch.empty(0, *shape), *drawn]).clamp(-1, 1).numpy()
+    return images
+
+
+def _images(values: Any, shape: tuple[int, int, int], count: int, what: str, *, holes: bool = False) -> torch.Tensor:
+    """Images [count, *shape], float32 in [-1, 1], from those of a user, one for all or one for each.
+
+    With `holes`, NaN is kept. Raises ConfigError, which names `what`.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().numpy()
+    array = np.asarray(values)
+    array = array[None] if array.ndim == 3 else array
+    if array.ndim != 4 or array.shape[1:] != shape or len(array) not in (1, count):
+        number = "1" if count == 1 else f"1 or {count}"
+        raise ConfigError(f"{what}: give {number} images [N, {', '.join(map(str, shape))}], not {list(array.shape)}")
+    hidden = np.isnan(array) if holes and array.dtype.kind == "f" else np.zeros(array.shape, bool)
+    try:
+        scaled = scaled_images(np.where(hidden, 0, array).astype(array.dtype), np.arange(len(array)))
+    except DataError as error:
+        raise ConfigError(f"{what}: {error}") from None
+    scaled[hidden] = np.nan
+    return torch.from_numpy(scaled).expand(count, -1, -1, -1)
 
 
 def _check(options: SamplingOptions) -> None:

@@ -8,16 +8,20 @@ from collections.abc import Callable
 from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from functools import partial
+from typing import Self
 
 import torch
 
+from udddm.config import RunConfig
 from udddm.data import ImageDataset
 from udddm.data.images import Ids
 from udddm.data.reading import LabeledImages, open_reader
+from udddm.diffusion.conditions import ConditionImages
 from udddm.log import log
 from udddm.objectives import HorizontalFlips, LabelDropout
 from udddm.objectives.base import Objective, Visits
 from udddm.order import Batch, Order
+from udddm.runs.conditions import conditions_of
 from udddm.storage.threads import Worker
 
 SLOW = 0.2
@@ -56,6 +60,20 @@ class InputBuilder:
     """Selects the visits whose image is mirrored. None mirrors none."""
     parts: int = 1
     """The number of equal micro-batches per step."""
+    conditions: ConditionImages | None = None
+    """Makes the conditioning images. None if they do not come from the data set."""
+
+    @classmethod
+    def of(cls, trained: tuple[Order, range, ImageDataset, Objective], config: RunConfig, device: torch.device) -> Self:
+        """The inputs of a run with `config`, of a rank's order and lanes, its data set, and the objective."""
+        return cls(
+            *trained,
+            device,
+            LabelDropout.of(config) if config.network.classes else None,
+            HorizontalFlips(config.seed) if config.data.flip else None,
+            config.train.grad_accumulation,
+            conditions_of(config, trained[2]),
+        )
 
     def batch_of(self, global_step: int) -> tuple[int, Batch]:
         """The epoch of a step, and the samples that this rank visits in it."""
@@ -68,7 +86,7 @@ class InputBuilder:
         Raises the errors of the data set.
         """
         epoch, batch = self.batch_of(global_step)
-        images, labels = (read or self.dataset.batch)(batch.ids)
+        images, labels = (read or self.dataset.read)(batch.ids)
         weights = torch.from_numpy(batch.weights / batch.total)
         if self.device.type == "cuda":
             weights = weights.pin_memory()
@@ -78,6 +96,9 @@ class InputBuilder:
             part = slice(first, first + size)
             visits = self.objective.plan(batch.ids[part], epoch)
             shown = images[part] if self.flips is None else self.flips(images[part], visits)
+            if self.conditions is not None:
+                shown, conditions = self.conditions.split(shown, visits.noise_key)
+                visits = visits.conditioned_on(conditions)
             given = None
             if self.labels is not None and labels is not None:
                 given = self.labels(torch.from_numpy(labels[part]), visits)

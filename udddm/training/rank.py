@@ -26,6 +26,7 @@ from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
 from udddm.files import load_json
 from udddm.log import log
 from udddm.runs import growing
+from udddm.runs.conditions import conditions_of
 from udddm.runs.remote import open_run
 from udddm.runs.run import Run, check_or_record
 from udddm.storage import local_path, open_object_store
@@ -57,6 +58,7 @@ def train_rank(
         images = ImageDataset(dataset if dataset is not None else load_dataset(config.data))
         if config.network.classes:
             images.check_classes(config.network.classes)
+        conditions_of(config, images)
         check_factories(config, images.shape)
         return images
 

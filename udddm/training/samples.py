@@ -11,9 +11,11 @@ import torch
 from udddm import networks
 from udddm.backends.engines import Engine
 from udddm.config import RunConfig
+from udddm.data import ImageDataset
 from udddm.diffusion.samplers import SamplingOptions
 from udddm.diffusion.schedule import NoiseSchedule
 from udddm.ema import Average
+from udddm.runs.conditions import sample_conditions
 from udddm.runs.model import Model
 
 
@@ -23,12 +25,13 @@ class Drawing:
     def __init__(
         self,
         config: RunConfig,
-        shape: tuple[int, int, int],
+        dataset: ImageDataset,
         schedule: NoiseSchedule,
         engine: Engine,
         emas: Sequence[Average],
     ):
-        self._config, self._shape, self._schedule, self._engine, self._emas = config, shape, schedule, engine, emas
+        self._config, self._dataset, self._shape = config, dataset, dataset.shape
+        self._schedule, self._engine, self._emas = schedule, engine, emas
 
     def draw(
         self,
@@ -39,7 +42,8 @@ class Drawing:
         """Draw `count` images, with the first EMA, or with the weights if there is none.
 
         Returns them on rank zero as [count, C, H, W] in [-1, 1] on the host, and an empty tensor on other ranks. There
-        are fewer if `stop_signal` returns a signal before all are drawn. `keep` receives the weights.
+        are fewer if `stop_signal` returns a signal before all are drawn. `keep` receives the weights. A run with
+        `data.condition` uses the conditioning images of the first samples of its data set.
         """
         engine, ranks = self._engine, self._engine.ranks
         network = networks.for_run(self._config, self._shape)
@@ -54,7 +58,7 @@ class Drawing:
         seeds = np.array_split(np.arange(count), ranks.world_size)[ranks.rank].tolist()
         chosen = self._config.sample
         options = SamplingOptions(chosen.steps, chosen.sampler, chosen.guidance, settings=chosen.settings)
-        drawn = model.batches(seeds, options=options)
+        drawn = model.batches(seeds, options=options, conditions=sample_conditions(self._config, self._dataset, seeds))
         if stop_signal is not None:
             drawn = itertools.takewhile(lambda _: not stop_signal(), drawn)
         own = torch.cat([torch.empty(0, *self._shape), *drawn]).clamp(-1, 1)

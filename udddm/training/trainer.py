@@ -84,7 +84,7 @@ class Trainer:
         self._kept_rows = torch.zeros((), dtype=torch.int64, device=ranks.device)
         self._state_use = StateUse(config, self.objective, ranks)
         self._loss_by_sigma = LossBySigma(ranks.device)
-        self._drawing = Drawing(config, dataset.shape, self.schedule, self.engine, self.emas)
+        self._drawing = Drawing(config, dataset, self.schedule, self.engine, self.emas)
         self._newest: Path | None = None
         """The newest checkpoint that this process wrote or resumed from."""
         self._stop = StopRequest(once=ranks.launched)
@@ -193,12 +193,8 @@ class Trainer:
     def begin(self) -> Prefetch:
         """Resume or start the run, and start prefetching the inputs of the coming steps."""
         self._resume()
-        labels = objectives.LabelDropout.of(self.config) if self.config.network.classes else None
-        parts = self.config.train.grad_accumulation
-        flips = objectives.HorizontalFlips(self.config.seed) if self.config.data.flip else None
-        builder = InputBuilder(
-            self.order, self.lanes, self.dataset, self.objective, self.ranks.device, labels, flips, parts
-        )
+        trained = self.order, self.lanes, self.dataset, self.objective
+        builder = InputBuilder.of(trained, self.config, self.ranks.device)
         depth, processes = self.config.store.prefetch or 4, self.config.data.workers
         self._inputs = Prefetch(builder, step=self.step, depth=depth, processes=processes)
         return self._inputs

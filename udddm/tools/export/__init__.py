@@ -67,6 +67,11 @@ def write(run: str | Path, out: str | Path, to: str, options: Options | None = N
     module, _, function = FORMATS[to].partition(":")
     writer: Callable[[Source, Path, Options], list[str]] = getattr(importlib.import_module(module), function)
     model = load_model(run, ema=chosen.ema, ema_length=chosen.ema_length, device="cpu", trust=chosen.trust)
+    if model.conditions is not None:
+        raise ConfigError(
+            f"{run} is conditioned on images (data.condition), for which the formats have no input: copy the run's "
+            "newest checkpoint, which udddm sample reads"
+        )
     source = Source(model, _average(model, chosen), facts_of(run))
     with _new_folder(place) as folder:
         return writer(source, folder, chosen)
