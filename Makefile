@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# number of test files that run in parallel
-JOBS ?= 2
+# number of test files that run in parallel: one more than two cores, because many of them wait for processes
+JOBS ?= 3
 DEMO_READY := $(VENV)/.demo-ready
 READY := $(VENV)/.ready
 PIP_INSTALL := -m pip install --quiet --disable-pip-version-check
