@@ -2,14 +2,16 @@
 
     python benchmarks/quality/tasks.py --directory build/tasks --steps 450 --json tasks.json --plot tasks.png
 
-Trains the preset's network with iCT and `data.condition` (7x7 to 28x28, a factor of 4) on all but 2,000 of the images,
-and enlarges the small versions of these 2,000 with one and two evaluations. The highest noise level is 10 instead of
-50: the condition shows what higher ones would decide, and short runs rarely draw them. PSNR is the mean over images,
-for values from black to white. Bicubic interpolation of the same small images is the baseline, and so are their pixels
-as blocks. fd is the Frechet distance in the features of the yardstick's classifier to the training images; that of the
-real held-out images is the least that can be expected. Inpainting edits held-out images with the model in
-benchmarks/results/fashion-mnist/consistency, which was trained on all 60,000 images: its figure is only about the
-pixels that are known, how many of them differ from the input in 8 bits.
+Trains the preset with `data.condition` (7x7 to 28x28, a factor of 4) on all but 2,000 of the images, and enlarges the
+small versions of these 2,000 with one and two evaluations. The highest noise level is 10 instead of 50, because the
+condition shows what higher ones would decide. ECT begins with a denoiser for 30 % of the epochs, rounded up: runs of
+less than one epoch (1,812 steps) train only the denoiser, whose one evaluation is a mean of the possible images.
+
+PSNR is the mean over images, for values from black to white. Bicubic interpolation of the same small images is the
+baseline, and so are their pixels as blocks. fd is the Frechet distance in the features of the yardstick's classifier to
+the training images; that of the real held-out images is the least that can be expected. Inpainting edits held-out
+images with the model in benchmarks/results/fashion-mnist/consistency, which was trained on all 60,000 images: its
+figure is only about the pixels that are known, how many of them differ from the input in 8 bits.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def enlarge(train: ArrayImages, real: torch.Tensor, labels: list[int], run: Path
         "data.name=array",
         f"data.condition={{kind: downscale, factor: {FACTOR}}}",
         "network.condition=channels",
-        "objective={name: ict, pretrain: 0}",
+        "objective={name: ect, edm: {p_mean: 0.0, p_std: 1.5}}",
         "schedule.sigma_max=10",
         f"train.steps={steps}",
         "train.epochs=null",
