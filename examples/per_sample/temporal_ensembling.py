@@ -91,7 +91,7 @@ def train(arguments: argparse.Namespace) -> float:
                 logits = model(x + 0.15 * torch.randn_like(x))
                 loss = losses(logits, y, labeled, target, weight)
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
                 state.write(ensemble=MOMENTUM * ensemble + (1 - MOMENTUM) * logits.softmax(1))
             if state.epoch % arguments.every == 0 or state.epoch == arguments.epochs:

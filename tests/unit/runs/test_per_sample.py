@@ -220,6 +220,23 @@ def test_random_sequences_agree_with_a_dictionary(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_snapshot_stays_valid_through_later_epochs(kind: str, tmp_path: Path) -> None:
+    with make(tmp_path, kind) as state:
+        train(state, state.steps_per_epoch + 3)
+        older = state.snapshot(tmp_path / "run")
+        before = contents(state)
+        train(state, 3 * state.steps_per_epoch)
+        newest = state.snapshot(tmp_path / "run")
+        train(state, 3 * state.steps_per_epoch)
+    shutil.rmtree(newest)
+    for _ in range(2):
+        with make(tmp_path, kind) as state:
+            assert state.resume(tmp_path / "run") == older
+            assert contents(state) == before
+            train(state, 2 * state.steps_per_epoch)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_snapshot_that_fails_leaves_the_one_before(kind: str, tmp_path: Path) -> None:
     def fail(directory: Path) -> None:
         (directory / "model.pt").write_bytes(b"half")
@@ -365,6 +382,13 @@ def test_a_directory_with_the_snapshots_of_another_state_is_refused(tmp_path: Pa
 def test_wrong_arguments_are_refused(change: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=re.escape(message)):
         make(tmp_path, **{"store": "gpu", **change})
+
+
+def test_secrets_in_a_url_are_refused_and_not_shown(tmp_path: Path) -> None:
+    with make(tmp_path, url="s3://key:hunter2@bucket/state") as state, pytest.raises(StoreError) as caught:
+        state.resume(tmp_path / "run")
+    assert "hunter2" not in str(caught.value)
+    assert "hunter2" not in "".join(path.read_text() for path in (tmp_path / "run").rglob("*.json"))
 
 
 @pytest.mark.parametrize("name", ["model/weights.pt", "manifest.json", ".hidden"])
