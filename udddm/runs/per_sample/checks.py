@@ -38,9 +38,10 @@ def store_config(store: str | StoreConfig, url: str | Path | None) -> StoreConfi
         raise ConfigError("store.dtype has no effect here: every tensor has its own dtype; leave it out")
     if not stores.find(config).keeps_state:
         raise ConfigError(f"store={config.kind!r} keeps no state: choose gpu, pinned or zarr")
-    if config.kind == "zarr" and config.url is None:
-        raise ConfigError("url: a zarr store needs a location, such as url='runs/state' or 's3://bucket/state'")
-    if config.kind in ("gpu", "pinned") and config.url is not None:
+    in_memory = config.kind in ("gpu", "pinned")
+    if config.url is None and not in_memory:
+        raise ConfigError(f"url: {config.kind} needs a location, such as url='runs/state' or 's3://bucket/state'")
+    if config.url is not None and in_memory:
         raise ConfigError(f"url={config.url!r} has no effect with store={config.kind!r}; leave it out, or use zarr")
     return config
 

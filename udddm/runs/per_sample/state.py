@@ -190,7 +190,7 @@ class PerSampleState:
             )
         rows = store.read()
         real = self._real()
-        self._before = rows if real is None else rows[real]
+        self._before = rows if real is None else rows.index_select(0, real)
         return self._packing.unpack(self._before)
 
     def write(self, **tensors: torch.Tensor) -> None:
