@@ -237,6 +237,8 @@ def test_a_second_process_on_the_same_store_is_refused_at_once(tmp_path: Path) -
     process.start()
     assert ready.wait(60)
     with loop.state() as state, pytest.raises(StoreError, match=f"being written by another run.*process {process.pid}"):
+        state.resume(tmp_path / "other")
+    with loop.state() as state, pytest.raises(StoreError, match="run is in use by another process"):
         state.resume(tmp_path / "run")
     done.set()
     process.join(60)

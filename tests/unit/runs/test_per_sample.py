@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import signal
 import tempfile
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -297,12 +300,13 @@ def test_a_custom_store_keeps_the_state(tmp_path: Path, monkeypatch: pytest.Monk
     with make(tmp_path, store=custom) as state, make(tmp_path, "gpu") as other:
         for each in (state, other):
             train(each, 2 * each.steps_per_epoch + 3)
-        assert contents(state) == contents(other)
+        wanted = contents(other)
+        assert contents(state) == wanted
         state.snapshot(tmp_path / "run")
-    with make(tmp_path, store=custom) as state, make(tmp_path, "gpu") as other:
-        for each in (state, other):
-            each.resume(tmp_path / "run")
-        assert contents(state) == contents(other)
+    for kind in (custom, "gpu"):
+        with make(tmp_path, store=kind) as state:
+            state.resume(tmp_path / "run")
+            assert contents(state) == wanted
 
 
 # Mistakes.
@@ -353,8 +357,8 @@ def test_a_store_in_use_and_a_store_of_another_state_are_refused(tmp_path: Path)
     with make(tmp_path) as first:
         first.resume(tmp_path / "run")
         train(first, 20)
-        for run in ("run", "other"):
-            with make(tmp_path) as second, pytest.raises(StoreError, match="is being written by another run"):
+        for run, message in (("run", "run is in use by another process"), ("other", "is being written by another run")):
+            with make(tmp_path) as second, pytest.raises(StoreError, match=message):
                 second.resume(tmp_path / run)
         train(first, 3)
         first.snapshot(tmp_path / "run")
@@ -372,10 +376,34 @@ def test_a_directory_with_the_snapshots_of_another_state_is_refused(tmp_path: Pa
         first.snapshot(tmp_path / "run")
         second.read()
         second.write()
-        with pytest.raises(ConfigError, match=r"call resume\(\) with it before the first read\(\)"):
+        with pytest.raises(StoreError, match="run is in use by another process"):
             second.snapshot(tmp_path / "run")
         with pytest.raises(ConfigError, match="this state has its snapshots in"):
             first.snapshot(tmp_path / "elsewhere")
+        first.close()
+        for _ in range(2):  # the failure releases the directory
+            with pytest.raises(ConfigError, match=r"call resume\(\) with it before the first read\(\)"):
+                second.snapshot(tmp_path / "run")
+
+
+def test_a_worker_of_a_loader_does_not_keep_the_directory(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    with make(tmp_path, "gpu") as state:
+        state.resume(tmp_path / "run")
+        with warnings.catch_warnings(action="ignore"):  # of forking with threads, from Python 3.12 on
+            child = os.fork()
+        if child == 0:
+            os.write(writing, b".")  # it runs
+            signal.pause()
+        os.read(reading, 1)
+    try:
+        with make(tmp_path, "gpu") as state:
+            state.resume(tmp_path / "run")
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(reading)
+        os.close(writing)
 
 
 @pytest.mark.parametrize(

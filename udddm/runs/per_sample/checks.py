@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,8 +15,8 @@ from udddm import store as stores
 from udddm.backends.distributed.ranks import Ranks
 from udddm.config import StoreConfig
 from udddm.config.plugins import STORES
-from udddm.errors import CheckpointError, ConfigError
-from udddm.files import load_json, make_directory, write_json
+from udddm.errors import CheckpointError, ConfigError, StoreError
+from udddm.files import load_json, lock_file, make_directory, write_json
 from udddm.order import Order
 from udddm.store.packing import Packing
 
@@ -62,8 +65,41 @@ def current_ranks(device: str | torch.device) -> Ranks:
     return Ranks(0, 1, chosen)
 
 
+_LOCKS: set[int] = set()
+"""The descriptors of the locks that this process holds."""
+
+
+def _drop_locks() -> None:
+    for descriptor in _LOCKS:
+        os.close(descriptor)
+    _LOCKS.clear()
+
+
+os.register_at_fork(after_in_child=_drop_locks)  # a worker of a DataLoader would keep the lock of a killed process
+
+
+@contextmanager
+def sole_user(directory: Path) -> Iterator[None]:
+    """Create a directory and keep other processes from using it. A file system without locks detects none.
+
+    Raises StoreError if another process uses it, and OSError if it cannot be written.
+    """
+    make_directory(directory)
+    descriptor = os.open(directory / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    _LOCKS.add(descriptor)
+    try:
+        try:
+            lock_file(descriptor)
+        except BlockingIOError:
+            raise StoreError(f"{directory} is in use by another process: end it, or choose another directory") from None
+        yield
+    finally:
+        _LOCKS.discard(descriptor)
+        os.close(descriptor)
+
+
 def recorded_id(directory: Path, packing: Packing, order: Order, current: str) -> str:
-    """The id recorded in the directory of the snapshots, which is created if it does not exist.
+    """The id recorded in the directory of the snapshots; if there is none, `current` or a new id is recorded.
 
     `current` is the id of the state; "" if it has none yet. Raises ConfigError if the directory has the snapshots of
     another state, naming the arguments that differ, and CheckpointError if its record is damaged.
@@ -72,7 +108,6 @@ def recorded_id(directory: Path, packing: Packing, order: Order, current: str) -
     file = directory / RECORD
     if not file.exists():
         created = current or uuid.uuid4().hex
-        make_directory(directory)
         write_json(file, {"id": created, **own})
         return created
     record = load_json(file, "id", *own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import uuid
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -21,7 +22,7 @@ from udddm.log import log
 from udddm.order import Batch, Order
 from udddm.runs import manifest
 from udddm.runs.checkpoint import Checkpoints, step_of
-from udddm.runs.per_sample.checks import RECORD, current_ranks, recorded_id, store_config
+from udddm.runs.per_sample.checks import RECORD, current_ranks, recorded_id, sole_user, store_config
 from udddm.storage import local_path
 from udddm.store import Encoding, Snapshot, StateLayout, StoreContext, StoreCounters, X0Store
 from udddm.store.packing import Packing, Spec
@@ -107,6 +108,7 @@ class PerSampleState:
         """The batches of this rank, for a DataLoader."""
         self._store: X0Store | None = None
         self._directory: Path | None = None
+        self._held = ExitStack()  # of the lock of the directory
         self._id = ""
         self._epoch = self._step = 0
         self._before: torch.Tensor | None = None  # the rows [b, row_bytes] that `read` returned, until `write`
@@ -242,7 +244,7 @@ class PerSampleState:
         batch_size, order and seed may not.
 
         Raises ConfigError, which names the differing arguments; CheckpointError if there are snapshots and none is
-        valid; StoreError if the store is in use by another process, belongs to another state, or is damaged.
+        valid; StoreError if `path` or the store is in use by another process, belongs to another state, or is damaged.
         """
         if self._store is not None:
             raise StoreError("resume() was called after the state was opened; call it before the first read()")
@@ -303,7 +305,11 @@ class PerSampleState:
         """Use a directory for the snapshots. Returns the id of the state. Collective."""
 
         def record() -> str:
-            return recorded_id(directory, self._packing, self.order, self._id)
+            with ExitStack() as held:
+                held.enter_context(sole_user(directory))
+                found = recorded_id(directory, self._packing, self.order, self._id)
+                self._held = held.pop_all()
+            return found
 
         found = self._ranks.run_on_rank_zero(record, _FAILURES)
         self._directory = directory
@@ -370,8 +376,9 @@ class PerSampleState:
         Other ranks must be done with their steps when rank 0 calls this; a `with` block waits for them.
         """
         self._closed = True
-        if self._store is not None:
-            self._store.close()
+        with self._held:
+            if self._store is not None:
+                self._store.close()
 
     def __enter__(self) -> Self:
         return self
