@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from udddm.evaluation.evaluate import evaluate as evaluate
     from udddm.runs.model import Model as Model
     from udddm.runs.model import load_model as load_model
+    from udddm.runs.per_sample.state import PerSampleState as PerSampleState
     from udddm.runs.result import TrainResult as TrainResult
     from udddm.store.base import X0Store as X0Store
     from udddm.training.callbacks import Callback as Callback
@@ -64,6 +65,7 @@ _HOMES = {
     "evaluate": "udddm.evaluation.evaluate",
     "Model": "udddm.runs.model",
     "load_model": "udddm.runs.model",
+    "PerSampleState": "udddm.runs.per_sample.state",
     "TrainResult": "udddm.runs.result",
     "X0Store": "udddm.store.base",
 }
@@ -77,6 +79,7 @@ __all__ = [
     "Diverged",
     "Interrupted",
     "Model",
+    "PerSampleState",
     "RankError",
     "RunConfig",
     "RunInfo",

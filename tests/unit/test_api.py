@@ -47,7 +47,7 @@ TINY: dict[str, Any] = {
 }
 PUBLIC = {
     *("train", "sample", "evaluate", "load_config", "load_model"),
-    *("RunConfig", "TrainResult", "Scores", "Model", "X0Store", "Callback", "RunInfo"),
+    *("RunConfig", "TrainResult", "Scores", "Model", "X0Store", "PerSampleState", "Callback", "RunInfo"),
     *("UdddmError", "ConfigError", "DataError", "StoreError", "CorruptChunkError", "CheckpointError"),
     *("RankError", "WorkerLost", "Diverged", "Interrupted"),
 }

@@ -50,7 +50,7 @@ def parse(data: bytes) -> Entries:
     if own is not None and own != _own(entries):
         raise ValueError("it does not match its own checksum")
     for name, entry in entries.items():
-        if not _NAME.fullmatch(name):
+        if not allowed(name):
             raise ValueError(f"it names {name!r}, which is not a checkpoint file: do not use this checkpoint")
         if not isinstance(entry, dict) or not all(_is_number(entry.get(key)) for key in ("bytes", "crc32c")):
             raise ValueError(f"its entry for {name} lacks a number for bytes or crc32c")
@@ -62,6 +62,11 @@ def parse(data: bytes) -> Entries:
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def allowed(name: str) -> bool:
+    """Whether a checkpoint may hold a file of this name: at the top level or under `state`, and not the manifest."""
+    return name != MANIFEST and _NAME.fullmatch(name) is not None
 
 
 def read(directory: Path) -> Entries:

@@ -41,14 +41,17 @@ class DeviceStore(X0Store):
         slots, rows = self._visited()
         size = self.layout.step_samples
         if len(slots) == size:
-            return self.encoding.decode(self._state[slots])
+            return self.encoding.decode(self._state.index_select(0, slots))
         out = torch.zeros(size, *self.shape, dtype=self._state.dtype, device=self.device)
-        out[rows] = self._state[slots]
+        out.index_copy_(0, rows, self._state.index_select(0, slots))
         return self.encoding.decode(out)
 
     def put(self, values: torch.Tensor) -> None:
         slots, rows = self._visited()
-        self._state[slots] = self.encoding.encode(values)[rows]
+        encoded = self.encoding.encode(values)
+        if len(rows) < len(encoded):
+            encoded = encoded.index_select(0, rows)
+        self._state.index_copy_(0, slots, encoded)  # copies rows, which is faster than indexing element by element
 
     def rows(self, lane: int, chunk: int) -> Rows:
         return self.encoding.to_array(self._state[self.layout.chunk_slots(lane, chunk)].cpu())

@@ -1,4 +1,4 @@
-"""How the x0-state is stored: fp32, fp16, bf16 or uint8, and generation 0."""
+"""How the x0-state is stored: fp32, fp16, bf16, uint8 or bytes, and generation 0."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ import numpy.typing as npt
 import torch
 
 from udddm import rng
+from udddm.errors import StoreError
 from udddm.rng import Stream
 
-StateDtype = Literal["fp32", "fp16", "bf16", "uint8"]
+StateDtype = Literal["fp32", "fp16", "bf16", "uint8", "bytes"]
 Rows = npt.NDArray[Any]
 """Encoded states [n, C, H, W] in an encoding's `array` dtype."""
 
@@ -30,6 +31,9 @@ class Encoding:
 
     `uint8` rounds [-1, 1] to the nearest of 256 evenly spaced values and clamps values outside; its error within
     [-1, 1] is at most 1/255. Zarr has no bfloat16, so bf16 is stored as uint16 with the same bits.
+
+    `bytes` is for rows that hold several tensors (`udddm.store.packing`): uint8 in memory, in the store, and where the
+    others have float32. Nothing is converted, and generation 0 is zeros.
     """
 
     def __init__(self, name: StateDtype):
@@ -39,8 +43,9 @@ class Encoding:
             "fp16": torch.float16,
             "bf16": torch.bfloat16,
             "uint8": torch.uint8,
+            "bytes": torch.uint8,
         }[name]
-        self.array = np.dtype({"fp32": "<f4", "fp16": "<f2", "bf16": "<u2", "uint8": "u1"}[name])
+        self.array = np.dtype({"fp32": "<f4", "fp16": "<f2", "bf16": "<u2", "uint8": "u1", "bytes": "u1"}[name])
 
     def encode(self, values: torch.Tensor) -> torch.Tensor:
         """Convert float32 [n, C, H, W] to the stored torch dtype, on the same device."""
@@ -54,6 +59,8 @@ class Encoding:
         """Convert stored numbers to float32, on the same device."""
         if self.name == "uint8":
             return _levels(stored.device)[stored.long()]
+        if self.name == "bytes":
+            return stored
         return stored.float()
 
     def to_array(self, stored: torch.Tensor) -> Rows:
@@ -66,9 +73,11 @@ class Encoding:
         return tensor.view(torch.bfloat16) if self.name == "bf16" else tensor
 
     def recode(self, rows: Rows, source: Encoding) -> Rows:
-        """Convert rows from the encoding `source` to this one."""
+        """Convert rows from the encoding `source` to this one. Raises StoreError if only one of them is `bytes`."""
         if source.name == self.name:
             return rows
+        if "bytes" in (source.name, self.name):
+            raise StoreError(f"the state is stored as {source.name}, which cannot be converted to {self.name}")
         return self.to_array(self.encode(source.decode(source.to_tensor(rows))))
 
 
@@ -79,6 +88,8 @@ def generation_zero(
     encoding: Encoding,
     device: torch.device | None = None,
 ) -> torch.Tensor:
-    """x_0^(0) ~ N(0, I) of `samples`, encoded. It is computed when needed, never stored."""
+    """x_0^(0) ~ N(0, I) of `samples`, encoded; zeros for `bytes`. It is computed when needed, never stored."""
+    if encoding.name == "bytes":
+        return torch.zeros(len(samples), *shape, dtype=encoding.tensor, device=device)
     keys = rng.as_tensor(rng.keys(seed, Stream.INITIAL_STATE, samples))
     return encoding.encode(rng.normal(keys if device is None else keys.to(device), shape))

@@ -38,7 +38,7 @@ Checksums = dict[int, int]
 _RESIDUE = 0x48674BC7
 """The CRC32C of any bytes followed by their CRC32C."""
 
-_ZARR_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "uint16", "uint8": "uint8"}
+_ZARR_TYPES = {"fp32": "float32", "fp16": "float16", "bf16": "uint16", "uint8": "uint8", "bytes": "uint8"}
 
 
 def generation_name(generation: int) -> str:
@@ -139,6 +139,7 @@ class Generations:
     def begin(self, generation: int) -> None:
         """Write the array's metadata; all ranks write the same. An existing array keeps its compression."""
         order = self.order
+        axes = ("byte",) if self.encoding.name == "bytes" else ("channel", "row", "column")
         try:
             compression = self._compression_of(generation)
         except FileNotFoundError:
@@ -161,7 +162,7 @@ class Generations:
                     *codec(compression, item_bytes),
                     {"name": "crc32c"},
                 ],
-                "dimension_names": ["lane", "slot", *("channel", "row", "column")[: len(self.shape)]],
+                "dimension_names": ["lane", "slot", *axes[: len(self.shape)]],
                 "attributes": {"generation": generation, "state_dtype": self.encoding.name},
             },
         )

@@ -204,7 +204,7 @@ class GenerationTable(ChunkTable):
 REMOTE_THREADS = 8
 """Concurrent requests each way to object storage until a run has measured how many it needs."""
 LEASE_PATIENCE = 90.0
-"""Seconds that a start waits for another owner's lease; longer than the lease that our own killed run left behind."""
+"""Seconds: longer than the lease that our own killed run left behind."""
 
 
 class ZarrStore(HostStore):
@@ -229,6 +229,8 @@ class ZarrStore(HostStore):
     ):
         objects = open_object_store(url)
         self._lease = None if default else Lease(open_object_store(url), owner)
+        self.lease_patience = LEASE_PATIENCE
+        """Seconds that a start waits for another owner's lease."""
         self._url = None if default else objects.uri("")
         self._location = objects.uri("")
         stored = Generations(objects, layout.order, layout.shape, layout.encoding, compression=compression)
@@ -255,7 +257,7 @@ class ZarrStore(HostStore):
         if self._lease is None:
             return
         lease = self._lease
-        ranks.run_on_rank_zero(lambda: lease.acquire(patience=LEASE_PATIENCE), (StoreError,))
+        ranks.run_on_rank_zero(lambda: lease.acquire(patience=self.lease_patience), (StoreError,))
         ranks.run_on_all(lambda: follow(lease, ranks), (StoreError,))
         self._guard_by(lease)
 
@@ -278,7 +280,7 @@ class ZarrStore(HostStore):
     def start(self, epoch: int, step: int, source: StateSource | None) -> None:
         # Before the table is opened, which deletes generations. A store that is used without ranks holds the lease.
         if self._lease is not None and not self._lease.id and not self.lanes.start:
-            self._lease.acquire(patience=LEASE_PATIENCE)
+            self._lease.acquire(patience=self.lease_patience)
             self._guard_by(self._lease)
         self._table.generations.repair = self.repair
         super().start(epoch, step, source)
