@@ -1,4 +1,4 @@
-"""`train.spike_factor`: a run whose loss spikes goes on from its newest checkpoint by itself."""
+"""`train.spike_factor`: training restarts from the newest checkpoint after a spike of the loss."""
 
 from __future__ import annotations
 

@@ -83,6 +83,21 @@ class NoiseEmbedding(nn.Module):
         return embedding
 
 
+def embedding_of(
+    noise: NoiseEmbedding, noise_level: torch.Tensor, label: nn.Embedding | None, labels: torch.Tensor | None
+) -> torch.Tensor:
+    """The embedding [B, E] of noise levels [B] and labels [B], with SiLU applied.
+
+    The last row of `label` means "no label", as does `labels` None. Without `label`, labels are ignored.
+    """
+    embedding: torch.Tensor = noise(noise_level)
+    if label is not None:
+        if labels is None:
+            labels = torch.full((noise_level.shape[0],), label.num_embeddings - 1, device=noise_level.device)
+        embedding = embedding + label(labels)
+    return F.silu(embedding)
+
+
 def resampled(x: torch.Tensor, resample: Resample) -> torch.Tensor:
     """[B, C, H, W] -> [B, C, H', W']: averages of 2x2 pixels ("down"), or each pixel as 2x2 pixels ("up")."""
     if resample == "down":

@@ -18,7 +18,7 @@ from torch import nn
 from udddm.config import Section
 from udddm.errors import ConfigError
 from udddm.networks.base import NetworkContext, refuse_unused
-from udddm.networks.blocks import NoiseEmbedding, attend, to_image, to_tokens, zero
+from udddm.networks.blocks import NoiseEmbedding, attend, embedding_of, to_image, to_tokens, zero
 from udddm.networks.images import ImageInputs
 
 SIZES = {"S": (384, 12, 6), "B": (768, 12, 12), "L": (1024, 24, 16), "XL": (1152, 28, 16)}
@@ -182,12 +182,7 @@ class DiT(nn.Module):
         The label `config.classes` means "no label", as does `None`. Raises ValueError as `ImageInputs.check` does.
         """
         self._images.check(x, condition)
-        embedding = self.noise_embedding(noise_level)
-        if self.label_embedding is not None:
-            if labels is None:
-                labels = torch.full((x.shape[0],), self.config.classes, device=x.device)
-            embedding = embedding + self.label_embedding(labels)
-        embedding = F.silu(embedding)
+        embedding = embedding_of(self.noise_embedding, noise_level, self.label_embedding, labels)
         x = self._images.stack(x, condition, self.embed.weight.dtype)
         # Under autocast this sum, and with it all residual sums, is float32.
         x = self.embed(to_tokens(F.pixel_unshuffle(x, self._patch))) + self.positions

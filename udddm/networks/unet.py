@@ -21,6 +21,7 @@ from udddm.networks.blocks import (
     Resample,
     ResidualBlock,
     SelfAttention,
+    embedding_of,
     group_norm,
     zero,
 )
@@ -134,12 +135,7 @@ class UNet(nn.Module):
         Raises ValueError if the shape of an image differs from the network's, or if a required condition is missing.
         """
         self._images.check(x, condition)
-        embedding = self.noise_embedding(noise_level)
-        if self.label_embedding is not None:
-            if labels is None:
-                labels = torch.full((x.shape[0],), self.config.classes, device=x.device)
-            embedding = embedding + self.label_embedding(labels)
-        embedding = F.silu(embedding)
+        embedding = embedding_of(self.noise_embedding, noise_level, self.label_embedding, labels)
         tokens = self._tokens(condition)
         x = self._images.stack(x, condition, self.stem.weight.dtype)
         x = self.stem(F.pixel_unshuffle(x, self.config.patch))

@@ -1,4 +1,4 @@
-"""The contract of callbacks, which receive what a run has to tell: metrics, pictures, scores and the result.
+"""The contract of callbacks, which receive the metrics, pictures, scores and result of a run.
 
 The built-in loggers (udddm/training/loggers/) are callbacks, selected by name with the key `loggers`.
 """
@@ -34,8 +34,8 @@ class RunInfo:
     shape: tuple[int, int, int]
     """(C, H, W) of the images."""
     step: int
-    """The steps that are done: 0, or those of the checkpoint from which the run resumes. A run that was killed has told
-    later steps before, which are now repeated."""
+    """The steps that are done: 0, or those of the checkpoint from which the run resumes. If the run was killed,
+    later steps may have been reported before. They are repeated."""
     total_steps: int
 
 
@@ -137,7 +137,7 @@ class Callbacks:
         self._call("on_scores", step, scores)
 
     def end(self, result: Mapping[str, Any] | None) -> None:
-        """Tell the end. Only the first call counts."""
+        """Call `on_end`. Only the first call has an effect."""
         if not self._ended:
             self._ended = True
             self._call("on_end", result)

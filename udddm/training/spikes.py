@@ -46,7 +46,7 @@ class SteppedBack:
 
 
 class LossSpike(Exception):
-    """Raised on every rank to end an attempt, after which the run goes on from its newest checkpoint."""
+    """Raised on every rank to end an attempt, after which training restarts from the newest checkpoint."""
 
     def __init__(self, event: SteppedBack):
         super().__init__(event)

@@ -60,7 +60,7 @@ class Trainer:
         callbacks: Sequence[Given] = (),
     ):
         self.config, self.dataset, self.run, self.ranks, self.listener = config, dataset, run, ranks, listener
-        self._given_callbacks, self._told = callbacks, Callbacks()
+        self._given_callbacks, self._callbacks = callbacks, Callbacks()
         train, shape = config.train, dataset.shape
         self.order = Order.build(config.order, config.seed, len(dataset), train.batch_size, shape)
         self.lanes = self.order.lanes_of(ranks.rank, ranks.world_size)
@@ -163,12 +163,12 @@ class Trainer:
                     on_metrics = self.listener.on_metrics if self.listener else None
                     progress = Progress(self.run.path, self.step, self.total_steps, on_metrics)
                     stack.callback(progress.close)
-                self._told = self._start_callbacks()
+                self._callbacks = self._start_callbacks()
                 self._profile = stack.enter_context(Profile(self.run.path, self.config.profile_steps, self.ranks))
                 self._loop(inputs, progress)
                 if self.evaluation is not None and (stop := self.evaluation.finish(self._stop_signal)):
                     raise Interrupted(stop, self.step)
-                self._tell_scores()
+                self._pass_on_scores()
                 state = self.ranks.gather(self.store.sha256())
                 reinitialized = self.ranks.gather(self.store.counters.reinitialized)
             result = self._result(state)
@@ -177,7 +177,7 @@ class Trainer:
             self.ranks.run_on_rank_zero(lambda: self._finish(result, images), (OSError, StoreError))
             return result
         finally:
-            self._told.end(None)
+            self._callbacks.end(None)
 
     def _start_callbacks(self) -> Callbacks:
         path, done = self.run.path, (self.step, self.total_steps)
@@ -185,10 +185,10 @@ class Trainer:
         own = [self._best] if self._best is not None else []
         return Callbacks.start(info, [*own, *self._given_callbacks], self.ranks)
 
-    def _tell_scores(self) -> None:
+    def _pass_on_scores(self) -> None:
         """Pass on the scores of the evaluations that are done."""
         for scores in self.evaluation.take() if self.evaluation is not None else ():
-            self._told.scores(scores["step"], scores)
+            self._callbacks.scores(scores["step"], scores)
 
     def begin(self) -> Prefetch:
         """Resume or start the run, and start prefetching the inputs of the coming steps."""
@@ -232,7 +232,7 @@ class Trainer:
                 keep = partial(self._best.offer, self.step) if self._best is not None else None
                 draw = partial(self._drawing.draw, stop_signal=self._stop_signal, keep=keep)
                 self.evaluation.after_step(self.step, draw, last=last)
-                self._tell_scores()
+                self._pass_on_scores()
         vote.outcome()
 
     def _stop_signal(self) -> int:
@@ -274,10 +274,10 @@ class Trainer:
         metrics = reports.write(self.step, loss, self._loss_by_sigma, learning_rate)
         if progress is not None:
             progress.write(self.step, metrics)
-        self._told.metrics(self.step, metrics)
+        self._callbacks.metrics(self.step, metrics)
 
     def stepped_back(self, events: Sequence[SteppedBack]) -> None:
-        """Tell how often the run has stepped back from a spike of its loss, before `train`."""
+        """Set the restarts after spikes of the loss that the run has had. Call this before `train`."""
         self._watch = Watch(self.config.train.spike_factor if len(events) < spikes.MOST else None)
         self.engine.lr_factor = lambda step: math.prod(each.factor(step) for each in events)
 
@@ -375,7 +375,7 @@ class Trainer:
             with self._pictures.attempt():
                 directory.mkdir(exist_ok=True)
                 image_grid.save_image_grid(images, directory / f"step-{self.step:08d}.png")
-            self._told.images(self.step, images)
+            self._callbacks.images(self.step, images)
 
     def _result(self, state: list[str]) -> dict[str, Any]:
         return {
@@ -391,5 +391,5 @@ class Trainer:
             image_grid.save_image_grid(images[:100], self.run.path / "samples.png")
         self.run.persist()  # before the result, which says that the run is complete
         write_json(self.run.path / "result.json", result)
-        self._told.end(result)
+        self._callbacks.end(result)
         self.run.persist()

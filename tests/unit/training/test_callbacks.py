@@ -1,4 +1,4 @@
-"""Callbacks and loggers: what they are told, and that none of them ends a run. Loggers are read back with the packages
+"""Callbacks and loggers: what they receive, and that none of them ends a run. Loggers are read back with the packages
 that they write for."""
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def features(images: torch.Tensor) -> torch.Tensor:
 
 
 class Recorder(Callback):
-    """Keeps what it is told."""
+    """Records its calls."""
 
     def on_start(self, run: RunInfo) -> None:
         TOLD.append(("start", (run.step, run.total_steps, run.shape)))
@@ -84,7 +84,7 @@ def of(kind: str) -> list[Any]:
     return [value for name, value in TOLD if name == kind]
 
 
-def test_a_callback_is_told_what_a_run_has_to_tell(tmp_path: Path) -> None:
+def test_a_callback_receives_the_metrics_pictures_scores_and_result(tmp_path: Path) -> None:
     train(tmp_path / "run", [Recorder()])
     assert TOLD[0] == ("start", (0, 6, (1, 8, 8))) and TOLD[-1] == ("end", 6)
     assert [step for step, _ in of("metrics")] == [2, 4, 6]
@@ -111,7 +111,7 @@ def test_a_callback_that_fails_does_not_end_the_run(tmp_path: Path, caplog: pyte
     assert len(of("metrics")) == 3
 
 
-def test_a_run_that_stops_tells_no_result_and_one_that_resumes_its_step(tmp_path: Path) -> None:
+def test_a_stopped_run_has_no_result_and_a_resumed_one_its_step(tmp_path: Path) -> None:
     with pytest.raises(Interrupted):
         train(tmp_path / "run", [Recorder(), Stopping()])
     assert TOLD[-1] == ("end", None)
@@ -127,7 +127,7 @@ def test_workers_receive_the_callbacks(tmp_path: Path, forked_workers: None) -> 
 
 
 class Writer(Callback):
-    """Writes the last step to a file: it is told in another process."""
+    """Writes the last step to a file, because it runs in another process."""
 
     def __init__(self, path: Path):
         self._path = path
