@@ -188,9 +188,10 @@ class GenerationTable(ChunkTable):
     def discard_before(self, generation: int) -> None:
         with self._lock:
             self._passed = generation
-            for key in [k for k in self._written if k[0] < generation]:
+            busy = set(self._busy)  # the next call deletes what is being written now; `finish` needs its checksums
+            for key in [k for k in self._written if k[0] < generation and k[0] not in busy]:
                 del self._written[key]
-            keep = self.retained | set(self._busy)  # the next call deletes those that are being written now
+            keep = self.retained | busy
         for old in self.generations.existing():
             if old < generation and old not in keep:
                 self.generations.delete(old, self.lanes)
