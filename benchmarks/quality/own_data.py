@@ -5,9 +5,10 @@
 The data are made of what is at hand: the digits as PNG files in folders of classes, Fashion-MNIST as an .npz file and
 2,000 of its images as gray PNG files, and crops of the two photographs that come with scikit-learn. `--fraction`
 shortens the runs, except those of the digits, of which the preset is trained too: the score of the files is compared
-with the preset's. Scores are Frechet distances: for the digits and Fashion-MNIST in the features of the yardstick's
-classifiers, for others in their pixels, whitened by nothing, so that they compare only with one another. Each run has a
-grid of samples in its directory, to be looked at.
+with the preset's. `--json` keeps the rows of other data sets that an earlier call wrote there. Scores are Frechet
+distances: for the digits and Fashion-MNIST in the features of the yardstick's classifiers, for others in their pixels,
+whitened by nothing, so that they compare only with one another. Each run has a grid of samples in its directory, to be
+looked at.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ def measure(name: str, directory: Path, fraction: float) -> dict[str, Any]:
         "data": name,
         "chosen": lines,
         "whole_steps": config.train.steps,
+        "fraction": 1.0 if name == "digits" else fraction,
         **train(directory / name, chosen, features),
     }
     if name == "digits":
@@ -160,7 +162,9 @@ def main() -> None:
                     flush=True,
                 )
         if arguments.json:
-            write_json(arguments.json, head, {"fraction": arguments.fraction, "rows": rows})
+            earlier = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
+            book = {each["data"]: each for each in earlier} | {name: row | {"commit": head["commit"]}}
+            write_json(arguments.json, head, {"rows": [book[each] for each in DATA if each in book]})
     print(json.dumps({row["data"]: row["chosen"] for row in rows}, indent=1))
 
 

@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("suite", choices=["run", "report"])
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: only measure the rates")
     parser.add_argument("--minutes", type=float, default=60, help="time of a run on one core, by the measured rate")
     parser.add_argument("--rounds", type=int, default=5, help="runs of each arm that measure its rate")
     parser.add_argument("--steps", type=int, default=60, help="length of a run that measures a rate")
