@@ -180,6 +180,7 @@ def _refuse_secrets(config: RunConfig, run_dir: str | Path) -> None:
         "the run directory": str(run_dir),
         "store.url": config.store.url,
         "data.path": config.data.path,
+        "data.condition.path": config.data.condition.path,
         "train.init_from": config.train.init_from,
         **{f"evaluate.{name}_weights": place for name, place in config.evaluate.weights.items()},
         "evaluate.reference": config.evaluate.reference,

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from udddm.config.base import Section, unit
+from udddm.config.base import CHANGEABLE, Section, unit
 
 
 class ConditionConfig(Section):
@@ -29,13 +29,30 @@ class ConditionConfig(Section):
         json_schema_extra=unit("fraction of the side"),
     )
 
+    path: str | None = Field(
+        None,
+        description="pairs: path or fsspec URL of the conditioning images, if they are apart from the images: a folder "
+        "or ZIP archive with the same file names, or an array of the same length",
+        json_schema_extra=CHANGEABLE,
+    )
+    image: str | None = Field(
+        None,
+        description="pairs: the conditioning images in the same data set. webdataset: their extension within a sample "
+        "(default: condition.png and the like); huggingface: their column (default: condition or conditioning_image); "
+        "array: the name of their array (default: conditions)",
+    )
+
     @model_validator(mode="after")
     def _used(self) -> ConditionConfig:
         if self.kind == "downscale" and self.factor is None:
             raise ValueError("kind 'downscale' needs factor, such as 4")
-        for name, kind in (("factor", "downscale"), ("largest", "mask")):
+        for name, kind in (("factor", "downscale"), ("largest", "mask"), ("path", "pairs"), ("image", "pairs")):
             if getattr(self, name) is not None and self.kind != kind:
                 raise ValueError(f"{name} is for kind '{kind}', not '{self.kind}': remove it, or set kind: {kind}")
+        if self.path is not None and self.image is not None:
+            raise ValueError(
+                "path is for conditioning images apart from the images, and image for those among them: give one"
+            )
         return self
 
     @property

@@ -342,11 +342,11 @@ class RunConfig(Section):
         """A hash of all settings that affect the trained weights. A run resumes only with the same fingerprint."""
         settings = self.model_dump(mode="json")
         for key in self.changeable():
-            section, _, leaf = key.partition(".")
-            if leaf:
-                settings[section].pop(leaf)
-            else:
-                settings.pop(section)
+            *sections, leaf = key.split(".")
+            inner = settings
+            for section in sections:
+                inner = inner[section]
+            inner.pop(leaf)
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -65,6 +65,8 @@ def _reaching(config: RunConfig) -> Iterator[tuple[str, object]]:
     yield from ((f"data.arguments.{key}", value) for key, value in data.arguments.items())
     if data.path is not None:
         yield "data.path", data.path
+    if data.condition.path is not None:
+        yield "data.condition.path", data.condition.path
     evaluate = config.evaluate
     yield from (("evaluate.features", name) for name in evaluate.features if name not in PUBLISHED_NETWORKS)
     for key in ("inception_weights", "dinov2_weights", "reference"):

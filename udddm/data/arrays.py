@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from udddm.data.images import Array, ArrayImages, Ids
+from udddm.data.images import Array, ArrayImages, BatchSource, Ids
+from udddm.data.pairs import PairedImages
 from udddm.errors import DataError
 from udddm.files import expanded
 
@@ -83,7 +84,13 @@ PAIRS = (("arr_0", "arr_1"), ("x_train", "y_train"), ("train_images", "train_lab
 """Names of images and labels in files of guided-diffusion and EDM, Keras, and MedMNIST."""
 
 
-def open_array(url: str, *, missing_chunks: Literal["stop", "fill"] = "stop") -> ArrayImages:
+CONDITIONS = "conditions"
+"""Name of the conditioning images in a .npz file or Zarr group of pairs."""
+
+
+def open_array(
+    url: str, *, missing_chunks: Literal["stop", "fill"] = "stop", conditions: str | None = None
+) -> BatchSource:
     """Open the images at `url`, a path or an fsspec URL: a .npy or .npz file, or otherwise a Zarr array or group.
 
     Images are uint8 or floats in [-1, 1] of shape [N, C, H, W] or [N, H, W], or uint8 [N, H, W, C]. In a .npz file or
@@ -95,6 +102,8 @@ def open_array(url: str, *, missing_chunks: Literal["stop", "fill"] = "stop") ->
     `missing_chunks` sets the meaning of a missing chunk of a Zarr array: corruption ("stop"), or a chunk that contains
     only the fill value ("fill").
 
+    `conditions` is the name of the conditioning images in a .npz file or Zarr group: the data set is then paired.
+
     Raises DataError if nothing exists at `url`, or if it is corrupt or does not contain images. Reading a batch raises
     DataError for a missing chunk.
     """
@@ -105,11 +114,17 @@ def open_array(url: str, *, missing_chunks: Literal["stop", "fill"] = "stop") ->
         url = str(expanded(url))
         if not Path(url).exists():
             raise DataError(f"{url} does not exist: data.path must be a .npy or .npz file or a Zarr array")
+    if suffix == ".npy" and conditions is not None:
+        raise DataError(f"{url} has images only: set data.condition.path to the array of their conditioning images")
     if suffix == ".npy":
         return _open_npy(url, remote=remote)
     if suffix == ".npz":
-        return _open_npz(url, remote=remote)
-    return _open_zarr(url, missing_chunks)
+        return _open_npz(url, conditions, remote=remote)
+    return _open_zarr(url, missing_chunks, conditions)
+
+
+def _paired(found: ArrayImages, conditions: ArrayImages | None, url: str, key: str | None) -> BatchSource:
+    return found if conditions is None else PairedImages(found, conditions, (url, f"{url}, array {key},"))
 
 
 def _open_npy(url: str, *, remote: bool) -> ArrayImages:
@@ -125,23 +140,24 @@ def _open_npy(url: str, *, remote: bool) -> ArrayImages:
     return ArrayImages(images, name=url)
 
 
-def _open_npz(url: str, *, remote: bool) -> ArrayImages:
+def _open_npz(url: str, conditions: str | None, *, remote: bool) -> BatchSource:
     try:
         # Opened here, because numpy does not close a corrupt file that it opened by name.
         with (
             io.BytesIO(_read_all(url)) if remote else Path(url).open("rb") as file,
             np.lib.npyio.NpzFile(file, allow_pickle=False) as archive,
         ):
-            image_key, label_key = _choose(archive.files, url)
+            image_key, label_key = _choose(archive.files, url, conditions)
             images = archive[image_key]
             labels = None if label_key is None else archive[label_key]
+            others = None if conditions is None else archive[conditions]
     except DataError:
         raise
     except Exception as error:  # zip files fail in many ways: BadZipFile, zlib.error, EOFError, NotImplementedError ...
         raise DataError(f"cannot read {url} as a .npz file: {error}") from error
     found = ArrayImages(images, labels, name=url)
     _note_earlier(found, label_key)
-    return found
+    return _paired(found, None if others is None else ArrayImages(others, name=f"{url}/{conditions}"), url, conditions)
 
 
 def _note_earlier(found: ArrayImages, label_key: str | None) -> None:
@@ -163,7 +179,7 @@ def _read_all(url: str) -> bytes:
     return content
 
 
-def _open_zarr(url: str, missing_chunks: str) -> ArrayImages:
+def _open_zarr(url: str, missing_chunks: str, conditions: str | None) -> BatchSource:
     import zarr
 
     try:
@@ -174,20 +190,26 @@ def _open_zarr(url: str, missing_chunks: str) -> ArrayImages:
         ) from error
     except Exception as error:
         raise DataError(f"cannot open {url} as Zarr: {error}") from error
-    label_key: str | None = None
-    images: Any = node
-    labels: Any = None
-    if not isinstance(node, zarr.Array):
-        image_key, label_key = _choose(node.array_keys(), url)
-        images = node[image_key]
-        labels = None if label_key is None else _read_labels(node[label_key], f"{url}/{label_key}", missing_chunks)
+    if isinstance(node, zarr.Array):
+        if conditions is not None:
+            raise DataError(f"{url} has images only: set data.condition.path to the array of their conditioning images")
+        single = ZarrImages(node, None, name=url)
+        single.check_missing = missing_chunks == "stop"
+        return single
+    image_key, label_key = _choose(node.array_keys(), url, conditions)
+    images = node[image_key]
+    labels = None if label_key is None else _read_labels(node[label_key], f"{url}/{label_key}", missing_chunks)
     found = ZarrImages(images, labels, name=url)
     found.check_missing = missing_chunks == "stop"
     names = node.attrs.get("class_names")
     if found.classes and isinstance(names, list) and len(names) >= found.classes:
         found.class_names, found.classes = [str(name) for name in names], len(names)
     _note_earlier(found, label_key)
-    return found
+    if conditions is None:
+        return found
+    others = ZarrImages(node[conditions], name=f"{url}/{conditions}")
+    others.check_missing = found.check_missing
+    return _paired(found, others, url, conditions)
 
 
 def _read_labels(array: Any, name: str, missing_chunks: str) -> Array:
@@ -207,9 +229,18 @@ def _read_labels(array: Any, name: str, missing_chunks: str) -> Array:
     return labels
 
 
-def _choose(keys: Iterable[str], url: str) -> tuple[str, str | None]:
-    """The keys of the images and of their labels (None without labels) in a file or group. Raises DataError."""
+def _choose(keys: Iterable[str], url: str, conditions: str | None = None) -> tuple[str, str | None]:
+    """The keys of the images and of their labels (None without labels) in a file or group.
+
+    `conditions` is the key of the conditioning images, which must be there. Raises DataError.
+    """
     found = list(keys)
+    if conditions is not None and conditions not in found:
+        raise DataError(
+            f"{url} has no array {conditions!r} of conditioning images; it has: {', '.join(found) or 'none'}. Set "
+            "data.condition.image to one of them, or data.condition.path to another file"
+        )
+    found = [key for key in found if key != conditions]
     label = next((key for key in LABELS if key in found), None)
     candidates = [key for key in found if key != label]
     chosen: tuple[str, str | None] | None = None

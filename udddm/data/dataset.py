@@ -73,7 +73,8 @@ class ImageDataset:
         first = np.zeros(1, dtype=np.int64)
         if isinstance(self._source, BatchSource):
             images, labels = self._source.batch(first)
-            image, condition, label = images[0], None, None if labels is None else labels[0]
+            image, condition = np.split(images[0], 2) if self._source.paired else (images[0], None)
+            label = None if labels is None else labels[0]
         else:
             image, condition, label = self._sample(0)
         channels, height, width = image.shape
@@ -90,7 +91,7 @@ class ImageDataset:
     @property
     def in_memory(self) -> bool:
         """Whether the images are an array in memory or a memory-mapped file, which nothing has to decode."""
-        return isinstance(self._source, ArrayImages) and self._source.in_memory
+        return isinstance(self._source, BatchSource) and self._source.in_memory
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "_lock"}
@@ -121,7 +122,8 @@ class ImageDataset:
             raise IndexError(f"ids {ids.min()}..{ids.max()} of a data set of {self._length} samples")
         if isinstance(self._source, BatchSource):
             rows, labels = self._source.batch(ids)
-            if rows.shape != (len(ids), *self.shape):
+            channels, *sides = self.shape
+            if rows.shape != (len(ids), channels * (2 if self.paired else 1), *sides):
                 raise DataError(f"a batch of {len(ids)} images of {self._describe()} has shape {list(rows.shape)}")
             images = scaled(rows, ids)
             if labels is not None and self.classes is not None and len(labels) and labels.max() >= self.classes:

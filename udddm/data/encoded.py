@@ -62,6 +62,10 @@ class ImageFiles(ABC):
     def read(self, index: int) -> bytes:
         """The contents of a file."""
 
+    def relative(self, index: int) -> str | None:
+        """The name of a file within the place, with `/`. None if files are known by their numbers only."""
+        return None
+
     def prefix(self, index: int) -> bytes:
         """The first PREFIX bytes of a file, or all of it."""
         return self.read(index)
@@ -151,6 +155,15 @@ class EncodedImages(BatchSource):
 
     def __len__(self) -> int:
         return len(self._files)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of every image."""
+        return self._shape
+
+    def name(self, index: int) -> str:
+        """The complete name of a file, for messages."""
+        return self._files.name(index)
 
     @property
     def labels(self) -> Labels | None:

@@ -89,6 +89,9 @@ class LocalFolder(ImageFiles):
     def name(self, index: int) -> str:
         return str(self._root / self.files[index])
 
+    def relative(self, index: int) -> str:
+        return self.files[index].as_posix()
+
     def read(self, index: int) -> bytes:
         try:
             return (self._root / self.files[index]).read_bytes()
@@ -126,7 +129,10 @@ class RemoteFolder(ImageFiles):
         return len(self._files)
 
     def name(self, index: int) -> str:
-        return f"{self.where}/{self._files[index].as_posix()}"
+        return f"{self.where}/{self.relative(index)}"
+
+    def relative(self, index: int) -> str:
+        return self._files[index].as_posix()
 
     def read(self, index: int) -> bytes:
         data = access.read_start(self.name(index), LARGEST_FILE + 1)

@@ -18,6 +18,8 @@ from udddm.data.images import check_labels
 from udddm.errors import DataError
 from udddm.files import expanded
 
+CONDITIONS = ("condition", "conditioning_image")
+"""Names of the column of conditioning images, in the order of the search."""
 LABELS = ("label", "labels", "fine_label", "class", "y", "target")
 """Names of the column of labels, in the order of the search."""
 ROWS = 1024
@@ -35,17 +37,41 @@ def open_huggingface(
 
     Raises DataError if the folder is none of these, and as HuggingFaceRows does.
     """
+    return HuggingFaceRows(_table(where, split), str(expanded(where)), image=image, label=label)
+
+
+def _table(where: str, split: str | None) -> Any:
+    """The `datasets.Dataset` at a path. Raises DataError."""
     if access.is_url(where):
         raise DataError(f"{where}: data sets of Hugging Face are memory-mapped: copy it to a local disk")
     path = expanded(where)
     datasets = _package(where)
     try:
-        found = _on_disk(datasets, path, split) if path.is_dir() and is_saved(path) else _parquet(datasets, path, split)
+        return _on_disk(datasets, path, split) if path.is_dir() and is_saved(path) else _parquet(datasets, path, split)
     except DataError:
         raise
     except Exception as error:  # pyarrow and datasets raise many types
         raise DataError(f"cannot read {where} with Hugging Face datasets: {error}") from error
-    return HuggingFaceRows(found, str(path), image=image, label=label)
+
+
+def open_conditions(where: str, *, condition: str | None = None, split: str | None = None) -> HuggingFaceRows:
+    """The conditioning images in the column `condition` of the table at `where`; by default the first of CONDITIONS.
+
+    Raises DataError as `open_huggingface` does.
+    """
+    found = _table(where, split)
+    usual = [name for name in CONDITIONS if name in found.features]
+    if condition is None and not usual:
+        raise DataError(
+            f"{where} has no column {' or '.join(CONDITIONS)}; the columns are {', '.join(found.features)}. Set "
+            "data.condition.image to that of the conditioning images"
+        )
+    column = condition or usual[0]
+    if column not in found.features:
+        raise DataError(
+            f"{where}: there is no column data.condition.image={column}; the columns are {', '.join(found.features)}"
+        )
+    return HuggingFaceRows(found.select_columns([column]), str(expanded(where)), image=column)
 
 
 def is_saved(path: Path) -> bool:

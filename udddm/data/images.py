@@ -53,10 +53,18 @@ class BatchSource(ABC):
     """The labels of all samples as earlier versions read them, or "same". They identify the data of runs without
     classes that earlier versions started."""
 
+    paired = False
+    """Whether `batch` returns conditioning images too, as further C channels."""
+
     @property
     def labels(self) -> Labels | None:
         """The labels of all samples, int64 [N], or None. If available, they are validated before training starts."""
         return None
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether the images are in memory or in a memory-mapped file, so that nothing has to be decoded."""
+        return False
 
     @abstractmethod
     def __len__(self) -> int:
@@ -69,14 +77,16 @@ class BatchSource(ABC):
     @abstractmethod
     def batch(self, ids: Ids) -> tuple[Array, Labels | None]:
         """Returns the samples `ids` (int64 [n]): images [n, C, H, W], uint8 or floats in [-1, 1], and labels, int64 [n]
-        or None."""
+        or None. If `paired`, images are [n, 2 C, H, W]."""
 
     def __getitem__(self, index: int, /) -> Any:
-        """One image [C, H, W], or (image, label)."""
+        """One image [C, H, W], or a tuple of it with its condition [C, H, W], its label, or both."""
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         images, labels = self.batch(np.array([index], dtype=np.int64))
-        return images[0] if labels is None else (images[0], int(labels[0]))
+        parts = tuple(np.split(images[0], 2)) if self.paired else (images[0],)
+        parts = parts if labels is None else (*parts, int(labels[0]))
+        return parts if len(parts) > 1 else parts[0]
 
 
 class ArrayImages(BatchSource):

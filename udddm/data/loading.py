@@ -14,6 +14,7 @@ from udddm.data import arrays, folder, huggingface, sources, webdataset, zip_arc
 from udddm.data.dataset import ImageDataset
 from udddm.data.encoded import EncodedImages, ImageFiles
 from udddm.data.images import MapDataset, format_shape, require_map_style
+from udddm.data.pairs import ConditionFiles, MatchedFiles, PairedImages
 from udddm.errors import ConfigError, DataError
 from udddm.files import expanded
 from udddm.storage import local_path
@@ -32,8 +33,8 @@ BUILT_IN: dict[str, Callable[[DataConfig], MapDataset]] = {
     "digits": lambda config: sources.digits(),
     "fashion-mnist": lambda config: sources.fashion_mnist(_optional_path(config)),
     "cifar10": lambda config: sources.cifar10(_optional_path(config)),
-    **dict.fromkeys(FILES, lambda config: EncodedImages(open_files(config), config.size)),
-    "array": lambda config: arrays.open_array(_path(config), missing_chunks=config.missing_chunks),
+    **dict.fromkeys(FILES, lambda config: _decoded(config)),
+    "array": lambda config: _array(config),
 }
 
 _TAKEN: dict[str, tuple[str, ...]] = {
@@ -43,6 +44,11 @@ _TAKEN: dict[str, tuple[str, ...]] = {
     "split": ("huggingface",),
 }
 """The data sets to which a setting applies."""
+
+_APART = ("folder", "zip", "array")
+"""The data sets whose conditioning images may be at `data.condition.path`."""
+_WITHIN = ("webdataset", "huggingface", "array")
+"""The data sets whose samples may contain their conditioning images, at `data.condition.image`."""
 
 _ALWAYS = {
     "digits": ExpectConfig(samples=1797, shape=(1, 8, 8), classes=10),
@@ -91,7 +97,59 @@ def open_files(config: DataConfig) -> ImageFiles:
     return FILES[config.name](config)
 
 
+def open_conditions(config: DataConfig, images: ImageFiles) -> ImageFiles | None:
+    """The conditioning images of `images`, the files of a data set of pairs, in their order. None without pairs.
+
+    Raises ConfigError and DataError, which names the file, for an image without a partner.
+    """
+    if config.condition.kind != "pairs":
+        return None
+    path, image = config.condition.path, config.condition.image
+    found: ImageFiles
+    if config.name == "webdataset":
+        found = webdataset.TarShards(_place(config), image, config.label, part="condition")
+    elif config.name == "huggingface":
+        found = huggingface.open_conditions(_place(config), condition=image, split=config.split)
+    elif path is None:
+        raise ConfigError(
+            f"data.condition.kind=pairs needs data.condition.path, the {config.name} of conditioning images with the "
+            "names of the images"
+        )
+    else:
+        local = local_path(path)
+        place = path if local is None else str(local)
+        found = zip_archive.ZipFiles(place) if _is_zip(place) else folder.open_folder(place, config.size)
+    return MatchedFiles(images, found)
+
+
+def _is_zip(place: str) -> bool:
+    return place.lower().endswith(".zip")
+
+
+def _decoded(config: DataConfig) -> MapDataset:
+    files = open_files(config)
+    images = EncodedImages(files, config.size)
+    others = open_conditions(config, files)
+    if others is None:
+        return images
+    conditions = ConditionFiles(others, images, config.size)
+    return PairedImages(images, conditions, (files.where, others.where))
+
+
+def _array(config: DataConfig) -> MapDataset:
+    path, section = _path(config), config.condition
+    within = None
+    if section.kind == "pairs" and section.path is None:
+        within = section.image or arrays.CONDITIONS
+    images = arrays.open_array(path, missing_chunks=config.missing_chunks, conditions=within)
+    if section.path is None:
+        return images
+    conditions = arrays.open_array(section.path, missing_chunks=config.missing_chunks)
+    return PairedImages(images, conditions, (path, section.path))
+
+
 def _open(config: DataConfig) -> MapDataset:
+    _refuse_conditions(config)
     if ":" in config.name:
         _refuse(config, path=config.path, **{key: getattr(config, key) for key in _TAKEN})
         return _from_factory(config.name, config.arguments)
@@ -108,6 +166,16 @@ def _open(config: DataConfig) -> MapDataset:
         **{key: getattr(config, key) for key, names in _TAKEN.items() if config.name not in names},
     )
     return BUILT_IN[config.name](config)
+
+
+def _refuse_conditions(config: DataConfig) -> None:
+    """Raise ConfigError for a place of conditioning images that the data set would ignore."""
+    for key, names in (("path", _APART), ("image", _WITHIN)):
+        if getattr(config.condition, key) is not None and config.name not in names:
+            other = {"path": "image", "image": "path"}[key]
+            known = config.name in (*_APART, *_WITHIN)
+            hint = f"set data.condition.{other}" if known else "its samples must be (image, condition)"
+            raise ConfigError(f"data.condition.{key} does not apply to the data set {config.name}: {hint}")
 
 
 def _refuse(config: DataConfig, **settings: object) -> None:

@@ -1,7 +1,8 @@
 """The index of a tar shard: where its images are, their sizes and labels, for random access.
 
-It is built once, in one pass over the shard, and kept as JSON next to a local shard (`<shard>.index.json`), or, where
-that is not writable and for a shard at a URL, in the cache directory. It is built again if size or modification time
+It is built once, in one pass over the shard, and kept as JSON next to a local shard (`<shard>.index.json`; that of
+conditioning images: `<shard>.condition.index.json`), or, where that is not writable and for a shard at a URL, in the
+cache directory. It is built again if size or modification time
 (at a URL: ETag) of the shard differ from those recorded, or if other members are selected.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -47,6 +48,8 @@ class Selection:
 
     image: str | None = None
     label: str | None = None
+    part: Literal["image", "condition"] = "image"
+    """Whether the image of a sample is meant, or its conditioning image."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +96,10 @@ def read_or_build(shard: str, selection: Selection) -> ShardIndex:
     """The index of a shard at a path or URL. Raises DataError."""
     stamp = access.stamp(shard)
     identity = [VERSION, shard.rpartition("/")[2], stamp.size, stamp.tag, selection.image, selection.label]
-    beside = None if access.is_url(shard) else Path(f"{shard}.index.json")
+    part = "" if selection.part == "image" else f".{selection.part}"
+    beside = None if access.is_url(shard) else Path(f"{shard}{part}.index.json")
     digest = hashlib.sha256((shard if access.is_url(shard) else str(Path(shard).resolve())).encode()).hexdigest()
-    cached = cache_directory() / "webdataset" / f"{digest}.json"
+    cached = cache_directory() / "webdataset" / f"{digest}{part}.json"
     for place in (beside, cached):
         if place is not None and (found := _stored(place, identity, stamp.size)) is not None:
             return found
@@ -156,7 +160,7 @@ def _build(shard: str, selection: Selection) -> tuple[list[list[Any]], bool]:
     with access.open_sequential(shard) as file:
         for key, members in _samples(shard, file):
             sample = f"the sample {key} in {shard}"
-            image = _image(members, selection.image, sample)
+            image = _image(members, selection, sample)
             if label is None and "cls" in members:
                 if rows:
                     raise DataError(f"{sample} has a label (cls), but the first one has none: label all or none")
@@ -225,15 +229,20 @@ def _files(shard: str, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
             raise DataError(f"{shard} is damaged at byte {archive.offset}: its remaining samples cannot be read")
 
 
-def _image(members: dict[str, tuple[int, int]], wanted: str | None, name: str) -> str:
-    """The extension of the image of a sample."""
-    found = [wanted] if wanted is not None else [each for each in members if each in IMAGES]
+def _image(members: dict[str, tuple[int, int]], selection: Selection, name: str) -> str:
+    """The extension of the image of a sample, or of its conditioning image."""
+    wanted, key, what, usual = selection.image, "data.image", "image", IMAGES
+    if selection.part == "condition":
+        key, what = "data.condition.image", "conditioning image"
+        usual = tuple(f"condition.{extension}" for extension in IMAGES)
+    found = [wanted] if wanted is not None else [each for each in members if each in usual]
     if len(found) == 1 and found[0] in members:
         return found[0]
     there = ", ".join(members)
     if wanted is not None or not found:
-        raise DataError(f"{name} has no {wanted or 'image (png, jpg, jpeg, webp)'}; it has: {there}. Set data.image")
-    raise DataError(f"{name} has several images ({there}): set data.image to the extension of one")
+        missing = wanted or f"{what} ({', '.join(usual)})"
+        raise DataError(f"{name} has no {missing}; it has: {there}. Set {key}")
+    raise DataError(f"{name} has several {what}s ({there}): set {key} to the extension of one")
 
 
 def _header(start: bytes, size: int, name: str) -> tuple[int, int, bool]:

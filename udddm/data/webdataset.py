@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -28,17 +29,26 @@ class TarShards(ImageFiles):
     `where` is a shard, a directory of shards (sorted by name), or a pattern such as `train-{000..127}.tar`, at a path
     or URL. `image` is the extension of the images within a sample; by default they are the only member of a sample that
     ends in png, jpg, jpeg or webp. `label` is the extension of a file that contains the label, or `json.KEY`; by
-    default cls, if the first sample has it.
+    default cls, if the first sample has it. `part` selects the images of the samples, or their conditioning images, of
+    which `image` is then the extension; by default the only member that ends in condition.png, condition.jpg and the
+    like.
 
     Raises DataError for missing or damaged shards, samples without image or label, or members that are refused.
     """
 
-    def __init__(self, where: str, image: str | None = None, label: str | None = None) -> None:
+    def __init__(
+        self,
+        where: str,
+        image: str | None = None,
+        label: str | None = None,
+        *,
+        part: Literal["image", "condition"] = "image",
+    ) -> None:
         require_pillow(where)
         self.where = where
         self.shards = shards_of(where)
         self.remote = access.is_url(self.shards[0])
-        self._indices = [read_or_build(shard, Selection(image, label)) for shard in self.shards]
+        self._indices = [read_or_build(shard, Selection(image, label, part)) for shard in self.shards]
         self._starts = np.cumsum([0, *(len(index) for index in self._indices)])
         if not self._starts[-1]:
             raise DataError(f"{where} contains no samples")

@@ -77,7 +77,10 @@ class ZipFiles(ImageFiles):
         return len(self._members)
 
     def name(self, index: int) -> str:
-        return f"{self._members[index].name} in {self.where}"
+        return f"{self.relative(index)} in {self.where}"
+
+    def relative(self, index: int) -> str:
+        return self._members[index].name
 
     def read(self, index: int) -> bytes:
         return self._contents(self._members[index])

@@ -37,6 +37,7 @@ def shareable(config: RunConfig) -> dict[str, Any]:
     and the arguments of a data set and of a store."""
     tree: dict[str, Any] = config.model_dump(mode="json")
     tree["data"] |= {"path": None, "arguments": {}}
+    tree["data"]["condition"] |= {"path": None}
     tree["store"] |= {"url": None, "settings": {}}
     tree["train"] |= {"init_from": None}
     names = [Path(name).name for name in config.evaluate.features]

@@ -11,6 +11,7 @@ from udddm.config import RunConfig, load_config
 
 CHANGEABLE = {
     "data.path",
+    "data.condition.path",
     "data.workers",
     "data.missing_chunks",
     "data.expect",
