@@ -23,6 +23,13 @@ def _parser() -> Parser:
         "inspect",
         "read all images: number, shapes, classes, duplicates, damaged files, values; exit code 1 if any is damaged",
     )
+    inspect.add_argument(
+        "--condition",
+        nargs="?",
+        const="",
+        metavar="PLACE",
+        help="count pairs: where the conditioning images are (data.condition.path or data.condition.image)",
+    )
     inspect.add_argument("--json", action="store_true", help="print JSON, with the names of all duplicates")
     resize = _command(commands, "resize", "write images of one size to a ZIP archive, folder or Zarr group; resumable")
     _add_target(resize)
@@ -88,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         given = {key: getattr(arguments, key) for key in ("image", "label", "split")}
         if arguments.command == "encode":
             given["size"] = arguments.size
-        config = configuration(arguments.data, **given)
+        config = configuration(arguments.data, conditions=getattr(arguments, "condition", None), **given)
         if arguments.command == "inspect":
             from udddm.tools.dataset.examine import inspect
 

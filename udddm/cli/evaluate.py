@@ -224,14 +224,16 @@ def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
     """
     from udddm import config as configuration
     from udddm.config.trust import DATA, check_trusted
+    from udddm.runs.own import is_own
 
     config.check_guidance(arguments.guidance, "--guidance")
+    own = is_own(arguments.checkpoint, config.data)
     if arguments.set:
         tree = config.model_dump(mode="json")
         for override in arguments.set:
             configuration.apply(tree, override)
         config = configuration.resolve(tree)
-    if not arguments.trust and (arguments.reference is None or config.data.condition.used):
+    if not arguments.trust and not own and (arguments.reference is None or config.data.condition.used):
         check_trusted(config, DATA, str(arguments.checkpoint), arguments.set)
     return config
 

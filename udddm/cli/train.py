@@ -164,6 +164,7 @@ def _chosen(data: str, run: str, changes: list[str], device: str) -> RunConfig:
     install()
     directory = local_path(run)
     begun = directory / "config.yaml" if directory is not None else None
+    changes = [_absolute(each) for each in changes]
     section = automatic.data_section(data)
     if begun is not None and begun.exists():
         config = configuration.load_config(begun, changes)
@@ -177,6 +178,15 @@ def _chosen(data: str, run: str, changes: list[str], device: str) -> RunConfig:
         log.info(line)
     log.info(f"These settings were chosen for the data; {run}/config.yaml has them, to be edited for another run")
     return resolve(overridden(config.model_dump(mode="json"), changes, "the configuration"), "the configuration")
+
+
+def _absolute(change: str) -> str:
+    """`data.condition.path=PLACE` with the complete path, as that of the images is recorded."""
+    from udddm.storage import local_path
+
+    key, _, place = change.partition("=")
+    local = local_path(place) if key.strip() == "data.condition.path" and place else None
+    return change if local is None else f"{key}={local.resolve()}"
 
 
 def _write_report(run: str | Path, device: str) -> None:

@@ -84,9 +84,9 @@ class BatchSource(ABC):
         if not 0 <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         images, labels = self.batch(np.array([index], dtype=np.int64))
-        parts = tuple(np.split(images[0], 2)) if self.paired else (images[0],)
-        parts = parts if labels is None else (*parts, int(labels[0]))
-        return parts if len(parts) > 1 else parts[0]
+        parts: list[Any] = np.split(images[0], 2) if self.paired else [images[0]]
+        parts += [] if labels is None else [int(labels[0])]
+        return tuple(parts) if len(parts) > 1 else parts[0]
 
 
 class ArrayImages(BatchSource):

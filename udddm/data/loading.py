@@ -45,9 +45,9 @@ _TAKEN: dict[str, tuple[str, ...]] = {
 }
 """The data sets to which a setting applies."""
 
-_APART = ("folder", "zip", "array")
+CONDITIONS_APART = ("folder", "zip", "array")
 """The data sets whose conditioning images may be at `data.condition.path`."""
-_WITHIN = ("webdataset", "huggingface", "array")
+CONDITIONS_WITHIN = ("webdataset", "huggingface", "array")
 """The data sets whose samples may contain their conditioning images, at `data.condition.image`."""
 
 _ALWAYS = {
@@ -170,10 +170,10 @@ def _open(config: DataConfig) -> MapDataset:
 
 def _refuse_conditions(config: DataConfig) -> None:
     """Raise ConfigError for a place of conditioning images that the data set would ignore."""
-    for key, names in (("path", _APART), ("image", _WITHIN)):
+    for key, names in (("path", CONDITIONS_APART), ("image", CONDITIONS_WITHIN)):
         if getattr(config.condition, key) is not None and config.name not in names:
             other = {"path": "image", "image": "path"}[key]
-            known = config.name in (*_APART, *_WITHIN)
+            known = config.name in (*CONDITIONS_APART, *CONDITIONS_WITHIN)
             hint = f"set data.condition.{other}" if known else "its samples must be (image, condition)"
             raise ConfigError(f"data.condition.{key} does not apply to the data set {config.name}: {hint}")
 

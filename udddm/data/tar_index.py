@@ -231,10 +231,10 @@ def _files(shard: str, file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
 
 def _image(members: dict[str, tuple[int, int]], selection: Selection, name: str) -> str:
     """The extension of the image of a sample, or of its conditioning image."""
-    wanted, key, what, usual = selection.image, "data.image", "image", IMAGES
+    wanted, key, what, before = selection.image, "data.image", "image", ""
     if selection.part == "condition":
-        key, what = "data.condition.image", "conditioning image"
-        usual = tuple(f"condition.{extension}" for extension in IMAGES)
+        key, what, before = "data.condition.image", "conditioning image", "condition."
+    usual = [f"{before}{extension}" for extension in IMAGES]
     found = [wanted] if wanted is not None else [each for each in members if each in usual]
     if len(found) == 1 and found[0] in members:
         return found[0]

@@ -83,6 +83,13 @@ def _local_checkpoint(where: Path) -> Path:
 def recorded_data(where: str | Path) -> dict[str, Any] | None:
     """The fingerprint of the data that a run was started with, given the run or one of its checkpoints; None for a
     release, which has none. Raises StoreError, CheckpointError."""
+    found = recorded_run(where)
+    return None if found is None else found["dataset"]
+
+
+def recorded_run(where: str | Path) -> dict[str, Any] | None:
+    """The contents of run.json, given a run or one of its checkpoints; None for a release, which has none. Raises
+    StoreError, CheckpointError."""
     if hub.on_hub(where):
         return None
     local = local_path(where)
@@ -95,7 +102,7 @@ def recorded_data(where: str | Path) -> dict[str, Any] | None:
         runs = [copy.path]
     for run in runs:
         if (run / "run.json").exists():
-            found: dict[str, Any] = load_json(run / "run.json", "dataset")["dataset"]
+            found: dict[str, Any] = load_json(run / "run.json", "dataset")
             return found
     return None
 

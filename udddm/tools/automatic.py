@@ -67,6 +67,7 @@ def choose(data: dict[str, Any], here: Machine) -> tuple[RunConfig, list[str]]:
     """The configuration for a data set, and the lines that explain it. Raises ConfigError and DataError."""
     base = resolve({"data": data, "train": {"steps": 1}})
     images = ImageDataset(load_dataset(base.data))
+    given = "channels" if base.data.condition.used else "none"
     channels, height, width = images.shape
     count = len(images)
     if count < FEWEST:
@@ -81,7 +82,7 @@ def choose(data: dict[str, Any], here: Machine) -> tuple[RunConfig, list[str]]:
     if here.cuda:
         train["precision"] = "bf16" if here.bf16 else "fp16"
     batch = train["batch_size"] = _batch(train["batch_size"], count)
-    seen = _images_seen(side, count, here, {**network, "condition": "none"}, images.shape)
+    seen = _images_seen(side, count, here, {**network, "condition": given}, images.shape)
     steps = train["steps"] = max(100, round(seen / batch))
     long = steps > 50_000
     train |= {"lr_schedule": "cosine", "betas": [0.9, 0.99], "ema": [0.9999 if long else 0.999], "ema_warmup": True}
@@ -98,7 +99,7 @@ def choose(data: dict[str, Any], here: Machine) -> tuple[RunConfig, list[str]]:
     tree = {
         "data": data,
         "schedule": schedule,
-        "network": {**network, "condition": "none", "classes": classes},
+        "network": {**network, "condition": given, "classes": classes},
         "objective": objective,
         "order": {"lanes": math.gcd(8, batch)},
         "store": {"kind": "zarr", "dtype": "fp16"},
@@ -121,6 +122,7 @@ def _explained(tree: dict[str, Any], images: ImageDataset, here: Machine) -> lis
     return [
         f"data: {count:,} images of {'x'.join(map(str, images.shape))}{resized} in {data.get('path') or data['name']}",
         f"classes: {classes or 'none'}{', trained with labels' if classes else ''}",
+        *_conditioned(data.get("condition") or {}),
         f"noise: sigma from {schedule['sigma_min']} to {schedule['sigma_max']:g}; sigma_data "
         f"{schedule['sigma_data']} (measured)",
         f"network: U-Net, {network['base_channels']} channels times {network['channel_mult']}, patch "
@@ -133,6 +135,15 @@ def _explained(tree: dict[str, Any], images: ImageDataset, here: Machine) -> lis
         f"{train.get('precision', 'fp32')}; micro-batches of {batch // train['grad_accumulation']}",
         "store: zarr in the run directory, if the objective reads the x0-state",
     ]
+
+
+def _conditioned(section: dict[str, Any]) -> list[str]:
+    """The line about conditioning images, if there are any."""
+    kind = section.get("kind", "none")
+    if kind == "none":
+        return []
+    where = section.get("path") or section.get("image")
+    return [f"conditioning images: {kind}{f' in {where}' if where else ''}, as further input channels of the network"]
 
 
 def _on_cpu(side: int, channels: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -25,10 +25,10 @@ from udddm.diffusion import samplers, schedule
 from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
 from udddm.files import load_json
 from udddm.log import log
-from udddm.runs import growing
+from udddm.runs import growing, own
 from udddm.runs.conditions import conditions_of
 from udddm.runs.remote import open_run
-from udddm.runs.run import Run, check_or_record
+from udddm.runs.run import Run, check_or_record, run_id
 from udddm.storage import local_path, open_object_store
 from udddm.training import spikes
 from udddm.training.callbacks import Given, check_loggers
@@ -76,6 +76,7 @@ def train_rank(
             if extend:
                 growing.extend(run, config, images)
             check_or_record(run.path, config, images, trained=trained)
+            own.remember(run_id(run.path), config.data)
             if not trained and not (run.path / "result.json").exists():
                 run.discard_state()
             run.persist()

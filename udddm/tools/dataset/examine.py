@@ -17,7 +17,7 @@ from udddm.config import DataConfig
 from udddm.data import ImageDataset, load_dataset, pictures
 from udddm.data.encoded import ImageFiles, decode
 from udddm.data.images import Labels, format_shape
-from udddm.data.loading import FILES, open_files
+from udddm.data.loading import FILES, open_conditions, open_files
 from udddm.errors import DataError
 from udddm.tools.dataset.place import measured_ids
 from udddm.tools.dataset.source import in_parallel
@@ -63,12 +63,16 @@ class Contents:
     low: float = math.inf
     high: float = -math.inf
     """Range of the values as they are trained on; uint8 images are scaled to [-1, 1]."""
+    pairs: int | None = None
+    """Number of images with a conditioning image, neither of which is damaged. None without conditioning images."""
+    conditions: Counter[str] = field(default_factory=Counter)
+    """Number of conditioning images of each shape, CxHxW."""
     sigma_data: float = math.nan
     """Standard deviation of the values of up to MEASURED evenly spaced images."""
 
     def as_json(self) -> dict[str, Any]:
         """The contents as plain values. Figures that are unknown, because there is no valid image, are null."""
-        known = self.images > len(self.damaged)
+        known = math.isfinite(self.low)
         return {
             "data": self.data,
             "name": self.name,
@@ -76,6 +80,7 @@ class Contents:
             "shapes": dict(self.shapes.most_common()),
             "modes": dict(self.modes.most_common()),
             "classes": self.classes,
+            **({} if self.pairs is None else {"pairs": self.pairs, "condition_shapes": dict(self.conditions)}),
             "damaged": self.damaged,
             "duplicates": self.duplicates,
             "range": [self.low, self.high] if known else None,
@@ -91,7 +96,9 @@ class Contents:
             f"classes: {len(self.classes) or 'none'}"
             + (f": {_counted(Counter(self.classes))}" if self.classes else ""),
         ]
-        if self.images > len(self.damaged):
+        if self.pairs is not None:
+            found.append(f"pairs: {self.pairs:,}; shapes of the conditioning images: {_counted(self.conditions)}")
+        if math.isfinite(self.low):
             found.append(f"values: {self.low:g} to {self.high:g}; sigma_data {self.sigma_data:.3g}")
         extra = sum(len(group) - 1 for group in self.duplicates)
         found.append(f"duplicates: {f'{extra} images have the pixels of another' if extra else 'none'}")
@@ -106,17 +113,20 @@ class Contents:
 def inspect(config: DataConfig) -> Contents:
     """Read all images of a data set. Damaged ones are listed.
 
-    Raises ConfigError and DataError if the data set itself cannot be opened.
+    Raises ConfigError and DataError if the data set itself cannot be opened, which includes a conditioning image of a
+    data set of pairs that is missing.
     """
     from tqdm import tqdm
 
     found = Contents(config.path or config.name, config.name)
-    seen, labels, names, found.images = _opened(config)
+    seen, others, labels, names, found.images = _opened(config)
     measured = set(measured_ids(found.images).tolist())
     groups: dict[bytes, list[str]] = {}
     total = np.zeros(3)
     with tqdm(seen, total=found.images, desc="images", unit="image", disable=None) as bar:
         for index, each in enumerate(bar):
+            if others is not None:
+                _add_pair(found, each, next(others))
             if each.error:
                 found.damaged[each.name] = each.error
                 continue
@@ -135,19 +145,33 @@ def inspect(config: DataConfig) -> Contents:
     return found
 
 
-def _opened(config: DataConfig) -> tuple[Iterator[_Seen], Labels | None, list[str], int]:
-    """The images, the labels, the names of the classes and the number of images."""
+def _add_pair(found: Contents, image: _Seen, condition: _Seen) -> None:
+    """Count an image with its conditioning image."""
+    found.pairs = (found.pairs or 0) + (not image.error and not condition.error)
+    if condition.error:
+        found.damaged[condition.name] = condition.error
+    else:
+        found.conditions[condition.shape] += 1
+
+
+def _opened(config: DataConfig) -> tuple[Iterator[_Seen], Iterator[_Seen] | None, Labels | None, list[str], int]:
+    """The images, the conditioning images of pairs, the labels, the names of the classes and the number of images."""
     if config.name in FILES:
         files = open_files(config)
-
-        def one(index: int) -> _Seen:
-            return _file(files, index)
-
-        seen = in_parallel(one, range(len(files)), min(8, os.cpu_count() or 1))
-        return seen, files.found.labels, files.found.class_names, len(files)
+        others = open_conditions(config, files)
+        second = None if others is None else _files(others)
+        return _files(files), second, files.found.labels, files.found.class_names, len(files)
     images = ImageDataset(load_dataset(config))
     labels = np.zeros(len(images), np.int64) if images.labelled else None
-    return _array(images, labels), labels, images.class_names, len(images)
+    second = _array(images, None, conditions=True) if images.paired else None
+    return _array(images, labels), second, labels, images.class_names, len(images)
+
+
+def _files(files: ImageFiles) -> Iterator[_Seen]:
+    def one(index: int) -> _Seen:
+        return _file(files, index)
+
+    return in_parallel(one, range(len(files)), min(8, os.cpu_count() or 1))
 
 
 def _file(files: ImageFiles, index: int) -> _Seen:
@@ -166,12 +190,13 @@ def _file(files: ImageFiles, index: int) -> _Seen:
     return _seen(name, mode, pixels.astype(np.float32) / 127.5 - 1, pixels)
 
 
-def _array(images: ImageDataset, labels: Labels | None) -> Iterator[_Seen]:
-    """The samples of an array. The labels are entered into `labels`."""
+def _array(images: ImageDataset, labels: Labels | None, *, conditions: bool = False) -> Iterator[_Seen]:
+    """The samples of an array, or their conditioning images. The labels are entered into `labels`."""
     for index in range(len(images)):
-        name = f"sample {index}"
+        name = f"{'the conditioning image of ' if conditions else ''}sample {index}"
         try:
-            pixels, own = images.batch(np.array([index]))
+            pixels, own = images.read(np.array([index]))
+            pixels = pixels[:, images.shape[0] :] if conditions else pixels[:, : images.shape[0]]
         except DataError as error:
             yield _Seen(name, str(error))
             continue

@@ -11,7 +11,7 @@ from udddm.config import DataConfig
 from udddm.data import access
 from udddm.data.encoded import SUFFIXES, ImageFiles
 from udddm.data.huggingface import is_saved
-from udddm.data.loading import BUILT_IN, FILES
+from udddm.data.loading import BUILT_IN, CONDITIONS_APART, CONDITIONS_WITHIN, FILES
 from udddm.errors import ConfigError, DataError
 from udddm.storage import local_path
 
@@ -112,7 +112,18 @@ def measured_ids(count: int, most: int = MEASURED) -> np.ndarray[Any, np.dtype[n
     return np.unique(np.linspace(0, count - 1, most).astype(np.int64))
 
 
-def configuration(where: str, **settings: Any) -> DataConfig:
-    """The section `data` for a path or URL, with settings (None: not given). Raises ConfigError."""
+def with_conditions(section: dict[str, Any], given: str) -> dict[str, Any]:
+    """The section `data` of a data set of pairs. `given` is where its conditioning images are: a path or URL, or their
+    member, column or array in the data set; "" for the usual name. Raises ConfigError."""
+    local = local_path(given) if given else None
+    place = bool(given) and (local is None or local.exists() or section["name"] not in CONDITIONS_WITHIN)
+    apart = place and section["name"] in CONDITIONS_APART
+    return {**section, "condition": {"kind": "pairs", "path" if apart else "image": given or None}}
+
+
+def configuration(where: str, *, conditions: str | None = None, **settings: Any) -> DataConfig:
+    """The section `data` for a path or URL, with settings (None: not given). `conditions` makes it a data set of pairs,
+    as `with_conditions` does. Raises ConfigError."""
     given = {key: value for key, value in settings.items() if value is not None}
-    return DataConfig(**{**section_of(where), **given})
+    section = {**section_of(where), **given}
+    return DataConfig(**(section if conditions is None else with_conditions(section, conditions)))
