@@ -40,6 +40,11 @@ def _parser() -> Parser:
         metavar="DIR",
         help="copy onnxruntime-web into the page's folder from this folder of its npm package (default: a public CDN)",
     )
+    parser.add_argument(
+        "--no-data",
+        action="store_true",
+        help="of a model conditioned on images: show no examples of its data set in the card, the samples, the page",
+    )
     add_average(parser)
     parser.add_argument("--trust", action="store_true", help=TRUST)
     add_version(parser)
@@ -65,6 +70,7 @@ def main(argv: list[str] | None = None) -> int:
             precision=arguments.precision or "fp32",
             runtime=arguments.runtime,
             trust=arguments.trust,
+            data=not arguments.no_data,
         )
         lines = export.write(run, out, arguments.to, options)
         print("\n".join([f"{out}: {_size(out) / 1e6:.1f} MB", *(f"  {line}" for line in lines)]))

@@ -43,17 +43,20 @@ class ConditionImages:
 
         That is [B, C, H, W], or [B, 2 C, H, W] for pairs. `keys` [B] int64 determine the hidden parts.
         """
+        images, given = self.given(stacked, keys)
+        return images, self.prepared(given)
+
+    def given(self, stacked: torch.Tensor, keys: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same as `split`, with conditioning images as a user gives them: [B, *given_shape], NaN in hidden
+        pixels."""
         images = stacked[:, : self.shape[0]].contiguous()
         if self.config.kind == "pairs":
             return images, stacked[:, self.shape[0] :].contiguous()
-        return images, self._derived(images, keys)
-
-    def _derived(self, images: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
         if self.config.factor is not None:
-            return known.enlarged(known.block_means(images, self.config.factor), self.config.factor)
+            return images, known.block_means(images, self.config.factor)
         if self.config.kind == "gray":
-            return known.luma(images).expand_as(images).contiguous()
-        return torch.where(self._hidden(keys)[:, None], HIDDEN, images)
+            return images, known.luma(images)
+        return images, torch.where(self._hidden(keys)[:, None], torch.nan, images)
 
     def _hidden(self, keys: torch.Tensor) -> torch.Tensor:
         """The hidden rectangles [B, H, W] of the visits with `keys` [B]."""
@@ -84,4 +87,17 @@ class ConditionImages:
         """
         if self.config.factor is not None:
             return known.enlarged(given, self.config.factor)
-        return given.expand(-1, self.shape[0], -1, -1).nan_to_num(nan=HIDDEN)
+        if self.config.kind == "mask":
+            return self.masked(given, given.isnan())
+        return given.expand(-1, self.shape[0], -1, -1).contiguous()
+
+    @property
+    def hides(self) -> bool:
+        """Whether a part of each conditioning image is hidden (`data.condition.kind=mask`)."""
+        return self.config.kind == "mask"
+
+    @staticmethod
+    def masked(images: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
+        """Images [N, C, H, W] as the network takes them, without the pixels that are true in `hidden` [N, 1 or C, H,
+        W] bool."""
+        return torch.where(hidden, HIDDEN, images)

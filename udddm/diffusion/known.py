@@ -23,7 +23,9 @@ def block_means(images: torch.Tensor, factor: int) -> torch.Tensor:
 
 def enlarged(images: torch.Tensor, factor: int) -> torch.Tensor:
     """Every pixel as a block of `factor` x `factor` pixels: [B, C, h, w] -> [B, C, h factor, w factor]."""
-    return images.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    count, channels, height, width = images.shape  # not len(), which would be a constant of an export
+    blocks = images[:, :, :, None, :, None].expand(count, channels, height, factor, width, factor)
+    return blocks.reshape(count, channels, height * factor, width * factor)
 
 
 def luma(images: torch.Tensor) -> torch.Tensor:

@@ -27,7 +27,7 @@ from udddm.files import expanded, home_cache, write_json
 from udddm.runs import manifest
 from udddm.runs.checkpoint import NAME, Checkpoints, corruption, step_of
 from udddm.runs.manifest import MANIFEST, Entries
-from udddm.runs.run import AVERAGES, PICTURES, Run, check_names, locked
+from udddm.runs.run import AVERAGES, BESIDE, PICTURES, Run, check_names, locked
 from udddm.storage import local_path, open_object_store
 from udddm.storage.base import ObjectStore
 from udddm.storage.guard import Guard
@@ -238,7 +238,7 @@ class RemoteRun(Run):
 
     def pictures(self) -> Path:
         for name in self.objects.list(PICTURES):
-            if re.fullmatch(r"step-\d+\.png", name):
+            if name in BESIDE or re.fullmatch(r"step-\d+\.png", name):
                 (self.path / PICTURES).mkdir(parents=True, exist_ok=True)
                 self.objects.download(f"{PICTURES}/{name}", self.path / PICTURES / name)
         return self.path / PICTURES

@@ -27,6 +27,9 @@ APPENDED = ("metrics.jsonl", "tensorboard/*")
 """Files of a run that grow during training."""
 PICTURES = "samples"
 """Subdirectory of a run for grids of samples, `step-*.png`."""
+BESIDE = ("condition.png", "real.png")
+"""In the same subdirectory, of a run with `data.condition`: the conditioning images of these samples, and the images of
+the data set that they belong to."""
 AVERAGES = "ema"
 """Subdirectory of a run for the saved EMAs of the weights (udddm/runs/posthoc_ema.py)."""
 

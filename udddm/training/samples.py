@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from udddm import networks
+from udddm import image_grid, networks
 from udddm.backends.engines import Engine
 from udddm.config import RunConfig
 from udddm.data import ImageDataset
 from udddm.diffusion.samplers import SamplingOptions
 from udddm.diffusion.schedule import NoiseSchedule
 from udddm.ema import Average
-from udddm.runs.conditions import sample_conditions
+from udddm.runs.conditions import examples, sample_conditions
 from udddm.runs.model import Model
+from udddm.runs.run import BESIDE
 
 
 class Drawing:
@@ -63,3 +65,12 @@ class Drawing:
             drawn = itertools.takewhile(lambda _: not stop_signal(), drawn)
         own = torch.cat([torch.empty(0, *self._shape), *drawn]).clamp(-1, 1)
         return torch.cat(ranks.gather_first(own) or [own[:0]])
+
+    def write_conditions(self, directory: Path, count: int) -> None:
+        """Write the grids `BESIDE` of `count` drawn images, once, for a run with `data.condition`. Raises OSError."""
+        files = [directory / name for name in BESIDE]
+        if not self._config.data.condition.used or all(file.exists() for file in files):
+            return
+        given = examples(self._config, self._dataset, range(count))
+        for file, images in zip(files, (given.shown, given.real), strict=True):
+            image_grid.save_image_grid(images, file)

@@ -374,6 +374,7 @@ class Trainer:
         if self.ranks.is_rank_zero:
             with self._pictures.attempt():
                 directory.mkdir(exist_ok=True)
+                self._drawing.write_conditions(directory, 64)
                 image_grid.save_image_grid(images, directory / f"step-{self.step:08d}.png")
             self._callbacks.images(self.step, images)
 

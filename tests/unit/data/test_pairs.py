@@ -236,7 +236,7 @@ def test_uint8_and_floats_make_a_pair(tmp_path: Path) -> None:
     [
         ({"name": "folder", "path": "here"}, "needs data.condition.path, the folder of conditioning images"),
         ({"name": "digits", "condition": {"path": "x"}}, "path does not apply to the data set digits"),
-        ({"name": "webdataset", "path": "here", "condition": {"path": "x"}}, "path does not apply .*data.condition.image"),
+        ({"name": "webdataset", "path": "here", "condition": {"path": "x"}}, "path does not apply .*condition.image"),
         ({"name": "folder", "path": "here", "condition": {"image": "x"}}, "image does not apply .*data.condition.path"),
         ({"name": "json:loads", "condition": {"path": "x"}}, r"its samples must be \(image, condition\)"),
         ({"name": "array", "condition": {"path": "x", "image": "y"}}, "give one"),

@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from udddm.errors import ConfigError
+from udddm.errors import ConfigError, UdddmError
 from udddm.files import expanded, make_directory, sync_directory, sync_file
+from udddm.runs.conditions import Examples
 from udddm.runs.model import Model, load_model
+from udddm.runs.own import training_data
 from udddm.tools.export.facts import Facts, facts_of
+from udddm.tools.report import conditional
 
 FORMATS = {
     "safetensors": "udddm.tools.export.release:write",
@@ -39,6 +42,8 @@ class Options:
     """The folder of the npm package onnxruntime-web, for a page that needs no other server."""
     trust: bool = False
     """Allow the configuration to import code, as `load_model` does."""
+    data: bool = True
+    """Whether examples of the data set are shown, of a model with `data.condition`."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +54,8 @@ class Source:
     average: str
     """The name of the average of the weights: a decay, power-<length>, or none for the raw weights."""
     facts: Facts
+    examples: Examples | None = None
+    """Of a model with `data.condition`, if its data set is at hand."""
 
 
 def write(run: str | Path, out: str | Path, to: str, options: Options | None = None) -> list[str]:
@@ -67,14 +74,21 @@ def write(run: str | Path, out: str | Path, to: str, options: Options | None = N
     module, _, function = FORMATS[to].partition(":")
     writer: Callable[[Source, Path, Options], list[str]] = getattr(importlib.import_module(module), function)
     model = load_model(run, ema=chosen.ema, ema_length=chosen.ema_length, device="cpu", trust=chosen.trust)
-    if model.conditions is not None:
-        raise ConfigError(
-            f"{run} is conditioned on images (data.condition), for which the formats have no input: copy the run's "
-            "newest checkpoint, which udddm sample reads"
-        )
-    source = Source(model, _average(model, chosen), facts_of(run))
+    examples, notes = _examples(run, model, chosen)
+    source = Source(model, _average(model, chosen), facts_of(run), examples)
     with _new_folder(place) as folder:
-        return writer(source, folder, chosen)
+        return [*writer(source, folder, chosen), *notes]
+
+
+def _examples(run: str | Path, model: Model, options: Options) -> tuple[Examples | None, list[str]]:
+    """Samples of the data set of a model with `data.condition`, and lines about what an export then shows."""
+    if model.conditions is None or not options.data:
+        return None, []
+    try:
+        found = conditional.chosen(model, training_data(run, model.config, trust=options.trust))
+    except UdddmError as error:
+        return None, [f"without examples of conditioning images, because the data set is not at hand: {error}"]
+    return found, [f"contains {len(found.seeds)} images of the data set as examples; --no-data leaves them out"]
 
 
 def _average(model: Model, options: Options) -> str:

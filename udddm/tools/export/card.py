@@ -6,7 +6,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from udddm.config import as_yaml
+from udddm.diffusion.conditions import ConditionImages
 from udddm.runs.release import shareable
+from udddm.tools.export import samples
 
 if TYPE_CHECKING:
     from udddm.tools.export import Source
@@ -16,20 +18,28 @@ SECTIONS = ("data", "schedule", "network", "objective", "train")
 """The sections of the configuration that affect the weights."""
 
 
+TAKEN = {
+    "downscale": "of which it draws an enlargement",
+    "mask": "of which it draws a hidden part",
+    "gray": "to which it gives color",
+    "pairs": "from which it draws another",
+}
+"""What a model does with its conditioning image, by `data.condition.kind`."""
+
+
 def card(source: Source, *, diffusers: bool = False) -> str:
     """The text of README.md of a release, or of a `diffusers` folder."""
     front = {
         "library_name": "diffusers" if diffusers else "udddm",
-        "pipeline_tag": "unconditional-image-generation",
+        "pipeline_tag": "unconditional-image-generation" if source.model.conditions is None else "image-to-image",
         "tags": ["image-generation", "diffusion", "one-step", source.model.config.objective.name],
     }
     parts = [
         f"---\n{as_yaml(front, flow=False).strip()}\n---",
         f"# {_line(source.facts.name)}",
         _introduction(source),
-        "![Samples](grid.png)",
-        f"*Images from one network evaluation each{_of_classes(source)}.*",
-        _diffusers_usage() if diffusers else _usage(source),
+        _grid(source),
+        _diffusers_usage(source) if diffusers else _usage(source),
         _training(source),
         _scores(source),
         _settings(source),
@@ -40,6 +50,18 @@ def card(source: Source, *, diffusers: bool = False) -> str:
 def _line(text: str) -> str:
     """Text on one line, without the characters that Markdown and HTML interpret."""
     return "".join(c for c in " ".join(text.split()) if c not in "<>[]()`*|#!\\")
+
+
+def _grid(source: Source) -> str:
+    if not samples.shows_grid(source):
+        return ""
+    if source.examples is None:
+        return f"![Samples](grid.png)\n\n*Images from one network evaluation each{_of_classes(source)}.*"
+    return (
+        "![Conditioning images, samples and real images](grid.png)\n\n*From the top: conditioning images, what the "
+        "model draws from them with one network evaluation each, and the images that they belong to. They are images "
+        "of the training data.*"
+    )
 
 
 def _of_classes(source: Source) -> str:
@@ -53,6 +75,8 @@ def _introduction(source: Source) -> str:
     count = sum(p.numel() for p in model.network.parameters())
     classes = model.config.network.classes
     kind = f"conditioned on {classes} classes" if classes else "unconditional"
+    if model.conditions is not None:
+        kind += f" and takes an image, {TAKEN[model.config.data.condition.kind]}"
     average = f"EMA {source.average} of the weights" if source.average != "none" else "weights without averaging"
     return (
         f"An image generator that needs one network evaluation per image, trained with udddm (arXiv 2405.21059). It is "
@@ -61,7 +85,28 @@ def _introduction(source: Source) -> str:
     )
 
 
+def _conditional_usage(source: Source, conditions: ConditionImages) -> str:
+    channels, height, width = conditions.given_shape
+    hidden = ", NaN in the hidden part" if conditions.hides else ""
+    mask = f" --mask {width // 4},{height // 4},{width // 2},{height // 2}" if conditions.hides else ""
+    imports = "" if source.examples is None else "import numpy\n"
+    load = "..." if source.examples is None else f'numpy.load("FOLDER/{samples.CONDITIONS}")'
+    return (
+        "## Usage\n\n"
+        "`FOLDER` is this folder, or `hf://user/model` once it is on the Hugging Face Hub "
+        "(`pip install 'udddm[hub]'`).\n\n"
+        f"```python\n{imports}import udddm\n\n"
+        'model = udddm.load_model("FOLDER")\n'
+        f"conditions = {load}  # [N, {channels}, {height}, {width}]: uint8, or floats in [-1, 1]{hidden}\n"
+        "images = model.sample(range(len(conditions)), conditions=conditions)\n"
+        "```\n\n"
+        f"```\nudddm sample FOLDER --condition image.png{mask}  # {width}x{height} pixels\n```"
+    )
+
+
 def _usage(source: Source) -> str:
+    if source.model.conditions is not None:
+        return _conditional_usage(source, source.model.conditions)
     each = "its seed and label" if source.model.config.network.classes else "its seed"
     return (
         "## Usage\n\n"
@@ -75,13 +120,17 @@ def _usage(source: Source) -> str:
     )
 
 
-def _diffusers_usage() -> str:
+def _diffusers_usage(source: Source) -> str:
+    conditions = source.model.conditions
+    given = "seeds=range(16)"
+    if conditions is not None:
+        given = "image=image, mask_image=mask" if conditions.hides else "image=image"
     return (
         "## Usage\n\n"
         "`pip install 'udddm[diffusers]'`. `FOLDER` is this folder, or `user/model` once it is on the Hugging Face Hub."
         "\n\n```python\nfrom diffusers import DiffusionPipeline\n\n"
         'pipe = DiffusionPipeline.from_pretrained("FOLDER", trust_remote_code=True)\n'
-        "images = pipe(seeds=range(16)).images\n"
+        f"images = pipe({given}).images\n"
         "```"
     )
 

@@ -12,16 +12,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
 from udddm.config.plugins import NETWORKS, SCHEDULES
 from udddm.errors import ConfigError
 from udddm.files import write_text
-from udddm.image_grid import save_image_grid
 from udddm.runs.model import Model
 from udddm.runs.release import shareable
+from udddm.tools.export import samples
 from udddm.tools.export.card import card
-from udddm.tools.report import grid_size
 
 if TYPE_CHECKING:
     from udddm.tools.export import Options, Source
@@ -52,8 +49,7 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     UdddmPipeline(generator).save_pretrained(folder, safe_serialization=True)
     _name_pipeline(folder)
     write_text(folder / "pipeline.py", PIPELINE)
-    count, columns = grid_size(model)
-    save_image_grid(torch.from_numpy(model.sample(range(count))), folder / "grid.png", columns=columns)
+    samples.save(source, folder, arrays=False)
     write_text(folder / "README.md", card(source, diffusers=True))
     return ["load it with diffusers.DiffusionPipeline.from_pretrained(FOLDER, trust_remote_code=True)"]
 

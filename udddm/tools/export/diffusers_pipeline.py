@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from udddm.config.trust import MODEL, check_trusted
 from udddm.diffusion import schedule
 from udddm.errors import ConfigError
 from udddm.runs.model import Model
+from udddm.tools.export.given import GivenImages, conditions_of
 
 
 class GeneratorModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -70,7 +71,7 @@ class UdddmPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     def __call__(
         self,
-        batch_size: int = 1,
+        batch_size: int | None = None,
         *,
         class_labels: Sequence[int] | None = None,
         num_inference_steps: int = 1,
@@ -79,11 +80,12 @@ class UdddmPipeline(DiffusionPipeline):  # type: ignore[misc]
         generator: torch.Generator | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
+        **images: Unpack[GivenImages],
     ) -> Any:
         """Generate images.
 
         Args:
-            batch_size: number of images. With `seeds`, their number counts.
+            batch_size: number of images. None: that of `image`, or 1. With `seeds`, their number counts.
             class_labels: one class per image. None: seed modulo number of classes, for a model with classes.
             num_inference_steps: network evaluations per image.
             guidance_scale: weight of classifier-free guidance; 1 disables it.
@@ -91,16 +93,24 @@ class UdddmPipeline(DiffusionPipeline):  # type: ignore[misc]
             generator: draws the seeds if there are none. None: torch's default generator.
             output_type: "pil", "np" ([B, H, W, C] in [0, 1]) or "pt" ([B, C, H, W] in [-1, 1]).
             return_dict: whether to return an ImagePipelineOutput instead of a tuple.
+            image: of a model with `data.condition`, the conditioning image of each generated image, or one for all: PIL
+                images, or an array or tensor [N, C, H, W], uint8 or in [-1, 1]. For `downscale`, the small image.
+            mask_image: of a model with `data.condition.kind=mask`, the part that is generated: white in PIL images, or
+                1 in an array or tensor [N, 1, H, W].
 
         Raises ConfigError for wrong arguments, as `udddm.Model.sample`, and for images that have no form in PIL.
         """
         if output_type not in ("pil", "np", "pt"):
             raise ConfigError(f"output_type={output_type!r}: give pil, np or pt")
         model = self.generator.model()
-        chosen = _seeds(batch_size, generator) if seeds is None else seeds
-        drawn = model.sample(chosen, steps=num_inference_steps, labels=class_labels, guidance=guidance_scale)
-        images = _converted(drawn, output_type)
-        return ImagePipelineOutput(images=images) if return_dict else (images,)
+        given = conditions_of(images, model.conditions)
+        count = batch_size or (1 if given is None else len(given))
+        chosen = _seeds(count, generator) if seeds is None else seeds
+        drawn = model.sample(
+            chosen, steps=num_inference_steps, labels=class_labels, guidance=guidance_scale, conditions=given
+        )
+        converted = _converted(drawn, output_type)
+        return ImagePipelineOutput(images=converted) if return_dict else (converted,)
 
 
 def _seeds(count: int, generator: torch.Generator | None) -> list[int]:

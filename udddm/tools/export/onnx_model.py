@@ -1,6 +1,6 @@
 """The ONNX file of the one-evaluation generator, compared with PyTorch when it is written.
 
-model.onnx   noise [batch, C, H, W] (condition, label) -> image [batch, C, H, W] in [-1, 1], any batch size
+model.onnx   noise [batch, C, H, W] (condition, mask, label) -> image [batch, C, H, W] in [-1, 1], any batch size
 model.json   names, shapes and types of inputs and outputs, classes, opset, and the difference from PyTorch
 """
 
@@ -61,23 +61,47 @@ def describe(source: Source, path: Path, precision: str) -> dict[str, Any]:
             f"{precision}; " + ("export it with --precision fp32" if precision == "fp16" else "please report this")
         )
     image = ["batch", *model.shape]
-    meanings: dict[str, dict[str, Any]] = {
-        "noise": {"shape": image, "type": "float32", "meaning": "standard normal noise"},
-        "condition": {"shape": image, "type": "float32", "meaning": "standard normal noise, independent of the first"},
-        "label": {"shape": ["batch"], "type": "int64", "meaning": f"class, 0 to {generator.classes - 1}"},
-    }
     return {
         "name": source.facts.name,
         "average": source.average,
-        "inputs": [{"name": name, **meanings[name]} for name in generator.inputs],
+        "inputs": _inputs(source, generator),
         "outputs": [{"name": "image", "shape": image, "type": "float32", "range": [-1, 1]}],
         "classes": generator.classes,
+        **({} if model.conditions is None else {"condition": model.config.data.condition.kind}),
         "evaluations": 1,
         "opset": OPSET,
         "precision": precision,
         "largest_difference": difference,
         "written_by": f"udddm {udddm.__version__}, torch {torch.__version__}",
     }
+
+
+MEANINGS = {
+    "downscale": "the small image; the model enlarges it by {factor}",
+    "gray": "the gray image, one channel",
+    "pairs": "the conditioning image",
+    "mask": "the image; its values where mask is 1 do not matter",
+}
+"""Of the input `condition`, by `data.condition.kind`."""
+
+
+def _inputs(source: Source, generator: Generator) -> list[dict[str, Any]]:
+    """Name, shape, type and meaning of each input."""
+    model, conditions = source.model, source.model.conditions
+    image = ["batch", *model.shape]
+    condition: dict[str, Any] = {"shape": image, "meaning": "standard normal noise, independent of the first"}
+    if conditions is not None:
+        section = model.config.data.condition
+        meaning = MEANINGS[section.kind].format(factor=section.factor)
+        condition = {"shape": ["batch", *conditions.given_shape], "range": [-1, 1], "meaning": meaning}
+    mask = {"shape": ["batch", 1, *model.shape[1:]], "meaning": "1 in hidden pixels, which are generated, otherwise 0"}
+    meanings: dict[str, dict[str, Any]] = {
+        "noise": {"type": "float32", "shape": image, "meaning": "standard normal noise"},
+        "condition": {"type": "float32", **condition},
+        "mask": {"type": "float32", **mask},
+        "label": {"type": "int64", "shape": ["batch"], "meaning": f"class, 0 to {generator.classes - 1}"},
+    }
+    return [{"name": name, **meanings[name]} for name in generator.inputs]
 
 
 def _check_installed() -> None:
@@ -146,6 +170,6 @@ def _difference(source: Source, generator: Generator, path: Path) -> float:
     for count in CHECKED:
         given = {name: value.numpy() for name, value in generator.example(source.model, range(count)).items()}
         (found,) = session.run(None, given)
-        expected = source.model.sample(range(count))
+        expected = generator.expected(source.model, range(count)).numpy()
         largest = max(largest, float(np.abs(found - expected).max()))
     return largest

@@ -1,6 +1,7 @@
 """A release (`udddm.runs.release`) with samples, a grid and a model card:
 
     samples.npy, grid.png        images from one evaluation each
+    conditions.npy               of a model with `data.condition`, what they were drawn from
     README.md                    the model card
 
 The same folder is what the Hugging Face Hub stores.
@@ -11,13 +12,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-
-from udddm.files import write_array, write_text
-from udddm.image_grid import save_image_grid
+from udddm.files import write_text
 from udddm.runs.release import write_weights
+from udddm.tools.export import samples
 from udddm.tools.export.card import card
-from udddm.tools.report import grid_size
 
 if TYPE_CHECKING:
     from udddm.tools.export import Options, Source
@@ -28,10 +26,7 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
     del options
     model = source.model
     write_weights(model, source.average, folder)
-    count, columns = grid_size(model)
-    images = model.sample(range(count))
-    write_array(folder / "samples.npy", images)
-    save_image_grid(torch.from_numpy(images), folder / "grid.png", columns=columns)
+    count = samples.save(source, folder, arrays=True)
     write_text(folder / "README.md", card(source))
     name = f"EMA {source.average}" if source.average != "none" else "raw weights"
     return [f"the {name}, {count} samples, and README.md; udddm sample takes this folder"]

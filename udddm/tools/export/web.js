@@ -54,15 +54,17 @@ async function load() {
   return { ort, session };
 }
 
-async function images({ ort, session }, seeds, labels) {
+async function images({ ort, session }, seeds, labels, chosen) {
   const values = new Float32Array(seeds.length * pixels);
   for (let start = 0; start < seeds.length; start += BATCH) {
     const some = seeds.slice(start, start + BATCH);
     const given = { noise: noise(ort, NOISE, some) };
-    if (told.conditioned) given.condition = noise(ort, CONDITION, some);
+    if (chosen) given.condition = repeated(ort, chosen.values, told.condition.shape, some.length);
+    else if (told.conditioned) given.condition = noise(ort, CONDITION, some);
+    if (chosen && chosen.mask) given.mask = repeated(ort, chosen.mask, [1, height, width], some.length);
     if (told.classes) {
-      const chosen = labels.slice(start, start + BATCH).map(BigInt);
-      given.label = new ort.Tensor("int64", BigInt64Array.from(chosen), [some.length]);
+      const classes = labels.slice(start, start + BATCH).map(BigInt);
+      given.label = new ort.Tensor("int64", BigInt64Array.from(classes), [some.length]);
     }
     values.set((await session.run(given)).image.data, start * pixels);
   }
@@ -95,6 +97,13 @@ function element(name, properties, ...inside) {
   return made;
 }
 
+const WHAT = {
+  downscale: "It enlarges a small image.",
+  mask: "It draws the gray part of an image; drag on the image to choose another part.",
+  gray: "It gives color to a gray image.",
+  pairs: "It draws an image from another one.",
+};
+
 function build() {
   const seed = element("input", { type: "number", min: 0, max: 2 ** 52, step: 1, value: 0, required: true });
   const choices = [...Array(told.classes).keys()].map((i) => element("option", { value: i, textContent: `class ${i}` }));
@@ -104,18 +113,25 @@ function build() {
   const canvas = element("canvas", {});
   canvas.setAttribute("role", "img");
   canvas.setAttribute("aria-label", "generated images");
-  const form = element("form", {}, element("label", {}, "first seed", seed));
+  const form = element("form", {});
+  const pick = told.condition && picker((given, problem) => {
+    button.disabled = !given || !button.loaded;
+    if (button.loaded) status.textContent = problem || (given ? "Ready." : "Choose an image.");
+  });
+  if (pick) form.append(element("label", {}, "image", pick.select), element("label", {}, "file", pick.file));
+  form.append(element("label", {}, "first seed", seed));
   if (told.classes) form.append(element("label", {}, "class", label));
   form.append(button);
   const size = `${channels} x ${height} x ${width}`;
-  const intro = `A generator of images (${size}) that needs one network evaluation per image. It runs in this browser.`;
+  const what = told.condition ? `${WHAT[told.condition.kind]} ` : "";
+  const intro = `A generator of images (${size}) that needs one network evaluation per image. ${what}It runs in this browser.`;
   const head = element("header", {}, element("h1", { textContent: told.name }), element("p", { className: "soft" }, intro));
-  document.getElementById("page").replaceChildren(head, element("section", {}, form), element("section", {}, status, canvas));
-  return { seed, label, button, status, canvas, form };
+  document.getElementById("page").replaceChildren(head, element("section", {}, form, ...(pick ? [pick.canvas] : [])), element("section", {}, status, canvas));
+  return { seed, label, button, status, canvas, form, pick };
 }
 
 async function start() {
-  const { seed, label, button, status, canvas, form } = build();
+  const { seed, label, button, status, canvas, form, pick } = build();
   const failed = (error) => { status.textContent = `This did not work: ${error.message || error}`; };
   let loaded;
   try {
@@ -124,7 +140,9 @@ async function start() {
     return failed(location.protocol === "file:" ? "open this folder through a web server; see docs/export.md of udddm" : error);
   }
   status.textContent = "Ready.";
+  button.loaded = true;
   button.disabled = false;
+  if (pick) await pick.choose();
   form.addEventListener("submit", async (event) => {
     event.preventDefault();
     button.disabled = true;
@@ -133,7 +151,7 @@ async function start() {
       const seeds = [...Array(told.count).keys()].map((i) => first + i);
       const labels = seeds.map((each) => (label.value === "all" ? each % told.classes : Number(label.value)));
       const began = performance.now();
-      const values = await images(loaded, seeds, labels);
+      const values = await images(loaded, seeds, labels, pick && pick.picked.given);
       paint(canvas, values, told.count, told.columns);
       const seconds = (performance.now() - began) / 1000;
       status.textContent = `${told.count} images in ${seconds.toFixed(2)} s, seeds ${first} to ${first + told.count - 1}`;

@@ -26,6 +26,8 @@ from udddm.tools.report import document, grid_size
 if TYPE_CHECKING:
     from udddm.tools.export import Options, Source
 
+VARIANTS = 16, 8
+"""Images and columns of a page that draws from a conditioning image."""
 VERSION = "1.30.0"
 CDN = "https://cdn.jsdelivr.net"
 SCRIPT, BINARY = "ort.wasm.bundle.min.mjs", "ort-wasm-simd-threaded.wasm"
@@ -56,12 +58,13 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
         raise ConfigError(f"--to web shows images of one or three channels; this model's have {channels}")
     script, binary = _runtime(options.runtime, folder)
     lines = onnx_model.write(source, folder, options)
-    count, columns = grid_size(source.model)
+    count, columns = grid_size(source.model) if source.model.conditions is None else VARIANTS
     described = {
         "name": source.facts.name,
         "shape": list(source.model.shape),
         "classes": source.model.config.network.classes,
         "conditioned": source.model.config.network.conditioned,
+        "condition": _condition(source),
         "count": count,
         "columns": columns,
         "model": "model.onnx",
@@ -75,6 +78,21 @@ def write(source: Source, folder: Path, options: Options) -> list[str]:
         f"index.html loads onnxruntime-web from {where}",
         "serve the folder, as with `python -m http.server --bind 127.0.0.1 8000 --directory FOLDER`",
     ]
+
+
+def _condition(source: Source) -> dict[str, Any] | None:
+    """What the page says of conditioning images, with examples in 8 bits. None for a model without `data.condition`."""
+    conditions = source.model.conditions
+    if conditions is None:
+        return None
+    examples = []
+    for given in [] if source.examples is None else source.examples.given:
+        hidden = given.isnan().any(0)
+        pixels = ((given.nan_to_num(nan=0.0) + 1) * 127.5).round().clamp(0, 255).byte()
+        encoded = {"image": pixels, "mask": hidden.byte()} if conditions.hides else {"image": pixels}
+        examples.append({name: base64.b64encode(values.numpy().tobytes()).decode() for name, values in encoded.items()})
+    kind = source.model.config.data.condition.kind
+    return {"kind": kind, "shape": list(conditions.given_shape), "hides": conditions.hides, "examples": examples}
 
 
 def _runtime(given: Path | None, folder: Path) -> tuple[Asset, Asset]:
@@ -106,4 +124,5 @@ def _page(described: dict[str, Any], *, local: bool) -> str:
         "script-src 'unsafe-inline' 'wasm-unsafe-eval' blob:; img-src 'self' data:"
     )
     title = f"{described['name']} - udddm"
-    return document(title, style, (here / "export" / "web.js").read_text(), described, policy)
+    script = "".join((here / "export" / name).read_text() for name in ("condition.js", "web.js"))
+    return document(title, style, script, described, policy)

@@ -141,6 +141,12 @@
   const grids = runs.flatMap((run) => run.grids.map((grid) => figure(`${several ? `${run.name}, ` : ""}${grid.evaluations} network evaluation${grid.evaluations > 1 ? "s" : ""}`, grid.src)));
   if (grids.length) page.append(section("Samples of the newest checkpoint", make("p", { class: "soft small" }, "The same seeds in every grid."), make("div", { class: "row" }, ...grids)));
 
+  for (const run of runs.filter((each) => each.strips.length)) {
+    const about = "One column per sample of the training data: what the model was given, what it draws from that, and the image it belongs to. The model was trained on these pairs.";
+    page.append(section(`${several ? `${run.name}: samples` : "Samples"} of the newest checkpoint and their conditioning images`,
+      make("p", { class: "soft small" }, about), make("div", { class: "strips" }, ...run.strips.map((strip) => figure(strip.label, strip.src)))));
+  }
+
   const scored = ["fid", "fd"].flatMap((name) => {
     const all = runs.flatMap((run, i) => [...new Set(run.scores.map((s) => s.evaluations))].map((n, k) => ({
       name: `${several ? `${run.name}, ` : ""}${n} evaluation${n > 1 ? "s" : ""}`, color: several ? color(i) : color(k), dash: several && k ? "4 3" : "",
@@ -164,7 +170,10 @@
   runs.forEach((run, i) => {
     if (several) page.append(Object.assign(make("div", { class: "run" }, make("h2", {}, run.name), make("p", { class: "soft" }, run.status)), { style: `--own:${color(i)}` }));
     const parts = [];
-    if (run.film.length > 1) parts.push(section("The same seeds through training", film(run.film)));
+    if (run.film.length > 1) {
+      const beside = run.beside.map((each) => figure(`${each.label} of these samples`, each.src));
+      parts.push(section("The same seeds through training", film(run.film), ...(beside.length ? [make("div", { class: "row beside" }, ...beside)] : [])));
+    }
     if (run.levels) {
       const frames = run.levels.frames;
       parts.push(section("What one evaluation says at each noise level",

@@ -28,10 +28,13 @@ from udddm.files import load_json
 from udddm.log import log
 from udddm.order import Order
 from udddm.rng import Stream
+from udddm.runs.conditions import Examples
 from udddm.runs.model import Model, load_model
+from udddm.runs.own import training_data
 from udddm.runs.remote import open_copy
-from udddm.runs.run import Run
+from udddm.runs.run import BESIDE, PICTURES, Run
 from udddm.tools import inspect
+from udddm.tools.report import conditional
 
 CURVES = (
     "step",
@@ -69,15 +72,23 @@ def collect(run: str | Path, *, images: bool = True, device: str = "auto", trust
         "written": f"{time.strftime('%Y-%m-%d %H:%M')} by udddm {udddm.__version__}, torch {torch.__version__}, "
         f"Python {platform.python_version()}",
         "film": _film(opened.pictures(), order),
+        "beside": _beside(opened.path / PICTURES),
         "state": _states(opened, dataset),
         "grids": [],
+        "strips": [],
         "levels": None,
         "notes": [],
     }
     if images:
         try:
             model = load_model(run, device=device, trust=trust)
-            found["grids"], found["levels"] = _grids(model), _levels(model)
+            if model.conditions is None:
+                found["grids"], found["levels"] = _grids(model), _levels(model)
+            else:
+                given = conditional.chosen(model, training_data(run, model.config, trust=trust))
+                drawn = conditional.strips(model, given)
+                found["strips"] = [{"label": each["label"], "src": _source(each["png"])} for each in drawn]
+                found["levels"] = _levels(model, given.first(SAMPLES))
         except UdddmError as error:  # no checkpoint yet, or a network of someone else: the rest is worth a page
             found["notes"].append(f"No samples: {error}")
             log.warning(f"{run}: no samples in the report: {error}")
@@ -247,6 +258,16 @@ def _film(directory: Path, order: Order) -> list[dict[str, Any]]:
     return found
 
 
+def _beside(directory: Path) -> list[dict[str, str]]:
+    """The grids that belong to those of the film, of a run with `data.condition`."""
+    labels = zip(BESIDE, (conditional.CONDITION, conditional.REAL), strict=True)
+    return [
+        {"label": label, "src": _source((directory / name).read_bytes())}
+        for name, label in labels
+        if (directory / name).is_file()
+    ]
+
+
 def _states(run: Run, dataset: dict[str, Any]) -> list[dict[str, Any]]:
     """The stored estimates of some samples, oldest first. Empty if the run keeps no state, or none can be read."""
     samples = np.unique(np.linspace(0, int(dataset["length"]) - 1, SAMPLES).astype(np.int64))
@@ -293,22 +314,33 @@ def _grids(model: Model) -> list[dict[str, Any]]:
 
 
 @torch.no_grad()
-def _levels(model: Model) -> dict[str, Any]:
-    """What one evaluation says of noised images, from low to high noise. The images are samples of the model itself."""
-    device, seeds = model.device, np.arange(SAMPLES)
-    images = torch.from_numpy(model.sample(list(seeds), steps=2)).to(device)
-    keys = [rng.as_tensor(rng.keys(1, stream, seeds)) for stream in (Stream.NOISE, Stream.SAMPLE_CONDITION)]
+def _levels(model: Model, examples: Examples | None = None) -> dict[str, Any]:
+    """What one evaluation says of noised images, from low to high noise.
+
+    The images are samples of the model itself, for `examples` if it is conditioned on images of its data set.
+    """
+    seeds = list(range(SAMPLES)) if examples is None else examples.seeds
+    device, count = model.device, len(seeds)
+    if examples is None:
+        drawn = torch.from_numpy(model.sample(seeds, steps=2))
+    else:
+        drawn = conditional.sampled(model, examples, 2)
+    images = drawn.to(device)
+    keys = [rng.as_tensor(rng.keys(1, stream, np.array(seeds))) for stream in (Stream.NOISE, Stream.SAMPLE_CONDITION)]
     noise, condition = (rng.normal(key.to(device), model.shape) for key in keys)
-    given = model.default_labels(list(seeds))
+    if examples is not None and model.conditions is not None:
+        condition = model.conditions.prepared(examples.given).to(device)
+    given = model.default_labels(seeds) if examples is None or examples.labels is None else examples.labels
+    given = given if model.config.network.classes else None
     labels = None if given is None else torch.tensor(given, device=device)
     sigmas = np.geomspace(model.schedule.lowest, model.schedule.highest, LEVELS)
     conditioned = condition if model.config.network.conditioned else None
     frames = []
     for t, sigma in zip(model.schedule.time(sigmas), sigmas, strict=True):
-        at = Coefficients(*torch.from_numpy(model.schedule.coefficients(np.full(SAMPLES, t))).to(device))
+        at = Coefficients(*torch.from_numpy(model.schedule.coefficients(np.full(count, t))).to(device))
         noisy = add_noise(images, noise, at)
         estimate = denoise(model.network, noisy, at, conditioned, labels)
         scale = torch.hypot(at.alpha, at.sigma)[:, None, None, None]
         shown = torch.cat([noisy / scale, estimate]).cpu()
-        frames.append({"sigma": float(f"{sigma:.3g}"), "src": _picture(shown, columns=SAMPLES)})
-    return {"images": _picture(images.cpu(), columns=SAMPLES), "frames": frames}
+        frames.append({"sigma": float(f"{sigma:.3g}"), "src": _picture(shown, columns=count)})
+    return {"images": _picture(images.cpu(), columns=count), "frames": frames}
