@@ -34,7 +34,9 @@ def test_the_wheel_has_presets_types_and_digits(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"udddm/presets/{name}.yaml" for name in presets.names()} <= names
     assert {"udddm/py.typed", "udddm/data/digits.npz", "udddm/cli/main.py"} <= names
-    assert {f"udddm/tools/{name}" for name in ("report/page.js", "export/web.js", "export/web.css")} <= names
+    assert {
+        f"udddm/tools/{name}" for name in ("report/page.js", "export/web.js", "export/web.css", "export/condition.js")
+    } <= names
     assert not [name for name in names if name.startswith(("tests", "benchmarks", "examples"))]
 
 

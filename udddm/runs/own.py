@@ -54,13 +54,15 @@ def check_data(
 def training_data(where: str | Path, config: RunConfig, *, trust: bool = False) -> ImageDataset:
     """The data set that the model at `where` was trained on, as its `config` names it.
 
-    Raises ConfigError as `check_data` does, and DataError for data that are missing or have changed.
+    Raises ConfigError as `check_data` does, and for a release, which does not record its data set; DataError for data
+    that are missing or have changed.
     """
     check_data(where, config, trust=trust)
-    dataset = ImageDataset(load_dataset(config.data))
     recorded = recorded_run(where)
-    if recorded is not None:
-        check_unchanged(recorded["dataset"], dataset.fingerprint())
+    if recorded is None:
+        raise ConfigError(f"{where} has no run.json, which identifies the data set: name the run instead")
+    dataset = ImageDataset(load_dataset(config.data))
+    check_unchanged(recorded["dataset"], dataset.fingerprint())
     return dataset
 
 
