@@ -150,7 +150,7 @@ def conditional_model(kind: str) -> Model:
 
 def drawn(page: Path, file: bytes | None, *, drag: bool = False) -> dict[str, Any]:
     script = GIVE.replace("PNG", base64.b64encode(file or b"").decode()).replace("DRAG", str(drag).lower())
-    found, console = run_page(page, script)
+    found, console = run_page(page, script, wait=150)
     assert console == [] and found is not None and "values" in found, (found, console)
     return dict(found)
 

@@ -163,7 +163,8 @@ def _evaluate(arguments: argparse.Namespace, ranks: Ranks) -> dict[str, Any] | N
     if arguments.checkpoint:
         chosen = {"ema": arguments.ema, "ema_length": arguments.ema_length, "trust": arguments.trust}
         model = ranks.run_on_all(lambda: load_model(arguments.checkpoint, **chosen, device=ranks.device), refused)
-        config = _configured(arguments, model.config)
+        trained = model.config
+        config = ranks.run_on_all(lambda: _configured(arguments, trained), refused)
         published = config.published.get(arguments.steps, {})
     else:
         config = configuration.load_config(arguments.config, list(arguments.set))
@@ -227,13 +228,14 @@ def _configured(arguments: argparse.Namespace, config: RunConfig) -> RunConfig:
     from udddm.runs.own import is_own
 
     config.check_guidance(arguments.guidance, "--guidance")
-    own = is_own(arguments.checkpoint, config.data)
+    recorded = config.data
     if arguments.set:
         tree = config.model_dump(mode="json")
         for override in arguments.set:
             configuration.apply(tree, override)
         config = configuration.resolve(tree)
-    if not arguments.trust and not own and (arguments.reference is None or config.data.condition.used):
+    used = arguments.reference is None or config.data.condition.used
+    if not arguments.trust and used and not is_own(arguments.checkpoint, recorded):
         check_trusted(config, DATA, str(arguments.checkpoint), arguments.set)
     return config
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from udddm.config import DataConfig, RunConfig
 from udddm.config.trust import DATA, check_trusted
 from udddm.data import ImageDataset, check_unchanged, load_dataset
+from udddm.errors import ConfigError
 from udddm.runs.pretrained import recorded_run
 
 
