@@ -171,7 +171,7 @@ def test_a_file_of_the_user_is_the_conditioning_image(tmp_path: Path, kind: str)
     if kind == "mask":
         given = pixels.astype(np.float32) / 127.5 - 1
         given[:, 3:7, 2:5] = np.nan
-        shown[3:7, 2:5] = 128
+        shown[3:7, 2:5] = [96, 128, 224]
     expected = model.sample(range(16), conditions=given)
     images = np.array(found["values"], np.float32).reshape(expected.shape)
     assert np.abs(images - expected).max() <= 1e-4

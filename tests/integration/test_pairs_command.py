@@ -40,10 +40,11 @@ def write(folder: Path, pixels: np.ndarray[Any, np.dtype[np.uint8]]) -> None:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run on photos and their negatives, which `udddm train` has chosen settings for."""
+    """A run on photos and their negatives, in subfolders, which `udddm train` has chosen settings for."""
     root = tmp_path_factory.mktemp("pairs")
-    write(root / "photos", PIXELS)
-    write(root / "sketches", 255 - PIXELS)
+    for part, rows in (("2020", slice(0, 40)), ("2021/spring", slice(40, COUNT))):
+        write(root / "photos" / part, PIXELS[rows])
+        write(root / "sketches" / part, 255 - PIXELS[rows])
     pairs = ["data.condition.kind=pairs", f"data.condition.path={root / 'sketches'}"]
     command = ["train", str(root / "photos"), "--run-dir", str(root / "run"), "--device", "cpu", *pairs, *TINY]
     assert main(command) == 0

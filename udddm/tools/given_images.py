@@ -12,13 +12,16 @@ import torch
 
 from udddm.data import pictures
 from udddm.data.encoded import SUFFIXES, decode, require_pillow
+from udddm.data.folder import split_names
 from udddm.errors import DataError
 
 _BOX = re.compile(r"\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*,\s*(\d+)\s*")
 
 
 def read_images(place: Path, shape: tuple[int, int, int]) -> npt.NDArray[Any]:
-    """The images [N, *shape] at `place`: an image file, a folder of them (sorted by name), or an .npy file.
+    """The images [N, *shape] at `place`: an image file, a folder of them, or an .npy file.
+
+    Those in a folder and its subfolders are sorted by path, as in a data set (`udddm.data.folder`).
 
     Image files give uint8; `shape` (C, H, W) is what a model needs. Raises DataError, which names the file, for one
     that cannot be read or has another size, and OSError.
@@ -30,7 +33,7 @@ def read_images(place: Path, shape: tuple[int, int, int]) -> npt.NDArray[Any]:
     require_pillow(str(place))
     files = [place]
     if place.is_dir():
-        files = sorted(path for path in place.iterdir() if path.suffix.lower() in SUFFIXES)
+        files = [place / name for name in split_names(_names(place))[0]]
         if not files:
             raise DataError(f"{place} has no image files ({', '.join(SUFFIXES)}); name another folder")
     if shape[0] not in (1, 3):
@@ -38,6 +41,10 @@ def read_images(place: Path, shape: tuple[int, int, int]) -> npt.NDArray[Any]:
             f"{place}: an image file has 1 or 3 channels, and the model needs {shape[0]}: give an .npy file"
         )
     return np.stack([_read_image(file, shape) for file in files])
+
+
+def _names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
 
 
 def _read_image(file: Path, shape: tuple[int, int, int]) -> npt.NDArray[np.uint8]:

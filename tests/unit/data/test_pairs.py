@@ -18,7 +18,8 @@ from udddm.cli.main import main
 from udddm.config import resolve
 from udddm.config.run import DataConfig
 from udddm.data import ImageDataset, load_dataset
-from udddm.data.pairs import PairedImages
+from udddm.data.encoded import ImageFiles
+from udddm.data.pairs import MatchedFiles, PairedImages
 from udddm.data.reading import ProcessReader
 from udddm.errors import ConfigError, DataError
 from udddm.testing.image_sets import Images, png, zip_archive
@@ -283,6 +284,32 @@ def test_inspecting_names_a_damaged_conditioning_image(tmp_path: Path, capsys: p
     assert main(["data", "inspect", written["path"], "--condition", written["condition"]["path"]]) == 1
     said = capsys.readouterr().out
     assert "pairs: 11; shapes of the conditioning images: 3x6x8 (11)" in said and str(damaged) in said
+
+
+class Named(ImageFiles):
+    """Files that contain their names, in the order given."""
+
+    def __init__(self, where: str, names: list[str]) -> None:
+        self.where, self.names = where, names
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def name(self, index: int) -> str:
+        return f"{self.where}/{self.names[index]}"
+
+    def relative(self, index: int) -> str:
+        return self.names[index]
+
+    def read(self, index: int) -> bytes:
+        return self.names[index].encode()
+
+
+def test_files_are_matched_by_name_whatever_their_order() -> None:
+    images, conditions = Named("a", ["x.1.jpg", "y/2.jpg", "z.png"]), Named("b", ["z.webp", "x.1.png", "y/2.png"])
+    matched = MatchedFiles(images, conditions)
+    assert [matched.read(i) for i in range(3)] == [b"x.1.png", b"y/2.png", b"z.webp"]
+    assert matched.name(2) == "b/z.webp" and matched.prefix(0) == b"x.1.png"
 
 
 def test_lengths_of_sources_are_compared() -> None:

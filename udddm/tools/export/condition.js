@@ -1,6 +1,7 @@
 "use strict";
 // The conditioning image of a model with `data.condition`: an example of the page, or a file of the user. It is
 // { values: Float32Array [C, h, w] in [-1, 1], mask: Float32Array [height, width], 1 in hidden pixels, or null }.
+const HIDDEN = [96, 128, 224]; // the color of hidden pixels, which few images have
 const bytes = (text) => Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 
 function exampleImage(index) {
@@ -52,7 +53,7 @@ function preview(canvas, given) {
   for (let at = 0; at < h * w; at++) {
     const hidden = given.mask && given.mask[at] > 0.5;
     for (let i = 0; i < 3; i++) {
-      tile.data[4 * at + i] = hidden ? 128 : Math.round((given.values[(c === 3 ? i : 0) * h * w + at] + 1) * 127.5);
+      tile.data[4 * at + i] = hidden ? HIDDEN[i] : Math.round((given.values[(c === 3 ? i : 0) * h * w + at] + 1) * 127.5);
     }
     tile.data[4 * at + 3] = 255;
   }

@@ -99,7 +99,7 @@ function element(name, properties, ...inside) {
 
 const WHAT = {
   downscale: "It enlarges a small image.",
-  mask: "It draws the gray part of an image; drag on the image to choose another part.",
+  mask: "It draws the blue part of an image; drag on the image to choose another part.",
   gray: "It gives color to a gray image.",
   pairs: "It draws an image from another one.",
 };
