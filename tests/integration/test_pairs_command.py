@@ -176,5 +176,5 @@ def test_a_missing_partner_ends_training_before_it_starts(tmp_path: Path, capsys
     command = ["train", str(tmp_path / "photos"), "--run-dir", str(tmp_path / "run"), "--device", "cpu", *pairs]
     assert main(command) != 0
     said = capsys.readouterr().err
-    assert "photos/068.png has no conditioning image of the same name" in said and "nor have 1 others" in said
+    assert "sketches has no conditioning image for" in said and "photos/068.png and 1 other files" in said
     assert not (tmp_path / "run").exists()

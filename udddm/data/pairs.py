@@ -32,10 +32,10 @@ class MatchedFiles(ImageFiles):
             (conditions, images, there, wanted, "image"),
         ):
             if missing := [index for name, index in mine.items() if name not in theirs]:
-                more = f", nor have {len(missing) - 1} others one" if missing[1:] else ""
+                more = f" and {len(missing) - 1} other files" if missing[1:] else ""
                 raise DataError(
-                    f"{files.name(missing[0])} has no {what} of the same name in {others.where}{more}: add the "
-                    "missing files, or move those without a partner away"
+                    f"{others.where} has no {what} for {files.name(missing[0])}{more}: the names of a pair must be "
+                    "equal apart from the extension; add what is missing, or move files without a partner away"
                 )
         self._rows = np.array([there[name] for name in wanted], dtype=np.int64)
 
