@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part, rows in (("2020", slice(0, 40)), ("2021/spring", slice(40, COUNT))):
         write(root / "photos" / part, PIXELS[rows])
         write(root / "sketches" / part, 255 - PIXELS[rows])
-    pairs = ["data.condition.kind=pairs", f"data.condition.path={root / 'sketches'}"]
+    pairs = ["data.condition.kind=pairs", f"data.condition.path={os.path.relpath(root / 'sketches')}"]
     command = ["train", str(root / "photos"), "--run-dir", str(root / "run"), "--device", "cpu", *pairs, *TINY]
     assert main(command) == 0
     assert main(command) == 0  # resumes the finished run

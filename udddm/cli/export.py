@@ -91,10 +91,12 @@ def _check(parser: Parser, arguments: argparse.Namespace, run: Any) -> None:
         "precision": ("onnx", "web"),
         "runtime": ("web",),
         "repo": ("hub", "safetensors", "diffusers"),
+        "no_data": ("safetensors", "hub", "diffusers", "web"),
     }
     for option, formats in uses.items():
-        if getattr(arguments, option) is not None and arguments.to not in formats:
-            parser.error(f"--{option} has no effect with --to {arguments.to}; it is for --to {', '.join(formats)}")
+        if getattr(arguments, option) not in (None, False) and arguments.to not in formats:
+            name = option.replace("_", "-")
+            parser.error(f"--{name} has no effect with --to {arguments.to}; it is for --to {', '.join(formats)}")
 
 
 def _size(folder: Path) -> int:

@@ -13,6 +13,7 @@ import torch
 
 import udddm
 from udddm import rng
+from udddm.cli.main import main
 from udddm.errors import ConfigError
 from udddm.runs.model import Model, load_model
 from udddm.testing.models import random_model, saved
@@ -46,12 +47,11 @@ def given_of(kind: str, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 def test_the_onnx_file_takes_the_image_that_is_given(tmp_path: Path, kind: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model = model_of(kind)
-    lines = export.write(saved(model, tmp_path / "model"), tmp_path / "out", "onnx")
+    export.write(saved(model, tmp_path / "model"), tmp_path / "out", "onnx")
     told = json.loads((tmp_path / "out" / "model.json").read_text())
     names = ["noise", "condition", *(["mask"] if kind == "mask" else [])]
     assert [each["name"] for each in told["inputs"]] == names and told["condition"] == kind
     assert told["inputs"][1]["shape"] == ["batch", *KINDS[kind][1]] and told["largest_difference"] <= 1e-4
-    assert any("the data set is not at hand" in line for line in lines)
     session = onnxruntime.InferenceSession(str(tmp_path / "out" / "model.onnx"))
     for count in (1, 5):
         seeds, given = range(40, 40 + count), given_of(kind, count)
@@ -118,7 +118,8 @@ def test_a_pipeline_takes_images_and_masks(tmp_path: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_release_without_data_says_how_to_sample(tmp_path: Path, kind: str) -> None:
     model = model_of(kind)
-    export.write(saved(model, tmp_path / "model"), tmp_path / "out", "safetensors", export.Options(data=False))
+    lines = export.write(saved(model, tmp_path / "model"), tmp_path / "out", "safetensors")
+    assert any("the data set is not at hand" in line for line in lines)
     assert {path.suffix for path in (tmp_path / "out").iterdir()} == {".json", ".safetensors", ".md"}
     card = (tmp_path / "out" / "README.md").read_text()
     channels, height, width = KINDS[kind][1]
@@ -129,3 +130,13 @@ def test_a_release_without_data_says_how_to_sample(tmp_path: Path, kind: str) ->
         udddm.sample(tmp_path / "out", [1, 2], conditions=given), model.sample([1, 2], conditions=given)
     )
     assert load_model(tmp_path / "out", device="cpu").conditions == model.conditions
+
+
+def test_leaving_out_what_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain = saved(random_model(f"{NETWORK}, condition: none}}"), tmp_path / "model")
+    with pytest.raises(ConfigError, match=r"--no-data has no effect: .* is not conditioned on images"):
+        export.write(plain, tmp_path / "out", "safetensors", export.Options(data=False))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        main(["export", str(plain), "--to", "onnx", "--no-data"])
+    assert "--no-data has no effect with --to onnx" in capsys.readouterr().err

@@ -74,7 +74,11 @@ def write(run: str | Path, out: str | Path, to: str, options: Options | None = N
     module, _, function = FORMATS[to].partition(":")
     writer: Callable[[Source, Path, Options], list[str]] = getattr(importlib.import_module(module), function)
     model = load_model(run, ema=chosen.ema, ema_length=chosen.ema_length, device="cpu", trust=chosen.trust)
-    examples, notes = _examples(run, model, chosen)
+    if model.conditions is None and not chosen.data:
+        raise ConfigError(
+            f"--no-data has no effect: {run} is not conditioned on images, and shows none of its data set"
+        )
+    examples, notes = (None, []) if to == "onnx" else _examples(run, model, chosen)
     source = Source(model, _average(model, chosen), facts_of(run), examples)
     with _new_folder(place) as folder:
         return [*writer(source, folder, chosen), *notes]
