@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import multiprocessing
 import os
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -20,6 +22,7 @@ from udddm.testing.s3 import BUCKET, S3Server
 settings.register_profile("untimed", deadline=None)  # how long an example takes says more of the machine than of us
 settings.load_profile("untimed")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="udddm-state-")  # which runs a test has started
+atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes run at once; their threads would only wait in turns
 # A process that is forked from the fork server has these imports, which take seconds, already.
 multiprocessing.set_forkserver_preload(
