@@ -43,7 +43,10 @@ def given_of(kind: str, count: int) -> np.ndarray[Any, np.dtype[np.float32]]:
     return drawn
 
 
-@pytest.mark.parametrize("kind", KINDS)
+EXPORTED = ["downscale", "mask", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("gray", "pairs"))]
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
 def test_the_onnx_file_takes_the_image_that_is_given(tmp_path: Path, kind: str) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model = model_of(kind)
@@ -66,6 +69,7 @@ def test_the_onnx_file_takes_the_image_that_is_given(tmp_path: Path, kind: str) 
         assert np.abs(expected - model.sample(seeds, conditions=np.zeros_like(given))).max() > 0.01
 
 
+@pytest.mark.slow
 def test_attention_to_a_given_image_in_half_precision(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     network = "network={base_channels: 8, channel_mult: [1], blocks_per_level: 1, attention_resolutions: []"
