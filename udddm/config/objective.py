@@ -185,6 +185,11 @@ class ObjectiveConfig(Section):
         description="c of the pseudo-Huber loss, Eq. 4; 0: the distance ||x - y||, as in ECT; unset: 0.19 "
         "sqrt(C H W) for chain, 0.00054 sqrt(C H W) for ict and ect, the paper's 0.00014 or 0.00015 for Algorithm 1",
     )
+    guidance: Annotated[float, Field(ge=1, allow_inf_nan=False)] = Field(
+        1.0,
+        description="guidance weight w that is trained into the model, which then samples guided images with one call "
+        "of the network per evaluation; 1 disables it (docs/method.md)",
+    )
     chain: ChainConfig = Field(ChainConfig(), description="settings of chain")
     ict: ICTConfig = Field(ICTConfig(), description="settings of ict")
     ect: ECTConfig = Field(ECTConfig(), description="settings of ect")

@@ -14,7 +14,7 @@ from udddm.config.base import CHANGEABLE, Positive, Section, UnderOne, unit
 from udddm.config.condition import ConditionConfig
 from udddm.config.evaluate import EvaluateConfig
 from udddm.config.objective import ObjectiveConfig
-from udddm.config.plugins import LOGGERS, NETWORKS, SAMPLERS, SCHEDULES, STORES
+from udddm.config.plugins import LOGGERS, NETWORKS, OBJECTIVES, SAMPLERS, SCHEDULES, STORES
 from udddm.config.train import EngineConfig, TrainConfig
 from udddm.errors import ConfigError
 
@@ -307,6 +307,7 @@ class RunConfig(Section):
                 f"order.lanes ({self.order.lanes}) must divide train.batch_size ({self.train.batch_size}): "
                 "each lane contributes the same number of samples to a step"
             )
+        self._check_weight(self.objective.guidance, "objective.guidance")
         self.check_guidance(self.sample.guidance, "sample.guidance")
         if self.data.condition.used and not self.network.conditioned:
             raise ValueError(
@@ -321,6 +322,15 @@ class RunConfig(Section):
 
     def check_guidance(self, weight: float, key: str) -> None:
         """Raise ConfigError, which names `key`, unless a network with this configuration supports guidance `weight`."""
+        self._check_weight(weight, key)
+        trained = self.objective.guidance
+        if weight != 1 and trained != 1 and not getattr(OBJECTIVES.load(self.objective.name), "is_denoiser", False):
+            raise ConfigError(
+                f"{key} {weight:g}: the network is trained to be guided at one call (objective.guidance {trained:g}); "
+                "its estimate without a label is a mean and not an image, so leave it at 1"
+            )
+
+    def _check_weight(self, weight: float, key: str) -> None:
         if weight == 1:
             return
         if not math.isfinite(weight):

@@ -15,6 +15,7 @@ from udddm.errors import ConfigError
 from udddm.objectives.base import Objective, ObjectiveContext, Visits, check_free_condition
 from udddm.objectives.edm import EDM
 from udddm.objectives.flips import HorizontalFlips
+from udddm.objectives.guided import Guided, check_guided
 from udddm.objectives.labels import LabelDropout
 from udddm.objectives.loss import Teacher, adaptive_loss, pseudo_huber, visit_loss
 from udddm.objectives.pretrain import Pretrained
@@ -51,7 +52,11 @@ def build(config: RunConfig, schedule: NoiseSchedule, epochs: float, shape: tupl
         )
     if config.data.condition.used:
         check_free_condition(built.plan(np.zeros(1, np.int64), 0))
-    return Pretrained(EDM.create(context), built, first) if first else built
+    pretraining: Objective = EDM.create(context)
+    if config.objective.guidance != 1:
+        check_guided(config, built)
+        built, pretraining = (Guided.of(each, config, context) for each in (built, pretraining))
+    return Pretrained(pretraining, built, first) if first else built
 
 
 def pretrain_share(config: RunConfig) -> float:
@@ -71,6 +76,7 @@ def describe(config: RunConfig, objective: Objective) -> str:
     return (
         config.objective.name
         + _describe_refined(config, objective)
+        + (f", guided with weight {config.objective.guidance:g}" if config.objective.guidance != 1 else "")
         + (f", after a denoiser for {share:.0%} of the run" if share else "")
     )
 

@@ -50,6 +50,11 @@ class Visits:
     """The visits that may use an estimate as their image or their condition, if any."""
     condition_images: torch.Tensor | None = None
     """[B, C, H, W] float32: the conditioning images if `condition` is "data"."""
+    guidance: torch.Tensor | None = None
+    """[2, B] float32: the factors of x_0 - D that are added to x_0 as the target and to the image of the teacher, where
+    D is the estimate without a label (guided.py). None if guidance is not trained in."""
+    no_label: int = 0
+    """The label that means "no label", for `guidance`."""
 
     def conditioned_on(self, images: torch.Tensor) -> Visits:
         """The same plan with the conditioning images `images` [B, C, H, W] from the data set instead of noise.
@@ -99,6 +104,9 @@ class Objective(ABC):
     """Whether this objective is a denoiser, which is never pretrained with another one."""
     refines: bool = False
     """Whether this objective follows `objective.refined`."""
+    guides: ClassVar[bool] = False
+    """Whether `objective.guidance` can be trained in: no target is stored, and targets are either x_0 (`x0_weight` 1)
+    or evaluated at a lower level (0)."""
     reads_state: bool = True
     """Whether any visit depends on the x0-state. If not, the run keeps none."""
 

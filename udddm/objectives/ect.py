@@ -36,6 +36,7 @@ class ECT(TargetObjective):
 
     default_pretrain = 0.4
     refines = True
+    guides = True
 
     def __init__(
         self,

@@ -14,6 +14,8 @@ from udddm.objectives.base import Ids, ObjectiveContext, Visits
 from udddm.objectives.target import TargetObjective, lognormal
 from udddm.rng import Stream
 
+SQUARED = 1e4
+"""c of Eq. 4 divided by sqrt(C H W), far above every distance: Eq. 4 is then ||x - y||^2 / (2 c)."""
 _NONE = np.empty(0, np.int64)
 
 
@@ -24,6 +26,7 @@ class EDM(TargetObjective):
     """
 
     is_denoiser = True
+    guides = True
     reads_state = False
 
     def __init__(
@@ -34,7 +37,7 @@ class EDM(TargetObjective):
         pixels: int,
         conditioned: bool,
     ):
-        super().__init__(schedule, 1e4 * math.sqrt(pixels), seed, conditioned)
+        super().__init__(schedule, SQUARED * math.sqrt(pixels), seed, conditioned)
         self.config, self.pixels = config, pixels
 
     @classmethod

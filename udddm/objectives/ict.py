@@ -33,6 +33,7 @@ class ICT(TargetObjective):
     """
 
     refines = True
+    guides = True
 
     def __init__(
         self,

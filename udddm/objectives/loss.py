@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from udddm import rng
-from udddm.diffusion.denoise import add_noise, denoise
+from udddm.diffusion.denoise import add_noise, append_dims, denoise
 from udddm.diffusion.schedule import Coefficients
 from udddm.objectives.base import Visits
 
@@ -54,7 +54,10 @@ class Teacher:
     (ZeRO 3), because all ranks must then make the same calls."""
 
     def evaluated(self, visits: Visits) -> int:
-        """The number of rows that the network evaluates for the targets of `visits`."""
+        """The number of rows that the network evaluates for the targets of `visits`, those for guidance included."""
+        return self._taught(visits) + (0 if visits.guidance is None else len(visits.x0_weight))
+
+    def _taught(self, visits: Visits) -> int:
         needed = len(visits.teacher_rows)
         return len(visits.x0_weight) if self.every_row and needed else needed
 
@@ -64,7 +67,7 @@ class Teacher:
 
         The state of the generator is restored, so that the call that trains draws the same random numbers.
         """
-        needed, rows = visits.teacher_rows, self.evaluated(visits)
+        needed, rows = visits.teacher_rows, self._taught(visits)
         if not rows and not self.lockstep:
             return state
         device = state.device
@@ -104,7 +107,9 @@ def visit_loss(
 
     `x0` [B, C, H, W] are the images, `state` [B, C, H, W] their x0-states, and `labels` [B] int64 their classes. The
     target is x_0 and, with the remaining weight (Eq. 3), the x0-state or the network's estimate at the level below. In
-    refined visits, an estimate takes the place of x_0 everywhere, or that of the conditioning image.
+    refined visits, an estimate takes the place of x_0 everywhere, or that of the conditioning image. With guidance that
+    is trained in (guided.py), x_0 as the target and the image of the level below move away from the estimate without a
+    label.
     """
     shape = tuple(x0.shape[1:])
     eps = rng.normal(visits.noise_key, shape)
@@ -116,19 +121,33 @@ def visit_loss(
     elif visits.condition == "data":
         condition = visits.condition_images
 
-    def f(at: Coefficients, rows: slice | torch.Tensor) -> torch.Tensor:
-        xt = add_noise(x0[rows], eps[rows], at)
-        return denoise(network, xt, at, _rows(condition, rows), _rows(labels, rows))
+    def estimates(images: torch.Tensor, labels: torch.Tensor | None = labels) -> Estimate:
+        def f(at: Coefficients, rows: slice | torch.Tensor) -> torch.Tensor:
+            xt = add_noise(images[rows], eps[rows], at)
+            return denoise(network, xt, at, _rows(condition, rows), _rows(labels, rows))
 
-    if visits.refined is not None:
+        return f
+
+    at = Coefficients(*visits.coefficients)
+    guidance = visits.guidance
+    if (refined := visits.refined) is not None:
         estimate = state
-        if visits.refined.source == "network":
+        if refined.source == "network":
             with _same_random_numbers(state.device):
-                estimate = f(Coefficients(*visits.coefficients), _ALL)
-        x0, condition = visits.refined.inputs(x0, condition, estimate)
-    target = teacher.target(f, state, visits)
-    output = f(Coefficients(*visits.coefficients), _ALL)
-    loss = visits.weight * adaptive_loss(output, x0, target, visits.x0_weight, visits.huber_c)
+                estimate = estimates(x0)(at, _ALL)
+        used = refined.used(x0, estimate)
+        x0, condition = refined.inputs(used, x0, condition, estimate)
+        if guidance is not None:  # an estimate is guided already
+            guidance = guidance.masked_fill(used, 0.0)
+    aim, below = x0, x0
+    if guidance is not None:
+        assert labels is not None
+        with _same_random_numbers(state.device):
+            mean = estimates(x0, torch.full_like(labels, visits.no_label))(at, _ALL)
+        aim, below = (x0 + append_dims(factor) * (x0 - mean) for factor in guidance)
+    target = teacher.target(estimates(below), state, visits)
+    output = estimates(x0)(at, _ALL)
+    loss = visits.weight * adaptive_loss(output, aim, target, visits.x0_weight, visits.huber_c)
     return loss, output.detach()
 
 

@@ -56,13 +56,13 @@ class Refined:
         return used
 
     def inputs(
-        self, x0: torch.Tensor, condition: torch.Tensor | None, estimate: torch.Tensor
+        self, used: torch.Tensor, x0: torch.Tensor, condition: torch.Tensor | None, estimate: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The images and conditioning images of the visits, all [B, C, H, W].
 
-        Rows `used` have `estimate` in the place of one of them; the others have `x0` and `condition`.
+        Rows `used` [B], a mask, have `estimate` in the place of one of them; the others have `x0` and `condition`.
         """
-        used = self.used(x0, estimate)[:, None, None, None]
+        used = used[:, None, None, None]
         if self.use == "image":
             return torch.where(used, estimate, x0), condition
         assert condition is not None
