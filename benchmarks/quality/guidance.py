@@ -1,7 +1,7 @@
 """Guidance trained in (`objective.guidance`, one call per evaluation) beside guidance at sampling (two calls).
 
-    python benchmarks/quality/guidance.py train --directory build/guidance --seeds 10 11
-    python benchmarks/quality/guidance.py report --directory build/guidance --seeds 10 11 --json FILE.json --plot FILE.png
+    python benchmarks/quality/guidance.py train --directory build/guidance
+    python benchmarks/quality/guidance.py report --directory build/guidance --json FILE.json --plot FILE.png
 
 `train` trains one model with label dropout and one with guidance of --weight, on the same number of images, with the
 same seed and settings. A second call resumes runs that are not complete. `report` samples them: the first at weight 1

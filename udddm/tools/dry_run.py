@@ -59,7 +59,7 @@ def plan(
     target = StateLayout(order, lanes, data.shape, Encoding(config.store.dtype), torch.device("cuda"))
     speed = measure(config, data, order, ranks, steps, visit, cost)
     step = speed.step(train.batch_size * flops / ranks.world_size)
-    calls_for = f", with a teacher's pass for {teacher:.0%} of the visits" if teacher else ""
+    calls_for = f", with {teacher:.2g} passes for the target of a visit" if teacher else ""
     return [
         f"data: {data.samples} images {'x'.join(map(str, data.shape))} ({origin}); {steps:,} steps of "
         f"{train.batch_size}, {steps / order.steps_per_epoch:,.1f} epochs",

@@ -51,12 +51,12 @@ class Speed:
 
 
 def an_image(cost: Cost, teacher: float) -> float:
-    """Operations per image: the trained pass, and the teacher's forward pass for a fraction `teacher` of the visits."""
+    """Operations per image: the trained pass, and `teacher` forward passes for targets."""
     return cost.training + teacher * cost.forward
 
 
 def teacher_share(visit: Objective, teacher: Teacher, samples: int, epochs: float) -> float:
-    """Fraction of the visits for which the network evaluates targets, averaged over a run of `epochs` epochs."""
+    """Forward passes for targets per visit, averaged over a run of `epochs` epochs: above 1 only with guidance."""
     ids = np.unique(np.linspace(0, samples - 1, _VISITS).astype(np.int64))
     chosen = np.unique(np.linspace(0, max(0.0, np.ceil(epochs) - 1), _EPOCHS).astype(np.int64))
     return float(np.mean([teacher.evaluated(visit.plan(ids, int(epoch))) / len(ids) for epoch in chosen]))
