@@ -204,6 +204,22 @@ def test_a_denoiser_trains_visits_without_a_label_as_it_does_without_guidance() 
     assert not torch.isclose(found[0][~none], found[1][~none]).any()
 
 
+def test_the_gradient_of_a_denoiser_is_that_of_model_guidance() -> None:
+    """Its target is x_0 + (1 - 1/w) (f - D), with f the output without gradient (Tang et al. 2025)."""
+    given, network = config("edm"), Network()
+    x0, classes = batch()
+    visits, plain = (made(each).plan(IDS, 3) for each in (given, config("edm", 1.0)))
+    labels = LabelDropout.of(given)(classes, visits)
+    losses, output = visit_loss(network, x0, torch.zeros_like(x0), visits, labels)
+    (found,) = torch.autograd.grad(losses.sum(), network.weight)
+    at = Coefficients(*visits.coefficients)
+    xt = add_noise(x0, rng.normal(visits.noise_key, SHAPE), at)
+    mean = denoise(network, xt, at, None, torch.full_like(labels, 10)).detach()
+    target = torch.where(append_dims(labels == 10), x0, x0 + (1 - 1 / 2.5) * (output - mean))
+    expected = (plain.weight * pseudo_huber(denoise(network, xt, at, None, labels), target, plain.huber_c)).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(expected, network.weight)[0], rtol=1e-4, atol=1e-4)
+
+
 @EVERY
 def test_a_weight_of_1_changes_no_plan_and_costs_nothing(kind: str) -> None:
     tree = config(kind, 1.0).model_dump(mode="json")
