@@ -7,15 +7,14 @@
 same seed and settings. A second call resumes runs that are not complete. `report` samples them: the first at weight 1
 and, with two calls, at 1.5 and at --weight; the second with one call. fd, precision and recall are in the features of
 the yardstick's classifier (benchmarks/yardstick), against all images of the data set. The share is that of the images
-which the same classifier assigns to the class that was asked for. Milliseconds per image are medians of rounds, in
-which the kinds of sampling alternate. The picture has one column per class, with one evaluation per image; the rows
-are in the order of the table, --rows of each.
+which the same classifier assigns to the class that was asked for. Milliseconds per image are CPU time of one thread,
+medians of rounds in which the kinds of sampling alternate. The picture has one column per class, with one evaluation
+per image; the rows are in the order of the table, --rows of each.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -31,11 +30,12 @@ from udddm.config import RunConfig, load_config
 from udddm.data import ImageDataset, MapDataset, load_dataset
 from udddm.evaluation import evaluate
 from udddm.evaluation.features import FeatureNetwork, extract, load_features
+from udddm.evaluation.metrics import Reference
 from udddm.image_grid import save_image_grid
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[1] / "yardstick"))
-from report import about, heading, write_json
+from report import about, heading, write_report
 
 CLASSES = 10
 
@@ -85,7 +85,7 @@ def configured(name: str, weight: float, seed: int, steps: int | None) -> RunCon
         f"network.classes={CLASSES}",
         "network.label_dropout=0.2",
         "store.kind=gpu",
-        "checkpoint.every_steps=200",
+        "checkpoint={every_steps: 200, keep: 20}",
         "sample.every_steps=0",
         "sample.final=0",
         "loggers=[]",
@@ -97,9 +97,13 @@ def directory(base: Path, name: str, weight: float, seed: int) -> Path:
     return base / f"{name}-{weight:g}-{seed}"
 
 
-def score(
-    images: torch.Tensor, labels: list[int], network: FeatureNetwork, real: evaluate.RealStatistics
-) -> dict[str, float]:
+def weights_of(base: Path, name: str, weight: float, seed: int, step: int | None) -> Path:
+    """The run, or its checkpoint of a step."""
+    run = directory(base, name, weight, seed)
+    return run if step is None else run / "checkpoints" / f"step-{step:08d}"
+
+
+def score(images: torch.Tensor, labels: list[int], network: FeatureNetwork, real: Reference) -> dict[str, float]:
     features, logits = extract(network, torch.split(images, 250))
     found = evaluate.score(features, logits, real, network.name)
     share = float((np.asarray(logits).argmax(1) == np.array(labels)).mean())
@@ -107,52 +111,49 @@ def score(
 
 
 def milliseconds(models: dict[str, Any], sets: dict[str, dict[str, Any]], rounds: int) -> dict[str, list[float]]:
-    """The time per image of each kind of sampling, in every round."""
+    """The CPU time per image of each kind of sampling, in every round."""
     found: dict[str, list[float]] = {kind: [] for kind in sets}
     for number in range(rounds + 1):
         for kind, given in sets.items():
-            began = time.perf_counter()
+            began = time.process_time()
             models[kind].sample(range(250), labels=[seed % CLASSES for seed in range(250)], **given)
             if number:  # the first round warms up
-                found[kind].append((time.perf_counter() - began) * 1000 / 250)
+                found[kind].append((time.process_time() - began) * 1000 / 250)
     return found
 
 
-def report(name: str, base: Path, weight: float, seeds: list[int], rounds: int, rows: int) -> dict[str, Any]:
-    """The table: for each kind of sampling and number of evaluations, the scores of every seed and the times."""
-    data = DATA[name]
+def report(given: argparse.Namespace) -> tuple[dict[str, Any], torch.Tensor]:
+    """The scores of every seed and the times, for each kind of sampling and number of evaluations; and some images."""
+    name, weight, data = given.data, given.weight, DATA[given.data]
     network = load_features(data.features, torch.device("cpu"))
     real = evaluate.reference(ImageDataset(load_dataset(load_config(name).data)), network)
     labels = [seed % CLASSES for seed in range(data.count)]
-    weights = {"plain": (1.0, 1.0), "two calls, 1.5": (1.0, 1.5), f"two calls, {weight:g}": (1.0, weight)}
-    weights |= {f"trained in, {weight:g}": (weight, 1.0)}
-    kinds = {f"{kind}|{steps}": (*pair, steps) for steps in (1, 2) for kind, pair in weights.items()}
+    trained_with = {"plain": (1.0, 1.0), "two calls, 1.5": (1.0, 1.5), f"two calls, {weight:g}": (1.0, weight)}
+    trained_with |= {f"trained in, {weight:g}": (weight, 1.0)}
+    kinds = {f"{kind}|{steps}": (*pair, steps) for steps in (1, 2) for kind, pair in trained_with.items()}
     table: dict[str, Any] = {kind: {"seeds": {}} for kind in kinds}
     shown = []
-    for seed in seeds:
-        trained = {w: udddm.load_model(directory(base, name, w, seed), device="cpu") for w in (1.0, weight)}
+    for seed in given.seeds:
+        places = {w: weights_of(given.directory, name, w, seed, given.step) for w in (1.0, weight)}
+        trained = {w: udddm.load_model(place, device="cpu") for w, place in places.items()}
         for kind, (own, guidance, steps) in kinds.items():
             drawn = trained[own].sample(range(data.count), labels=labels, steps=steps, guidance=guidance)
             images = torch.from_numpy(np.asarray(drawn))
             table[kind]["seeds"][str(seed)] = score(images, labels, network, real)
-            if seed == seeds[0] and steps == 1:
-                shown.append(images[: rows * CLASSES])
+            if seed == given.seeds[0] and steps == 1:
+                shown.append(images[: given.rows * CLASSES])
     models = {kind: trained[own] for kind, (own, _, _) in kinds.items()}
     sets = {kind: {"steps": steps, "guidance": guidance} for kind, (_, guidance, steps) in kinds.items()}
-    for kind, times in milliseconds(models, sets, rounds).items():
+    for kind, times in milliseconds(models, sets, given.rounds).items():
         table[kind]["milliseconds"] = times
-    runs = {}
-    for seed in seeds:
-        for w in (1.0, weight):
-            where = directory(base, name, w, seed)
-            result = json.loads((where / "result.json").read_text())
-            minutes = json.loads((where / "minutes.json").read_text()) if (where / "minutes.json").exists() else None
-            runs[f"{w:g}|{seed}"] = {"images": result["steps"] * 64, "cpu_minutes": minutes}
-    return {"data": name, "weight": weight, "runs": runs, "table": table, "shown": torch.cat(shown)}
+    length = trained[1.0].config.train.steps
+    seen = (given.step or length) * trained[1.0].config.train.batch_size
+    return {"data": name, "weight": weight, "images": seen, "steps": length, "table": table}, torch.cat(shown)
 
 
 def lines(found: dict[str, Any]) -> list[str]:
-    made = [f"{'evaluations':12}{'guidance':18}{'fd':>14}{'precision':>11}{'recall':>8}{'share':>8}{'ms/image':>10}"]
+    made = [f"{found['data']}: after {found['images']:,} images of runs of {found['steps']:,} steps"]
+    made += [f"{'evaluations':12}{'guidance':18}{'fd':>14}{'precision':>11}{'recall':>8}{'share':>8}{'ms/image':>10}"]
     for kind, row in found["table"].items():
         guidance, _, steps = kind.partition("|")
         values = {key: [each[key] for each in row["seeds"].values()] for key in ("fd", "precision", "recall", "share")}
@@ -167,16 +168,12 @@ def lines(found: dict[str, Any]) -> list[str]:
     return made
 
 
-def train(name: str, base: Path, weight: float, seeds: list[int], steps: int | None) -> None:
-    for seed in seeds:
-        for each in (1.0, weight):
-            config = configured(name, each, seed, steps)
-            where = directory(base, name, each, seed)
-            began = time.process_time()
-            udddm.train(config, First(load_dataset(config.data), DATA[name].samples), run_dir=where, device="cpu")
-            minutes = (time.process_time() - began) / 60
-            file = where / "minutes.json"
-            file.write_text(json.dumps(minutes + (json.loads(file.read_text()) if file.exists() else 0.0)))
+def train(given: argparse.Namespace) -> None:
+    for seed in given.seeds:
+        for weight in (1.0, given.weight):
+            config = configured(given.data, weight, seed, given.steps)
+            images = First(load_dataset(config.data), DATA[given.data].samples)
+            udddm.train(config, images, run_dir=directory(given.directory, given.data, weight, seed), device="cpu")
 
 
 def main() -> None:
@@ -185,25 +182,23 @@ def main() -> None:
     parser.add_argument("--data", choices=list(DATA), default="digits")
     parser.add_argument("--directory", type=Path, required=True, help="for the runs")
     parser.add_argument("--weight", type=float, default=2.0)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10, 11])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10])
     parser.add_argument("--steps", type=int, help="default: 1000 for the digits, 1600 for Fashion-MNIST")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--step", type=int, help="report the checkpoints of this step, not the end of the runs")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--json", type=Path, help="the table; the same as text is written next to it")
     parser.add_argument("--plot", type=Path, help="PNG of the images")
     given = parser.parse_args()
     if given.suite == "train":
-        train(given.data, given.directory, given.weight, given.seeds, given.steps)
+        train(given)
         return
-    found, head = report(given.data, given.directory, given.weight, given.seeds, given.rounds, given.rows), about()
-    shown = found.pop("shown")
-    text = [heading(head), *lines(found)]
+    found, shown = report(given)
+    text = [heading(head := about()), *lines(found)]
     print("\n".join(text))
-    if given.json:
-        write_json(given.json, head, found)
-        given.json.with_suffix(".txt").write_text("\n".join(text) + "\n")
+    write_report(given.json, head, found, text)
     if given.plot:
-        save_image_grid(shown, given.plot, CLASSES)
+        save_image_grid(shown, given.plot, columns=CLASSES)
 
 
 if __name__ == "__main__":

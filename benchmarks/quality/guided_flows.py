@@ -57,7 +57,8 @@ def ends(classes: Floats, deviation: float, own: int, weight: float) -> dict[str
 
         def below(of: Floats, toward: Floats) -> Floats:
             """The value of `of` one step down the flow toward `toward`."""
-            return np.interp(x - (sigma - before) * (x - toward) / sigma, last, of)  # noqa: B023
+            found: Floats = np.interp(x - (sigma - before) * (x - toward) / sigma, last, of)  # noqa: B023
+            return found
 
         plain, none = below(plain, mean), below(none, every)
         guided = below(guided, every + weight * (mean - every))
