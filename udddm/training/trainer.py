@@ -104,6 +104,7 @@ class Trainer:
         self._seed_dropout()
         total, new_states = torch.zeros((), device=self.ranks.device), []
         for part, state in zip(parts, states, strict=True):
+            part.visits = self._state_use.decided(part, state)
             with self.engine.micro_batch(last=part is parts[-1]):
                 with region("forward"), self.engine.autocast():
                     losses, new = visit_loss(
@@ -128,7 +129,6 @@ class Trainer:
         """The new x0-states of a micro-batch, where they are finite, after it is counted in the metrics."""
         with region("metrics"):
             self._loss_by_sigma.add(part, losses)
-            self._state_use.count(part, state)
             if self._state_use.wants_age(part, self.step) and not self.engine.equal_forward_calls:
                 self._seed_dropout()
                 with self.engine.autocast():
