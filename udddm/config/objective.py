@@ -180,6 +180,9 @@ class ObjectiveConfig(Section):
         "with train.init_from",
         json_schema_extra=unit("fraction of the run"),
     )
+    pretrain_dropout: UnderOne | None = Field(
+        None, description="dropout probability while pretraining; unset: `network.dropout`, as for the objective"
+    )
     huber_c: Annotated[float, Field(ge=0)] | None = Field(
         None,
         description="c of the pseudo-Huber loss, Eq. 4; 0: the distance ||x - y||, as in ECT; unset: 0.19 "

@@ -19,7 +19,6 @@ from udddm.objectives import LabelDropout
 from udddm.objectives.base import Objective, Visits
 from udddm.objectives.loss import EVERY_ROW, Teacher, pseudo_huber, visit_loss
 from udddm.objectives.refined import initial_values, is_generation_zero
-from udddm.rng import Stream
 from udddm.store.encoding import Encoding, StateDtype, generation_zero
 
 SHAPE = (1, 4, 4)
