@@ -67,8 +67,14 @@ VARIANTS: dict[str, list[str]] = {
     ],
 }
 ARMS = {f"{base}-{name}".rstrip("-"): [*sets, *more] for base, sets in BASES.items() for name, more in VARIANTS.items()}
+ARMS |= {
+    "ict-best-of-2": ["objective={name: 'couplings:BestOfK', pretrain: 0.2, settings: {k: 2}}"],
+    "ict-best-of-8": ["objective={name: 'couplings:BestOfK', pretrain: 0.2, settings: {k: 8}}"],
+    "ict-batch-ot": ["objective={name: 'couplings:BatchOT', pretrain: 0.2}"],
+}
 """Arms without a variant are the baselines. "clamped" stores the state in 8 bits, which clamps it to [-1, 1].
-"condition" has the estimate as its condition and is sampled with Algorithm 2, also at eight evaluations."""
+"condition" has the estimate as its condition and is sampled with Algorithm 2, also at eight evaluations.
+"best-of-k" and "batch-ot" choose the noise for the images (couplings.py, for the digits)."""
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
