@@ -3,8 +3,8 @@
     python benchmarks/quality/gaussian_refined.py --json benchmarks/results/gaussian-refined.json
 
 The data, the exact f* and the network are those of gaussian.py, with the VE schedule. The objective is ict with levels
-drawn uniformly, after a denoiser, with and without refined pairs (half of the visits above sigma 0.8, L = 2). With 16
-levels, the error of iCT itself is 14 % of s (its `theory`), and 1,500 steps come near that.
+drawn uniformly and iCT's loss weights, after a denoiser, with and without refined pairs (half of the visits above sigma
+0.8, L = 2). With 16 levels, the error of iCT itself is 14 % of s (its `theory`), and 1,500 steps come near that.
 
 With `--weighting none --levels 32`, refined pairs diverged (one seed), with and without the denoiser first: the losses
 of the high levels, which feed the network with its own answers, then have the weight of all others.
