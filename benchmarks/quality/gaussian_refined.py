@@ -6,8 +6,7 @@ The data, the exact f* and the network are those of gaussian.py, with the VE sch
 drawn uniformly and iCT's loss weights, after a denoiser, with and without refined pairs (half of the visits above sigma
 0.8, L = 2). With 16 levels, the error of iCT itself is 14 % of s (its `theory`), and 1,500 steps come near that.
 
-With `--weighting none --levels 32`, refined pairs diverged (one seed), with and without the denoiser first: the losses
-of the high levels, which feed the network with its own answers, then have the weight of all others.
+Without loss weights, refined pairs diverged (`--weighting none --levels 32 --steps 2500 --seeds 0`).
 
 The fixed point of refined pairs is not f*. Let x = m + u be the input at level sigma, V = s^2 + sigma^2, and f(x) =
 m + g u. A visit of the image has u = (x_0 - m) + sigma eps; a refined one has u' = g u + sigma eps with the same eps,
