@@ -190,12 +190,17 @@ def train(config: RunConfig, samples: int, width: int) -> Trained:
     return Trained(average.eval(), chosen, time.process_time() - started)
 
 
-@torch.no_grad()
 def errors(trained: Trained, times: Array, count: int = 4096) -> Array:
     """RMS(f - f*) / s at each of `times`, on new data, noise and conditions."""
+    return errors_and_slopes(trained, times, count)[0]
+
+
+@torch.no_grad()
+def errors_and_slopes(trained: Trained, times: Array, count: int = 4096) -> tuple[Array, Array]:
+    """RMS(f - f*) / s, and the least-squares slope of f - m over f* - m, at each of `times`, as `errors`."""
     ids = np.arange(count)
     x0 = gaussian_images(TEST_SEED, ids)
-    found = []
+    found, slopes = [], []
     for index, t in enumerate(times):
         at = Coefficients(*torch.from_numpy(trained.schedule.coefficients(np.full(count, t))))
         eps, condition = (
@@ -203,9 +208,10 @@ def errors(trained: Trained, times: Array, count: int = 4096) -> Array:
             for stream in (Stream.NOISE, Stream.CONDITION)
         )
         xt = add_noise(x0, eps, at)
-        f = denoise(trained.network, xt, at, condition, None)
-        found.append(float((f - exact(xt, at)).square().mean().sqrt()) / SPREAD)
-    return np.array(found)
+        f, best = denoise(trained.network, xt, at, condition, None), exact(xt, at)
+        found.append(float((f - best).square().mean().sqrt()) / SPREAD)
+        slopes.append(float(((f - MEAN) * (best - MEAN)).sum() / (best - MEAN).square().sum()))
+    return np.array(found), np.array(slopes)
 
 
 def run(kind: Kind, settings: argparse.Namespace) -> dict[str, Any]:

@@ -15,16 +15,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shutil
 import statistics
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
+import torch
 from study import DATA, configured, run
 
-import udddm
+from udddm.backends.distributed.ranks import join
+from udddm.data import ImageDataset, load_dataset
+from udddm.runs.run import Run
+from udddm.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import ROOT, about, write_json
@@ -63,8 +67,14 @@ VARIANTS: dict[str, list[str]] = {
     ],
 }
 ARMS = {f"{base}-{name}".rstrip("-"): [*sets, *more] for base, sets in BASES.items() for name, more in VARIANTS.items()}
+ARMS |= {
+    "ict-best-of-2": ["objective={name: 'couplings:BestOfK', pretrain: 0.2, settings: {k: 2}}"],
+    "ict-best-of-8": ["objective={name: 'couplings:BestOfK', pretrain: 0.2, settings: {k: 8}}"],
+    "ict-batch-ot": ["objective={name: 'couplings:BatchOT', pretrain: 0.2}"],
+}
 """Arms without a variant are the baselines. "clamped" stores the state in 8 bits, which clamps it to [-1, 1].
-"condition" has the estimate as its condition and is sampled with Algorithm 2, also at eight evaluations."""
+"condition" has the estimate as its condition and is sampled with Algorithm 2, also at eight evaluations.
+"best-of-k" and "batch-ot" choose the noise for the images (couplings.py, for the digits)."""
 
 
 def interval(ratios: list[float]) -> tuple[float, float, float]:
@@ -122,28 +132,39 @@ def show(lines: list[dict[str, Any]]) -> None:
         print(row.rstrip(), flush=True)
 
 
-def speed(data: str, rounds: int, steps: int, directory: Path) -> dict[str, list[float]]:
-    """Images/s of short runs with refined pairs on each store, over those of a run without in the same round.
+def speed(data: str, rounds: int, steps: int, directory: Path) -> dict[str, Any]:
+    """Images/s of training with refined pairs on each store, over those of the same objective without them.
 
-    The order rotates from round to round.
+    All runs are in this process and take turns, `steps` steps each in every round, so that changes of the machine's
+    speed affect all of them equally. The first round warms up. Returns the ratios of each round and their medians,
+    also of the CPU time of all threads, which other processes affect less.
     """
-    chosen = DATA[data]
     plain = ["objective={name: ict, pretrain: 0}", "evaluate.every_steps=0"]
     kinds = {"without": plain} | {store: [*plain, *refined(), f"store.kind={store}"] for store in STORES}
-    found: dict[str, list[float]] = {store: [] for store in STORES}
-    for number in range(rounds):
-        rates = {}
-        names = list(kinds)
+    trainers, inputs = {}, {}
+    for name, sets in kinds.items():
+        config = configured(DATA[data], sets, 6000, 0)
+        torch.set_num_threads(1)
+        images = ImageDataset(load_dataset(config.data))
+        trainers[name] = Trainer(config, images, Run(directory / name), join("cpu"))
+        inputs[name] = trainers[name].begin()
+    found: dict[str, dict[str, list[float]]] = {what: {store: [] for store in STORES} for what in ("rate", "cpu")}
+    names = list(kinds)
+    for number in range(rounds + 1):
+        spent = {}
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            sets = kinds[name]
-            run_dir = directory / f"{name}-{number}"
-            config = configured(chosen, sets, steps, number)
-            rates[name] = udddm.train(config, run_dir=run_dir, device="cpu").images_per_second
-            shutil.rmtree(run_dir)
-        for store in STORES:
-            found[store].append(rates[store] / rates["without"])
-        print("  ".join(f"{store} {found[store][-1]:.3f}" for store in STORES), flush=True)
-    return found
+            began, cpu = time.perf_counter(), time.process_time()
+            for _ in range(steps):
+                trainers[name].train_step(inputs[name])
+            spent[name] = {"rate": time.perf_counter() - began, "cpu": time.process_time() - cpu}
+        for what, ratios in found.items() if number else ():
+            for store in STORES:
+                ratios[store].append(spent["without"][what] / spent[store][what])
+    for name in names:
+        inputs[name].close()
+        trainers[name].store.close()
+    medians = {what: {store: statistics.median(each) for store, each in by.items()} for what, by in found.items()}
+    return {"ratios": found["rate"], "median": medians["rate"], "median_cpu": medians["cpu"]}
 
 
 def main() -> None:
@@ -153,8 +174,8 @@ def main() -> None:
     parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=["ict", "ict-refined"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[20, 21, 22, 23, 24])
     parser.add_argument("--images", type=int, default=384_000)
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=300, help="length of a run of the speed")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=10, help="steps of each run in a round of the speed")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/refined-<data>.json")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "refined", help="where the runs are kept")
     arguments = parser.parse_args()
@@ -166,11 +187,11 @@ def main() -> None:
 
     if arguments.suite == "speed":
         with tempfile.TemporaryDirectory() as scratch:
-            ratios = speed(arguments.data, arguments.rounds, arguments.steps, Path(scratch))
-        medians = {store: statistics.median(each) for store, each in ratios.items()}
-        print("median  " + "  ".join(f"{store} {ratio:.3f}" for store, ratio in medians.items()))
+            found = speed(arguments.data, arguments.rounds, arguments.steps, Path(scratch))
+        for label, key in (("images/s", "median"), ("CPU time", "median_cpu")):
+            print(f"{label}  " + "  ".join(f"{store} {ratio:.3f}" for store, ratio in found[key].items()))
         target = arguments.json or ROOT / "benchmarks" / "results" / f"refined-speed-{arguments.data}.json"
-        write_json(target, about(), {"steps": arguments.steps, "ratios": ratios, "median": medians})
+        write_json(target, about(), {"steps": arguments.steps, **found})
         return
     for seed in arguments.seeds if arguments.suite == "run" else ():
         for arm in arguments.arms:

@@ -69,6 +69,34 @@ def test_the_bias_of_a_chain_falls_as_1_over_its_levels(gaussian: ModuleType) ->
     np.testing.assert_allclose(gaussian.bias(sigmas), found, atol=0.005)
 
 
+def test_the_bias_of_refined_pairs_is_that_of_regression_on_samples(
+    gaussian: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refined visits are of f(x_0 + sigma eps) with the same eps; f and its teacher are fitted level after level."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "benchmarks" / "quality")
+    refined = importlib.import_module("gaussian_refined")
+    schedule, random = build(ScheduleConfig()), np.random.default_rng(0)
+    sigmas = schedule.sigma(schedule.levels(12))[1:]
+    x0, eps = gaussian.SPREAD * random.standard_normal(40_000), random.standard_normal(40_000)
+    g, below, found = 1.0, 0.0, []
+    for sigma in sigmas:
+        teacher, share = g, 0.5 if sigma > 0.8 else 0.0
+        for _ in range(25):
+            b = g * (x0 + sigma * eps)
+            inputs = np.stack([x0 + sigma * eps, b + sigma * eps])
+            targets = teacher * np.stack([x0 + below * eps, b + below * eps])
+            weights = np.array([[1 - share], [share]])
+            g = float((weights * inputs * targets).sum() / (weights * inputs**2).sum())
+        below = sigma
+        found.append(g * np.hypot(gaussian.SPREAD, sigma) / gaussian.SPREAD - 1)
+    np.testing.assert_allclose(refined.fixed_point(sigmas, 0.5, 0.8), found, atol=0.01)
+    plain = refined.fixed_point(sigmas, 0.0, 0.8)
+    np.testing.assert_allclose(np.abs(plain), gaussian.bias(sigmas), atol=1e-12)
+    fine = schedule.sigma(schedule.levels(4000))[1:]
+    assert 0.1 < refined.fixed_point(fine, 0.5, 0.8)[-1] < 0.5 * gaussian.SPREAD / 0.8  # p s / above
+    assert abs(refined.fixed_point(fine, 0.0, 0.8)[-1]) < 0.001
+
+
 def test_a_short_run_is_within_15_percent_of_the_exact_solution(gaussian: ModuleType) -> None:
     options = ["--levels=16", "--steps=2500", "--batch=256", "--samples=16384", "--algorithm-1-steps=0", "--width=48"]
     threads = torch.get_num_threads()

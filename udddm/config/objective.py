@@ -105,6 +105,9 @@ class ECTConfig(Section):
     stages: Positive = Field(
         8, description="number of stages of the run, in which a = 1, 2, ...", json_schema_extra=unit("stages")
     )
+    weighting: Literal["gap", "snr"] = Field(
+        "gap", description="loss weight of a visit: 1/(sigma - r), or 1/sigma^2 + 1/sigma_data^2, ECT's for ImageNet-64"
+    )
     p_mean: float = Field(-1.1, description="mean of ln sigma", json_schema_extra=unit("ln sigma"))
     p_std: Annotated[float, Field(gt=0)] = Field(
         2.0, description="standard deviation of ln sigma", json_schema_extra=unit("ln sigma")
@@ -179,6 +182,9 @@ class ObjectiveConfig(Section):
         description="fraction of the run that pretrains a denoiser; unset: the objective's default (0.4 for ect), or 0 "
         "with train.init_from",
         json_schema_extra=unit("fraction of the run"),
+    )
+    pretrain_dropout: UnderOne | None = Field(
+        None, description="dropout probability while pretraining; unset: `network.dropout`, as for the objective"
     )
     huber_c: Annotated[float, Field(ge=0)] | None = Field(
         None,

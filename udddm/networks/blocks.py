@@ -22,6 +22,12 @@ def divisor(number: int, limit: int) -> int:
     return next((d for d in range(min(number, limit), 1, -1) if number % d == 0), 1)
 
 
+def dropout_layers(network: nn.Module) -> list[nn.Dropout | nn.Dropout1d | nn.Dropout2d | nn.Dropout3d]:
+    """The dropout layers of a network, also inside of wrappers such as DDP. `p` is the probability of a layer."""
+    kinds = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
+    return [layer for layer in network.modules() if isinstance(layer, kinds)]
+
+
 class GroupNorm(nn.GroupNorm):
     """Group normalization that keeps half-precision inputs in half precision under autocast. Sums are in float32.
 

@@ -42,6 +42,11 @@ def build(config: RunConfig, schedule: NoiseSchedule, epochs: float, shape: tupl
     """The objective of a run of `epochs` epochs on images [C, H, W], including its pretraining. Raises ConfigError."""
     context = ObjectiveContext(schedule, config.objective, config.seed, epochs, shape, config.network.conditioned)
     first = math.ceil(pretrain_share(config) * epochs)
+    if config.objective.pretrain_dropout is not None and not first:
+        raise ConfigError(
+            f"objective.pretrain_dropout={config.objective.pretrain_dropout:g}: this run pretrains no denoiser; set "
+            "objective.pretrain, or objective.pretrain_dropout=null"
+        )
     own = replace(context, epochs=max(epochs - first, 1e-9)) if first else context
     built: Objective = OBJECTIVES.build(config.objective.name, config.objective.settings, own)
     refined = config.objective.refined

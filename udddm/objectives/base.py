@@ -114,6 +114,10 @@ class Objective(ABC):
     def plan(self, ids: Ids, epoch: int) -> Visits:
         """Plan the visits of samples `ids` [B] in `epoch`, on the host: a pure function of (seed, sample, epoch)."""
 
+    def pretrains(self, epoch: int) -> bool:
+        """Whether `epoch` belongs to the pretraining of a denoiser (`objective.pretrain`)."""
+        return False
+
     def phase(self, epoch: int) -> str:
         """What is trained in `epoch`, such as "iCT with 20 noise levels". A run logs where it changes."""
         return ""

@@ -28,7 +28,8 @@ class ECT(TargetObjective):
     """ECT: sigma is lognormal, and its teacher is at r = sigma (1 - n(sigma) / q^a) with n = 1 + k sigmoid(-b sigma).
 
     a = 1, 2, ..., `stages` over equal fractions of a run of `epochs` epochs, so that the gap shrinks. If r is below the
-    lowest level, the target is x_0. The weight is 1 / (sigma - r).
+    lowest level, the target is x_0. The weight is 1 / (sigma - r). With `weighting: snr` it is that of EDM's denoisers,
+    as in the authors' code for EDM2's models of ImageNet-64 (github.com/locuslab/ect at 2870411).
 
     With `length` L above 1, visits form chains, as in `Chain`: a sample keeps its noise for L visits. Each visit after
     the first is at the sigma whose r is the sigma of the previous visit, so its target is the x0-state stored there.
@@ -72,6 +73,12 @@ class ECT(TargetObjective):
         near = 1 + c.k * special.expit(-c.b * sigma)
         found: Floats = sigma * (1 - near / c.q ** (stage + 1))
         return found
+
+    def weight(self, sigma: Floats, r: Floats) -> Floats:
+        """The weight of the loss of visits at `sigma` [B] whose teacher is at `r` [B]."""
+        if self.config.weighting == "gap":
+            return 1 / (sigma - r)
+        return 1 / sigma**2 + 1 / self.schedule.config.sigma_data**2
 
     def above(self, r: Floats, stage: int) -> Floats:
         """The sigma whose r is `r` [B] > 0, by bisection, because `below` increases wherever it is positive."""
@@ -129,7 +136,7 @@ class ECT(TargetObjective):
             self.schedule.time(sigma),
             noise_key,
             x0_weight=((r == 0) & ~stored).astype(np.float64),
-            weight=1 / (sigma - r),
+            weight=self.weight(sigma, r),
             teacher_rows=teacher_rows,
             teacher_times=self.schedule.time(r[teacher_rows]),
         )

@@ -12,7 +12,7 @@ import torch
 from udddm import rng
 from udddm.config import RefinedConfig
 from udddm.objectives.base import Ids
-from udddm.objectives.refined import Refined
+from udddm.objectives.refined import Refined, initial_values
 from udddm.rng import Stream
 
 
@@ -60,6 +60,8 @@ class RefinedPairs:
             rows = above & chosen & (epoch >= self.start)
         else:
             rows = above & (drawn < epoch)
-        initial = rng.as_tensor(rng.keys(self.seed, Stream.INITIAL_STATE, ids))
-        refined = Refined(torch.from_numpy(rows), initial, config.min_sharpness, config.source, config.use)
+        initial = initial_values(self.seed, ids, rows)
+        refined = Refined(
+            torch.from_numpy(rows), initial, config.min_sharpness, config.source, config.use, some=bool(rows.any())
+        )
         return np.where(rows, drawn, epoch), refined

@@ -18,5 +18,8 @@ class Pretrained(Objective):
             return self.first.plan(ids, epoch)
         return self.then.plan(ids, epoch - self.epochs)
 
+    def pretrains(self, epoch: int) -> bool:
+        return epoch < self.epochs
+
     def phase(self, epoch: int) -> str:
         return self.first.phase(epoch) if epoch < self.epochs else self.then.phase(epoch - self.epochs)

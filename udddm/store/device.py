@@ -16,6 +16,8 @@ class DeviceStore(X0Store):
     def __init__(self, layout: StateLayout):
         super().__init__(layout)
         self._state = torch.empty(layout.slots, *layout.shape, dtype=layout.encoding.tensor, device=layout.device)
+        self._places: tuple[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] | None = None
+        """What `_visited` returned last, and for which (epoch, step): `put` follows `read` of the same step."""
 
     @classmethod
     def memory_kind(cls, device: torch.device) -> str:
@@ -31,10 +33,14 @@ class DeviceStore(X0Store):
 
     def _visited(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The slot and the batch row of each of the step's samples, on the device."""
+        position = self.epoch, self.step
+        if self._places is not None and self._places[0] == position:
+            return self._places[1]
         both = torch.from_numpy(np.stack(self.layout.step_slots(self.epoch, self.step)))
         if self.device.type == "cuda":
             both = both.pin_memory().to(self.device, non_blocking=True)
         slots, rows = both
+        self._places = position, (slots, rows)
         return slots, rows
 
     def read(self) -> torch.Tensor:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import nn
 
 from udddm.backends.distributed.ranks import Ranks
 from udddm.config import RunConfig
 from udddm.log import log
-from udddm.objectives import Objective, age
+from udddm.objectives import Objective, Visits, age
 from udddm.training.inputs import StepInput
 
 
@@ -22,10 +24,17 @@ class StateUse:
         self._ages = torch.zeros(2, device=ranks.device)
         self._warned = False
 
-    def count(self, part: StepInput, state: torch.Tensor) -> None:
-        """Count the refined visits of a micro-batch, before its step. `state` [b, C, H, W] is its x0-state."""
-        if part.visits.refined is not None:
-            self._refined += part.visits.refined.used(part.images, state).sum()
+    def decided(self, part: StepInput, state: torch.Tensor) -> Visits:
+        """The plan of a micro-batch, after it is decided which of its visits are refined, which are counted.
+
+        `state` [b, C, H, W] is the x0-state that the micro-batch reads.
+        """
+        refined = part.visits.refined
+        if refined is None or not refined.some:
+            return part.visits
+        refined = refined.decided(part.images, state)
+        self._refined += refined.rows.sum()
+        return replace(part.visits, refined=refined)
 
     def wants_age(self, part: StepInput, step: int) -> bool:
         """Whether to call `measure_age` in step `step`: once per report, if targets are stored."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from udddm import ema, image_grid, networks, objectives, rng, store
+from udddm import ema, image_grid, networks, objectives, store
 from udddm.backends import engines
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import Ranks, Vote
@@ -27,7 +27,6 @@ from udddm.files import write_array, write_json
 from udddm.log import Dispensable, log
 from udddm.objectives.loss import visit_loss
 from udddm.order import Order
-from udddm.rng import Stream
 from udddm.runs import posthoc_ema, weights
 from udddm.runs.checkpoint import load_step, step_of
 from udddm.runs.pretrained import begin_from
@@ -37,6 +36,7 @@ from udddm.store.base import finite_rows
 from udddm.training import spikes
 from udddm.training.best import Best
 from udddm.training.callbacks import Callbacks, Given, RunInfo
+from udddm.training.dropout import Dropout
 from udddm.training.inputs import InputBuilder, Prefetch, StepInput
 from udddm.training.phases import Phases
 from udddm.training.profile import Profile, region
@@ -69,6 +69,7 @@ class Trainer:
         self.objective = objectives.build(config, self.schedule, self.total_steps / self.order.steps_per_epoch, shape)
         self.engine = engines.build(networks.for_run(config, shape), config, ranks, self.total_steps)
         self.teacher = objectives.teacher_of(config, self.engine)
+        self._dropout = Dropout(config, self.objective, self.engine.module)
         self.emas = ema.build(train, self.engine.weights())
         self.powers = [average for average in self.emas if isinstance(average, PowerEMA)]
         layout = StateLayout(self.order, self.lanes, shape, Encoding(config.store.dtype), ranks.device)
@@ -101,9 +102,10 @@ class Trainer:
             parts = inputs.next()
         with region("x0-state: read"):
             states = self.store.read().chunk(len(parts))
-        self._seed_dropout()
+        self._start_dropout()
         total, new_states = torch.zeros((), device=self.ranks.device), []
         for part, state in zip(parts, states, strict=True):
+            part.visits = self._state_use.decided(part, state)
             with self.engine.micro_batch(last=part is parts[-1]):
                 with region("forward"), self.engine.autocast():
                     losses, new = visit_loss(
@@ -128,19 +130,16 @@ class Trainer:
         """The new x0-states of a micro-batch, where they are finite, after it is counted in the metrics."""
         with region("metrics"):
             self._loss_by_sigma.add(part, losses)
-            self._state_use.count(part, state)
             if self._state_use.wants_age(part, self.step) and not self.engine.equal_forward_calls:
-                self._seed_dropout()
+                self._start_dropout()
                 with self.engine.autocast():
                     self._state_use.measure_age(self.engine.module, part, state, new)
             new, kept = finite_rows(new, state)
             self._kept_rows += kept
         return new
 
-    def _seed_dropout(self) -> None:
-        """Seed the only generator with a state; all else is a function of position."""
-        if self.config.network.dropout:
-            torch.manual_seed(rng.key(self.config.seed, Stream.DROPOUT, self.step, self.ranks.rank) >> 1)
+    def _start_dropout(self) -> None:
+        self._dropout.start(self.step, self.step // self.order.steps_per_epoch, self.ranks.rank)
 
     # The run.
 

@@ -40,7 +40,14 @@ DIMENSIONLESS = {
     *("seed", "data.expect.shape", "data.expect.classes", "published"),
     *("schedule.beta_min", "schedule.beta_max", "schedule.rho"),
     *("network.channel_mult", "network.dropout", "network.classes"),
-    *("objective.huber_c", "objective.ect.q", "objective.ect.k", "objective.ect.b", "objective.refined.min_sharpness"),
+    *(
+        "objective.pretrain_dropout",
+        "objective.huber_c",
+        "objective.ect.q",
+        "objective.ect.k",
+        "objective.ect.b",
+        "objective.refined.min_sharpness",
+    ),
     *("order.lanes", "engine.zero", "sample.guidance"),
     *("train.learning_rate", "train.weight_decay", "train.betas", "train.grad_clip", "train.ema", "train.spike_factor"),
 }

@@ -326,3 +326,24 @@ def test_the_pretrained_fraction_of_a_run_and_its_description(settings: dict[str
     assert isinstance(built, objectives.Pretrained) == (share > 0)
     if isinstance(built, objectives.Pretrained):
         assert built.epochs == share * 40
+
+
+def test_ect_s_settings_for_imagenet_64() -> None:
+    """Four stages of q = 4, the weight 1/sigma^2 + 1/sigma_data^2, and another distribution of sigma (arXiv 2406.14548;
+    the authors' code writes the weight as (sigma^2 + sigma_data^2) / (sigma sigma_data)^2)."""
+    settings = {"q": 4, "stages": 4, "weighting": "snr", "p_mean": -0.8, "p_std": 1.6}
+    tree = {"objective": {"name": "ect", "pretrain": 0.0, "ect": settings}, "network": {"condition": "none"}}
+    config = resolve({**tree, "schedule": {"kind": "ve", "sigma_min": 0.002, "sigma_max": 80.0, "sigma_data": 0.4}})
+    one = objectives.build(config, build(config.schedule), 40, SHAPE)
+    logs = []
+    for epoch, stage in ((0, 1), (9, 1), (10, 2), (25, 3), (39, 4)):
+        visits = one.plan(IDS, epoch)
+        at, below = Coefficients(*visits.coefficients), Coefficients(*visits.teacher_coefficients)
+        sigma, r = at.sigma.double().numpy(), below.sigma.double().numpy()
+        taught = visits.teacher_rows.numpy()
+        expected = sigma * (1 - (1 + 8 / (1 + np.exp(sigma))) / 4**stage)
+        np.testing.assert_allclose(r, expected[taught], rtol=1e-5)
+        assert (np.delete(expected, taught) < 0.002 + 1e-6).all()
+        np.testing.assert_allclose(visits.weight.numpy(), (sigma**2 + 0.16) / (0.4 * sigma) ** 2, rtol=1e-5)
+        logs.append(np.log(sigma))
+    assert np.mean(logs) == pytest.approx(-0.8, abs=0.1) and np.std(logs) == pytest.approx(1.6, abs=0.1)

@@ -144,7 +144,7 @@ def test_add_noise_is_alpha_times_image_plus_sigma_times_eps() -> None:
 
 
 def test_visits_move_to_a_device_with_all_fields() -> None:
-    refined = Refined(torch.tensor([True]), torch.tensor([8]), 0.5, "network")
+    refined = Refined(torch.tensor([True]), torch.zeros(1, 16), 0.5, "network")
     some = Visits(*(torch.tensor([i]) for i in range(8)), refined=refined)
     moved = some.to(torch.device("meta"))
     assert moved.condition == some.condition == "noise"

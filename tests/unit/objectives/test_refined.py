@@ -18,8 +18,7 @@ from udddm.errors import ConfigError
 from udddm.objectives import LabelDropout
 from udddm.objectives.base import Objective, Visits
 from udddm.objectives.loss import EVERY_ROW, Teacher, pseudo_huber, visit_loss
-from udddm.objectives.refined import is_generation_zero
-from udddm.rng import Stream
+from udddm.objectives.refined import initial_values, is_generation_zero
 from udddm.store.encoding import Encoding, StateDtype, generation_zero
 
 SHAPE = (1, 4, 4)
@@ -140,7 +139,7 @@ def test_a_plan_is_a_pure_function_of_each_sample(kind: dict[str, Any], source: 
         assert torch.equal(whole.coefficients[:, some], part.coefficients)
         if whole.refined is not None and part.refined is not None:
             assert torch.equal(whole.refined.rows[some], part.refined.rows)
-            assert torch.equal(whole.refined.initial_key[some], part.refined.initial_key)
+            assert torch.equal(whole.refined.initial[some], part.refined.initial)
 
 
 @KINDS
@@ -214,15 +213,46 @@ def test_nothing_is_refined_from_generation_0() -> None:
     assert same[reset].all() and not same[rows(visits) & ~reset].any()
 
 
+@pytest.mark.parametrize("use", ["image", "condition"])
+def test_visits_that_are_decided_first_train_the_same(use: str) -> None:
+    """A step decides once which visits are refined, for the loss and for the metrics."""
+    one, network = built({"name": "ict"}, above=0.0, min_sharpness=0.9, conditioned=True, use=use), Network()
+    x0, state = batch()
+    visits = one.plan(np.arange(200), 33)
+    reset = rows(visits) & (np.arange(200) % 2 == 0)
+    state[reset] = generation_zero(3, np.flatnonzero(reset), SHAPE, Encoding("fp32"))
+    assert visits.refined is not None
+    decided = visits.refined.decided(x0, state)
+    assert torch.equal(decided.rows, visits.refined.used(x0, state))
+    assert 0 < decided.rows.sum() < rows(visits).sum() - reset.sum()  # neither those of generation 0 nor blurred ones
+    expected, found = (visit_loss(network, x0, state, each) for each in (visits, replace(visits, refined=decided)))
+    assert torch.equal(expected[0], found[0]) and torch.equal(expected[1], found[1])
+    final = decided.decided(x0, x0 * 0)
+    assert torch.equal(final.rows, decided.rows)  # nothing is decided twice
+
+
+@KINDS
+def test_a_batch_without_refined_visits_is_known_on_the_host(kind: dict[str, Any]) -> None:
+    one, known = built(kind), set()
+    x0, state = batch()
+    for epoch in range(first_epoch(kind), 60):
+        refined = one.plan(np.arange(200), epoch).refined
+        assert refined is not None and refined.some == bool(refined.rows.any())
+        known.add(refined.some)
+        if not refined.some:
+            assert refined.inputs(refined.rows, x0, None, state)[0] is x0
+    assert known == {True, False}
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16", "uint8"])
 @pytest.mark.parametrize("shape", [(3, 5, 7), (1, 8, 8), (3, 32, 32)])
 def test_generation_0_is_recognized_in_every_encoding(dtype: StateDtype, shape: tuple[int, ...]) -> None:
     encoding, ids = Encoding(dtype), np.arange(500)
-    keys = rng.as_tensor(rng.keys(3, Stream.INITIAL_STATE, ids))
+    initial = initial_values(3, ids, np.ones(500, np.bool_))
     state = encoding.decode(generation_zero(3, ids, shape, encoding))
-    assert is_generation_zero(state, keys).all()
-    assert not is_generation_zero(state.roll(1, 0), keys).any()
-    assert not is_generation_zero(torch.zeros(500, *shape), keys).any()
+    assert is_generation_zero(state, initial).all()
+    assert not is_generation_zero(state.roll(1, 0), initial).any()
+    assert not is_generation_zero(torch.zeros(500, *shape), initial).any()
 
 
 def test_estimates_that_are_too_blurred_are_not_used() -> None:

@@ -17,6 +17,7 @@ from torch import nn
 
 from udddm.errors import ConfigError
 from udddm.log import log
+from udddm.networks.blocks import dropout_layers
 
 WARM_UP = 3
 """Passes before a capture, in which libraries choose algorithms and allocate workspaces."""
@@ -35,7 +36,8 @@ class GraphedNetwork(nn.Module):
     With `required=False`, a network that cannot be captured is called as it is, with a warning.
 
     The network may neither wait for the device nor choose its operations by values. Dropout draws new numbers in every
-    call, from the state of torch's generator.
+    call, from the state of torch's generator. Its probability is a constant of a graph: when that of any layer changes,
+    all graphs are released, and new ones are captured.
     """
 
     def __init__(self, network: nn.Module, *, copy_gradients: bool, required: bool = True):
@@ -43,6 +45,8 @@ class GraphedNetwork(nn.Module):
         self.network, self._copy_gradients, self._required = network, copy_gradients, required
         self._possible = True
         self._captured: dict[tuple[object, ...], _Captured] = {}
+        self._dropout = dropout_layers(network)
+        self._probabilities = [layer.p for layer in self._dropout]
 
     def forward(self, *inputs: torch.Tensor | None) -> torch.Tensor:
         captured = self._graph(inputs)
@@ -56,6 +60,12 @@ class GraphedNetwork(nn.Module):
     def _graph(self, inputs: Inputs) -> _Captured | None:
         if not self._possible or not inputs or not all(value is None or value.is_cuda for value in inputs):
             return None
+        probabilities = [layer.p for layer in self._dropout]
+        if probabilities != self._probabilities:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()  # the last replay may not be finished
+            self._captured.clear()
+            self._probabilities = probabilities
         key = (
             self.training,
             torch.is_autocast_enabled("cuda"),
