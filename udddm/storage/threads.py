@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -13,6 +13,7 @@ from udddm.errors import StoreError
 T = TypeVar("T")
 
 _abandoned: list[threading.Thread] = []
+_owners: list[object] = []
 
 
 def start_thread(body: Callable[[], None], name: str) -> threading.Thread:
@@ -76,10 +77,18 @@ class Worker:
             del future, task  # they may keep images alive until the next task
 
 
+def abandon(owners: Iterable[object]) -> None:
+    """Make `abandoned` true from now on, because the threads of these objects of another library may never end.
+
+    The objects are kept, because their destructors would wait for the threads.
+    """
+    _owners.extend(owners)
+
+
 def abandoned() -> bool:
-    """Whether a worker was closed while its task was running, and still is.
+    """Whether a worker was closed while its task was running, and still is, or `abandon` was called.
 
     The process should then end with `os._exit`: a thread that leaves PyTorch's code while the interpreter shuts down
-    aborts the process.
+    aborts the process, and the interpreter waits for those of a process group.
     """
-    return any(thread.is_alive() for thread in _abandoned)
+    return bool(_owners) or any(thread.is_alive() for thread in _abandoned)

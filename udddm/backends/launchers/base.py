@@ -132,11 +132,17 @@ def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
     check_versions(job.versions)
     needs_group = engines.find(job.config).needs_process_group
     ranks = join(job.device, job.config.order.lanes, group=needs_group, timeout=job.timeout)
+    failed = True
     try:
         dataset = job.dataset
         factory = isinstance(dataset, type) or (callable(dataset) and not hasattr(dataset, "__getitem__"))
         made = dataset() if factory else dataset  # type: ignore[operator,misc]
-        return train_rank(job.config, made, job.run_dir, ranks, listener, job.callbacks, extend=job.extend)  # type: ignore[arg-type]
+        result = train_rank(job.config, made, job.run_dir, ranks, listener, job.callbacks, extend=job.extend)  # type: ignore[arg-type]
+        failed = False
+        return result
+    except Interrupted:  # all ranks have stopped after the same step
+        failed = False
+        raise
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise _out_of_memory(job.config, error) from error
@@ -144,7 +150,7 @@ def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
             raise RankError(f"another rank is gone, or did not respond within {job.timeout:.0f} s: {error}") from error
         raise
     finally:
-        ranks.close()
+        ranks.close(failed=failed)
 
 
 def _out_of_memory(config: RunConfig, error: RuntimeError) -> ConfigError:
