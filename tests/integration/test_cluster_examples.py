@@ -20,6 +20,7 @@ import yaml
 
 from udddm import config
 from udddm.cli.train import _parser
+from udddm.order import most_lanes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SRUN = """#!{python}

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import gc
 import tracemalloc
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 
 from udddm import objectives

@@ -194,12 +194,14 @@ class OrderConfig(Section):
     )
     chunk: Positive | None = Field(
         None,
-        description="samples per chunk; unset: 4 MiB of float16 state, at most 2 MiB where lanes is unset too and the data set is large",
+        description="samples per chunk; unset: 4 MiB of float16 state, at most 2 MiB where lanes is unset too and "
+        "the data set is large",
         json_schema_extra=unit("samples"),
     )
     window: Positive | None = Field(
         None,
-        description="number of chunks that are shuffled together; unset: 8, or 1 of each of 64 lanes where lanes is unset too",
+        description="chunks of a lane that are shuffled together; unset: 8, or 1 of each of 64 lanes where lanes is "
+        "unset too",
         json_schema_extra=unit("chunks"),
     )
 
