@@ -90,9 +90,9 @@ def measure(urls: dict[str, str | Path], samples: int, batch: int, rounds: int, 
             each.store.close()
     for name, row in found.items():
         lines.append(
-            f"  {name:18} {row['mb_per_second']:7} MB/s, {row['requests_each_way']} gets and puts of {row['chunk_mb']} MB, "
-            f"{row['files']} files, {row['mb']} MB ({row['padding']:.1%} padding), three windows {row['windows_mb']} MB, "
-            f"{row['samples_shuffled_together']} samples shuffled together"
+            f"  {name:18} {row['mb_per_second']:7} MB/s, {row['requests_each_way']} gets and puts of "
+            f"{row['chunk_mb']} MB, {row['files']} files, {row['mb']} MB ({row['padding']:.1%} padding), "
+            f"three windows {row['windows_mb']} MB, {row['samples_shuffled_together']} samples shuffled together"
         )
         print(lines[-1], flush=True)
     return found

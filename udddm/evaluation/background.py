@@ -212,8 +212,7 @@ class RunEvaluation:
 
 
 def _use_own_stream(device: torch.device) -> None:
-    """Give this thread's kernels on a GPU a stream of the lowest priority, so that those of training do not queue behind
-    them.
+    """Give this thread's kernels on a GPU a stream of the lowest priority: those of training do not queue behind them.
 
     CUDA's lowest priority, 0, is also that of the stream of training. A new thread's current device is the first GPU
     unless it is set.

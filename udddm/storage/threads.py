@@ -38,9 +38,9 @@ _M_ARENA_MAX = -8  # of glibc's malloc.h
 def share_arena() -> None:
     """Make the threads of this process that allocate memory from now on share one arena of malloc (glibc).
 
-    By default each thread has another, which keeps what the thread has freed: of the memory of a rank, whose threads
-    hand arrays of megabytes to each other, that was more than half, and it grew for as long as the run lasted. Does
-    nothing with another C library, or if the environment sets MALLOC_ARENA_MAX or GLIBC_TUNABLES.
+    By default each thread has another, which keeps what the thread has freed. The threads of a rank hand arrays of
+    megabytes to each other, so that its memory would grow for as long as a run lasts. Does nothing with another C
+    library, or if the environment sets MALLOC_ARENA_MAX or GLIBC_TUNABLES.
     """
     if sys.platform == "linux" and not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
         mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
