@@ -5,7 +5,7 @@
 # share, or be a URL (--run-dir s3://bucket/run). Two minutes before the time limit, and when the job is preempted with a
 # grace period, every rank receives SIGTERM. The ranks agree on a step, write a checkpoint and exit with 143; the job is
 # then requeued and resumes. After a lost node, Slurm's --requeue does the same. The number of ranks must divide
-# order.lanes (8).
+# order.lanes (8 or 64 by default, docs/store.md).
 #SBATCH --job-name=udddm
 #SBATCH --nodes=2
 #SBATCH --ntasks-per-node=4

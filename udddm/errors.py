@@ -19,6 +19,17 @@ class ConfigError(UdddmError, ValueError):
     """The user has to correct the configuration. The message names the key and what to do."""
 
 
+class LanesError(ConfigError):
+    """The number of ranks does not divide the `lanes` of the order."""
+
+    def __init__(self, message: str, lanes: int):
+        self.lanes = lanes
+        super().__init__(message)
+
+    def __reduce__(self) -> tuple[type[LanesError], tuple[str, int]]:
+        return LanesError, (str(self), self.lanes)
+
+
 class DataError(UdddmError, ValueError):
     """The user has to correct the data. The message names the file or sample, what is wrong, and what to do."""
 

@@ -19,26 +19,62 @@ import numpy.typing as npt
 
 from udddm import rng
 from udddm.config import OrderConfig
-from udddm.errors import ConfigError
+from udddm.errors import ConfigError, LanesError
 from udddm.rng import Stream
 
 Indices = npt.NDArray[np.int64]
 
 CHUNK_BYTES = 4 << 20
 WINDOW_CHUNKS = 8
+LANES, FEW_LANES = 64, 8
+"""The lanes of a large and of a small data set, as far as they divide the batch size."""
+SMALL_CHUNK_BYTES = 2 << 20
+"""The largest chunk where there are `LANES`. All their windows together are 64 chunks, as those of `FEW_LANES` are."""
+_FEWEST_CHUNKS = 4  # in each of `LANES`
 _ROUNDS = 6
 _RECORDED = ("seed", "samples", "batch", "lanes", "chunk", "window")  # names on disk
 
 
 def check_world(lanes: int, world: int) -> None:
-    """Raises ConfigError, naming the nearest numbers of ranks that do, if `world` ranks do not divide the lanes."""
+    """Raises LanesError, naming the nearest numbers of ranks that do, if `world` ranks do not divide the lanes."""
     if lanes % world:
         fitting = sorted((w for w in range(1, lanes + 1) if lanes % w == 0), key=lambda w: abs(w - world))[:2]
-        raise ConfigError(
+        more = (
+            f". A run keeps its lanes: for more ranks begin another with order.lanes={math.lcm(lanes, world)}, which "
+            "must divide train.batch_size, and with train.init_from to go on from the weights of an earlier run"
+        )
+        raise LanesError(
             f"{world} ranks do not divide order.lanes={lanes}; the nearest numbers of ranks that do: "
             + " and ".join(str(w) for w in sorted(fitting))
-            + (f"; begin a new run with order.lanes={math.lcm(lanes, world)} for more" if world > lanes else "")
+            + (more if world > lanes else ""),
+            lanes,
         )
+
+
+def most_lanes(config: OrderConfig, batch: int) -> int:
+    """The lanes of a run with this configuration, or the most that it can have if they depend on the data set."""
+    return config.lanes or math.gcd(LANES, batch)
+
+
+def settled(config: OrderConfig, samples: int, batch: int, shape: tuple[int, ...]) -> OrderConfig:
+    """The order with the lanes that a new run of `samples` images of `shape` (C, H, W) has if they are not set.
+
+    These are `LANES` if each of them has at least four chunks of `SMALL_CHUNK_BYTES` of float16 values, or somewhat
+    smaller ones of equal size, in windows of one chunk; otherwise `FEW_LANES`, with chunks and windows that do not
+    depend on the data set. The result is recorded in the run, which keeps it. What is set is returned unchanged.
+    """
+    if config.lanes is not None:
+        return config
+    many = math.gcd(LANES, batch)
+    chunk = config.chunk or max(1, SMALL_CHUNK_BYTES // (2 * int(np.prod(shape))))
+    if many > FEW_LANES and samples >= many * _FEWEST_CHUNKS * chunk:
+        longest = -(-samples // many)
+        even = -(-longest // -(-longest // chunk))
+        return OrderConfig(lanes=many, chunk=config.chunk or even, window=config.window or LANES // many)
+    few = math.gcd(FEW_LANES, batch)
+    while few > max(1, samples):
+        few //= 2
+    return config.model_copy(update={"lanes": few})
 
 
 @dataclass(frozen=True)
@@ -110,8 +146,11 @@ class Order:
     def build(cls, config: OrderConfig, seed: int, samples: int, batch: int, shape: tuple[int, ...]) -> Order:
         """The configured order for images of `shape` (C, H, W). Raises ConfigError.
 
-        By default a chunk is 4 MiB of float16 values (whatever the store's dtype) and a window is 8 chunks.
+        Lanes that are not set are those of `settled`. Where they are set, a chunk is by default 4 MiB of float16
+        values (whatever the store's dtype) and a window is 8 chunks.
         """
+        config = settled(config, samples, batch, shape)
+        assert config.lanes is not None
         chunk = config.chunk or max(1, CHUNK_BYTES // (2 * int(np.prod(shape))))
         return cls(seed, samples, batch, config.lanes, chunk, config.window or WINDOW_CHUNKS)
 

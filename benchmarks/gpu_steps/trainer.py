@@ -100,7 +100,8 @@ def against_bare(bench: Bench, graphs: bool = False) -> None:
                 synchronize(ranks.device)
                 if number:  # the first warms up
                     seconds[name].append(time.perf_counter() - began)
-        waits = {kind: t.store.counters.read_wait + t.store.counters.write_wait for kind, t in trainers.items()}
+        counted = {kind: t.store.counters for kind, t in trainers.items()}
+        waits = {kind: (c.waited, c.read_wait + c.write_wait) for kind, c in counted.items()}
         idle = {name: idle_share(step, ranks.device, bench.pick(8, 1)) for name, step in steps.items()}
     size = count * chosen.train.batch_size
     for name, spent in seconds.items():
@@ -108,7 +109,8 @@ def against_bare(bench: Bench, graphs: bool = False) -> None:
         if name != "bare":
             ratios = [b / s for b, s in zip(seconds["bare"], spent, strict=True)]
             figures["of_bare"] = round(statistics.median(ratios), 3)
-            figures["store_wait"] = round(waits[name] / sum(spent), 4)
+            device, host = (round(wait / sum(spent), 4) for wait in waits[name])
+            figures |= {"store_wait": device, "store_wait_of_host": host}
         bench.report(**{name: figures})
 
 

@@ -29,7 +29,7 @@ STAGES = {
     "zero3": "engine={name: deepspeed, zero: 3}",
     "zero2_offload": "engine={name: deepspeed, zero: 2, offload: true}",
 }
-STEPS = 6
+STEPS = 20
 MOMENT_LIMIT = 0.1
 """Of the largest value. Half precision moves moments by percents; a wrong loss scale makes this 1 or far more."""
 

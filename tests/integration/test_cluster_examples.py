@@ -20,6 +20,7 @@ import yaml
 
 from udddm import config
 from udddm.cli.train import _parser
+from udddm.order import most_lanes
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SRUN = """#!{python}
@@ -103,7 +104,8 @@ def test_the_command_of_the_rayjob_is_valid() -> None:
     entry = shlex.split(manifest()["spec"]["entrypoint"])
     assert entry[0] == "udddm-train"
     arguments = _parser().parse_args(entry[1:])
-    lanes = config.load_config(arguments.config).order.lanes
+    loaded = config.load_config(arguments.config)
+    lanes = most_lanes(loaded.order, loaded.train.batch_size)
     assert any(lanes % workers == 0 for workers in range(arguments.workers[0], arguments.workers[1] + 1))
 
 

@@ -201,7 +201,7 @@ def test_no_rank_outlives_its_launcher(tmp_path: Path) -> None:
     [
         (["--workers", "3"], "the nearest numbers of ranks that do: 2 and 4"),
         (["--workers", "2", "--set", "data.name=nonsense:factory"], "nonsense"),
-        (["--workers", "5:7"], "order.lanes=8"),
+        (["--workers", "5:7"], "order.lanes=64"),
     ],
 )
 def test_errors_that_a_restart_cannot_fix_are_raised_immediately(

@@ -171,7 +171,7 @@ def test_a_changed_data_set_is_refused(tmp_path: Path) -> None:
 
 def test_fewer_samples_than_lanes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"order\.lanes"):
-        train(tiny(), tmp_path, Squares(5))
+        train(tiny(order={"lanes": 8}), tmp_path, Squares(5))
 
 
 def test_an_empty_data_set_is_refused(tmp_path: Path) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import math
+import pickle
 from collections import defaultdict
 from dataclasses import dataclass
 
@@ -13,8 +15,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from udddm.config import OrderConfig
-from udddm.errors import ConfigError
-from udddm.order import Batch, LaneStep, Order
+from udddm.errors import ConfigError, LanesError
+from udddm.order import Batch, LaneStep, Order, most_lanes, settled
 
 quick = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -316,15 +318,15 @@ def test_the_error_names_the_nearest_numbers_of_ranks_that_divide_the_lanes(
     lanes: int, world: int, nearest: str
 ) -> None:
     order = Order(0, 100, lanes, lanes, 4, 2)
-    with pytest.raises(
-        ConfigError, match=rf"{world} ranks .*order\.lanes={lanes}.*: {nearest}(; begin a new run .*)?$"
-    ):
+    with pytest.raises(ConfigError, match=rf"{world} ranks .*order\.lanes={lanes}.*: {nearest}(\. A run keeps .*)?$"):
         order.lanes_of(0, world)
 
 
 def test_more_ranks_than_lanes_need_a_new_run_with_more_lanes() -> None:
-    with pytest.raises(ConfigError, match=r"begin a new run with order\.lanes=16 for more"):
+    with pytest.raises(LanesError, match=r"begin another with order\.lanes=16,.*train\.init_from") as raised:
         Order(0, 100, 8, 8, 4, 2).lanes_of(0, 16)
+    sent = pickle.loads(pickle.dumps(raised.value))
+    assert (sent.lanes, str(sent)) == (8, str(raised.value))
 
 
 @pytest.mark.parametrize("world", [1, 2, 4, 8])
@@ -348,9 +350,11 @@ def test_lanes_must_divide_the_batch_and_each_have_a_sample() -> None:
 
 
 def test_defaults_are_chunks_of_4_mib_of_float16_and_eight_chunks_per_window() -> None:
-    order = Order.build(OrderConfig(), 0, 10**6, 128, (3, 32, 32))
+    order = Order.build(OrderConfig(lanes=8), 0, 10**6, 128, (3, 32, 32))
     assert order.chunk_size * 3 * 32 * 32 * 2 <= 4 << 20 < (order.chunk_size + 1) * 3 * 32 * 32 * 2
     assert order.chunks_per_window == 8
+    cifar10 = Order.build(OrderConfig(), 0, 50_000, 128, (3, 32, 32))
+    assert (cifar10.num_lanes, cifar10.chunk_size, cifar10.chunks_per_window) == (8, order.chunk_size, 8)
     assert Order.build(OrderConfig(), 0, 100, 8, (3, 2048, 2048)).chunk_size == 1
     assert Order.build(OrderConfig(chunk=7, window=3), 0, 100, 8, (1, 2, 2)).fingerprint() == {
         "seed": 0,
@@ -360,6 +364,45 @@ def test_defaults_are_chunks_of_4_mib_of_float16_and_eight_chunks_per_window() -
         "chunk": 7,
         "window": 3,
     }
+
+
+@given(
+    samples=st.integers(1, 5_000_000),
+    batch=st.integers(1, 4096),
+    side=st.sampled_from([1, 8, 32, 64, 256]),
+    chunk=st.none() | st.integers(1, 1000),
+    window=st.none() | st.integers(1, 9),
+)
+def test_a_new_run_has_as_many_lanes_as_its_data_set_fills(
+    samples: int, batch: int, side: int, chunk: int | None, window: int | None
+) -> None:
+    """64 where each has four chunks or more, in chunks of 1 to 2 MiB of float16 (or one image); otherwise at most 8."""
+    shape, row = (3, side, side), 2 * 3 * side * side
+    config = settled(OrderConfig(chunk=chunk, window=window), samples, batch, shape)
+    assert config.lanes is not None and batch % config.lanes == 0 and config.lanes <= samples
+    assert settled(config, samples, batch, shape) == config  # what a run records does not change again
+    built = Order.build(config, 0, samples, batch, shape)
+    at_once = Order.build(OrderConfig(chunk=chunk, window=window), 0, samples, batch, shape)
+    assert built.fingerprint() == at_once.fingerprint()
+    if config.lanes > 8:
+        assert config.lanes == math.gcd(64, batch)
+        assert built.num_chunks(config.lanes - 1) >= 4
+        assert config.window == (window or 64 // config.lanes) and config.chunk is not None
+        if chunk is None:
+            assert config.chunk == 1 or config.chunk * row <= 2 << 20
+            assert config.chunk * row > 1 << 20 or row > 1 << 18
+            assert built.num_chunks(0) * config.chunk < built.lane_slots(0) + built.num_chunks(0)  # evenly filled
+    else:
+        assert (config.chunk, config.window) == (chunk, window)
+        assert config.lanes == math.gcd(8, batch) or config.lanes * 2 > samples
+        assert batch % 16 or samples < 64 * 4 * (chunk or max(1, (2 << 20) // row))
+    assert config.lanes <= most_lanes(OrderConfig(), batch)
+
+
+def test_lanes_that_are_set_are_obeyed() -> None:
+    for lanes in (1, 8, 128):
+        assert settled(OrderConfig(lanes=lanes), 10**7, 128, (3, 32, 32)) == OrderConfig(lanes=lanes)
+        assert most_lanes(OrderConfig(lanes=lanes), 128) == lanes
 
 
 def test_the_order_does_not_change_between_versions() -> None:

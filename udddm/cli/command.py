@@ -7,6 +7,7 @@ import errno
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -41,8 +42,23 @@ def reported(body: Callable[[], int], *, clean_up: bool = True) -> int:
     KeyboardInterrupt, so that temporary files are removed.
     """
     from udddm import log
+    from udddm.storage import threads
 
     log.install(force=True)
+    try:
+        code = _code_of(body, clean_up=clean_up)
+    except Exception:
+        if not threads.abandoned():
+            raise
+        traceback.print_exc()
+        code = FAILED
+    if threads.abandoned():
+        _exit_now(code)
+    return code
+
+
+def _code_of(body: Callable[[], int], *, clean_up: bool) -> int:
+    """The exit code of a command, after its errors are printed. Raises the exceptions that keep their traceback."""
     try:
         with _stopping() if clean_up else nullcontext():
             code = body()
@@ -74,7 +90,6 @@ def reported(body: Callable[[], int], *, clean_up: bool = True) -> int:
             else "; the same command resumes from the newest checkpoint, or starts again if there is none"
         )
         code = _say(f"stopped immediately{resumes}", 128 + signum)
-    _exit_if_abandoned(code)
     return code
 
 
@@ -105,16 +120,14 @@ def _stopping() -> Iterator[None]:
             signal.signal(number, before)
 
 
-def _exit_if_abandoned(code: int) -> None:
-    """End the process now if a thread still waits for a data set or a feature network that does not return."""
-    from udddm.storage import threads
-
-    if threads.abandoned():
-        for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
-                with suppress(OSError, ValueError):
-                    stream.flush()
-        os._exit(code)
+def _exit_now(code: int) -> None:
+    """End the process without waiting for threads, of which one waits for a data set, a feature network or a rank that
+    does not return."""
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError, ValueError):
+                stream.flush()
+    os._exit(code)
 
 
 def path(text: str) -> Path:

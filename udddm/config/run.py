@@ -187,14 +187,22 @@ class OrderConfig(Section):
     """The order in which samples are visited (docs/architecture.md). It affects the result, and is the same for every
     store."""
 
-    lanes: Positive = Field(
-        8, description="number of fixed partitions of the data set; the number of ranks must divide it"
+    lanes: Positive | None = Field(
+        None,
+        description="number of fixed partitions of the data set; the number of ranks must divide it; unset: 64 for a "
+        "large data set, 8 for a small one (docs/store.md), and what divides train.batch_size",
     )
     chunk: Positive | None = Field(
-        None, description="samples per chunk; unset: 4 MiB of float16 state", json_schema_extra=unit("samples")
+        None,
+        description="samples per chunk; unset: 4 MiB of float16 state, at most 2 MiB where lanes is unset too and "
+        "the data set is large",
+        json_schema_extra=unit("samples"),
     )
     window: Positive | None = Field(
-        None, description="number of chunks that are shuffled together; unset: 8", json_schema_extra=unit("chunks")
+        None,
+        description="chunks of a lane that are shuffled together; unset: 8, or 1 of each of 64 lanes where lanes is "
+        "unset too",
+        json_schema_extra=unit("chunks"),
     )
 
 
@@ -302,7 +310,7 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> RunConfig:
-        if self.train.batch_size % self.order.lanes:
+        if self.order.lanes is not None and self.train.batch_size % self.order.lanes:
             raise ValueError(
                 f"order.lanes ({self.order.lanes}) must divide train.batch_size ({self.train.batch_size}): "
                 "each lane contributes the same number of samples to a step"

@@ -51,8 +51,7 @@ class BackgroundEvaluation:
             for network in self._networks:
                 evaluate.check_reference(self._file, network, dataset.shape)
         self._references: list[Reference] = []
-        # A new thread's current device is the first GPU unless it is set.
-        choose = partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        choose = partial(_use_own_stream, device) if device.type == "cuda" else None
         self._worker = Worker("evaluation", choose)
         self._pending: dict[Future[None], tuple[int, int]] = {}  # the step, and the bytes of its images
         self._cancelled = threading.Event()
@@ -210,6 +209,18 @@ class RunEvaluation:
     def cancel(self) -> None:
         if self._scores is not None:
             self._scores.cancel()
+
+
+def _use_own_stream(device: torch.device) -> None:
+    """Give this thread's kernels on a GPU a stream of the lowest priority: those of training do not queue behind them.
+
+    CUDA's lowest priority, 0, is also that of the stream of training. A new thread's current device is the first GPU
+    unless it is set.
+    """
+    torch.cuda.set_device(device)
+    stream = torch.cuda.Stream(device, priority=0)  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.default_stream(device))  # on which the feature networks were loaded
+    torch.cuda.set_stream(stream)
 
 
 def _succeeded(future: Future[None]) -> bool:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from udddm.backends.distributed.ranks import Ranks
-from udddm.config import RunConfig, StoreConfig, as_yaml, resolve
+from udddm.config import OrderConfig, RunConfig, StoreConfig, as_yaml, resolve
 from udddm.data import ImageDataset, check_unchanged
 from udddm.errors import ConfigError, DataError
 from udddm.files import load_json, lock_file, make_directory, sync_directory, sync_file, write_json, write_text
@@ -213,6 +213,19 @@ def _check(path: Path, config: RunConfig, dataset: ImageDataset) -> None:
     if config.network.classes:  # a run that learned other labels cannot go on with these
         current.pop("earlier_digest", None)
     check_unchanged(recorded["dataset"], current)
+
+
+def recorded_order(run_dir: Path, config: RunConfig) -> OrderConfig | None:
+    """The order of the run in a directory, with what `config` sets; None if there is no run.
+
+    The lanes that a run had by default stay its own, whatever the default of this version is.
+    """
+    path = run_dir / "run.json"
+    if not path.exists():
+        return None
+    begun = resolve(load_json(path, "config")["config"], str(path)).order
+    given = {key: value for key, value in config.order if value is not None}
+    return begun.model_copy(update=given)
 
 
 def differences(old: dict[str, Any], new: dict[str, Any], prefix: str = "") -> list[str]:

@@ -27,7 +27,7 @@ class LocalObjectStore(ObjectStore):
     def __init__(self, root: Path):
         super().__init__()
         self.root = root.resolve()  # so that two spellings of a path are recognized as the same
-        self._unsynced: set[Path] = set()
+        self._unsynced: set[str] = set()  # of each, all directories from the root down to it
         self._unsynced_lock = threading.Lock()
         self._syncing = threading.Lock()
         self._has_locks: bool | None = None
@@ -80,9 +80,12 @@ class LocalObjectStore(ObjectStore):
         return self._has_locks
 
     def _remember(self, key: str) -> None:
-        """Remember the directories from the root down to an object's own for the next `sync`."""
+        """Remember the directories from the root down to an object's own for the next `sync`.
+
+        There may be a directory for every chunk of a lane, so only the names of the innermost are kept.
+        """
         with self._unsynced_lock:
-            self._unsynced.update((self.root / key).parents[: key.count("/") + 1])
+            self._unsynced.add(key.rpartition("/")[0])
 
     def _compare_and_swap(self, key: str, data: bytes, expected: bytes) -> bool:
         path = self.root / key
@@ -121,13 +124,17 @@ class LocalObjectStore(ObjectStore):
             with self._unsynced_lock:
                 waiting, self._unsynced = self._unsynced, set()
             try:
-                for directory in sorted(waiting, key=lambda each: -len(each.parts)):
-                    with suppress(FileNotFoundError):  # deleted since
-                        sync_directory(directory)
-                    waiting.remove(directory)
+                while waiting:
+                    deepest = max(map(_depth, waiting))
+                    for name in [each for each in waiting if _depth(each) == deepest]:
+                        with suppress(FileNotFoundError):  # deleted since
+                            sync_directory(self.root / name)
+                        waiting.remove(name)
+                        if name:
+                            waiting.add(name.rpartition("/")[0])
             except OSError as error:
                 raise StoreError(
-                    f"cannot sync {directory}: {error}. {_RESUME.format(remedy='make room or restore access')}"
+                    f"cannot sync {self.root / name}: {error}. {_RESUME.format(remedy='make room or restore access')}"
                 ) from error
             finally:
                 with self._unsynced_lock:
@@ -154,3 +161,8 @@ class LocalObjectStore(ObjectStore):
 
     def uri(self, key: str) -> str:
         return str(self.root / key)
+
+
+def _depth(name: str) -> int:
+    """The number of directories from the root, which is "", to a directory."""
+    return name.count("/") + 1 if name else 0

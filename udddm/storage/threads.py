@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 import queue
+import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from typing import Any, TypeVar
 
@@ -13,6 +16,7 @@ from udddm.errors import StoreError
 T = TypeVar("T")
 
 _abandoned: list[threading.Thread] = []
+_owners: list[object] = []
 
 
 def start_thread(body: Callable[[], None], name: str) -> threading.Thread:
@@ -26,6 +30,22 @@ def start_thread(body: Callable[[], None], name: str) -> threading.Thread:
             "(ulimit -u, or pids of the container), then run the same command again"
         ) from error
     return thread
+
+
+_M_ARENA_MAX = -8  # of glibc's malloc.h
+
+
+def share_arena() -> None:
+    """Make the threads of this process that allocate memory from now on share one arena of malloc (glibc).
+
+    By default each thread has another, which keeps what the thread has freed. The threads of a rank hand arrays of
+    megabytes to each other, so that its memory would grow for as long as a run lasts. Does nothing with another C
+    library, or if the environment sets MALLOC_ARENA_MAX or GLIBC_TUNABLES.
+    """
+    if sys.platform == "linux" and not {"MALLOC_ARENA_MAX", "GLIBC_TUNABLES"} & os.environ.keys():
+        mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+        if mallopt is not None:
+            mallopt(_M_ARENA_MAX, 1)
 
 
 class Worker:
@@ -76,10 +96,18 @@ class Worker:
             del future, task  # they may keep images alive until the next task
 
 
+def abandon(owners: Iterable[object]) -> None:
+    """Make `abandoned` true from now on, because the threads of these objects of another library may never end.
+
+    The objects are kept, because their destructors would wait for the threads.
+    """
+    _owners.extend(owners)
+
+
 def abandoned() -> bool:
-    """Whether a worker was closed while its task was running, and still is.
+    """Whether a worker was closed while its task was running, and still is, or `abandon` was called.
 
     The process should then end with `os._exit`: a thread that leaves PyTorch's code while the interpreter shuts down
-    aborts the process.
+    aborts the process, and the interpreter waits for those of a process group.
     """
-    return any(thread.is_alive() for thread in _abandoned)
+    return bool(_owners) or any(thread.is_alive() for thread in _abandoned)

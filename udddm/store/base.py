@@ -41,6 +41,9 @@ class StoreCounters:
 
     read_wait: float = 0.0
     write_wait: float = 0.0
+    """Of the host, in `read` and `write`."""
+    idle: float | None = None
+    """The part of both in which the device had nothing to do (udddm/store/idle.py); None: all of it."""
     bytes_read: int = 0
     bytes_written: int = 0
     retries: int = 0
@@ -52,12 +55,17 @@ class StoreCounters:
     kept: int = 0
     """Rows that kept their previous value because their successor was not finite (`finite_rows`)."""
 
+    @property
+    def waited(self) -> float:
+        """Seconds in which the device waited for the store."""
+        return self.read_wait + self.write_wait if self.idle is None else self.idle
+
     def metrics(self, before: StoreCounters, seconds: float) -> dict[str, float]:
         """The metrics of the last `seconds`, at whose start the totals were `before`."""
         read_wait, write_wait = self.read_wait - before.read_wait, self.write_wait - before.write_wait
         moved = self.bytes_read + self.bytes_written - before.bytes_read - before.bytes_written
         return {
-            "store_wait_fraction": (read_wait + write_wait) / seconds,
+            "store_wait_fraction": (self.waited - before.waited) / seconds,
             "store_read_wait_seconds": read_wait,
             "store_write_wait_seconds": write_wait,
             "store_queue_depth": (self.queued - before.queued) / max(1, self.reads - before.reads),

@@ -38,6 +38,7 @@ from udddm.storage.threads import start_thread
 from udddm.store.autotune import Autotune, Limits
 from udddm.store.base import StateSource, X0Store
 from udddm.store.encoding import Rows
+from udddm.store.idle import idle_of
 from udddm.store.layout import StateLayout
 from udddm.store.pool import Pool
 from udddm.store.snapshot import visited_rows
@@ -119,6 +120,7 @@ class HostStore(X0Store):
         self._writers = Pool("x0-state-write", self.pace.writers)
         self._cleaner = Pool("x0-state-clean", 1)  # so that deletions never delay a write
         self._threads: list[threading.Thread] = []
+        self._idle = idle_of(device)
         self._last_read: tuple[float, float] | None = None  # time at which `read` returned, and the write wait so far
         # One stream per direction: on a shared one, copies of coming batches would wait for the current step's results.
         self._reading = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -140,13 +142,17 @@ class HostStore(X0Store):
         if self._last_read is not None:
             since, waited = self._last_read
             self.pace.step.add(began - since - (counters.write_wait - waited))
+        if not queued:
+            self._idle.begin()
         epoch, step, stored, copied = self._waiting(lambda: self._ready.get(timeout=_POLL))
         now = time.perf_counter()
         self._last_read = now, counters.write_wait
         counters.queued += queued
         counters.reads += 1
         if not queued:
+            self._idle.end()
             counters.read_wait += now - began
+        counters.idle = self._idle.seconds
         assert (epoch, step) == (self.epoch, self.step), "read and write must alternate"
         if copied is not None:
             current = torch.cuda.current_stream(self.device)
@@ -171,9 +177,12 @@ class HostStore(X0Store):
         with self._changed:
             self._in_progress += 1
         began = time.perf_counter() if self._results.full() else None
+        if began is not None:
+            self._idle.begin()
         item = (self.epoch, self.step, encoded, copied)
         self._waiting(lambda: self._results.put(item, timeout=_POLL))
         if began is not None:
+            self._idle.end()
             self.counters.write_wait += time.perf_counter() - began
         self.counters.retries = self.table.retries
 

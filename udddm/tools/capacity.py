@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from udddm.config import OrderConfig
-from udddm.order import Order
+from udddm.order import LANES, Order
 from udddm.storage.base import ObjectStore
 from udddm.store.encoding import Encoding, StateDtype
 
@@ -48,12 +48,11 @@ class Needs:
 def needs(
     samples: int, shape: tuple[int, ...], dtype: StateDtype, images_per_second: float, workers: int, batch: int
 ) -> Needs:
-    """Compute the needs. With more than 8 workers the number of lanes is a multiple of 8. Raises ConfigError if the
-    workers do not divide the lanes."""
-    lanes = max(8, workers)
-    config = OrderConfig(lanes=lanes)
-    order = Order.build(config, 0, samples, batch * lanes // math.gcd(batch, lanes), shape)
-    order.lanes_of(0, workers)
+    """Compute the needs. The lanes are those that such a run has by default, or as many as there are workers."""
+    order = Order.build(OrderConfig(), 0, samples, math.lcm(batch, LANES), shape)
+    if order.num_lanes % workers:
+        order = Order.build(OrderConfig(lanes=workers), 0, samples, math.lcm(batch, workers), shape)
+    lanes = order.num_lanes
     item = int(np.prod(shape)) * Encoding(dtype).array.itemsize
     window = min(order.chunks_per_window * order.chunk_size, order.longest_lane)
     return Needs(

@@ -17,7 +17,7 @@ from udddm.diffusion import schedule
 from udddm.errors import ConfigError
 from udddm.networks.cost import cost as network_cost
 from udddm.objectives import Objective
-from udddm.order import Order
+from udddm.order import Order, most_lanes
 from udddm.store import Encoding, StateLayout
 from udddm.tools import gpus
 from udddm.tools.gpus import GPUs
@@ -38,7 +38,8 @@ def plan(
     Without `dataset`, the data are loaded only if `data.path` is set or their size is not known otherwise. Raises
     ConfigError and DataError as a run would.
     """
-    ranks = join(device, config.order.lanes, group=engines.find(config).needs_process_group)
+    lanes_here = most_lanes(config.order, config.train.batch_size)
+    ranks = join(device, lanes_here, group=engines.find(config).needs_process_group)
     if config.train.torch_threads is not None:
         torch.set_num_threads(config.train.torch_threads)
     train = config.train

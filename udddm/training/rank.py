@@ -18,17 +18,18 @@ from udddm import store as stores
 from udddm.backends.distributed.listener import Listener
 from udddm.backends.distributed.ranks import Ranks
 from udddm.backends.engines import memory
-from udddm.config import RunConfig, StoreConfig
+from udddm.config import OrderConfig, RunConfig, StoreConfig
 from udddm.config.plugins import ENGINES, METRICS, NETWORKS, SAMPLERS, STORES
 from udddm.data import ImageDataset, MapDataset, check_agreement, load_dataset
 from udddm.diffusion import samplers, schedule
 from udddm.errors import CheckpointError, ConfigError, DataError, StoreError
 from udddm.files import load_json
 from udddm.log import log
+from udddm.order import check_world, most_lanes, settled
 from udddm.runs import growing, own
 from udddm.runs.conditions import conditions_of
 from udddm.runs.remote import open_run
-from udddm.runs.run import Run, check_or_record, run_id
+from udddm.runs.run import Run, check_or_record, recorded_order, run_id
 from udddm.storage import local_path, open_object_store
 from udddm.training import spikes
 from udddm.training.callbacks import Given, check_loggers
@@ -69,19 +70,11 @@ def train_rank(
         check_agreement([fingerprint for fingerprint, _ in seen], [place for _, place in seen])
     with ExitStack() as held:
 
-        def take() -> None:
+        def take() -> OrderConfig:
             held.enter_context(run.lock())
-            run.download()
-            trained = run.trained()
-            if extend:
-                growing.extend(run, config, images)
-            check_or_record(run.path, config, images, trained=trained)
-            own.remember(run_id(run.path), config.data)
-            if not trained and not (run.path / "result.json").exists():
-                run.discard_state()
-            run.persist()
+            return _begin(run, config, images, ranks.world_size, extend=extend)
 
-        ranks.run_on_rank_zero(take, refused)
+        order = ranks.run_on_rank_zero(take, refused)
         held.callback(run.leave)
         ranks.run_on_all(lambda: run.check_visible(ranks), refused)
         chosen = store_of(config, images.shape)
@@ -92,7 +85,30 @@ def train_rank(
                 ranks.check_shared(directory, "the x0-state's directory")
             else:  # every rank must be able to reach it with the credentials of its machine
                 ranks.run_on_all(lambda: open_object_store(url).exists("zarr.json"), refused)
-        return _train(config, images, run, ranks, (listener, callbacks))
+        settings = config.model_copy(update={"order": order})
+        return _train(settings, images, run, ranks, (listener, callbacks))
+
+
+def _begin(run: Run, config: RunConfig, images: ImageDataset, world: int, *, extend: bool) -> OrderConfig:
+    """Record a new run, or check that the run is one of `config`, once its lock is held. Returns its order.
+
+    Raises the errors of `train_rank`.
+    """
+    run.download()
+    trained = run.trained()
+    known = trained or (run.path / "result.json").exists()
+    order = recorded_order(run.path, config) if known else None
+    order = order or settled(config.order, len(images), config.train.batch_size, images.shape)
+    check_world(most_lanes(order, config.train.batch_size), world)
+    config = config.model_copy(update={"order": order})
+    if extend:
+        growing.extend(run, config, images)
+    check_or_record(run.path, config, images, trained=trained)
+    own.remember(run_id(run.path), config.data)
+    if not known:
+        run.discard_state()
+    run.persist()
+    return order
 
 
 def check_factories(config: RunConfig, shape: tuple[int, int, int]) -> None:

@@ -110,7 +110,7 @@ class Reports:
             "steps": step,
             "epochs": step / order.steps_per_epoch,
             "images_per_second": (step - self.first) / order.steps_per_epoch * order.samples / elapsed,
-            "store_wait_fraction": (counters.read_wait + counters.write_wait) / elapsed,
+            "store_wait_fraction": counters.waited / elapsed,
             "peak_host_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
         }
 

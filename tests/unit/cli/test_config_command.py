@@ -29,7 +29,7 @@ def test_a_preset_is_shown_as_its_file(capsys: pytest.CaptureFixture[str]) -> No
 def test_with_settings_the_complete_configuration_is_shown(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert config_command(["show", "digits", "lr=0.5", "objective=ect"]) == 0
     shown = capsys.readouterr().out
-    assert yaml.safe_load(shown)["order"]["lanes"] == 8  # a default
+    assert yaml.safe_load(shown)["seed"] == 0  # a default
     (tmp_path / "shown.yaml").write_text(shown)
     assert load_config(tmp_path / "shown.yaml") == load_config("digits", ["lr=0.5", "objective=ect"])
     assert config_command(["show", str(tmp_path / "shown.yaml"), "--all"]) == 0

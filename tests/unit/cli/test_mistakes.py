@@ -71,7 +71,7 @@ MISTAKES = [
     ("train --config digits --set seed", "seed: write key=value"),
     ("train --config digits steps=", "the length of the run is missing: set train.steps or train.epochs"),
     ("train --config digits epochs=2 train.lr_shedule=cosine", "did you mean train.lr_schedule?"),
-    ("train --config digits batch_size=30", "order.lanes (8) must divide train.batch_size (30)"),
+    ("train --config digits batch_size=30 order.lanes=8", "order.lanes (8) must divide train.batch_size (30)"),
     # Data.
     ("train --config digits data=cifar-10", "data.name: unknown data set 'cifar-10'; did you mean cifar10?"),
     ("train --config digits data.path=pictures", "to train on pictures, set data.name=folder"),

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -72,3 +76,42 @@ def test_a_pool_continues_with_the_threads_that_could_start(monkeypatch: pytest.
     for _ in range(8):
         assert done.acquire(timeout=10)
     pool.shutdown()
+
+
+ARENAS = """
+import ctypes, os, sys, threading
+from udddm.storage.threads import share_arena
+
+if sys.argv[1] == "shared":
+    share_arena()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = libc.fopen.restype = ctypes.c_void_p
+met = threading.Barrier(5)
+
+def allocate():
+    for size in (100, 10_000, 100_000):
+        libc.malloc(size)
+    met.wait()
+
+for _ in range(4):
+    threading.Thread(target=allocate).start()
+met.wait()
+file = ctypes.c_void_p(libc.fopen(b"/dev/stdout", b"w"))
+libc.malloc_info(0, file)
+libc.fclose(file)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has no arenas")
+@pytest.mark.parametrize(
+    ("how", "variables", "one"),
+    [("shared", {}, True), ("as it is", {}, False), ("shared", {"MALLOC_ARENA_MAX": "3"}, False)],
+)
+def test_threads_share_an_arena_unless_the_environment_says_otherwise(
+    how: str, variables: dict[str, str], one: bool
+) -> None:
+    inherited = {key: value for key, value in os.environ.items() if key not in ("MALLOC_ARENA_MAX", "GLIBC_TUNABLES")}
+    done = subprocess.run(
+        [sys.executable, "-c", ARENAS, how], env=inherited | variables, capture_output=True, text=True, check=True
+    )
+    assert (done.stdout.count("<heap nr=") == 1) == one, done.stdout

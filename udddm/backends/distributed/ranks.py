@@ -5,9 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import uuid
+import warnings
 from collections.abc import Callable
+from concurrent.futures import wait
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,14 +20,17 @@ import torch.distributed.nn.functional  # see `join`
 from torch._C._distributed_c10d import HashStore
 
 from udddm.errors import ConfigError, RankError
-from udddm.log import warn_once
+from udddm.log import log, warn_once
 from udddm.order import check_world
+from udddm.storage.threads import Worker, abandon
 
 T = TypeVar("T")
 RENDEZVOUS = "UDDDM_RENDEZVOUS"
 """Environment variable with the path of a file for rendezvous on one machine, used instead of a network address."""
 TIMEOUT = 600.0
 """Seconds after which a collective operation is considered hung."""
+LEAVING = 10.0
+"""Seconds that a rank may take to leave the others after a failure. Launchers wait longer before they kill it."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +123,37 @@ class Ranks:
                 "need a shared file system, or a URL such as s3://bucket/path (--run-dir, --store-url)"
             )
 
-    def close(self) -> None:
-        """Leave the process group, if there is one."""
-        if dist.is_initialized():
+    def close(self, *, failed: bool = False, patience: float = LEAVING) -> None:
+        """Leave the process group, if there is one.
+
+        After a failure (`failed`), a collective may be in flight that will never end, because another rank is gone or
+        stopped. NCCL may wait for it when a group is destroyed, so its communicators are aborted instead, for which
+        this waits at most `patience` seconds. The destructor of a group of gloo waits too; with several ranks the
+        groups are therefore kept, and the process should end with `os._exit` (`udddm.storage.threads.abandoned`).
+        """
+        if not dist.is_initialized():
+            return
+        if not failed:
             dist.destroy_process_group()
+            return
+        if self.world_size > 1:
+            abandon(dist.distributed_c10d._world.pg_map)
+        prepare = partial(torch.cuda.set_device, self.device) if self.device.type == "cuda" else None
+        worker = Worker("leave the ranks", prepare)
+        wait([worker.submit(_abort)], patience)
+        worker.close(1.0)
+
+
+def _abort() -> None:
+    """Leave all process groups without waiting for their collectives."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch 2.6 does nothing without NCCL, and warns
+            dist.distributed_c10d._abort_process_group()
+    except Exception as error:  # the function is experimental in PyTorch 2.6 to 2.13
+        log.debug("the process groups cannot be aborted (%s), so they are destroyed", error)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class Vote:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import platform
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +24,11 @@ from udddm.backends.distributed.ranks import TIMEOUT, join
 from udddm.backends.distributed.signals import StopRequest, handled
 from udddm.config import RunConfig
 from udddm.data import MapDataset
-from udddm.errors import ConfigError, DataError, Diverged, Interrupted, RankError, UdddmError, WorkerLost
+from udddm.errors import ConfigError, DataError, Diverged, Interrupted, LanesError, RankError, UdddmError, WorkerLost
 from udddm.errors import picklable as picklable  # for launchers
 from udddm.log import install, log
-from udddm.order import check_world
+from udddm.order import check_world, most_lanes
+from udddm.storage.threads import share_arena
 from udddm.training.callbacks import Given
 from udddm.training.rank import train_rank
 
@@ -58,13 +59,15 @@ class Job:
     """Whether a shorter run in `run_dir` becomes longer (`udddm train --continue`)."""
     versions: dict[str, str] = field(default_factory=lambda: versions())
     """The driver's versions, which every worker must have."""
+    lanes: int | None = None
+    """The lanes of the run, once an attempt with a number of workers that does not divide them has found them."""
     log_level: int = field(default_factory=log.getEffectiveLevel)
     """The driver's level of the logger `udddm`, which new worker processes adopt."""
 
     def resolve_num_workers(self, available: int) -> int:
         """The largest requested number of workers that divides the lanes and is available. Raises ConfigError."""
         low, high = self.workers
-        lanes = self.config.order.lanes
+        lanes = self.lanes or most_lanes(self.config.order, self.config.train.batch_size)
         for workers in range(min(high, available), low - 1, -1):
             if lanes % workers == 0:
                 return workers
@@ -130,13 +133,21 @@ def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
     versions than the driver's, and the errors of training.
     """
     check_versions(job.versions)
+    share_arena()
     needs_group = engines.find(job.config).needs_process_group
-    ranks = join(job.device, job.config.order.lanes, group=needs_group, timeout=job.timeout)
+    lanes = most_lanes(job.config.order, job.config.train.batch_size)
+    ranks = join(job.device, lanes, group=needs_group, timeout=job.timeout)
+    failed = True
     try:
         dataset = job.dataset
         factory = isinstance(dataset, type) or (callable(dataset) and not hasattr(dataset, "__getitem__"))
         made = dataset() if factory else dataset  # type: ignore[operator,misc]
-        return train_rank(job.config, made, job.run_dir, ranks, listener, job.callbacks, extend=job.extend)  # type: ignore[arg-type]
+        result = train_rank(job.config, made, job.run_dir, ranks, listener, job.callbacks, extend=job.extend)  # type: ignore[arg-type]
+        failed = False
+        return result
+    except Interrupted:  # all ranks have stopped after the same step
+        failed = False
+        raise
     except RuntimeError as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             raise _out_of_memory(job.config, error) from error
@@ -144,7 +155,7 @@ def run_rank(job: Job, listener: Listener | None) -> dict[str, Any]:
             raise RankError(f"another rank is gone, or did not respond within {job.timeout:.0f} s: {error}") from error
         raise
     finally:
-        ranks.close()
+        ranks.close(failed=failed)
 
 
 def _out_of_memory(config: RunConfig, error: RuntimeError) -> ConfigError:
@@ -185,6 +196,10 @@ def supervise(launcher: Launcher, job: Job, message: str = "") -> dict[str, Any]
                 log.info(message)
             try:
                 return launcher.run_attempt(job, workers)
+            except LanesError as error:
+                if job.lanes is not None or job.config.order.lanes is not None:
+                    raise
+                job = replace(job, lanes=error.lanes)  # another number of workers may be possible
             except NON_RETRYABLE:
                 raise
             except Exception as error:
