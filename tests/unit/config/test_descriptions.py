@@ -42,6 +42,7 @@ DIMENSIONLESS = {
     *("network.channel_mult", "network.dropout", "network.classes"),
     *(
         "objective.pretrain_dropout",
+        "objective.guidance",
         "objective.huber_c",
         "objective.ect.q",
         "objective.ect.k",
