@@ -57,15 +57,15 @@ def psnr(images: torch.Tensor, real: torch.Tensor) -> float:
     return float((10 * (4 / error).log10()).mean())
 
 
-def enlarge(
-    train: ArrayImages, real: torch.Tensor, labels: list[int], run: Path, steps: int, seed: int
-) -> dict[str, Any]:
-    """Train on `train`, and enlarge the small versions of `real`. Returns scores, with the images under "shown"."""
+def conditional(
+    train: ArrayImages, condition: str, run: Path, steps: int, seed: int, *changes: str
+) -> tuple[udddm.Model, float]:
+    """A model that is trained on `train` with `data.condition`, and the minutes that this took."""
     settings = [
         f"seed={seed}",
         "train.torch_threads=1",
         "data.name=array",
-        f"data.condition={{kind: downscale, factor: {FACTOR}}}",
+        f"data.condition={condition}",
         "network.condition=channels",
         "objective={name: ect, edm: {p_mean: 0.0, p_std: 1.5}}",
         "schedule.sigma_max=10",
@@ -75,12 +75,18 @@ def enlarge(
         "sample.every_steps=0",
         "sample.final=0",
         "loggers=[]",
+        *changes,
     ]
     began = time.perf_counter()
-    config = load_config("fashion-mnist", settings)
-    udddm.train(config, train, run_dir=run, device="cpu")
-    minutes = (time.perf_counter() - began) / 60
-    model = udddm.load_model(run, device="cpu")
+    udddm.train(load_config("fashion-mnist", settings), train, run_dir=run, device="cpu")
+    return udddm.load_model(run, device="cpu"), (time.perf_counter() - began) / 60
+
+
+def enlarge(
+    train: ArrayImages, real: torch.Tensor, labels: list[int], run: Path, steps: int, seed: int
+) -> dict[str, Any]:
+    """Train on `train`, and enlarge the small versions of `real`. Returns scores, with the images under "shown"."""
+    model, minutes = conditional(train, f"{{kind: downscale, factor: {FACTOR}}}", run, steps, seed)
     small = functional.avg_pool2d(real, FACTOR)
     ours, twice = (
         torch.from_numpy(model.sample(range(len(real)), conditions=small, labels=labels, steps=evaluations))
