@@ -7,7 +7,7 @@ block means of 7x7 pixels, and draws images from paintings, which are these bloc
 conditioning image (`data.condition`) for `--steps` steps of 32 images on all but the first 2,000 images: inpainting,
 scored at the hidden central 14x14 pixels, and colorization of images that are tinted by their class, trained without
 classes, so that the color must be told from the shape. Each has a baseline that needs no network. PSNR is the mean over
-images, for values from black to white; the share is that of images to which the yardstick's classifier gives the class
+images, for values from black to white, which are 2 apart; the share is that of images to which the yardstick's classifier gives the class
 of the original. One seed.
 """
 
@@ -105,8 +105,8 @@ def colorize(train: ArrayImages, real: torch.Tensor, labels: list[int], run: Pat
     colored = torch.from_numpy(model.sample(range(len(real)), conditions=given))
     return {
         "minutes": minutes,
-        "psnr": psnr(colored, color),
-        "psnr_gray": psnr(given.expand_as(color), color),
+        "rms_error": float((colored - color).square().mean().sqrt()),
+        "rms_error_of_gray": float((given - color).square().mean().sqrt()),
         "shown": [each[:SHOWN] for each in (given.expand_as(color), colored, color)],
     }
 
