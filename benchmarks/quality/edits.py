@@ -7,8 +7,8 @@ block means of 7x7 pixels, and draws images from paintings, which are these bloc
 conditioning image (`data.condition`) for `--steps` steps of 32 images on all but the first 2,000 images: inpainting,
 scored at the hidden central 14x14 pixels, and colorization of images that are tinted by their class, trained without
 classes, so that the color must be told from the shape. Each has a baseline that needs no network. PSNR is the mean over
-images, for values from black to white, which are 2 apart; the share is that of images to which the yardstick's classifier gives the class
-of the original. One seed.
+images, for values from black to white, which are 2 apart; the share is that of images to which the yardstick's
+classifier gives the class of the original. One seed.
 """
 
 from __future__ import annotations
