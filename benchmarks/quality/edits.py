@@ -73,14 +73,13 @@ def zero_shot(real: torch.Tensor, labels: list[int]) -> dict[str, Any]:
 
 def inpaint(train: ArrayImages, real: torch.Tensor, labels: list[int], run: Path, steps: int) -> dict[str, Any]:
     """Train inpainting, and fill the centers of held-out images. The baseline is the mean training image."""
-    model, minutes = conditional(train, "{kind: mask}", run, steps, 1)
+    model, _ = conditional(train, "{kind: mask}", run, steps, 1)
     given = real.clone()
     given[HIDDEN] = torch.nan
     filled = torch.from_numpy(model.sample(range(len(real)), conditions=given, labels=labels))
     pixels = torch.stack([torch.as_tensor(train[i][0]).float() for i in range(0, len(train), 29)])
     mean = (pixels.mean(0) / 127.5 - 1).expand_as(real)
     return {
-        "minutes": minutes,
         "psnr_of_the_hidden_part": psnr(filled[HIDDEN], real[HIDDEN]),
         "psnr_of_the_mean_image": psnr(mean[HIDDEN], real[HIDDEN]),
         "shown": [each[:SHOWN].expand(-1, 3, -1, -1) for each in (given.nan_to_num(0.0), filled, real)],
@@ -99,12 +98,11 @@ def colorize(train: ArrayImages, real: torch.Tensor, labels: list[int], run: Pat
     gray = torch.stack([torch.as_tensor(sample[0]) for sample in samples]).float() / 127.5 - 1
     rgb = to_uint8(tinted(gray, [int(sample[1]) for sample in samples])).transpose(0, 3, 1, 2)
     images = ArrayImages(np.ascontiguousarray(rgb))
-    model, minutes = conditional(images, "{kind: gray}", run, steps, 1, "network.classes=0", "network.label_dropout=0")
+    model, _ = conditional(images, "{kind: gray}", run, steps, 1, "network.classes=0", "network.label_dropout=0")
     color = tinted(real, labels)
     given = (color * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1, keepdim=True)
     colored = torch.from_numpy(model.sample(range(len(real)), conditions=given))
     return {
-        "minutes": minutes,
         "rms_error": float((colored - color).square().mean().sqrt()),
         "rms_error_of_gray": float((given - color).square().mean().sqrt()),
         "shown": [each[:SHOWN] for each in (given.expand_as(color), colored, color)],
