@@ -90,7 +90,7 @@ def lines(book: dict[str, Any]) -> list[str]:
     for row in book["rows"].values():
         groups.setdefault(row["minutes"], {}).setdefault(row["arm"], {})[row["seed"]] = row["evaluations"]
     for minutes, by_arm in sorted(groups.items()):
-        found += ["", f"fd after {minutes:g} minutes of one core", f"{'arm':14} seeds  {'1 evaluation':30}2{'':29}4"]
+        found += ["", f"fd after {minutes:g} minutes of one core", f"{'arm':14} seeds  {'1 evaluation':34}2{'':33}4"]
         for arm, by_seed in by_arm.items():
             cells = []
             for count in ("1", "2", "4"):
@@ -101,7 +101,7 @@ def lines(book: dict[str, Any]) -> list[str]:
                     ratios = [by_seed[seed][count]["fd"] / base[seed][count]["fd"] for seed in shared]
                     mean, low, high = interval(ratios)
                     text += f", {mean:.2f} x" + ("" if math.isnan(low) else f" [{low:.2f}, {high:.2f}]")
-                cells.append(f"{text:30}")
+                cells.append(f"{text:34}")
             found.append(f"{arm:14} {len(by_seed):5}  {''.join(cells)}".rstrip())
     return found
 
