@@ -24,7 +24,7 @@ SAMPLES, TIMES = 4096, 16
 ROWS = 64
 """Samples per chunk: few, so that what is kept for each chunk shows."""
 MOST = 12.0
-"""Bytes per sample; 6.6 here, and more where the threads come to run differently. With chunks of hundreds of samples, as
+"""Bytes per sample; 6.6 here, and more where the threads run in another order. With chunks of hundreds of samples, as
 usual, it is less than one."""
 
 
