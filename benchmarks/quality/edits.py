@@ -13,14 +13,13 @@ classifier gives the class of the original. One seed.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from tasks import FACTOR, HELD_OUT, RELEASE, conditional, psnr, split
+from tasks import FACTOR, HELD_OUT, RELEASE, conditional, options, psnr, split
 from torch.nn import functional
 
 import udddm
@@ -110,12 +109,7 @@ def colorize(train: ArrayImages, real: torch.Tensor, labels: list[int], run: Pat
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, required=True, help="for the runs, which a second call resumes")
-    parser.add_argument("--steps", type=int, default=450)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--plot", type=Path, help="PNG of the images")
-    arguments = parser.parse_args()
+    arguments = options(__doc__).parse_args()
     head = about("torch")
     print(heading(head))
     train, real, labels = split()

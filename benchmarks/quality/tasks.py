@@ -147,13 +147,19 @@ def inpaint(real: torch.Tensor, labels: list[int]) -> dict[str, Any]:
     }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--directory", type=Path, required=True, help="for the run, which a second call resumes")
+def options(description: str | None) -> argparse.ArgumentParser:
+    """The options of a benchmark that trains models with conditioning images."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--directory", type=Path, required=True, help="for the runs, which a second call resumes")
     parser.add_argument("--steps", type=int, default=450)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--plot", type=Path, help="PNG of the images")
+    return parser
+
+
+def main() -> None:
+    parser = options(__doc__)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     arguments = parser.parse_args()
     head = about("torch")
     print(heading(head))

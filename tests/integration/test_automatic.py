@@ -72,6 +72,7 @@ def test_settings_fit_the_data_and_train(name: str, tmp_path: Path) -> None:
         assert config.train.batch_size <= len(ImageDataset(load_dataset(config.data))) / 2
         assert outline(config.network, shape) is not None
         assert (config.train.precision == "fp32") == (not machine.cuda)
+        assert config.order.lanes is None  # the data set decides, so that a large one can grow
     run = tmp_path / "run"
     assert train_command([str(place), *SHORT, "--run-dir", str(run)]) == 0
     assert ImageDataset(load_dataset(load_config(run / "config.yaml").data)).shape == shape

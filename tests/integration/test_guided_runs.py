@@ -10,41 +10,25 @@ import numpy as np
 import pytest
 
 from udddm import api
-from udddm.config import RunConfig, resolve
+from udddm.config import RunConfig
 from udddm.data import ArrayImages
+from udddm.testing.runs import FINGERPRINTS, reopen, small_run
 
 IMAGES = ArrayImages(
     np.random.default_rng(0).integers(0, 256, (64, 1, 4, 4), dtype=np.uint8), np.arange(64) % 10, classes=10
 )
-FINGERPRINTS = ("weights_sha256", "ema_sha256", "state_sha256")
 
 
 def guided(kind: str, **train: Any) -> RunConfig:
-    tree: dict[str, Any] = {
-        "schedule": {"kind": "ve", "sigma_min": 0.05, "sigma_max": 30.0},
-        "network": {
-            "base_channels": 8,
-            "channel_mult": [1],
-            "blocks_per_level": 1,
-            "attention_resolutions": [],
-            "dropout": 0.1,
-            "condition": "none",
-            "classes": 10,
-            "label_dropout": 0.25,
-        },
-        "objective": {
-            "name": kind,
-            "ict": {"s1": 40},
-            "guidance": 2.0,
-            "pretrain": 0.25,
-            "refined": {"share": 0.4, "start": 0.25},
-        },
-        "train": {"steps": 16, "batch_size": 32, "torch_threads": 1, **train},
-        "checkpoint": {"every_steps": 6},
-        "sample": {"every_steps": 0},
-        "loggers": [],
+    objective = {
+        "name": kind,
+        "ict": {"s1": 40},
+        "guidance": 2.0,
+        "pretrain": 0.25,
+        "refined": {"share": 0.4, "start": 0.25},
     }
-    return resolve(tree)
+    sections = {"train": {"steps": 16, "batch_size": 32, "torch_threads": 1, **train}, "checkpoint": {"every_steps": 6}}
+    return small_run(objective, {"classes": 10, "label_dropout": 0.25}, **sections)
 
 
 @pytest.mark.parametrize(
@@ -55,7 +39,6 @@ def test_a_guided_run_resumes_bit_for_bit(tmp_path: Path, kind: str, train: dict
     whole = api.train(guided(kind, **train), IMAGES, run_dir=tmp_path / "whole", device="cpu")
     again = tmp_path / "again"
     shutil.copytree(tmp_path / "whole", again)
-    (again / "result.json").unlink()
-    (max((again / "checkpoints").iterdir()) / "manifest.json").unlink()  # invalid: the previous one is used
+    reopen(again)
     resumed = api.train(guided(kind, **train), IMAGES, run_dir=again, device="cpu")
     assert [resumed[key] for key in FINGERPRINTS] == [whole[key] for key in FINGERPRINTS]

@@ -23,9 +23,10 @@ SHAPE = (1, 4, 4)
 SAMPLES, TIMES = 4096, 16
 ROWS = 64
 """Samples per chunk: few, so that what is kept for each chunk shows."""
-MOST = 12.0
-"""Bytes per sample; 6.6 here, and more where the threads run in another order. With chunks of hundreds of samples, as
-usual, it is less than one."""
+MOST = 8.0
+"""Bytes per sample. With chunks of hundreds of samples, as usual, it is less than one."""
+ATTEMPTS = 3
+"""A peak depends on how the threads happen to run; what grows with the samples is in every one."""
 
 
 def settings() -> RunConfig:
@@ -67,6 +68,8 @@ def peak_of_an_epoch(samples: int, directory: Path) -> int:
 
 def test_an_epoch_takes_the_same_memory_for_sixteen_times_the_samples(tmp_path: Path) -> None:
     peak_of_an_epoch(SAMPLES, tmp_path / "first")  # imports and caches
-    few = peak_of_an_epoch(SAMPLES, tmp_path / "few")
-    many = peak_of_an_epoch(TIMES * SAMPLES, tmp_path / "many")
+    few, many = (
+        min(peak_of_an_epoch(samples, tmp_path / f"{samples}-{attempt}") for attempt in range(ATTEMPTS))
+        for samples in (SAMPLES, TIMES * SAMPLES)
+    )
     assert many - few < MOST * (TIMES - 1) * SAMPLES

@@ -60,9 +60,9 @@ class HostIdle(Idle):
 class DeviceIdle(Idle):
     """For a device that works on while the host waits. `mark` places a mark after all work that was given to it.
 
-    If the mark of the beginning has not passed when the wait ends, the device was busy throughout. Otherwise it was
-    idle from then on until the mark of the end, which it passes at once. The end is evaluated later, so that nothing
-    waits for the device.
+    Each wait has a mark at its beginning and one at its end, with no work in between: the device was idle from the one
+    to the other. If it was busy throughout, it passes both at once, later. They are evaluated when it has passed them,
+    so that nothing waits for the device.
     """
 
     def __init__(self, mark: Callable[[], Mark], clock: Callable[[], float] = time.perf_counter):
@@ -75,8 +75,7 @@ class DeviceIdle(Idle):
         self._first, self._began = self._mark(), self._clock()
 
     def end(self) -> None:
-        if self._first.passed():
-            self._ended.append((self._first, self._mark(), self._clock() - self._began))
+        self._ended.append((self._first, self._mark(), self._clock() - self._began))
 
     @property
     def seconds(self) -> float:

@@ -101,7 +101,6 @@ def choose(data: dict[str, Any], here: Machine) -> tuple[RunConfig, list[str]]:
         "schedule": schedule,
         "network": {**network, "condition": given, "classes": classes},
         "objective": objective,
-        "order": {"lanes": math.gcd(8, batch)},
         "store": {"kind": "zarr", "dtype": "fp16"},
         "train": train,
         "checkpoint": {"every_steps": max(50, min(2000, steps // 20))},

@@ -16,7 +16,7 @@ from udddm.config.trust import MODEL, check_trusted
 from udddm.diffusion import schedule
 from udddm.errors import ConfigError
 from udddm.runs.model import Model
-from udddm.tools.export.given import GivenImages, conditions_of
+from udddm.tools.export.given import GivenImages, given_conditions
 
 
 class GeneratorModel(ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -103,7 +103,7 @@ class UdddmPipeline(DiffusionPipeline):  # type: ignore[misc]
         if output_type not in ("pil", "np", "pt"):
             raise ConfigError(f"output_type={output_type!r}: give pil, np or pt")
         model = self.generator.model()
-        given = conditions_of(images, model.conditions)
+        given = given_conditions(images, model.conditions)
         count = batch_size or (1 if given is None else len(given))
         chosen = _seeds(count, generator) if seeds is None else seeds
         drawn = model.sample(

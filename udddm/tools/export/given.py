@@ -25,7 +25,7 @@ class GivenImages(TypedDict, total=False):
     array or tensor [N, 1, H, W] or [H, W] in [0, 1]."""
 
 
-def conditions_of(given: Mapping[str, Any], conditions: ConditionImages | None) -> npt.NDArray[Any] | None:
+def given_conditions(given: Mapping[str, Any], conditions: ConditionImages | None) -> npt.NDArray[Any] | None:
     """The argument `conditions` of `Model.sample` for a model with `conditions`. None without images.
 
     Raises ConfigError for an unknown argument, an image of another size, a mask that is missing or has no use.
