@@ -27,6 +27,15 @@ def cpu_model() -> str:
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
+def device_name(device: str) -> str | None:
+    """The name of a GPU, for `about`. None for a CPU."""
+    if not device.startswith("cuda"):
+        return None
+    import torch
+
+    return torch.cuda.get_device_name(device)
+
+
 def commit() -> str:
     """The commit of this checkout, with "-dirty" after it if tracked files differ; "unknown" outside a checkout."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=10", "--exclude=*", "--dirty"]

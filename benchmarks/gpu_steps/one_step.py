@@ -6,11 +6,25 @@ import torch
 from torch import nn
 
 from gpu_steps.harness import Bench, Check
-from gpu_steps.workloads import TINY_SHAPE, Passes, device_of, no_tf32, tiny
+from gpu_steps.workloads import TINY, TINY_SHAPE, Passes, alone, device_of, environment, gap, no_tf32, pixels, stepped, tiny
 from udddm import rng
+from udddm.config import load_config
 
 OBJECTIVES = ("chain", "uddm", "ict", "ect", "edm")
 LOSS_LIMIT = 1e-4
+WEIGHT_LIMIT = 1e-4
+"""Of the largest weight: Adam moves a weight by up to its learning rate where rounding decides a gradient's sign."""
+VARIANTS: dict[str, tuple[str, ...]] = {
+    "dit": ("network={name: dit, settings: {width: 32, depth: 2, heads: 2}, condition: none, classes: 10}",),
+    "ddpmpp": ("network={name: ddpmpp, base_channels: 32, channel_mult: [1, 2], condition: none, dropout: 0.1}",),
+    "pretrain_dropout": ("objective.pretrain=0.5", "objective.pretrain_dropout=0.3", "train.steps=8"),
+    "guidance": ("objective.guidance=2", "network.classes=10", "network.label_dropout=0.2"),
+    "refined": ("objective.refined={share: 0.5, above: 0}", "store.kind=pinned"),
+    "recurrent": ("network.condition=channels", "objective={name: ict, refined: {use: condition, share: 0.5, above: 0}}"),
+}
+OWN_SIZES = ("dit", "ddpmpp")
+"""Networks that do not use the sizes of the U-Net."""
+"""Networks and objectives that change what a step's graph holds, or the number of its rows."""
 
 
 def trained(bench: Bench, name: str, steps: int) -> list[float]:
@@ -120,10 +134,29 @@ def graphs(bench: Bench) -> None:
         assert found[precision] < limit, f"{precision}: losses with CUDA graphs differ by {found[precision]:.2g}"
 
 
+def variants(bench: Bench) -> None:
+    """Other networks and objectives: 8 steps of the trainer through CUDA graphs end where they do without."""
+    environment(CUBLAS_WORKSPACE_CONFIG=":4096:8")
+    no_tf32()
+    gaps: dict[str, float] = {}
+    for name, settings in VARIANTS.items():
+        ends = []
+        for graphed in (False, True) if bench.device == "cuda" else (False, False):
+            common = ("objective.name=ict", "train.deterministic=true", *settings, f"train.cuda_graphs={graphed}")
+            config = load_config(None, [*TINY[1:], *common]) if name in OWN_SIZES else tiny(*common)
+            data, where = pixels(64, TINY_SHAPE, classes=10), bench.scratch / f"{name}-{len(ends)}"
+            ends.append(stepped(config, data, where, alone(bench), 8)["weights"])
+        gaps[name] = gap(ends[1], ends[0])
+        bench.report(largest_difference=dict(gaps))
+    bad = {name: value for name, value in gaps.items() if not value < WEIGHT_LIMIT}
+    assert not bad, f"weights differ by {WEIGHT_LIMIT:g} or more through CUDA graphs: {bad}"
+
+
 CHECKS = (
     Check("P2", "losses", 60, losses),
     Check("P2", "gradients", 15, gradients),
     Check("P2", "masks", 15, masks),
     Check("P2", "noise", 10, normals),
     Check("P2", "graphs", 40, graphs, "CUDA graphs"),
+    Check("P2", "variants", 60, variants),
 )

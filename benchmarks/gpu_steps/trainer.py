@@ -114,8 +114,13 @@ def against_bare(bench: Bench, graphs: bool = False) -> None:
         bench.report(**{name: figures})
 
 
-def idle_share(step: Callable[[], Any], device: torch.device, count: int) -> float | None:
-    """The share of time in which no kernel or copy runs. None on a CPU."""
+SHORT = 20.0
+"""Microseconds. Between the kernels of a CUDA graph the device pauses for one or two; a longer pause waits for work."""
+
+
+def idle_share(step: Callable[[], Any], device: torch.device, count: int) -> dict[str, float] | None:
+    """The share of time in which no kernel or copy runs, and the part of it in pauses that are not short, so that the
+    device had nothing to do. None on a CPU."""
     if device.type != "cuda":
         return None
     from torch.profiler import ProfilerActivity
@@ -132,11 +137,14 @@ def idle_share(step: Callable[[], Any], device: torch.device, count: int) -> flo
     if not spans:
         return None
     first: float = spans[0][0]
-    busy, end = 0.0, first
+    idle, waiting, end = 0.0, 0.0, first
     for start, stop in spans:
-        busy += max(0.0, stop - max(start, end))
+        pause = max(0.0, start - end)
+        idle += pause
+        waiting += pause if pause > SHORT else 0.0
         end = max(end, stop)
-    return float(round(1 - busy / max(end - first, 1e-9), 4))
+    whole = max(end - first, 1e-9)
+    return {"share": round(idle / whole, 4), "without_work": round(waiting / whole, 4)}
 
 
 def with_graphs(bench: Bench) -> None:

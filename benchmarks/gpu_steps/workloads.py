@@ -75,10 +75,11 @@ def no_tf32() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
 
 
-def pixels(count: int, shape: Shape) -> ImageDataset:
-    """Random images. `shape` is [C, H, W]."""
+def pixels(count: int, shape: Shape, classes: int = 0) -> ImageDataset:
+    """Random images, with labels if there are classes. `shape` is [C, H, W]."""
     random = np.random.default_rng(0)
-    return ImageDataset(ArrayImages(random.integers(0, 256, (count, *shape), np.uint8)))
+    images = random.integers(0, 256, (count, *shape), np.uint8)
+    return ImageDataset(ArrayImages(images, np.arange(count) % classes if classes else None))
 
 
 def synchronize(device: torch.device) -> None:

@@ -31,7 +31,7 @@ from udddm.runs.run import Run
 from udddm.training.trainer import Trainer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from report import ROOT, about, write_json
+from report import ROOT, about, device_name, write_json
 
 ICT = ["objective={name: ict, pretrain: 0.2}"]
 ECT = ["objective={name: ect, pretrain: 0.4}"]
@@ -176,6 +176,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=384_000)
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--steps", type=int, default=10, help="steps of each run in a round of the speed")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where runs are trained")
     parser.add_argument("--json", type=Path, help="default: benchmarks/results/refined-<data>.json")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "refined", help="where the runs are kept")
     arguments = parser.parse_args()
@@ -199,10 +200,10 @@ def main() -> None:
             if key in read()["rows"]:
                 continue
             directory = arguments.runs / arguments.data / key.replace(" | ", "-")
-            row = run(DATA[arguments.data], ARMS[arm], arguments.images, seed, directory)
+            row = run(DATA[arguments.data], ARMS[arm], arguments.images, seed, directory, arguments.device)
             book = read()  # another process may have added rows
             book["rows"][key] = {"arm": arm, "budget": arguments.images, "seed": seed, **row}
-            book.update(about(), data=arguments.data)
+            book.update(about(device=device_name(arguments.device)), data=arguments.data)
             write_json(path, {}, book)
             print(key, "  ".join(f"{n}: {s['fd']:.1f}" for n, s in row["evaluations"].items()), flush=True)
     show(compared(read()["rows"]))

@@ -169,6 +169,7 @@ DATA = {
         60_000,
         20_000,
     ),
+    "fashion-mnist-full": Data("fashion-mnist", (), "features:fashion_mnist", 60_000, 2000, 600_000, 600_000),
 }
 
 
@@ -208,20 +209,23 @@ def configured(data: Data, overrides: list[str], steps: int, seed: int) -> RunCo
     return udddm.load_config(data.preset, [*data.overrides, *fixed, *sets])
 
 
-def run(data: Data, overrides: list[str], length: int, seed: int, directory: Path) -> dict[str, Any]:
-    """Train on `length` images and score the samples. The run is kept in `directory`."""
+def run(
+    data: Data, overrides: list[str], length: int, seed: int, directory: Path, device: str = "cpu"
+) -> dict[str, Any]:
+    """Train on `length` images on `device`, and score the samples on the CPU. The run is kept in `directory`."""
     steps = max(8, length * factor(overrides, "longer") // BATCH)
     config = configured(data, overrides, steps, seed)
     dataset = load_dataset(config.data)
     images = Resized(dataset, data.samples * factor(overrides, "repeat"))
-    result = udddm.train(config, images, run_dir=directory, device="cpu")
+    result = udddm.train(config, images, run_dir=directory, device=device)
+    model = udddm.load_model(directory, device=device)
     network = load_features(data.features, torch.device("cpu"))
     real = evaluate.reference(ImageDataset(dataset), network)
     by_evaluations = {}
     counts = {"heun": (1, 3, 35), "algorithm-2": (1, 2, 4, 8)}.get(config.sample.sampler, (1, 2, 4))
     for steps in counts:
         sampler = config.sample.sampler
-        drawn = udddm.sample(directory, range(data.count), steps=steps, sampler=sampler)
+        drawn = model.sample(range(data.count), steps=steps, sampler=sampler)
         if steps in (1, 35):
             np.save(directory / f"samples-{steps}.npy", drawn[:64])
         features, logits = extract(network, torch.split(torch.from_numpy(drawn), 250))

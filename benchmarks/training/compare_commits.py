@@ -4,8 +4,8 @@
 
 The earlier commit is checked out into a temporary git worktree; where there is no git, name a directory with its files.
 With `--config`, both train this configuration of the earlier checkout instead of a tiny one. Each round trains the same
-configuration with both, in new processes, in alternating order; a run reports the rate of its steps, without the start
-of the process. Ratios are medians over rounds, with the range of the middle half.
+configuration with both, in new processes, in alternating order; its rate is the median of the lines of its log but the
+first, which has the start. Ratios are medians over rounds, with the range of the middle half.
 """
 
 from __future__ import annotations
@@ -67,7 +67,8 @@ def rate(source: Path, store: str, options: list[str], directory: Path) -> float
     done = subprocess.run(command, cwd=directory, env=environment, capture_output=True, text=True, timeout=600)
     if done.returncode:
         raise SystemExit(f"the run with {source} failed:\n{done.stderr}")
-    return float(json.loads((run / "result.json").read_text())["images_per_second"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return statistics.median(line["images_per_second"] for line in lines[1:] or lines)
 
 
 def main() -> int:
