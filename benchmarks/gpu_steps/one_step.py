@@ -6,7 +6,19 @@ import torch
 from torch import nn
 
 from gpu_steps.harness import Bench, Check
-from gpu_steps.workloads import TINY, TINY_SHAPE, Passes, alone, device_of, environment, gap, no_tf32, pixels, stepped, tiny
+from gpu_steps.workloads import (
+    TINY,
+    TINY_SHAPE,
+    Passes,
+    alone,
+    device_of,
+    environment,
+    gap,
+    no_tf32,
+    pixels,
+    stepped,
+    tiny,
+)
 from udddm import rng
 from udddm.config import load_config
 
@@ -20,7 +32,10 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "pretrain_dropout": ("objective.pretrain=0.5", "objective.pretrain_dropout=0.3", "train.steps=8"),
     "guidance": ("objective.guidance=2", "network.classes=10", "network.label_dropout=0.2"),
     "refined": ("objective.refined={share: 0.5, above: 0}", "store.kind=pinned"),
-    "recurrent": ("network.condition=channels", "objective={name: ict, refined: {use: condition, share: 0.5, above: 0}}"),
+    "recurrent": (
+        "network.condition=channels",
+        "objective={name: ict, refined: {use: condition, share: 0.5, above: 0}}",
+    ),
 }
 OWN_SIZES = ("dit", "ddpmpp")
 """Networks that do not use the sizes of the U-Net."""

@@ -215,7 +215,7 @@ CHECKS = (
     Check("P5", "profile", 20, profile),
     Check("P5", "peers", 40, others),
     Check("P5", "graphs", 50, graphs, "CUDA graphs"),
-    Check("P5", "compiled", 200, compiled, "compiling the network takes minutes on a CPU"),
+    Check("P5", "compiled", 110, compiled, "compiling the network takes minutes on a CPU"),
 )
 LAST = (Check("P5", "compiled_peer", 90, compiled_peer, "compiling the network takes minutes on a CPU"),)
 """After everything else: where time is short, it is what one can do without."""

@@ -18,9 +18,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import udddm
 from refined import interval
 from study import BATCH, DATA
+
+import udddm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from report import ROOT, about, device_name, write_json
@@ -99,9 +100,7 @@ def main() -> None:
             key = f"{arm} | {arguments.rate:g} | {seed}"
             if key in read()["rows"]:
                 continue
-            found = scores(
-                arm, seed, arguments.rate, arguments.runs / key.replace(" | ", "-"), arguments.device
-            )
+            found = scores(arm, seed, arguments.rate, arguments.runs / key.replace(" | ", "-"), arguments.device)
             book = read()  # another process may have added rows
             book["rows"][key] = {"arm": arm, "seed": seed, "learning_rate": arguments.rate, "scores": found}
             write_json(arguments.json, about(device=device_name(arguments.device)), {"rows": book["rows"]})

@@ -114,7 +114,9 @@ def train(directory: Path, config: udddm.RunConfig, features: str, device: str) 
     found: dict[str, Any] = {"minutes": minutes, "steps": config.train.steps}
     for evaluations in (1, 2):
         images = model.sample(range(count), steps=evaluations)
-        found[f"fd{evaluations}"] = udddm.evaluate(images, data, features=features, metrics=["frechet"], device="cpu").fd
+        found[f"fd{evaluations}"] = udddm.evaluate(
+            images, data, features=features, metrics=["frechet"], device="cpu"
+        ).fd
     return found
 
 
@@ -164,7 +166,9 @@ def main() -> None:
                 )
         if arguments.json:
             earlier = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() else []
-            book = {each["data"]: each for each in earlier} | {name: row | {key: head[key] for key in ("commit", "machine")}}
+            book = {each["data"]: each for each in earlier} | {
+                name: row | {key: head[key] for key in ("commit", "machine")}
+            }
             write_json(arguments.json, head, {"rows": [book[each] for each in DATA if each in book]})
     print(json.dumps({row["data"]: row["chosen"] for row in rows}, indent=1))
 
