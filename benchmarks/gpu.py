@@ -58,6 +58,9 @@ def arguments_of(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--only", metavar="STEPS", help="steps and checks to run, as P2,P5.compiled")
     parser.add_argument("--seconds", type=float, help=f"wall time of all checks; default: {SECONDS:g}, more on a CPU")
+    parser.add_argument(
+        "--patience", type=float, metavar="FACTOR", help="multiply the limits of checks, on a machine with other work"
+    )
     parser.add_argument("--small", action="store_true", help="sizes for a test; always so on a CPU")
     parser.add_argument("--json", type=Path, default=Path("gpu.json"), metavar="FILE", help="default: %(default)s")
     parser.add_argument("--text", type=Path, metavar="FILE", help="a summary to read")
@@ -193,8 +196,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.list:
         list_checks(checks)
         return 0
-    if arguments.device == "cpu":
-        checks = [dataclasses.replace(check, limit=check.limit * SLOW) for check in checks]
+    patience = arguments.patience or (SLOW if arguments.device == "cpu" else 1.0)
+    checks = [dataclasses.replace(check, limit=check.limit * patience) for check in checks]
     seconds = arguments.seconds or SECONDS * (SLOW if arguments.device == "cpu" else 1)
     began = time.monotonic()
     head: dict[str, Any] = {
