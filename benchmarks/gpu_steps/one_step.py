@@ -155,7 +155,7 @@ def variants(bench: Bench) -> None:
     no_tf32()
     gaps: dict[str, float] = {}
     for name, settings in VARIANTS.items():
-        ends = []
+        ends: list[dict[str, torch.Tensor]] = []
         for graphed in (False, True) if bench.device == "cuda" else (False, False):
             common = ("objective.name=ict", "train.deterministic=true", *settings, f"train.cuda_graphs={graphed}")
             config = load_config(None, [*TINY[1:], *common]) if name in OWN_SIZES else tiny(*common)

@@ -25,8 +25,8 @@ def conformance(bench: Bench) -> None:
     chosen = "TestDeviceStore or TestPinnedStore"
     if bench.small:
         chosen = f"({chosen}) and fp16 and not random and not snapshots"
-    command = [sys.executable, "-m", "pytest", "-c", str(settings), "--rootdir", str(bench.root), "-q"]
-    command += ["-p", "no:cacheprovider", "--basetemp", str(bench.scratch / "pytest"), "-k", chosen]
+    command = [sys.executable, "-m", "pytest", "-c", str(settings), "--rootdir", str(bench.root), "-q", "--tb=short"]
+    command += ["-p", "no:cacheprovider", "--maxfail=3", "--basetemp", str(bench.scratch / "pytest"), "-k", chosen]
     began = time.perf_counter()
     done = subprocess.run(
         [*command, str(bench.root / CONFORMANCE)],

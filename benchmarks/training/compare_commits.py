@@ -68,7 +68,7 @@ def rate(source: Path, store: str, options: list[str], directory: Path) -> float
     if done.returncode:
         raise SystemExit(f"the run with {source} failed:\n{done.stderr}")
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return statistics.median(line["images_per_second"] for line in lines[1:] or lines)
+    return float(statistics.median(line["images_per_second"] for line in lines[1:] or lines))
 
 
 def main() -> int:

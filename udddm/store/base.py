@@ -114,6 +114,12 @@ class StoreContext:
     """Checks that the run may still write at its URL; None for a run directory, which a lock protects."""
 
 
+def _with_index(device: torch.device) -> torch.device:
+    """`device`, or the current GPU for a "cuda" without an index: threads of a store cannot make that their current
+    one."""
+    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
+
+
 class X0Store(ABC):
     """Base class of all stores. A custom store implements `start`, `read`, `put`, `rows` and `close`
     (docs/extending.md).
@@ -127,7 +133,7 @@ class X0Store(ABC):
 
     def __init__(self, layout: StateLayout):
         self.layout, self.order, self.lanes = layout, layout.order, layout.lanes
-        self.shape, self.encoding, self.device = layout.shape, layout.encoding, layout.device
+        self.shape, self.encoding, self.device = layout.shape, layout.encoding, _with_index(layout.device)
         self.counters = StoreCounters()
         self.repair: Repair | None = None
         """Handles corrupt chunks; if None, they raise CorruptChunkError. Set it before `start`."""

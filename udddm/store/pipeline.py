@@ -97,7 +97,7 @@ class HostStore(X0Store):
     def __init__(self, layout: StateLayout, table: ChunkTable, limits: Limits = Limits()):
         """Raises StoreError if `limits` allow too little memory."""
         super().__init__(layout)
-        device = layout.device
+        device = self.device
         self.table = table
         self.guard = Guard()
         """Checks in every step that this run may still write."""

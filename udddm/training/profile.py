@@ -53,7 +53,7 @@ class Profile:
             if self._device.type == "cuda":
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
                 torch.cuda.synchronize(self._device)
-            self._profiler = torch.profiler.profile(activities=activities)
+            self._profiler = torch.profiler.profile(activities=activities, acc_events=True)  # no schedule
             self._profiler.__enter__()
             self._began = time.perf_counter()
         elif self._profiler is not None and self._seen == SKIPPED + self._steps:

@@ -18,7 +18,7 @@ from udddm.errors import StoreError
 from udddm.order import Order
 from udddm.storage.base import Retry
 from udddm.storage.local import LocalObjectStore
-from udddm.store import Encoding
+from udddm.store import Encoding, X0Store
 from udddm.store.autotune import Limits
 from udddm.store.layout import StateLayout
 from udddm.store.pinned import MemoryTable, PinnedStore
@@ -32,6 +32,16 @@ ORDER = Order(
     seed=9, samples=90, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=2
 )  # 6 windows per lane, 12 steps per epoch
 ONE_WINDOW = Order(seed=9, samples=40, batch_size=8, num_lanes=2, chunk_size=4, chunks_per_window=8)
+
+
+def test_a_store_on_cuda_without_an_index_uses_the_current_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`torch.cuda.set_device`, which the threads of a store call, refuses a device without an index."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    for given, used in (("cuda", "cuda:1"), ("cuda:0", "cuda:0"), ("cpu", "cpu")):
+        layout = StateLayout(ORDER, range(2), SHAPE, Encoding("fp16"), torch.device(given))
+        store = PinnedStore.__new__(PinnedStore)
+        X0Store.__init__(store, layout)  # alone: the rest needs a GPU
+        assert store.device == torch.device(used)
 
 
 class Watched(LocalObjectStore):
