@@ -21,8 +21,9 @@ from udddm.testing.s3 import BUCKET, S3Server
 
 settings.register_profile("untimed", deadline=None)  # how long an example takes says more of the machine than of us
 settings.load_profile("untimed")
-os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="udddm-state-")  # which runs a test has started
-atexit.register(shutil.rmtree, os.environ["XDG_STATE_HOME"], ignore_errors=True)
+for name in ("XDG_STATE_HOME", "UDDDM_SCRATCH"):  # which runs a test has started, and the local files of runs at URLs
+    os.environ[name] = tempfile.mkdtemp(prefix="udddm-tests-")
+    atexit.register(shutil.rmtree, os.environ[name], ignore_errors=True)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # several processes run at once; their threads would only wait in turns
 # A process that is forked from the fork server has these imports, which take seconds, already.
 multiprocessing.set_forkserver_preload(

@@ -59,4 +59,4 @@ def sanitizer(bench: Bench) -> None:
         bench.report(steps=trainer.step)
 
 
-CHECKS = (Check("P1", "conformance", 60, conformance), Check("P1", "sanitizer", 60, sanitizer, "the stream sanitizer"))
+CHECKS = (Check("P1", "conformance", 120, conformance), Check("P1", "sanitizer", 60, sanitizer, "the stream sanitizer"))
