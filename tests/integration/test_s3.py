@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import secrets
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -521,3 +523,29 @@ def test_google_and_azure_have_conditional_writes(monkeypatch: pytest.MonkeyPatc
         open_object_store("az://container/x")
     assert not open_object_store(f"local:///tmp/{uuid.uuid4().hex}").conditional
     assert open_object_store("memory://a").conditional, "nobody else sees it"
+
+
+def test_the_server_ends_with_a_process_that_is_killed(s3: S3Server) -> None:
+    """`s3`, only to skip this test where there is no server."""
+    program = """
+import time
+from udddm.testing import s3
+with s3.running() as server:
+    print(server.endpoint, flush=True)
+    time.sleep(600)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    with process.stdout:
+        host, _, port = process.stdout.readline().strip().removeprefix("http://").partition(":")
+        socket.create_connection((host, int(port)), timeout=10).close()
+        process.kill()
+        process.wait()
+    ended = time.monotonic() + 30
+    while time.monotonic() < ended:
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except ConnectionRefusedError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the server still runs")

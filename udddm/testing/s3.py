@@ -68,25 +68,28 @@ def binary() -> str | None:
 
 @contextmanager
 def running(binary: str | None = None, directory: Path | None = None) -> Iterator[S3Server]:
-    """Run a server on free ports with the bucket `BUCKET`, and kill it at the end.
+    """Run a server on free ports with the bucket `BUCKET`, and kill it at the end, or when this process is killed.
 
     `binary` is the path of `weed`; None searches for it. `directory` is for the server's files and its `log`; it is
     created if missing, and kept. None creates a temporary one, in memory if there is such a file system, which is
     deleted at the end. Raises RuntimeError if `weed` is not installed or does not start within a minute.
     """
     weed = binary or _installed()
+    temporary = ""
     with ExitStack() as stack:
         if directory is None:
             shared = Path("/dev/shm")
             directory = Path(tempfile.mkdtemp(prefix="udddm-s3-", dir=shared if shared.is_dir() else None))
+            temporary = str(directory)
             stack.callback(shutil.rmtree, directory, ignore_errors=True)
         directory.mkdir(parents=True, exist_ok=True)
         key, secret = f"KEY{secrets.token_hex(8).upper()}", secrets.token_hex(20)
         ports = dict(zip(("master", "volume", "filer", "s3", "admin"), _ports(5), strict=True))
         stack.callback(_remove_sockets, list(ports.values()))
-        server = _start(weed, directory, ports, key, secret)
+        server = _start(weed, directory, temporary, ports, key, secret)
         stack.callback(server.wait)
-        stack.callback(server.kill)  # before the wait, because its data need not survive
+        assert server.stdin is not None
+        stack.callback(server.stdin.close)  # before the wait
         endpoint = f"http://127.0.0.1:{ports['s3']}"
         _wait_until_ready(endpoint, server, directory / "log")
         yield S3Server(endpoint, key, secret)
@@ -99,7 +102,21 @@ def _installed() -> str:
     return found
 
 
-def _start(weed: str, directory: Path, ports: dict[str, int], key: str, secret: str) -> subprocess.Popen[bytes]:
+UNTIL_CLOSED = """
+removed=$1; shift; exec 3<&0
+"$@" & server=$!
+(read -r _ <&3; kill -9 $server 2>/dev/null) &
+wait $server
+[ -z "$removed" ] || rm -rf "$removed"
+"""
+"""A shell command that runs another one until its standard input is closed, as it is when the process that holds it
+ends in any way. The server is killed, because its data need not survive."""
+
+
+def _start(
+    weed: str, directory: Path, temporary: str, ports: dict[str, int], key: str, secret: str
+) -> subprocess.Popen[bytes]:
+    """`temporary` is a directory to delete at the end, or "" if there is none."""
     directory = directory.resolve()  # it is also the server's working directory
     identity = {
         "name": "test",
@@ -112,7 +129,8 @@ def _start(weed: str, directory: Path, ports: dict[str, int], key: str, secret: 
     command += [f"-s3.config={directory / 's3.json'}", "-master.telemetry=false", "-s3.port.iceberg=0"]
     command += ["-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-volume.preStopSeconds=1"]
     with (directory / "log").open("wb") as log:
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
+        shell = ["sh", "-c", UNTIL_CLOSED, "sh", temporary, *command]
+        return subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
 
 
 def _remove_sockets(ports: list[int]) -> None:
