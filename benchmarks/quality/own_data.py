@@ -8,7 +8,8 @@ shortens the runs, except those of the digits, of which the preset is trained to
 with the preset's. `--json` keeps the rows of other data sets that an earlier call wrote there. Scores are Frechet
 distances: for the digits and Fashion-MNIST in the features of the yardstick's classifiers, for others in their pixels,
 whitened by nothing, so that they compare only with one another. Each run has a grid of samples in its directory, to be
-looked at. `--device cuda` trains what is chosen for a CPU on a GPU, in less time.
+looked at; `--picture` draws the first rows of all of them. `--device cuda` trains what is chosen for a CPU on a GPU, in
+less time.
 """
 
 from __future__ import annotations
@@ -140,12 +141,29 @@ def measure(name: str, directory: Path, fraction: float, device: str) -> dict[st
     return found
 
 
+def picture(directory: Path, path: Path, rows: int = 2) -> None:
+    """Draw the first rows of the grid of each run in `directory`, one below the other."""
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    grids = {name: directory / name / "samples.png" for name in DATA}
+    grids = {name: grid for name, grid in grids.items() if grid.exists()}
+    figure = Figure(figsize=(6, 1.5 * len(grids)), layout="constrained")
+    for axis, (name, grid) in zip(figure.subplots(len(grids), 1, squeeze=False)[:, 0], grids.items(), strict=True):
+        image = Image.open(grid).convert("RGB")
+        axis.imshow(image.crop((0, 0, image.width, image.height * rows // 10)), interpolation="nearest")
+        axis.set_title(name, fontsize=9, loc="left")
+        axis.set_axis_off()
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--directory", type=Path, required=True, help="for data and runs, which are kept")
     parser.add_argument("--fraction", type=float, default=1.0)
     parser.add_argument("--only", nargs="+", choices=list(DATA), default=list(DATA))
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--picture", type=Path, help="a PNG of samples of all runs in --directory")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="where runs are trained")
     arguments = parser.parse_args()
     head = about("torch", device=device_name(arguments.device))
@@ -171,6 +189,8 @@ def main() -> None:
             }
             write_json(arguments.json, head, {"rows": [book[each] for each in DATA if each in book]})
     print(json.dumps({row["data"]: row["chosen"] for row in rows}, indent=1))
+    if arguments.picture:
+        picture(arguments.directory, arguments.picture)
 
 
 if __name__ == "__main__":
