@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import numpy as np
@@ -14,6 +14,7 @@ from udddm.config import ObjectiveConfig
 from udddm.diffusion.schedule import NoiseSchedule
 from udddm.errors import ConfigError
 from udddm.objectives.refined import Refined
+from udddm.objectives.transfer import map_tensors
 
 Ids = npt.NDArray[np.int64]
 Condition = Literal["noise", "state", "data", "none"]
@@ -64,19 +65,9 @@ class Visits:
         check_free_condition(self)
         return replace(self, condition="data", condition_images=images)
 
-    def _map(self, name: str, **arguments: object) -> Visits:
-        given = {f.name: getattr(self, f.name) for f in fields(self)}
-        tensors = {key: value for key, value in given.items() if isinstance(value, torch.Tensor)}
-        return replace(self, **{key: getattr(value, name)(**arguments) for key, value in tensors.items()})
-
-    def pinned(self) -> Visits:
-        """A copy in page-locked memory."""
-        return replace(self._map("pin_memory"), refined=self.refined and self.refined.pinned())
-
     def to(self, device: torch.device) -> Visits:
         """A copy on the device. Does not wait for the transfer."""
-        refined = self.refined and self.refined.to(device)
-        return replace(self._map("to", device=device, non_blocking=True), refined=refined)
+        return map_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
 
 def check_free_condition(visits: Visits) -> None:

@@ -45,15 +45,6 @@ class Refined:
     final: bool = False
     """Whether `rows` are the visits that use an estimate (`decided`), and not those that may."""
 
-    def pinned(self) -> Refined:
-        """A copy in page-locked memory."""
-        return replace(self, rows=self.rows.pin_memory(), initial=self.initial.pin_memory())
-
-    def to(self, device: torch.device) -> Refined:
-        """A copy on the device. Does not wait for the transfer."""
-        rows = self.rows.to(device, non_blocking=True)
-        return replace(self, rows=rows, initial=self.initial.to(device, non_blocking=True))
-
     def used(self, x0: torch.Tensor, state: torch.Tensor) -> torch.Tensor:
         """A mask [B] of the visits that use the estimate. `x0` and `state` are [B, C, H, W]."""
         if self.source == "network" or self.final or not self.some:

@@ -20,6 +20,7 @@ from udddm.diffusion.conditions import ConditionImages
 from udddm.log import log
 from udddm.objectives import HorizontalFlips, LabelDropout
 from udddm.objectives.base import Objective, Visits
+from udddm.objectives.transfer import Packed
 from udddm.order import Batch, Order
 from udddm.runs.conditions import conditions_of
 from udddm.storage.threads import Worker
@@ -44,6 +45,9 @@ class StepInput:
     """What to train on each image: noise level, noise, target and loss weight."""
 
 
+Inputs = StepInput | Packed[StepInput]
+
+
 @dataclass(frozen=True)
 class InputBuilder:
     """Builds one rank's inputs for any step, on the host. The result depends only on the step."""
@@ -53,7 +57,7 @@ class InputBuilder:
     dataset: ImageDataset
     objective: Objective
     device: torch.device
-    """The device that uses the inputs. For CUDA they are built in page-locked memory."""
+    """The device that uses the inputs."""
     labels: LabelDropout | None
     """Selects the visits that keep their label. None if the network takes no labels."""
     flips: HorizontalFlips | None = None
@@ -88,8 +92,6 @@ class InputBuilder:
         epoch, batch = self.batch_of(global_step)
         images, labels = (read or self.dataset.read)(batch.ids)
         weights = torch.from_numpy(batch.weights / batch.total)
-        if self.device.type == "cuda":
-            weights = weights.pin_memory()
         size = len(batch.ids) // self.parts
         made = []
         for first in range(0, len(batch.ids), size):
@@ -102,14 +104,13 @@ class InputBuilder:
             given = None
             if self.labels is not None and labels is not None:
                 given = self.labels(torch.from_numpy(labels[part]), visits)
-            if self.device.type == "cuda":
-                shown, visits, given = (
-                    shown.pin_memory(),
-                    visits.pinned(),
-                    None if given is None else given.pin_memory(),
-                )
             made.append(StepInput(shown, given, weights[part], visits))
         return made
+
+    def packed(self, global_step: int, read: Callable[[Ids], LabeledImages] | None = None) -> list[Inputs]:
+        """What `build` returns, in page-locked memory if the device is a GPU."""
+        made = self.build(global_step, read)
+        return [Packed(part, pin=True) for part in made] if self.device.type == "cuda" else [*made]
 
 
 class Prefetch:
@@ -125,13 +126,13 @@ class Prefetch:
         self._waited = 0.0  # seconds, since the last report
         self._reports, self._advised = 0, False
         self._worker = Worker("data")
-        self._pending: deque[Future[list[StepInput]]] = deque()
+        self._pending: deque[Future[list[Inputs]]] = deque()
         for _ in range(depth):
             self._submit()
 
     def _submit(self) -> None:
         read = None if self._reader is None else self._reader.request(self._builder.batch_of(self._next)[1].ids)
-        self._pending.append(self._worker.submit(partial(self._builder.build, self._next, read)))
+        self._pending.append(self._worker.submit(partial(self._builder.packed, self._next, read)))
         self._next += 1
 
     def wait(self, seconds: float) -> bool:
@@ -148,13 +149,7 @@ class Prefetch:
         made, device = self._pending.popleft().result(), self._builder.device
         self._waited += time.perf_counter() - began
         self._submit()
-        if device.type == "cuda":
-            for part in made:
-                part.images = part.images.to(device, non_blocking=True)
-                part.weights = part.weights.to(device, non_blocking=True)
-                part.labels = None if part.labels is None else part.labels.to(device, non_blocking=True)
-                part.visits = part.visits.to(device)
-        return made
+        return [part.to(device) if isinstance(part, Packed) else part for part in made]
 
     def wait_fraction(self, seconds: float) -> float:
         """The fraction of the last `seconds` for which steps waited for their images. Says once what helps."""
