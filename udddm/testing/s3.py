@@ -85,7 +85,6 @@ def running(binary: str | None = None, directory: Path | None = None) -> Iterato
         directory.mkdir(parents=True, exist_ok=True)
         key, secret = f"KEY{secrets.token_hex(8).upper()}", secrets.token_hex(20)
         ports = dict(zip(("master", "volume", "filer", "s3", "admin"), _ports(5), strict=True))
-        stack.callback(_remove_sockets, list(ports.values()))
         server = _start(weed, directory, temporary, ports, key, secret)
         stack.callback(server.wait)
         assert server.stdin is not None
@@ -103,14 +102,16 @@ def _installed() -> str:
 
 
 UNTIL_CLOSED = """
-removed=$1; shift; exec 3<&0
+removed=$1 ports=$2; shift 2; exec 3<&0
 "$@" & server=$!
 (read -r _ <&3; kill -9 $server 2>/dev/null) &
 wait $server
+for port in $ports; do rm -f /tmp/seaweedfs-*-$port.sock; done
 [ -z "$removed" ] || rm -rf "$removed"
 """
 """A shell command that runs another one until its standard input is closed, as it is when the process that holds it
-ends in any way. The server is killed, because its data need not survive."""
+ends in any way. The server is killed, because its data need not survive. It leaves Unix sockets, which are named after
+its ports."""
 
 
 def _start(
@@ -129,16 +130,9 @@ def _start(
     command += [f"-s3.config={directory / 's3.json'}", "-master.telemetry=false", "-s3.port.iceberg=0"]
     command += ["-s3.port.lance=0", "-webdav=false", "-admin.ui=false", "-volume.preStopSeconds=1"]
     with (directory / "log").open("wb") as log:
-        shell = ["sh", "-c", UNTIL_CLOSED, "sh", temporary, *command]
+        used = " ".join(f"{port} {port + 10000}" for port in ports.values())  # also for gRPC
+        shell = ["sh", "-c", UNTIL_CLOSED, "sh", temporary, used, *command]
         return subprocess.Popen(shell, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
-
-
-def _remove_sockets(ports: list[int]) -> None:
-    """Delete the Unix sockets that a killed server leaves, which are named after its ports and their gRPC ports."""
-    for port in ports:
-        for number in (port, port + 10000):
-            for left in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
-                left.unlink(missing_ok=True)
 
 
 def _wait_until_ready(endpoint: str, server: subprocess.Popen[bytes], log: Path) -> None:
