@@ -132,6 +132,7 @@ class Order:
         self.seed, self.samples, self.batch_size, self.num_lanes = seed, samples, batch_size, num_lanes
         self.samples_per_lane_step = batch_size // num_lanes
         self.longest_lane = -(-samples // num_lanes)
+        self._starts = [i * (samples // num_lanes) + min(i, samples % num_lanes) for i in range(num_lanes + 1)]
         self.chunk_size = min(chunk_size, self.longest_lane)
         self.chunks_per_window = chunks_per_window
         self.steps_per_epoch = -(-self.longest_lane // self.samples_per_lane_step)
@@ -141,6 +142,7 @@ class Order:
         self._batches = functools.lru_cache(maxsize=32)(self._compute_batch)
         self._lane_places = functools.lru_cache(maxsize=4 * num_lanes)(self._compute_places)
         self._lane_chunks = functools.lru_cache(maxsize=4 * num_lanes)(self._compute_chunks)
+        self._window_slots = functools.lru_cache(maxsize=4 * num_lanes)(self._compute_slots)
 
     @classmethod
     def build(cls, config: OrderConfig, seed: int, samples: int, batch: int, shape: tuple[int, ...]) -> Order:
@@ -204,11 +206,11 @@ class Order:
 
     def lane_start(self, lane: int) -> int:
         """The first global slot of a lane; the first N mod L lanes have one slot more."""
-        return lane * (self.samples // self.num_lanes) + min(lane, self.samples % self.num_lanes)
+        return self._starts[lane]
 
     def lane_slots(self, lane: int) -> int:
         """The number of slots of a lane."""
-        return self.lane_start(lane + 1) - self.lane_start(lane)
+        return self._starts[lane + 1] - self._starts[lane]
 
     def num_chunks(self, lane: int) -> int:
         """The number of chunks of a lane."""
@@ -312,12 +314,17 @@ class Order:
 
     def part_slots(self, part: LaneStep, epoch: int) -> Indices:
         """The global slots of a part's rows."""
-        chunks = np.array(self.window_chunks_of(part.lane, epoch, part.window))
-        ends = np.cumsum([self.chunk_slots(part.lane, int(c)) for c in chunks])
-        place = np.searchsorted(ends, part.rows, side="right")
-        starts = np.concatenate([[0], ends[:-1]])
-        slots: Indices = self.lane_start(part.lane) + chunks[place] * self.chunk_size + part.rows - starts[place]
+        ends, offsets = self._window_slots(part.lane, epoch, part.window)
+        slots: Indices = part.rows + offsets[ends.searchsorted(part.rows, side="right")]
         return slots
+
+    def _compute_slots(self, lane: int, epoch: int, window: int) -> tuple[Indices, Indices]:
+        """For each chunk of a window, in the order of the buffer: the row after its last, and its first slot less its
+        first row."""
+        chunks = self.window_chunks_of(lane, epoch, window)
+        sizes = np.array([self.chunk_slots(lane, chunk) for chunk in chunks])
+        ends = np.cumsum(sizes)
+        return ends, self.lane_start(lane) + np.array(chunks) * self.chunk_size - (ends - sizes)
 
     def lanes_of(self, rank: int, world: int) -> range:
         """The lanes that a rank owns. Raises ConfigError if `world` does not divide the lanes."""
@@ -343,8 +350,8 @@ class Order:
                 weights[place] = 1
                 parts.append(part)
         first = step * self.samples_per_lane_step
-        total = sum(
-            min(max(self.lane_slots(lane) - first, 0), self.samples_per_lane_step) for lane in range(self.num_lanes)
-        )
+        shorter, longer = divmod(self.samples, self.num_lanes)
+        total = (self.num_lanes - longer) * min(max(shorter - first, 0), self.samples_per_lane_step)
+        total += longer * min(max(shorter + 1 - first, 0), self.samples_per_lane_step)
         ids = np.where(weights > 0, self.sample_of(slots), 0)
         return Batch(ids, slots, weights, total, tuple(parts))

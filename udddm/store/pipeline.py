@@ -22,6 +22,7 @@ import queue
 import threading
 import time
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -104,6 +105,7 @@ class HostStore(X0Store):
         self.pace = Autotune(layout.order, layout.lanes, layout.row_bytes, limits)
         self._changed = threading.Condition()
         self._windows: dict[tuple[int, int, int], _Window] = {}
+        self._held: Counter[int] = Counter()  # windows of each lane
         self._first = 0  # the generation that was complete at the start
         self._saved: set[tuple[int, int, int]] = set()  # (generation, lane, chunk) written since then
         self._visited: dict[tuple[int, int, int], tuple[_Window, int, int]] = {}  # the same keys, being written
@@ -324,7 +326,7 @@ class HostStore(X0Store):
                     break
                 except queue.Full:
                     continue
-            self._read_ahead(epoch, step)
+            self._read_ahead(epoch, batch)
             epoch, step = (epoch, step + 1) if step + 1 < self.order.steps_per_epoch else (epoch + 1, 0)
 
     def _scatter(self) -> None:
@@ -396,14 +398,14 @@ class HostStore(X0Store):
             raise StoreError("the x0-state store is closed")
         self._changed.wait(_POLL)
 
-    def _read_ahead(self, epoch: int, step: int) -> None:
-        """Start reading the windows after the one in use, in the order of use, as far as there is room."""
+    def _read_ahead(self, epoch: int, batch: Batch) -> None:
+        """Start reading the windows after those of a step, in the order of use, as far as there is room."""
         self._adapt()
+        used = {part.lane: part.window for part in batch.parts}
         with self._changed:
             for lane in self.lanes:
-                parts = self.order.lane_step(lane, epoch, step)
                 windows = self.order.num_windows(lane)
-                following = parts[-1].window + 1 if parts else windows
+                following = used.get(lane, windows - 1) + 1
                 for index in range(following, min(following + self.pace.ahead, 2 * windows)):
                     key = (epoch + index // windows, lane, index % windows)
                     if key not in self._windows and not self._begin(key):
@@ -423,7 +425,7 @@ class HostStore(X0Store):
     def _begin(self, key: tuple[int, int, int]) -> bool:
         """Start reading a window if its lane has room for it. Called with the lock held."""
         epoch, lane, index = key
-        if sum(1 for other in self._windows if other[1] == lane) >= self.pace.windows:
+        if self._held[lane] >= self.pace.windows:
             return False
         window = self._windows[key] = self._new_window(epoch, lane, index)
         for chunk, first, past in window.chunks:
@@ -444,6 +446,7 @@ class HostStore(X0Store):
             chunks.append((chunk, first, past))
             first = past
         buffer = np.empty((first, *self.shape), self.encoding.array)
+        self._held[lane] += 1
         return _Window(epoch, lane, chunks, buffer, len(chunks), first, len(chunks))
 
     def _load(self, window: _Window, chunk: int, first: int, past: int) -> None:
@@ -473,6 +476,7 @@ class HostStore(X0Store):
             if not window.unsaved:
                 index = self.order.window_of(lane, window.epoch, chunk)
                 del self._windows[window.epoch, lane, index]
+                self._held[lane] -= 1
             left = self._unsaved.get((generation, lane), self.order.num_chunks(lane)) - 1
             self._unsaved[generation, lane] = left
             self._changed.notify_all()
