@@ -31,6 +31,8 @@ SIDES = (128, 96, 64, 48, 32)
 """Sizes to which images of different sizes are resized."""
 OPERATIONS = 3e14
 """Floating-point operations that a core does in about an hour and a half."""
+ENOUGH = 200_000
+"""Images that a run on a CPU should train on. If it cannot in that time, its network is smaller."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ def choose(data: dict[str, Any], here: Machine) -> tuple[RunConfig, list[str]]:
     classes = images.classes if images.labelled and images.classes and images.classes <= MOST_CLASSES else 0
 
     side = max(height, width)
-    network, train = _on_gpu(height, width, count) if here.cuda else _on_cpu(side, channels)
+    network, train = _on_gpu(height, width, count) if here.cuda else _on_cpu(images.shape)
     if here.cuda:
         train["precision"] = "bf16" if here.bf16 else "fp16"
     batch = train["batch_size"] = _batch(train["batch_size"], count)
@@ -145,19 +147,42 @@ def _conditioned(section: dict[str, Any]) -> list[str]:
     return [f"conditioning images: {kind}{f' in {where}' if where else ''}, as further input channels of the network"]
 
 
-def _on_cpu(side: int, channels: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Network and training for minutes to an hour on a core, as in the presets digits and fashion-mnist."""
+def _on_cpu(shape: tuple[int, int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Network and training for minutes to an hour on a core, as in the presets digits and fashion-mnist.
+
+    Larger patches, of which a network trains on more images in the same time, are chosen for it if there are not
+    enough images otherwise, unless a patch would have more values than the network has channels.
+    """
+    side = max(shape[1:])
     patch = max(2, 1 << math.ceil(math.log2(max(1.0, side / 16))))
-    grid = math.ceil(side / patch)
-    network = {
+    network = _cpu_network(shape, patch)
+    larger = _cpu_network(shape, 2 * patch)
+    values = shape[0] * (2 * patch) ** 2
+    if (
+        side > 16
+        and _affordable({**network, "condition": "none"}, shape) < ENOUGH
+        and values <= larger["base_channels"]
+    ):
+        network = larger
+    return network, {"batch_size": 64, "learning_rate": 7e-4, "warmup_steps": 100, "torch_threads": 1}
+
+
+def _cpu_network(shape: tuple[int, int, int], patch: int) -> dict[str, Any]:
+    grid = math.ceil(max(shape[1:]) / patch)
+    return {
         "patch": patch,
-        "base_channels": 64 if grid <= 4 or channels > 1 else 48,
+        "base_channels": 64 if grid <= 4 or shape[0] > 1 else 48,
         "channel_mult": [1] if grid <= 4 else [1, 2],
         "blocks_per_level": 1,
         "attention_resolutions": [],
         "dropout": 0.0,
     }
-    return network, {"batch_size": 64, "learning_rate": 7e-4, "warmup_steps": 100, "torch_threads": 1}
+
+
+def _affordable(network: dict[str, Any], shape: tuple[int, int, int]) -> float:
+    """The images that a core trains on with `OPERATIONS`."""
+    counted = cost(NetworkConfig(**network), shape)
+    return OPERATIONS / (counted.training + counted.forward)
 
 
 def _on_gpu(height: int, width: int, count: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -187,9 +212,7 @@ def _batch(wanted: int, count: int) -> int:
 def _images_seen(side: int, count: int, here: Machine, network: dict[str, Any], shape: tuple[int, int, int]) -> float:
     """The length of the run in images: what a core does within an hour or two, or a GPU within a day."""
     if not here.cuda:
-        counted = cost(NetworkConfig(**network), shape)
-        affordable = OPERATIONS / (counted.training + counted.forward)
-        return max(100_000, min(384_000 if side <= 16 else 600_000, affordable))
+        return max(100_000, min(384_000 if side <= 16 else 600_000, _affordable(network, shape)))
     return min(40e6 if side <= 36 else 80e6, max(2e6, 2000.0 * count))
 
 
