@@ -61,6 +61,22 @@ DATA = {
 }
 
 
+@pytest.mark.parametrize(
+    ("shape", "patch"),
+    [((3, 32, 32), 4), ((3, 48, 48), 4), ((1, 32, 32), 2), ((1, 28, 28), 2), ((4, 16, 16), 2), ((3, 64, 64), 4)],
+)
+def test_a_core_trains_on_enough_images_unless_its_patches_would_be_too_large(
+    shape: tuple[int, int, int], patch: int, tmp_path: Path
+) -> None:
+    """3x32x32 in patches of 2 would train on 130,000 images in the time, and with patches of 4 on four times as many.
+    Patches of 8 of 3x64x64 would have 192 values, more than the 64 channels can pass on."""
+    where = array(tmp_path / "images.npz", 200, *shape)
+    config, _ = automatic.choose(automatic.data_section(str(where)), Machine(False))
+    assert config.network.patch == patch
+    enough = (config.train.steps or 0) * config.train.batch_size >= automatic.ENOUGH
+    assert enough == (shape != (3, 64, 64)) and shape[0] * patch**2 <= config.network.base_channels
+
+
 @pytest.mark.parametrize("name", DATA)
 def test_settings_fit_the_data_and_train(name: str, tmp_path: Path) -> None:
     make, shape, classes = DATA[name]

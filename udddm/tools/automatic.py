@@ -70,7 +70,7 @@ def choose(data: dict[str, Any], here: Machine) -> tuple[RunConfig, list[str]]:
     base = resolve({"data": data, "train": {"steps": 1}})
     images = ImageDataset(load_dataset(base.data))
     given = "channels" if base.data.condition.used else "none"
-    channels, height, width = images.shape
+    _, height, width = images.shape
     count = len(images)
     if count < FEWEST:
         where = data.get("path") or data["name"]
@@ -155,14 +155,9 @@ def _on_cpu(shape: tuple[int, int, int]) -> tuple[dict[str, Any], dict[str, Any]
     """
     side = max(shape[1:])
     patch = max(2, 1 << math.ceil(math.log2(max(1.0, side / 16))))
-    network = _cpu_network(shape, patch)
-    larger = _cpu_network(shape, 2 * patch)
-    values = shape[0] * (2 * patch) ** 2
-    if (
-        side > 16
-        and _affordable({**network, "condition": "none"}, shape) < ENOUGH
-        and values <= larger["base_channels"]
-    ):
+    network, larger = _cpu_network(shape, patch), _cpu_network(shape, 2 * patch)
+    few = side > 16 and _affordable({**network, "condition": "none"}, shape) < ENOUGH
+    if few and shape[0] * (2 * patch) ** 2 <= larger["base_channels"]:
         network = larger
     return network, {"batch_size": 64, "learning_rate": 7e-4, "warmup_steps": 100, "torch_threads": 1}
 
