@@ -28,6 +28,11 @@ def map_tensors(value: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:
     return cast(T, made)
 
 
+def _aligned(size: int) -> int:
+    """The bytes that a tensor of `size` bytes takes."""
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT
+
+
 class Packed(Generic[T]):
     """A copy of a dataclass whose tensors share one piece of host memory.
 
@@ -38,7 +43,7 @@ class Packed(Generic[T]):
         sizes: list[int] = []
 
         def measure(tensor: torch.Tensor) -> torch.Tensor:
-            sizes.append(math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT)
+            sizes.append(_aligned(tensor.nbytes))
             return tensor
 
         map_tensors(value, measure)
@@ -57,7 +62,7 @@ class Packed(Generic[T]):
         def place(tensor: torch.Tensor) -> torch.Tensor:
             nonlocal first
             there = memory[first : first + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
-            first += math.ceil(tensor.nbytes / ALIGNMENT) * ALIGNMENT
+            first += _aligned(tensor.nbytes)
             return there.copy_(tensor) if fill else there
 
         return map_tensors(value, place)

@@ -32,7 +32,7 @@ SIDES = (128, 96, 64, 48, 32)
 OPERATIONS = 3e14
 """Floating-point operations that a core does in about an hour and a half."""
 ENOUGH = 200_000
-"""Images that a run on a CPU should train on. If it cannot in that time, its network is smaller."""
+"""Images that a run on a CPU should train on. Where it cannot in that time, its network has larger patches."""
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def _conditioned(section: dict[str, Any]) -> list[str]:
 def _on_cpu(shape: tuple[int, int, int]) -> tuple[dict[str, Any], dict[str, Any]]:
     """Network and training for minutes to an hour on a core, as in the presets digits and fashion-mnist.
 
-    Larger patches, of which a network trains on more images in the same time, are chosen for it if there are not
-    enough images otherwise, unless a patch would have more values than the network has channels.
+    A network with larger patches trains on more images in the same time. It is chosen where there would be fewer than
+    `ENOUGH` otherwise, unless a patch would have more values than the network has channels.
     """
     side = max(shape[1:])
     patch = max(2, 1 << math.ceil(math.log2(max(1.0, side / 16))))
