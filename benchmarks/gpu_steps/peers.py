@@ -41,7 +41,7 @@ class BareLoop:
         self.scaler.update()
 
 
-def diffusers_network(wanted: int, small: bool) -> nn.Module | str:
+def diffusers_network(wanted: int, small: bool, dropout: float) -> nn.Module | str:
     """diffusers' UNet2DModel for 3x32x32 whose parameters come nearest to `wanted`, or why there is none."""
     try:
         diffusers: Any = importlib.import_module("diffusers")
@@ -63,6 +63,7 @@ def diffusers_network(wanted: int, small: bool) -> nn.Module | str:
             up_block_types=tuple(name.replace("Down", "Up") for name in reversed(attention[: len(stages)])),
             norm_num_groups=8 if small else 32,
             attention_head_dim=64 if not small else 8,
+            dropout=dropout,
         )
         return made
 

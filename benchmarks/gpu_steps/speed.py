@@ -126,17 +126,19 @@ def profile(bench: Bench) -> None:
 
 
 def others(bench: Bench) -> None:
-    """The bare loop on our network, and diffusers' UNet2DModel of as many parameters: batch and precision the same."""
+    """The bare loop on our network, and diffusers' UNet2DModel of as many parameters: batch, precision and
+    dropout the same."""
     made = built(bench, teacher="none")
     ours = parameters(made.network)
     bench.report(ours={**measured(bench, made), "parameters": ours})
     network, batch, precision = made.network, made.batch, made.config.train.precision
+    dropout = made.config.network.dropout
     loop = peers.BareLoop(network, SHAPE, made.device, batch, precision)
     timing = timed(loop.step, made.device, warm=bench.pick(3, 1), count=bench.pick(12, 2))
     bench.report(bare_loop={"images_per_s": timing.rate(batch), **timing.figures()})
     del made, loop, network
     dropped()
-    other = peers.diffusers_network(ours, bench.small)
+    other = peers.diffusers_network(ours, bench.small, dropout)
     if isinstance(other, str):
         bench.report(diffusers=other)
         return
@@ -190,9 +192,10 @@ def compiled(bench: Bench) -> None:
 
 def compiled_peer(bench: Bench) -> None:
     """diffusers' network, compiled."""
-    ours = parameters(built(bench, batch=8, plans=1).network)
+    made = built(bench, batch=8, plans=1)
+    other = peers.diffusers_network(parameters(made.network), bench.small, made.config.network.dropout)
+    del made
     dropped()
-    other = peers.diffusers_network(ours, bench.small)
     if isinstance(other, str):
         bench.report(diffusers=other)
         return

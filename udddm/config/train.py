@@ -107,6 +107,12 @@ class TrainConfig(Section):
         description="compile the network with torch.compile, which needs a C++ compiler",
         json_schema_extra=CHANGEABLE,
     )
+    recompute: bool = Field(
+        False,
+        description="compute normalizations and activations again in the backward pass instead of keeping them: less "
+        "memory, the same bits, a little slower; for networks unet and ddpmpp that are not compiled",
+        json_schema_extra=CHANGEABLE,
+    )
     cuda_graphs: bool | None = Field(
         None,
         description="launch the network's kernels on a GPU all at once, as CUDA graphs; unset: with network.name=unet "

@@ -11,6 +11,7 @@ from udddm.config.plugins import NETWORKS, cannot_take
 from udddm.diffusion import schedule
 from udddm.errors import ConfigError
 from udddm.networks.base import Network, NetworkContext
+from udddm.networks.blocks import GroupNorm
 from udddm.rng import Stream
 
 __all__ = ["Network", "NetworkContext", "build", "for_run", "outline"]
@@ -53,4 +54,19 @@ def for_run(config: RunConfig, shape: tuple[int, int, int]) -> nn.Module:
     """The network of a run for images [C, H, W], with the run's initial weights. Raises ConfigError."""
     frequency = config.network.max_frequency or schedule.build(config.schedule).max_frequency
     seed = rng.key(config.seed, Stream.INITIAL_WEIGHTS)
-    return build(config.network, shape, max_frequency=frequency, seed=seed)
+    network = build(config.network, shape, max_frequency=frequency, seed=seed)
+    if config.train.recompute:
+        recompute(network, config.network.name)
+    return network
+
+
+def recompute(network: nn.Module, name: str) -> None:
+    """Make normalizations keep only their inputs for the backward pass. Raises ConfigError if there are none."""
+    layers = [layer for layer in network.modules() if isinstance(layer, GroupNorm)]
+    if not layers:
+        raise ConfigError(
+            f"train.recompute=true: network.name={name} has no layers to compute again, as unet and ddpmpp have; "
+            "remove it, and set train.grad_accumulation to use less memory"
+        )
+    for layer in layers:
+        layer.recompute = True

@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from udddm.config import NetworkConfig
-from udddm.networks import NetworkContext, assemble
+from udddm.networks import NetworkContext, assemble, recompute
 
 _SIZES = (2, 4)
 """Two numbers of images: what autograd keeps once, such as casts of the weights, is not part of the difference."""
@@ -28,8 +28,12 @@ class _Kept:
         return sum(tensor.untyped_storage().nbytes() for tensor in self._alive.values())
 
 
-def bytes_per_image(config: NetworkConfig, shape: tuple[int, int, int], precision: str) -> int:
+def bytes_per_image(
+    config: NetworkConfig, shape: tuple[int, int, int], precision: str, recomputed: bool = False
+) -> int:
     """Bytes that a training pass keeps per image of `shape` (C, H, W), with autocast unless `precision` is fp32.
+
+    `recomputed`: with `train.recompute`.
 
     Nothing is computed or allocated. The peak of a step is higher by the largest intermediate results.
     Raises ConfigError for an invalid network.
@@ -37,6 +41,8 @@ def bytes_per_image(config: NetworkConfig, shape: tuple[int, int, int], precisio
     counts = []
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = assemble(NetworkContext(config, shape))
+        if recomputed:
+            recompute(network, config.name)
         for images in _SIZES:
             image, level = torch.zeros(images, *shape), torch.zeros(images)
             labels = torch.zeros(images, dtype=torch.int64) if config.classes else None

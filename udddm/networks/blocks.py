@@ -6,8 +6,11 @@ The blocks follow ADM (Dhariwal & Nichol 2021, arXiv 2105.05233, section 3). Ima
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import Literal, TypeVar
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -28,21 +31,78 @@ def dropout_layers(network: nn.Module) -> list[nn.Dropout | nn.Dropout1d | nn.Dr
     return [layer for layer in network.modules() if isinstance(layer, kinds)]
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group normalization that keeps half-precision inputs in half precision under autocast. Sums are in float32.
+class _Recomputed(torch.autograd.Function):
+    """Calls a function, keeps its inputs alone, and computes it again in the backward pass.
 
-    Autocast on a GPU runs `group_norm` in float32, so that subsequent operations move and store four bytes per number.
-    EDM also casts its weights to avoid this (github.com/NVlabs/edm, training/networks.py).
+    Results and gradients have the same bits as without it. A small function without random numbers does not need the
+    hooks of `torch.utils.checkpoint`.
     """
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dtype == torch.float32 or not torch.is_autocast_enabled(x.device.type):
-            return super().forward(x)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.group_norm(x, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+    @staticmethod
+    def forward(context: Any, function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None) -> torch.Tensor:
+        context.function = function
+        context.save_for_backward(*inputs)
+        return function(*inputs)
+
+    @staticmethod
+    def backward(context: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        saved = zip(context.saved_tensors, context.needs_input_grad[1:], strict=True)
+        inputs = [None if x is None else x.detach().requires_grad_(needed) for x, needed in saved]
+        with torch.enable_grad():
+            output = context.function(*inputs)
+        needed = [x for x in inputs if x is not None and x.requires_grad]
+        found = iter(torch.autograd.grad(output, needed, gradient))
+        return None, *(next(found) if x is not None and x.requires_grad else None for x in inputs)
 
 
-def group_norm(channels: int, eps: float = 1e-5) -> nn.GroupNorm:
+class GroupNorm(nn.GroupNorm):
+    """Group normalization, optionally scaled, shifted and activated.
+
+    Half-precision inputs stay in half precision under autocast, with sums in float32. Autocast on a GPU runs
+    `group_norm` in float32, so that subsequent operations move and store four bytes per number. EDM also casts its
+    weights to avoid this (github.com/NVlabs/edm, training/networks.py).
+    """
+
+    recompute = False
+    """Keep only the input for the backward pass (`train.recompute`). A compiled network decides this itself."""
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        scale: torch.Tensor | None = None,
+        shift: torch.Tensor | None = None,
+        *,
+        silu: bool = False,
+    ) -> torch.Tensor:
+        """[B, C, H, W] -> the same shape: normalized, times `scale` + 1 plus `shift` if given, and SiLU of it."""
+        function = partial(_normalize, self.num_groups, self.eps, silu)
+        inputs = x, self.weight, self.bias, scale, shift
+        if not self.recompute or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return function(*inputs)
+        output: torch.Tensor = _Recomputed.apply(function, *inputs)  # type: ignore[no-untyped-call]
+        return output
+
+
+def _normalize(
+    groups: int,
+    eps: float,
+    silu: bool,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    scale: torch.Tensor | None,
+    shift: torch.Tensor | None,
+) -> torch.Tensor:
+    kind = x.device.type
+    half = x.dtype != torch.float32 and torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, enabled=False) if half else contextlib.nullcontext():
+        x = F.group_norm(x, groups, weight.to(x.dtype), bias.to(x.dtype), eps)
+        if scale is not None and shift is not None:
+            x = torch.addcmul(shift, x, scale + 1)
+        return F.silu(x) if silu else x
+
+
+def group_norm(channels: int, eps: float = 1e-5) -> GroupNorm:
     """Group normalization with at most 32 groups, each of at least four channels if there are that many.
 
     Groups of a single channel would remove the channel's mean, which is the only information in a stage of 1x1 pixels.
@@ -133,10 +193,10 @@ class ResidualBlock(nn.Module):
         self.shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(resampled(F.silu(self.norm_in(x)), self.resample))
+        h = self.conv_in(resampled(self.norm_in(x, silu=True), self.resample))
         x = resampled(x, self.resample)
         scale, shift = self.film(embedding)[:, :, None, None].chunk(2, dim=1)
-        h = F.silu(torch.addcmul(shift, self.norm_out(h), scale + 1))
+        h = self.norm_out(h, scale, shift, silu=True)
         out: torch.Tensor = self.shortcut(x) + self.conv_out(self.dropout(h))
         return out
 

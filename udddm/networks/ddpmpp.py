@@ -115,8 +115,8 @@ class Block(nn.Module):
         self.attention = Attention(out_channels, scale) if attention else None
 
     def forward(self, x: torch.Tensor, embedding: torch.Tensor) -> torch.Tensor:
-        h = self.conv_in(resampled(F.silu(self.norm_in(x)), self.resample))
-        h = F.silu(self.norm_out(h + self.embed(embedding)[:, :, None, None]))
+        h = self.conv_in(resampled(self.norm_in(x, silu=True), self.resample))
+        h = self.norm_out(h + self.embed(embedding)[:, :, None, None], silu=True)
         h = (self.shortcut(resampled(x, self.resample)) + self.conv_out(self.dropout(h))) * self.scale
         out: torch.Tensor = h if self.attention is None else self.attention(h)
         return out
@@ -230,7 +230,7 @@ class DDPMpp(nn.Module):
         x = self.middle_out(self.middle_in(x, embedding), embedding)
         for block in self.decoder:
             x = block(x if block.resample == "up" else torch.cat([x, skips.pop()], dim=1), embedding)
-        return self._images.crop(self.conv_out(F.silu(self.norm_out(x)))).float()
+        return self._images.crop(self.conv_out(self.norm_out(x, silu=True))).float()
 
     def _embedding(self, noise_level: torch.Tensor, labels: torch.Tensor | None) -> torch.Tensor:
         """Noise levels [B] and labels [B] -> [B, E], with SiLU applied."""

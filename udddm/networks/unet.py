@@ -146,7 +146,7 @@ class UNet(nn.Module):
         x = self.middle_out(self.middle_in(x, embedding, tokens), embedding, tokens)
         for layer in self.decoder:
             x = layer(torch.cat([x, skips.pop()], dim=1), embedding, tokens)
-        x = F.pixel_shuffle(self.conv_out(F.silu(self.norm_out(x))), self.config.patch)
+        x = F.pixel_shuffle(self.conv_out(self.norm_out(x, silu=True)), self.config.patch)
         return self._images.crop(x).float()
 
     def _tokens(self, condition: torch.Tensor | None) -> list[torch.Tensor | None]:

@@ -106,7 +106,8 @@ def _memory(config: RunConfig, data: ExpectConfig, objective: Objective, layout:
     more = total.accumulation(rows, limit, parts)
     if more is None:
         return f"{text}; does not fit {whose}, not even one image at a time: use a smaller network, or larger GPUs"
-    return f"{text}; does not fit {whose}: set train.grad_accumulation={more}"
+    other = memory.recompute_suffices(config, data.shape, images, limit - state)
+    return f"{text}; does not fit {whose}: set train.grad_accumulation={more}{' or train.recompute=true' * other}"
 
 
 def _state(config: RunConfig, objective: Objective, layout: StateLayout, rate: float) -> str:

@@ -108,6 +108,14 @@ def test_what_does_not_fit_names_the_accumulation_that_does(heavy: list[str]) ->
     assert "does not fit" in planned(*heavy, DATA, f"train.grad_accumulation={fewer}", on="1xT4")[2]
 
 
+def test_what_fits_when_it_is_computed_again_says_so(heavy: list[str]) -> None:
+    micro = [*heavy, DATA, "train.batch_size=700"]
+    found = planned(*micro, on="1xT4")[2]
+    assert found.endswith("set train.grad_accumulation=2 or train.recompute=true")
+    fits = planned(*micro, "train.recompute=true", on="1xT4")[2]
+    assert "; fits the 16.0 GB of a T4" in fits
+
+
 def test_what_cannot_fit_says_so(heavy: list[str]) -> None:
     huge = [*heavy[1:], "network.base_channels=4096"]
     assert "not even one image at a time" in planned(*huge, DATA, on="8xT4")[2]

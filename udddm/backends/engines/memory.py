@@ -51,7 +51,20 @@ def needed(config: RunConfig, shape: tuple[int, int, int]) -> Memory:
     fixed = parameters * 4 * (4 + len(train.averages)) + CONTEXT
     if train.precision != "fp32":
         fixed += parameters * 2
-    return Memory(fixed, ALLOCATED * activations.bytes_per_image(config.network, shape, train.precision))
+    kept = activations.bytes_per_image(config.network, shape, train.precision, train.recompute)
+    return Memory(fixed, ALLOCATED * kept)
+
+
+def recompute_suffices(config: RunConfig, shape: tuple[int, int, int], images: int, limit: float) -> bool:
+    """Whether a micro-batch of `images` takes at most `limit` bytes with `train.recompute`, which is not set."""
+    train = config.train
+    if train.recompute or train.compile:
+        return False
+    chosen = config.model_copy(update={"train": train.model_copy(update={"recompute": True})})
+    try:
+        return needed(chosen, shape).of(images) <= limit
+    except ConfigError:  # a network that has nothing to compute again
+        return False
 
 
 def check(config: RunConfig, shape: tuple[int, int, int], ranks: Ranks) -> None:
@@ -74,6 +87,8 @@ def check_fits(config: RunConfig, shape: tuple[int, int, int], world: int, total
         return
     more = memory.accumulation(rows, 0.95 * total, parts)
     advice = f"set train.grad_accumulation={more} (it is {parts})" if more else "use a smaller network or a larger GPU"
+    if recompute_suffices(config, shape, images, 0.95 * total):
+        advice += ", or set train.recompute=true"
     raise ConfigError(
         f"the network does not fit: a micro-batch of {images} images takes about {memory.of(images) / 1e9:.1f} GB, and "
         f"{device} has {total / 1e9:.1f} GB; {advice}"
