@@ -21,6 +21,7 @@ CHANGEABLE = {
     "train.power_ema_every_steps",
     "train.torch_threads",
     "train.compile",
+    "train.recompute",
     "train.cuda_graphs",
     "train.channels_last",
     "train.tf32",
