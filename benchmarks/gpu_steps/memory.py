@@ -47,12 +47,22 @@ def measured(made: Passes) -> dict[str, Any]:
 
 def presets(bench: Bench) -> None:
     """What autograd keeps, and on a GPU what the allocator takes for it."""
+    kept(bench)
+
+
+def recomputed(bench: Bench) -> None:
+    """The same with `train.recompute`."""
+    kept(bench, "train.recompute=true")
+
+
+def kept(bench: Bench, *settings: str) -> None:
     for name in ("cifar10",) if bench.small else PRESETS:
-        config = preset(name, "train.cuda_graphs=false", *(SMALLER if bench.small else ()))
+        config = preset(name, "train.cuda_graphs=false", *settings, *(SMALLER if bench.small else ()))
         if bench.device == "cpu":
             config = config.model_copy(update={"train": config.train.model_copy(update={"precision": "bf16"})})
         made = Passes(config, PRESETS[name], bench, batch=8, teacher="none", plans=1)
-        counted = activations.bytes_per_image(config.network, PRESETS[name], config.train.precision)
+        train = config.train
+        counted = activations.bytes_per_image(config.network, PRESETS[name], train.precision, train.recompute)
         figures: dict[str, Any] = {"kept_mb_an_image": round(counted / MB, 1)}
         bench.report(**{name: figures})
         if bench.device == "cuda":
@@ -62,4 +72,4 @@ def presets(bench: Bench) -> None:
         gc.collect()
 
 
-CHECKS = (Check("P10", "presets", 40, presets),)
+CHECKS = (Check("P10", "presets", 40, presets), Check("P10", "recompute", 40, recomputed))

@@ -30,6 +30,7 @@ VARIANTS: dict[str, tuple[str, ...]] = {
     "dit": ("network={name: dit, settings: {width: 32, depth: 2, heads: 2}, condition: none, classes: 10}",),
     "ddpmpp": ("network={name: ddpmpp, base_channels: 32, channel_mult: [1, 2], condition: none, dropout: 0.1}",),
     "pretrain_dropout": ("objective.pretrain=0.5", "objective.pretrain_dropout=0.3", "train.steps=8"),
+    "recompute": ("train.recompute=true", "network.dropout=0.1"),
     "guidance": ("objective.guidance=2", "network.classes=10", "network.label_dropout=0.2"),
     "refined": ("objective.refined={share: 0.5, above: 0}", "store.kind=pinned"),
     "recurrent": (
@@ -37,9 +38,9 @@ VARIANTS: dict[str, tuple[str, ...]] = {
         "objective={name: ict, refined: {use: condition, share: 0.5, above: 0}}",
     ),
 }
+"""Networks and objectives that change what a step's graph holds, or the number of its rows."""
 OWN_SIZES = ("dit", "ddpmpp")
 """Networks that do not use the sizes of the U-Net."""
-"""Networks and objectives that change what a step's graph holds, or the number of its rows."""
 
 
 def trained(bench: Bench, name: str, steps: int) -> list[float]:

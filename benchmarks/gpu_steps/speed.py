@@ -70,8 +70,12 @@ def layouts(bench: Bench) -> None:
 
 
 def teachers(bench: Bench) -> None:
-    """Eager: no teacher's pass, one on the rows that the objective plans (without dropout, which may ask for all
-    rows), and one on all rows."""
+    """Eager: no teacher's pass, also with `train.recompute`, one on the rows that the objective plans (without dropout,
+    which may ask for all rows), and one on all rows."""
+    made = built(bench, "train.recompute=true", teacher="none")
+    bench.report(none_recomputed=measured(bench, made))
+    del made
+    dropped()
     for teacher, dropout in (("none", ""), ("planned", "0"), ("full", "")):
         made = built(bench, *([f"network.dropout={dropout}"] if dropout else []), teacher=teacher)
         bench.report(**{teacher: {**measured(bench, made), "teacher_rows": made.evaluated()}})
