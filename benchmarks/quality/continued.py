@@ -74,7 +74,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
             cell = f"{statistics.fmean(values.values()):6.2f}"
             pairs = [value / base[seed][epoch]["fd"] for seed, value in values.items() if seed in base]
             if arm != BASE and pairs:
-                cell += " {:.2f} [{:.2f}, {:.2f}]".format(*interval(pairs))
+                mean, low, high = interval(pairs)
+                cell += f" {mean:.2f} x" + (f" [{low:.2f}, {high:.2f}]" if len(pairs) > 1 else "")
             cells.append(f"{cell:26}")
         lines.append(f"{arm:10}{len(by_seed):6}  {''.join(cells)}".rstrip())
     return lines
