@@ -14,7 +14,7 @@ from udddm.networks import activations, outline
 
 ALLOCATED = 1.12
 """The bytes that a training pass takes on a GPU over those that autograd keeps: 1.11 to 1.12 for four presets on an
-H200 (docs/gpu.md, P10)."""
+H200 without `train.recompute` (docs/gpu.md, P10)."""
 CONTEXT = 1e9
 """Bytes of CUDA's context and the workspaces of its libraries, approximately."""
 CERTAIN = 1.1
